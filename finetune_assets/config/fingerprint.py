@@ -1,0 +1,74 @@
+"""An artifact's identity: a hash over what it is made from, the settings that it reads, and the code that makes it.
+
+Each `*_CODE` names the version of the code that makes an artifact; raise it when that code changes the bytes. Fields
+that the schema marks `not_identity` are left out, and so is every comment, order and spelling of a YAML file.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from finetune_assets.config.loading import Experiment
+
+RAW_CODE = "1"
+BASE_MODEL_CODE = "1"
+TOKENIZED_CODE = "1"
+ADAPTER_CODE = "1"
+EVALUATION_CODE = "1"
+
+
+def fingerprint(**parts: Any) -> str:
+    """sha256 (64 hex digits) of `parts` in canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def identity(settings: Any) -> Any:
+    """A group of settings as plain data, without the fields that cannot change the bytes."""
+    if not is_dataclass(settings):
+        return settings
+    kept = (field for field in fields(settings) if field.metadata.get("identity", True))
+    return {field.name: identity(getattr(settings, field.name)) for field in kept}
+
+
+def raw_fingerprint(file_hashes: Iterable[str]) -> str:
+    """Of the raw data: the sha256 of each source file's bytes, in reading order."""
+    return fingerprint(code=RAW_CODE, files=list(file_hashes))
+
+
+def base_model_fingerprint(repo: str, revision: str) -> str:
+    """Of a cached base model: its repository and commit (content hash, for one without commits)."""
+    return fingerprint(code=BASE_MODEL_CODE, repo=repo, revision=revision)
+
+
+def tokenized_fingerprint(experiment: Experiment, split_salt: str, raw: str, tokenizer_files: dict[str, str]) -> str:
+    """Of a tokenized dataset. `tokenizer_files` maps each tokenizer file to its sha256."""
+    return fingerprint(
+        code=TOKENIZED_CODE,
+        data=identity(experiment.config.data),
+        split_salt=split_salt,
+        raw=raw,
+        tokenizer=tokenizer_files,
+    )
+
+
+def adapter_fingerprint(experiment: Experiment, tokenized: str, base_model: str, warm_start: str | None) -> str:
+    """Of an adapter. `warm_start` is the fingerprint of the adapter that it begins from, if any."""
+    config = experiment.config
+    model, training = identity(config.model), identity(config.training)
+    for named_by_its_content in ("base_model", "revision"):
+        del model[named_by_its_content]
+    return fingerprint(
+        code=ADAPTER_CODE,
+        model=model,
+        training={**training, "warm_start": warm_start},
+        lora=identity(config.lora),
+        tokenized=tokenized,
+        base_model=base_model,
+    )
+
+
+def evaluation_fingerprint(experiment: Experiment, adapter: str) -> str:
+    """Of an adapter's evaluation; the adapter's own fingerprint names data and base model already."""
+    return fingerprint(code=EVALUATION_CODE, evaluation=identity(experiment.config.evaluation), adapter=adapter)

@@ -1,0 +1,186 @@
+"""From YAML files and one run's overrides to one checked tree of settings."""
+
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune_assets.config.errors import ConfigError, suggest
+from finetune_assets.config.schema import ExperimentConfig, RawDataConfig
+from finetune_assets.config.validation import impossible_settings
+
+OVERRIDE = "override"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment's resolved settings.
+
+    Attributes:
+        name: The partition key: its file's name without `.yaml`.
+        config: The settings, complete and checked.
+        overrides: The dotted `key=value` strings of this run; an adapter made with any is never promoted.
+    """
+
+    name: str
+    config: ExperimentConfig
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of settings, in the order they are merged."""
+
+    where: str
+    tree: DictConfig
+
+
+def experiment_names(configs: Path) -> list[str]:
+    """The names of all experiments, sorted; no file is opened, so a broken one takes no other down."""
+    return sorted(path.stem for path in (configs / "experiments").glob("*.yaml"))
+
+
+def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Merge `base.yaml`, the experiment's file and one run's overrides, and check the result.
+
+    Args:
+        configs: The folder that holds `base.yaml` and `experiments/`.
+        name: Name of the experiment.
+        overrides: Dotted settings such as `training.learning_rate=1e-4`.
+
+    Raises:
+        ConfigError: naming the file (or the override), the setting, its value, and what would be valid.
+    """
+    path = configs / "experiments" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            str(path.parent), "", f"no experiment '{name}' here; {suggest(name, experiment_names(configs))}"
+        )
+    layers = [_read_layer(configs / "base.yaml"), _read_layer(path), *map(_override_layer, overrides)]
+    config = _merge(ExperimentConfig, layers, path)
+    for key, problem in impossible_settings(config):
+        raise ConfigError(_who_set(key, layers, path), key, problem)
+    return Experiment(name, config, tuple(overrides))
+
+
+def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataConfig:
+    """The deployment's raw data settings; `source`, where given, wins over the file."""
+    path = configs / "raw_data.yaml"
+    layers = [_read_layer(path)]
+    if source:
+        layers.append(Layer("FINETUNE_RAW_DATA", OmegaConf.create({"source": source})))
+    return _merge(RawDataConfig, layers, path)
+
+
+def load_resolved(path: Path) -> ExperimentConfig:
+    """Read back a tree that `dump` wrote."""
+    return _merge(ExperimentConfig, [_read_layer(path)], path)
+
+
+def dump(config: ExperimentConfig) -> str:
+    """The resolved tree as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_layer(path: Path) -> Layer:
+    if not path.is_file():
+        raise ConfigError(str(path), "", "this file is missing; copy it from the project's repository")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        tree = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+    except UnicodeDecodeError as e:
+        raise ConfigError(str(path), "", f"not UTF-8 at byte {e.start}; save it as UTF-8") from e
+    except yaml.MarkedYAMLError as e:
+        line = f"line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ConfigError(str(path), line, f"not valid YAML: {e.problem}") from e
+    if "oc.env" in text:
+        raise ConfigError(str(path), "", "settings are saved with every artifact and must not read the environment")
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(str(path), "", "expected settings as `name: value`")
+    return Layer(str(path), tree)
+
+
+def _override_layer(override: str) -> Layer:
+    key, equals, value = override.partition("=")
+    where = f"{OVERRIDE} '{override}'"
+    if not equals or not key.strip():
+        raise ConfigError(where, "", "expected key=value, such as training.learning_rate=1e-4")
+    if "oc.env" in value:
+        raise ConfigError(where, key, "settings are saved with every artifact and must not read the environment")
+    return Layer(where, OmegaConf.from_dotlist([override]))
+
+
+def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
+    merged = OmegaConf.structured(schema)
+    for layer in layers:
+        _check_names(schema, OmegaConf.to_container(layer.tree), layer.where)
+        try:
+            merged = OmegaConf.merge(merged, layer.tree)
+        except OmegaConfBaseException as e:
+            raise _type_error(schema, layer, e) from e
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(str(path), key, "must be set: it is '???'")
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as e:
+        raise ConfigError(str(path), str(e.full_key or ""), str(e).splitlines()[0]) from e
+
+
+def _check_names(schema: type, tree: Any, where: str, path: str = "") -> None:
+    """Refuse unknown names and groups that are not groups, before types are looked at."""
+    if not isinstance(tree, dict):
+        raise ConfigError(where, path, f"expected a group of settings, found {tree!r}")
+    hints = get_type_hints(schema)
+    for name, value in tree.items():
+        key = f"{path}.{name}" if path else str(name)
+        if name not in hints:
+            raise ConfigError(where, key, f"unknown setting (value {value!r}); {suggest(str(name), hints)}")
+        group = _group_of(hints[name])
+        if group and value is not None:
+            _check_names(group, value, where, key)
+
+
+def _group_of(hint: Any) -> type | None:
+    """The dataclass that a field holds (`Wandb | None` holds one too), if any."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((option for option in options if is_dataclass(option)), None)  # type: ignore[return-value]
+
+
+def _type_error(schema: type, layer: Layer, error: OmegaConfBaseException) -> ConfigError:
+    key = str(error.full_key or "")
+    value = OmegaConf.select(layer.tree, key) if key else OmegaConf.to_container(layer.tree)
+    options = _literal_options(schema, key)
+    if options:
+        return ConfigError(layer.where, key, f"{value!r} is not valid; {suggest(str(value), options)}")
+    return ConfigError(layer.where, key, f"{value!r} has the wrong type: {str(error).splitlines()[0]}")
+
+
+def _literal_options(schema: type, key: str) -> tuple[str, ...]:
+    hint: Any = schema
+    for name in key.split("."):
+        group = _group_of(hint)
+        hint = get_type_hints(group).get(name) if group else None
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _who_set(key: str, layers: list[Layer], path: Path) -> str:
+    setters = (layer.where for layer in reversed(layers) if OmegaConf.select(layer.tree, key) is not None)
+    return next(setters, str(path))
+
+
+def settings(schema: type, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting below a dataclass as (dotted path, dataclass field), groups left out."""
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        key = f"{path}.{field.name}" if path else field.name
+        group = _group_of(hints[field.name])
+        if group:
+            yield from settings(group, key)
+        else:
+            yield key, field

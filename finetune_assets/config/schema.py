@@ -1,0 +1,228 @@
+"""Every setting of an experiment: the schema, the defaults and the documentation in one tree of dataclasses.
+
+The text under each attribute is its documentation; `docs/settings.md` is generated from it. A field marked
+`not_identity` cannot change the bytes of what is made, so changing it re-runs nothing.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+NOT_IDENTITY = {"identity": False}
+
+
+def not_identity(default: Any) -> Any:
+    """A field that is left out of every fingerprint."""
+    return field(default=default, metadata=NOT_IDENTITY)
+
+
+@dataclass
+class PromptTemplate:
+    """How a row becomes text. `{instruction}` and `{context}` stand for the row's own."""
+
+    description: str = not_identity("")
+    """What this template is, for the reader."""
+    prompt_input: str = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+    )
+    """Prompt of a row that has a context; must hold `{instruction}` and `{context}`."""
+    prompt_no_input: str = (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n"
+    )
+    """Prompt of a row without a context; must hold `{instruction}`."""
+    response_split: str = not_identity("### Response:")
+    """The last words of both prompts; whatever follows them in a generated text is the answer."""
+    chat_template: bool = False
+    """Use the tokenizer's own chat template instead of the prompts above."""
+
+
+@dataclass
+class Tokenization:
+    """How text becomes training examples."""
+
+    cutoff_len: int = 512
+    """Longest example in tokens; the rest of a longer one is cut off its end."""
+    add_eos_token: bool = True
+    """End every example that was not cut with the end-of-sequence token, so that the model learns to stop."""
+    train_on_inputs: bool = False
+    """Also train on the prompt's tokens. Off, only the response (and its end) is learned."""
+    packing: bool = True
+    """Put several examples into one sequence (best fit decreasing). Examples never see one another."""
+    packing_length: int | None = None
+    """Tokens of a packed sequence; `null` takes `cutoff_len`."""
+
+
+@dataclass
+class Data:
+    """Which rows of the raw data an experiment takes, and how they are prepared."""
+
+    num_samples: int | None = None
+    """At most so many rows of the categories below, chosen by content, so that the choice outlives new data."""
+    categories: list[str] | None = None
+    """Take rows of these categories only; `null` takes all."""
+    val_fraction: float = 0.1
+    """Share of the rows held out of training to measure it; by content, so a row keeps its side for ever."""
+    gate_fraction: float = 0.05
+    """Share of the rows that only the champion gate ever sees."""
+    prompt_template: PromptTemplate = field(default_factory=PromptTemplate)
+    """How a row becomes text."""
+    tokenization: Tokenization = field(default_factory=Tokenization)
+    """How text becomes training examples."""
+
+
+@dataclass
+class Model:
+    """The base model, which stays frozen."""
+
+    base_model: str = MISSING
+    """A packaged name (`demo-base`), a Hub id (`owner/name`), or a local folder (`./path` or `/path`)."""
+    revision: str = "main"
+    """Branch, tag or commit on the Hub; pinned to the commit it stands for. A folder has none."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Keep the base's linear layers in 8 or 4 bits (bitsandbytes; nf4 with double quantization)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base's weights; `auto` takes bfloat16 where the device computes in it, float32 elsewhere."""
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention backend; `auto` takes PyTorch's scaled dot product attention."""
+
+
+@dataclass
+class Training:
+    """How the adapter is trained."""
+
+    epochs: float = 3.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimizer steps; where set, it wins over `epochs`."""
+    macro_batch_size: int = 64
+    """Sequences (packed ones, if packing) of one optimizer step, over all processes and accumulation."""
+    micro_batch_size: int = 4
+    """Sequences that one process computes at once; the lower, the less memory."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: float = 0.03
+    """Steps over which the learning rate rises; below 1, a share of all steps."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW by PyTorch (fused), or by bitsandbytes in 8 bits (CUDA only)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapter's weights."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "full_bf16", "full_fp16"] = "auto"
+    """What is computed in: mixed precision with float32 adapter weights (`bf16`, `fp16`), or adapter and all in 16
+    bits (`full_bf16`, `full_fp16`). `auto` takes bf16 where the device computes in it, fp32 elsewhere."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: much less memory, about a third slower."""
+    group_by_length: bool = True
+    """Without packing: put sequences of like length into one micro-batch, so that little is padded."""
+    warm_start: str | None = None
+    """An adapter to begin from: its fingerprint in the store, or a folder (`./path` or `/path`)."""
+    seed: int = 42
+    """Seed of the adapter's initial weights, the dropout and the order of the rows."""
+    eval_steps: int | None = field(default=None, metadata=NOT_IDENTITY)
+    """Measure the held-out loss every so many steps; `null` measures before and after training only."""
+    logging_steps: int = not_identity(10)
+    """Report loss, gradient norm, learning rate and tokens per second every so many steps."""
+    save_steps: int | None = field(default=200, metadata=NOT_IDENTITY)
+    """Keep a checkpoint every so many steps, from which a run that died goes on; `null` keeps none."""
+    processes_per_node: str = not_identity("auto")
+    """torchrun processes: `auto` (one a GPU, one without any) or a number."""
+
+
+@dataclass
+class Lora:
+    """The adapter, as PEFT's `LoraConfig` knows it."""
+
+    rank: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA)."""
+    dropout: float = 0.05
+    """Dropout of the adapter's input while training."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained too."""
+    target_modules: Any = "all-linear"
+    """`all-linear`, or a list of module names such as `[q_proj, v_proj]`."""
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    """PEFT's task type."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353)."""
+    init_lora_weights: Any = True
+    """`true` (Kaiming A, zero B), `gaussian`, `pissa`, `pissa_niter_N`, `olora`, or `orthogonal`."""
+    layers_to_transform: list[int] | None = None
+    """Adapt these layers only."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank of single modules, by name or regular expression, where it differs from `rank`."""
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and saved with the adapter, such as `[embed_tokens, lm_head]`."""
+
+
+@dataclass
+class Evaluation:
+    """How base and adapter are compared after training. Changing it re-runs the evaluation alone."""
+
+    generated_rows: int = 200
+    """Held-out rows answered by base and adapter, for exact match; 0 generates none."""
+    max_new_tokens: int = 64
+    """Longest generated answer in tokens."""
+    samples: int = 5
+    """Answers shown side by side."""
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases. Leave the whole group out (or `null`) and it is never imported."""
+
+    project: str = MISSING
+    """Project of the run."""
+    entity: str | None = None
+    """User or team; `null` takes the account's default."""
+    run_name: str | None = None
+    """Name of the run; `null` takes the experiment's."""
+    watch: Literal["off", "gradients", "parameters", "all"] = "off"
+    """What `wandb.watch` records of the adapter's weights."""
+    log_model: bool = False
+    """Also log the adapter as an artifact."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes a folder that `wandb sync` uploads later."""
+
+
+@dataclass
+class ExperimentConfig:
+    """One experiment: a file in `configs/experiments/`, over `configs/base.yaml`, over these defaults."""
+
+    model: Model = field(default_factory=Model)
+    """The base model."""
+    description: str = not_identity("")
+    """What this experiment is for."""
+    subscribed: bool = not_identity(False)
+    """Train by itself whenever new data has been checked."""
+    data: Data = field(default_factory=Data)
+    """Rows and their preparation."""
+    training: Training = field(default_factory=Training)
+    """How the adapter is trained."""
+    lora: Lora = field(default_factory=Lora)
+    """The adapter."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """How base and adapter are compared."""
+    wandb: Wandb | None = field(default=None, metadata=NOT_IDENTITY)
+    """Weights & Biases, or `null`."""
+
+
+@dataclass
+class RawDataConfig:
+    """The deployment's one stream of raw data: `configs/raw_data.yaml`."""
+
+    source: str = "sample"
+    """`sample` (the packaged rows), or a JSONL file or a folder of them. `FINETUNE_RAW_DATA` wins over it."""
+    split_salt: str = "finetune-assets"
+    """Decides with a row's content which side of the split it falls on. Change it and every row is dealt anew."""

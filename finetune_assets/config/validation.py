@@ -1,0 +1,143 @@
+"""Settings that are each of the right type and cannot stand together, or cannot stand at all."""
+
+import string
+from collections.abc import Iterator
+
+from finetune_assets.config.errors import suggest
+from finetune_assets.config.schema import Data, ExperimentConfig, Lora, PromptTemplate, Training
+
+Problem = tuple[str, str]
+"""Dotted path of the setting, and what is wrong with it."""
+
+PLACEHOLDERS = ("instruction", "context")
+INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
+
+
+def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
+    """Everything that is wrong with a complete tree, most basic first."""
+    yield from _ranges(config)
+    yield from _split(config.data)
+    yield from _template(config.data.prompt_template)
+    yield from _batches(config.training)
+    yield from _quantized(config)
+    yield from _lora(config.lora)
+
+
+def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
+    tokens, training, lora = config.data.tokenization, config.training, config.lora
+    at_least_one = {
+        "data.num_samples": config.data.num_samples,
+        "data.tokenization.packing_length": tokens.packing_length,
+        "training.max_steps": training.max_steps,
+        "training.macro_batch_size": training.macro_batch_size,
+        "training.micro_batch_size": training.micro_batch_size,
+        "training.eval_steps": training.eval_steps,
+        "training.logging_steps": training.logging_steps,
+        "training.save_steps": training.save_steps,
+        "lora.rank": lora.rank,
+        "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
+        **{f"lora.rank_pattern.{name}": rank for name, rank in lora.rank_pattern.items()},
+    }
+    for key, number in at_least_one.items():
+        if number is not None and number < 1:
+            yield key, f"{number} must be at least 1"
+    above_zero = {
+        "training.epochs": training.epochs,
+        "training.learning_rate": training.learning_rate,
+        "lora.alpha": lora.alpha,
+    }
+    for key, value in above_zero.items():
+        if not value > 0:
+            yield key, f"{value} must be above 0"
+    not_negative = {
+        "training.warmup_steps": training.warmup_steps,
+        "training.weight_decay": training.weight_decay,
+        "training.max_grad_norm": training.max_grad_norm,
+        "evaluation.generated_rows": config.evaluation.generated_rows,
+        "evaluation.samples": config.evaluation.samples,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            yield key, f"{value} must not be negative"
+    if not 0 <= lora.dropout < 1:
+        yield "lora.dropout", f"{lora.dropout} must be from 0 to below 1"
+    if tokens.cutoff_len < 2:
+        yield "data.tokenization.cutoff_len", f"{tokens.cutoff_len} leaves no room for a prompt and an answer"
+    if tokens.packing and tokens.packing_length and tokens.packing_length < tokens.cutoff_len:
+        yield (
+            "data.tokenization.packing_length",
+            f"{tokens.packing_length} is below cutoff_len {tokens.cutoff_len}: the longest example would not fit",
+        )
+
+
+def _split(data: Data) -> Iterator[Problem]:
+    for name, value in (("val_fraction", data.val_fraction), ("gate_fraction", data.gate_fraction)):
+        if not 0 <= value < 1:
+            yield f"data.{name}", f"{value} must be a share from 0 to below 1"
+    if data.val_fraction + data.gate_fraction >= 1:
+        total = data.val_fraction + data.gate_fraction
+        yield "data.val_fraction", f"with gate_fraction it takes {total:g} of the rows and leaves none to train on"
+    if data.categories == []:
+        yield "data.categories", "an empty list takes no rows; use null to take all"
+
+
+def _template(template: PromptTemplate) -> Iterator[Problem]:
+    if template.chat_template:
+        return
+    wanted = {"prompt_input": {"instruction", "context"}, "prompt_no_input": {"instruction"}}
+    for name, needed in wanted.items():
+        text, key = getattr(template, name), f"data.prompt_template.{name}"
+        try:
+            found = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+        except ValueError as e:
+            yield key, f"not a template: {e}; write a literal brace twice"
+            continue
+        for field in sorted(found - set(PLACEHOLDERS)):
+            yield key, f"unknown placeholder '{{{field}}}'; {suggest(field, PLACEHOLDERS)}"
+        for field in sorted(needed - found):
+            yield key, f"'{{{field}}}' is missing, so the model would never see the row's {field}"
+        if not text.rstrip().endswith(template.response_split.rstrip()):
+            yield (
+                "data.prompt_template.response_split",
+                f"{template.response_split!r} must be the last words of {name}: the answer follows them",
+            )
+
+
+def _batches(training: Training) -> Iterator[Problem]:
+    macro, micro = training.macro_batch_size, training.micro_batch_size
+    if micro > macro:
+        yield "training.micro_batch_size", f"{micro} is more than training.macro_batch_size {macro}"
+    if training.processes_per_node != "auto":
+        number = training.processes_per_node
+        if not number.isdecimal() or int(number) < 1:
+            yield "training.processes_per_node", f"{number!r} must be auto or a number from 1"
+        elif int(number) > macro:
+            yield "training.processes_per_node", f"{number} processes cannot share training.macro_batch_size {macro}"
+
+
+def _quantized(config: ExperimentConfig) -> Iterator[Problem]:
+    quantization, precision = config.model.quantization, config.training.precision
+    if quantization == "none":
+        return
+    if precision == "full_fp16":
+        yield (
+            "training.precision",
+            f"full_fp16 cannot be trained over an {quantization} base: the adapter's small gradients vanish in 16 "
+            "bits; use fp16 or bf16, which keep the adapter in float32",
+        )
+    if isinstance(config.lora.init_lora_weights, str) and config.lora.init_lora_weights != "gaussian":
+        scheme = config.lora.init_lora_weights
+        yield "lora.init_lora_weights", f"{scheme} rewrites the base's weights, which {quantization} cannot; use true"
+
+
+def _lora(lora: Lora) -> Iterator[Problem]:
+    targets = lora.target_modules
+    names = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
+    if targets != "all-linear" and not names:
+        yield "lora.target_modules", f"{targets!r} must be all-linear or a list of module names"
+    scheme = lora.init_lora_weights
+    known = scheme in INIT_SCHEMES or (isinstance(scheme, str) and scheme.startswith("pissa_niter_"))
+    if not (isinstance(scheme, bool) or known):
+        yield "lora.init_lora_weights", f"{scheme!r} is not valid; {suggest(str(scheme), ['true', *INIT_SCHEMES])}"
+    if lora.use_dora and lora.bias != "none":
+        yield "lora.bias", f"{lora.bias} cannot be trained with use_dora; use none"

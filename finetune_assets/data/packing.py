@@ -1,0 +1,45 @@
+"""Best-fit-decreasing bin packing of examples into sequences of one length."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Assign every example to a pack so that no pack holds more than `capacity` tokens.
+
+    Longest first, each into the fullest pack that still takes it. Packs with the same space left are kept in one
+    stack, and the spaces that occur as the bits of one integer, so that finding the best is a bit operation.
+
+    Args:
+        lengths: Tokens of each example, each from 1 to `capacity`.
+        capacity: Tokens of a pack.
+
+    Returns:
+        Indices into `lengths`, pack by pack, the packs in order of their first example.
+
+    Raises:
+        ValueError: if an example is longer than a pack.
+    """
+    packs: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    occupied = 0
+    for example in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[example])
+        if not 0 < length <= capacity:
+            raise ValueError(f"example {example} has {length} tokens, a pack takes 1 to {capacity}")
+        fitting = occupied >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            chosen = by_space[space].pop()
+            if not by_space[space]:
+                occupied &= ~(1 << space)
+            packs[chosen].append(example)
+        else:
+            space, chosen = capacity, len(packs)
+            packs.append([example])
+        left = space - length
+        by_space[left].append(chosen)
+        if left:
+            occupied |= 1 << left
+    return sorted((sorted(members) for members in packs), key=lambda members: members[0])

@@ -1,0 +1,197 @@
+"""From raw Parquet to training-ready Arrow files, in one pass over the text and bounded memory.
+
+The folder that comes out holds `train.arrow`, `val.arrow`, `gate.arrow` (Arrow streams that
+`datasets.Dataset.from_file` opens too) and, with packing, `packs.arrow`: the train examples of each packed sequence.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from finetune_assets.config.schema import Data
+from finetune_assets.data.packing import pack
+from finetune_assets.data.rows import Draw, Split, draw, side_of
+from finetune_assets.data.sources import DataError
+from finetune_assets.data.tokenization import IGNORED, Encoder, Examples
+
+ROWS_PER_BATCH = 1_000
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("input_ids", pa.list_(pa.int32()), metadata={"doc": "tokens of prompt, response and end"}),
+        pa.field("labels", pa.list_(pa.int32()), metadata={"doc": "the same, or -100 where nothing is learned"}),
+        pa.field("prompt_length", pa.int32(), metadata={"doc": "tokens before the response"}),
+        pa.field("row", pa.int64(), metadata={"doc": "index of the row in the raw data"}),
+        pa.field("category", pa.string(), metadata={"doc": "category of the row"}),
+    ]
+)
+PACK_SCHEMA = pa.schema([pa.field("examples", pa.list_(pa.int32()), metadata={"doc": "indices into train.arrow"})])
+
+
+@dataclass
+class Statistics:
+    """What came out. Token counts are of the train split unless named otherwise."""
+
+    rows_read: int = 0
+    rows_of_other_categories: int = 0
+    rows_beyond_num_samples: int = 0
+    examples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
+    without_label: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    labelled_tokens: int = 0
+    length_quantiles: dict[str, int] = field(default_factory=dict)
+    sequences: int = 0
+    fill: float = 1.0
+    """Share of the sequences' places that hold a token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prepare_dataset(
+    rows: Path, tokenizer: PreTrainedTokenizerBase, data: Data, split_salt: str, out: Path
+) -> Statistics:
+    """Select, split, render, tokenize, label and pack the rows of a Parquet file of `RAW_SCHEMA`.
+
+    Raises:
+        DataError: if a category does not occur, or no train or no validation example is left.
+    """
+    statistics = Statistics()
+    draws, categories = _draw_rows(rows, split_salt)
+    taken = _select(draws, categories, data, statistics)
+    lengths = _write_examples(rows, Encoder(tokenizer, data), draws, taken, data, statistics, out)
+    _check_not_empty(statistics, data)
+    _describe_lengths(lengths, statistics)
+    _write_packs(lengths, data, statistics, out)
+    return statistics
+
+
+def _draw_rows(rows: Path, salt: str) -> tuple[list[Draw], NDArray[np.object_]]:
+    draws: list[Draw] = []
+    categories: list[str] = []
+    for batch in pq.ParquetFile(rows).iter_batches(10_000, columns=["instruction", "context", "category"]):
+        columns = batch.to_pydict()
+        draws += [draw(i, c, salt) for i, c in zip(columns["instruction"], columns["context"], strict=True)]
+        categories += columns["category"]
+    return draws, np.array(categories, object)
+
+
+def _select(
+    draws: list[Draw], categories: NDArray[np.object_], data: Data, statistics: Statistics
+) -> NDArray[np.bool_]:
+    statistics.rows_read = len(draws)
+    taken = np.ones(len(draws), np.bool_)
+    if data.categories is not None:
+        occurring = set(categories)
+        for name in data.categories:
+            if name not in occurring:
+                raise DataError(f"data.categories: no row has category '{name}'; found {', '.join(sorted(occurring))}")
+        taken &= np.isin(categories, data.categories)
+        statistics.rows_of_other_categories = int((~taken).sum())
+    if data.num_samples is not None and taken.sum() > data.num_samples:
+        ranks = np.array([d.rank for d in draws])
+        ranks[~taken] = 1.0
+        beyond = np.argsort(ranks, kind="stable")[data.num_samples :]
+        statistics.rows_beyond_num_samples = int(taken.sum()) - data.num_samples
+        taken[beyond] = False
+    return taken
+
+
+def _write_examples(
+    rows: Path,
+    encoder: Encoder,
+    draws: list[Draw],
+    taken: NDArray[np.bool_],
+    data: Data,
+    statistics: Statistics,
+    out: Path,
+) -> NDArray[np.int64]:
+    """Write one Arrow stream a split; returns the train examples' lengths."""
+    lengths: list[NDArray[np.int64]] = []
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), EXAMPLE_SCHEMA))
+            for split in Split
+        }
+        for indices, batch in _taken_rows(rows, taken):
+            examples = encoder.encode(batch)
+            sides = np.array([side_of(draws[i], data) for i in indices])
+            columns = _columns(examples, indices, batch)
+            labelled = _labelled_tokens(examples)
+            statistics.without_label += int((labelled == 0).sum())
+            for split, writer in writers.items():
+                kept = np.flatnonzero((sides == split) & (labelled > 0))
+                if len(kept):
+                    writer.write_batch(columns.take(pa.array(kept)))
+                statistics.examples[split] += len(kept)
+                if split is Split.TRAIN:
+                    lengths.append(examples.lengths[kept])
+                    statistics.truncated += int(examples.truncated[kept].sum())
+                    statistics.labelled_tokens += int(labelled[kept].sum())
+    return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
+
+
+def _taken_rows(rows: Path, taken: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[dict[str, str]]]]:
+    start = 0
+    for batch in pq.ParquetFile(rows).iter_batches(ROWS_PER_BATCH):
+        wanted = np.flatnonzero(taken[start : start + len(batch)])
+        if len(wanted):
+            yield wanted + start, batch.take(pa.array(wanted)).to_pylist()
+        start += len(batch)
+
+
+def _columns(examples: Examples, indices: NDArray[np.int64], batch: list[dict[str, str]]) -> pa.RecordBatch:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(examples.lengths)]), pa.int32())
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.ListArray.from_arrays(offsets, pa.array(examples.input_ids)),
+            pa.ListArray.from_arrays(offsets, pa.array(examples.labels)),
+            pa.array(examples.prompt_lengths),
+            pa.array(indices),
+            pa.array([row["category"] for row in batch], pa.string()),
+        ],
+        schema=EXAMPLE_SCHEMA,
+    )
+
+
+def _labelled_tokens(examples: Examples) -> NDArray[np.int64]:
+    """Tokens that each example teaches: labelled ones, its first place aside (nothing predicts that). Shape (n,)."""
+    starts = np.cumsum(examples.lengths) - examples.lengths
+    learned = (examples.labels != IGNORED).astype(np.int64)
+    learned[starts[examples.lengths > 0]] = 0
+    return np.add.reduceat(learned, starts)
+
+
+def _check_not_empty(statistics: Statistics, data: Data) -> None:
+    left = statistics.examples
+    told = f"{statistics.rows_read} rows gave {dict(left)} examples, {statistics.without_label} without a label"
+    if not left[Split.TRAIN]:
+        raise DataError(f"nothing to train on: {told}; take more rows or raise data.tokenization.cutoff_len")
+    if not left[Split.VAL] and data.val_fraction > 0:
+        raise DataError(f"no validation example: {told}; take more rows, or a larger data.val_fraction, or set it to 0")
+
+
+def _describe_lengths(lengths: NDArray[np.int64], statistics: Statistics) -> None:
+    statistics.tokens = int(lengths.sum())
+    for name, share in {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}.items():
+        statistics.length_quantiles[name] = int(np.quantile(lengths, share, method="nearest"))
+
+
+def _write_packs(lengths: NDArray[np.int64], data: Data, statistics: Statistics, out: Path) -> None:
+    statistics.sequences = len(lengths)
+    if not data.tokenization.packing:
+        return
+    capacity = data.tokenization.packing_length or data.tokenization.cutoff_len
+    packs = pack(lengths, capacity)
+    statistics.sequences = len(packs)
+    statistics.fill = round(statistics.tokens / (capacity * len(packs)), 4)
+    with pa.ipc.new_stream(str(out / "packs.arrow"), PACK_SCHEMA) as writer:
+        writer.write_table(pa.table({"examples": pa.array(packs, pa.list_(pa.int32()))}, schema=PACK_SCHEMA))

@@ -1,0 +1,8 @@
+"""What a person did, or found, that this project cannot go on with."""
+
+
+class UserError(Exception):
+    """Something a person can mend. Its text names file, key or row, the value, and what to do.
+
+    Every entry point prints the text alone, without a traceback.
+    """

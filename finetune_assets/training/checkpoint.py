@@ -1,0 +1,56 @@
+"""Checkpoints from which a training that died goes on.
+
+The order of the data and the dropout of a step are functions of seed and step, so adapter, optimizer, schedule and step
+are all there is to keep.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+WEIGHTS, STATE, LOG = "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"
+KEPT = 2
+
+
+def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, Any]) -> None:
+    """Write `folder/step-N` whole or not at all, and remove all but the newest `KEPT`.
+
+    Args:
+        folder: Holds the checkpoints of one training.
+        model: Its adapter is saved.
+        parts: Whatever has a `state_dict`, by name.
+        log: JSON; `log["step"]` is the number of steps done.
+    """
+    target = folder / f"step-{log['step']:08d}"
+    partial = folder / f".{target.name}.{os.getpid()}"
+    partial.mkdir(parents=True)
+    save_file(get_peft_model_state_dict(model), partial / WEIGHTS)
+    torch.save({name: part.state_dict() for name, part in parts.items()}, partial / STATE)
+    (partial / LOG).write_text(json.dumps(log), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    for old in _checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_newest(folder: Path, model: PeftModel, parts: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """Restore the newest checkpoint into `model` and `parts`; its log, or None if there is none."""
+    found = _checkpoints(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    set_peft_model_state_dict(model, load_file(newest / WEIGHTS, device=str(device)))
+    state = torch.load(newest / STATE, map_location=device, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return json.loads((newest / LOG).read_text(encoding="utf-8"))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))

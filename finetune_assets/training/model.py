@@ -1,0 +1,129 @@
+"""The frozen base model and the adapter on it."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
+from finetune_assets.errors import UserError
+
+REWRITES_BASE = ("pissa", "olora")
+"""Initialisations that move part of the base's weights into the adapter."""
+
+
+class ModelError(UserError):
+    """A model and settings that do not go together."""
+
+
+def weights_dtype(model: Model, device: torch.device) -> torch.dtype:
+    """What the base's weights are kept in."""
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    return torch.bfloat16 if _computes_in_bf16(device) else torch.float32
+
+
+def compute_precision(training: Training, device: torch.device) -> str:
+    """`training.precision` with `auto` decided."""
+    if training.precision != "auto":
+        return training.precision
+    return "bf16" if _computes_in_bf16(device) else "fp32"
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def load_base(folder: Path, model: Model, device: torch.device) -> PreTrainedModel:
+    """The base model of a local folder, quantized as asked, on `device`.
+
+    Raises:
+        ModelError: if it does not load, or is not made for the device.
+    """
+    dtype = weights_dtype(model, device)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa" if model.attention == "auto" else model.attention,
+            quantization_config=_quantization(model, dtype),
+            device_map={"": device},
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as e:
+        raise ModelError(f"model.base_model: {folder.name} does not load with these settings: {e}") from e
+    _exact_4bit_on_cpu(base)
+    return base
+
+
+def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if model.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
+
+
+def _exact_4bit_on_cpu(base: nn.Module) -> None:
+    """Switch off bitsandbytes' AVX512-bf16 repacking.
+
+    With bitsandbytes 0.50 the first forward in eval mode repacks the weights for that path; LoRA gradients after it
+    were measured to differ by 0.79 relative, silently.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def with_adapter(base: PreTrainedModel, config: ExperimentConfig, warm_start: Path | None) -> PeftModel:
+    """Freeze the base and put a new adapter on it, or the one to begin from.
+
+    Raises:
+        ModelError: if the adapter's targets are not in the model.
+    """
+    training = config.training
+    torch.manual_seed(training.seed)
+    if training.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    try:
+        if warm_start:
+            adapted = PeftModel.from_pretrained(base, warm_start, is_trainable=True)
+        else:
+            adapted = get_peft_model(
+                base, peft_config(config.lora), autocast_adapter_dtype=not training.precision.startswith("full_")
+            )
+    except ValueError as e:
+        raise ModelError(f"lora.target_modules: {config.lora.target_modules} does not fit this model: {e}") from e
+    return adapted
+
+
+def peft_config(lora: Lora) -> LoraConfig:
+    """The `lora` group as PEFT takes it."""
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias=lora.bias,
+        target_modules=lora.target_modules,
+        task_type=lora.task_type,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        layers_to_transform=lora.layers_to_transform,
+        rank_pattern=dict(lora.rank_pattern),
+        modules_to_save=lora.modules_to_save,
+    )
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,93 @@
+"""What a training leaves behind: a folder that PEFT loads, and that says where it comes from."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from finetune_assets.config.loading import dump
+from finetune_assets.config.schema import ExperimentConfig
+
+TRAINER_STATE, PROVENANCE, CONFIG = "trainer_state.json", "provenance.json", "config.yaml"
+VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+
+
+def save(
+    output: Path,
+    model: PeftModel,
+    base_folder: Path,
+    config: ExperimentConfig,
+    made_from: dict[str, Any],
+    state: dict[str, Any],
+    initial_adapter: Path | None,
+) -> None:
+    """Write adapter, tokenizer, resolved configuration, trainer state, provenance and model card.
+
+    Args:
+        output: The folder to write.
+        model: The trained model.
+        base_folder: Where the tokenizer comes from.
+        config: The resolved configuration.
+        made_from: The inputs' fingerprints; `base_model` and `revision` name the base.
+        state: The trainer's state and log.
+        initial_adapter: With an initialisation that rewrote the base: the adapter as it was first, so that what is
+            saved fits the base as published.
+    """
+    adapter = model.peft_config["default"]
+    adapter.base_model_name_or_path, adapter.revision = made_from["base_model"], made_from["revision"]
+    initial = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
+    model.save_pretrained(output, **initial)
+    AutoTokenizer.from_pretrained(base_folder, local_files_only=True).save_pretrained(output)
+    (output / CONFIG).write_text(dump(config), encoding="utf-8")
+    _write_json(output / TRAINER_STATE, state)
+    _write_json(output / PROVENANCE, {**made_from, "versions": _versions(), "hardware": _hardware()})
+    (output / "README.md").write_text(_model_card(made_from, state), encoding="utf-8")
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+
+
+def _model_card(made_from: dict[str, Any], state: dict[str, Any]) -> str:
+    held_out = state["held_out_loss"]
+    measured = ""
+    if held_out["after"] is not None:
+        measured = f"\nHeld-out loss: {held_out['before']:.4f} before, {held_out['after']:.4f} after.\n"
+    return f"""---
+base_model: {made_from["base_model"]}
+library_name: peft
+tags: [lora]
+---
+# LoRA adapter of experiment {made_from["experiment"]}
+
+Base model `{made_from["base_model"]}` at `{made_from["revision"]}`, {state["step"]} steps.
+{measured}
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({made_from["base_model"]!r}, revision={made_from["revision"]!r})
+model = PeftModel.from_pretrained(base, "this folder")
+```
+
+`config.yaml` holds every setting, `provenance.json` what it was made from, `trainer_state.json` how training went.
+"""

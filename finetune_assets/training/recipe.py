@@ -1,0 +1,286 @@
+"""The training itself, from top to bottom."""
+
+import math
+import resource
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from finetune_assets.config.schema import ExperimentConfig, Training
+from finetune_assets.errors import UserError
+from finetune_assets.training import checkpoint, output
+from finetune_assets.training.batches import Examples, TrainOrder, collate, evaluation_batches, read_packs
+from finetune_assets.training.distributed import Process
+from finetune_assets.training.loss import learned_tokens, summed_loss
+from finetune_assets.training.model import REWRITES_BASE, compute_precision, load_base, trainable, with_adapter
+from finetune_assets.training.reporting import Reporter, StepReport
+
+
+class TrainingDiverged(UserError):
+    """The loss is no longer a number."""
+
+
+class UnsupportedOptimizer(UserError):
+    """An optimizer that this device cannot run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The folders of one training.
+
+    Attributes:
+        base_model: Weights and tokenizer.
+        dataset: A tokenized dataset.
+        output: Where the adapter goes; empty.
+        checkpoints: Where checkpoints go and are looked for.
+        made_from: Fingerprints and names of the inputs, for the provenance.
+        warm_start: An adapter to begin from.
+    """
+
+    base_model: Path
+    dataset: Path
+    output: Path
+    checkpoints: Path
+    made_from: dict[str, Any]
+    warm_start: Path | None = None
+
+
+@dataclass
+class Log:
+    """What training remembers about itself; `trainer_state.json` and every checkpoint hold it."""
+
+    step: int = 0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    held_out_loss: dict[str, float | None] = field(default_factory=lambda: {"before": None, "after": None})
+    trainable_parameters: int = 0
+    peak_memory_mib: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class LoraFinetune:
+    """LoRA fine-tuning of a causal language model on one tokenized dataset.
+
+    Supported: one to many processes on one or more nodes, each with the whole model; any global batch from any number
+    of processes; packed and padded sequences; float32, mixed and 16-bit precision; int8 and nf4 bases; gradient
+    checkpointing; resuming from a checkpoint; beginning from another adapter.
+    Not supported: a base model that does not fit one device; bitsandbytes' optimizers without CUDA.
+
+    Every number of processes and every micro-batch size computes the same gradient: the loss is a sum over the learned
+    tokens of the global batch, divided by their number in it.
+    """
+
+    def __init__(self, job: Job, config: ExperimentConfig, process: Process, reporter: Reporter) -> None:
+        self.job, self.config, self.process, self.reporter = job, config, process, reporter
+        self.training = config.training
+        self.train = Examples(job.dataset / "train.arrow")
+        self.val = Examples(job.dataset / "val.arrow")
+        packs = read_packs(job.dataset)
+        self.sequences = packs or [[example] for example in range(len(self.train))]
+        lengths = np.array([self.train.lengths[sequence].sum() for sequence in self.sequences])
+        by_length = self.training.group_by_length and packs is None
+        self.order = TrainOrder(lengths, self.training, by_length, process.world)
+        self.log = Log(steps=self.order.steps)
+        self._load_model()
+        self._make_optimizer()
+
+    def run(self) -> None:
+        """Train, measure, and write the output folder."""
+        self._resume()
+        self._describe()
+        if self.log.held_out_loss["before"] is None:
+            self.log.held_out_loss["before"] = self.held_out_loss()
+        self._open_window()
+        for step in range(self.log.step, self.order.steps):
+            loss, tokens, grad_norm = self.train_step(step)
+            self._account(step + 1, loss, tokens, grad_norm)
+            self._save_checkpoint_if_due()
+        self.log.held_out_loss["after"] = self.held_out_loss()
+        self._write_output()
+
+    def train_step(self, step: int) -> tuple[Tensor, int, Tensor]:
+        """One optimizer step over the global batch.
+
+        Returns:
+            This process's part of the mean loss, its tokens, and the gradient norm before clipping.
+        """
+        self.model.train()
+        torch.manual_seed(hash((self.training.seed, step, self.process.rank)) % 2**63)
+        batches = [
+            collate([self.sequences[i] for i in micro], self.train, self.process.device)
+            for micro in self.order.micro_batches(step, self.process.rank)
+        ]
+        learned = self.process.sum(torch.tensor(sum(map(learned_tokens, batches)), device=self.process.device))
+        total = torch.zeros((), device=self.process.device)
+        for batch in batches:
+            with self._autocast():
+                loss = summed_loss(self.model, batch) / learned
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.process.sum_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return total, sum(batch.tokens for batch in batches), grad_norm
+
+    @torch.inference_mode()
+    def held_out_loss(self) -> float | None:
+        """Mean cross-entropy in nats over the learned tokens of the validation split; None if the split is empty."""
+        if not len(self.val):
+            return None
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.process.device)
+        shares = evaluation_batches(self.val, self.process.rank, self.process.world, self.training.micro_batch_size)
+        for sequences in shares:
+            batch = collate(sequences, self.val, self.process.device)
+            with self._autocast():
+                sums[0] += summed_loss(self.model, batch)
+            sums[1] += learned_tokens(batch)
+        loss, tokens = self.process.sum(sums).tolist()
+        return loss / tokens
+
+    def _load_model(self) -> None:
+        base = load_base(self.job.base_model, self.config.model, self.process.device)
+        self.model = with_adapter(base, self.config, self.job.warm_start)
+        self.parameters = trainable(self.model)
+        self.process.share_weights(self.parameters)
+        self.log.trainable_parameters = sum(parameter.numel() for parameter in self.parameters)
+        self.initial_adapter = None
+        scheme = self.config.lora.init_lora_weights
+        if isinstance(scheme, str) and scheme.startswith(REWRITES_BASE) and not self.job.warm_start:
+            self.model.peft_config["default"].init_lora_weights = True
+            self.initial_adapter = self.job.checkpoints / "initial"
+            if self.process.reports:
+                self.model.save_pretrained(self.initial_adapter)
+
+    def _make_optimizer(self) -> None:
+        self.precision = compute_precision(self.training, self.process.device)
+        self.optimizer = make_optimizer(self.parameters, self.training, self.process.device)
+        warmup = self.training.warmup_steps
+        name = "constant_with_warmup" if self.training.lr_scheduler == "constant" else self.training.lr_scheduler
+        self.scheduler = get_scheduler(
+            name,
+            self.optimizer,
+            num_warmup_steps=round(warmup * self.order.steps) if warmup < 1 else int(warmup),
+            num_training_steps=self.order.steps,
+        )
+        self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=self.precision == "fp16")
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.process.device.type, dtype, enabled=dtype is not None)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+
+    def _resume(self) -> None:
+        found = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process.device)
+        if found:
+            self.log = Log(**found)
+            self.reporter.say(f"going on from the checkpoint of step {self.log.step}")
+
+    def _describe(self) -> None:
+        self.reporter.say(
+            f"{len(self.train):,} examples in {len(self.sequences):,} sequences, {self.order.steps:,} steps of "
+            f"{self.training.macro_batch_size} on {self.process.world} x {self.process.device.type} in "
+            f"{self.precision}; {self.log.trainable_parameters:,} trainable parameters"
+        )
+
+    def _open_window(self) -> None:
+        """Begin to count for the next report."""
+        self._window = {"loss": torch.zeros((), device=self.process.device), "tokens": 0, "steps": 0}
+        self._window_began = time.monotonic()
+
+    def _account(self, done: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
+        self.log.step = done
+        window, last = self._window, done == self.order.steps
+        window["loss"] += loss
+        window["tokens"] += tokens
+        window["steps"] += 1
+        due = bool(self.training.eval_steps) and done % self.training.eval_steps == 0 and not last
+        if not (due or last or done == 1 or done % self.training.logging_steps == 0):
+            return
+        sums = self.process.sum(torch.tensor([window["loss"], window["tokens"]], dtype=torch.float64)).tolist()
+        seconds = time.monotonic() - self._window_began
+        mean = sums[0] / window["steps"]
+        if not math.isfinite(mean):
+            raise TrainingDiverged(
+                f"step {done}: the loss is {mean}, grad_norm {grad_norm:.3g}, training.learning_rate "
+                f"{self.training.learning_rate:g}; lower the learning rate, lengthen training.warmup_steps, or set "
+                "training.precision to fp32"
+            )
+        self.log.tokens += int(sums[1])
+        self.log.seconds += seconds
+        report = StepReport(
+            step=done,
+            total=self.order.steps,
+            loss=mean,
+            grad_norm=float(grad_norm),
+            learning_rate=self.scheduler.get_last_lr()[0],
+            tokens_per_second=sums[1] / seconds,
+            eta_seconds=seconds / window["steps"] * (self.order.steps - done),
+            held_out_loss=self.held_out_loss() if due else None,
+        )
+        self.log.history.append(report.to_dict())
+        self.reporter.step(report)
+        self._open_window()
+
+    def _save_checkpoint_if_due(self) -> None:
+        every, done = self.training.save_steps, self.log.step
+        if every and done % every == 0 and done < self.order.steps:
+            if self.process.reports:
+                checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log))
+            self.process.barrier()
+
+    def _write_output(self) -> None:
+        before, after = self.log.held_out_loss.values()
+        if before is not None and after is not None:
+            self.reporter.say(f"held-out loss {before:.4f} before, {after:.4f} after")
+        self.log.peak_memory_mib = _peak_memory_mib(self.process.device)
+        if self.process.reports:
+            output.save(
+                self.job.output,
+                self.model,
+                self.job.base_model,
+                self.config,
+                self.job.made_from,
+                vars(self.log),
+                self.initial_adapter,
+            )
+
+
+def make_optimizer(
+    parameters: list[torch.nn.Parameter], training: Training, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings name.
+
+    Raises:
+        UnsupportedOptimizer: for an 8-bit one without CUDA.
+    """
+    kwargs: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **kwargs)
+    if device.type != "cuda":
+        raise UnsupportedOptimizer(f"training.optimizer: {training.optimizer} needs CUDA; use adamw here")
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[training.optimizer](parameters, **kwargs)
+
+
+def _peak_memory_mib(device: torch.device) -> int:
+    """Of this process: of its GPU where it has one, else resident memory (ru_maxrss is in KiB on Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -1,0 +1,110 @@
+"""How training tells people what it does: in the terminal, in the Dagster run, in Weights & Biases."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from finetune_assets.config.schema import ExperimentConfig, Wandb
+from finetune_assets.training.distributed import Process
+
+Sink = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is known after an optimizer step.
+
+    Attributes:
+        step: Optimizer steps done.
+        total: Optimizer steps in all.
+        loss: Mean cross-entropy of the learned tokens since the last report, in nats.
+        grad_norm: Global gradient norm of the last step, before clipping.
+        learning_rate: Of the last step.
+        tokens_per_second: Tokens read since the last report, padding not counted, over all processes.
+        eta_seconds: Until the last step, at this speed.
+        held_out_loss: Mean cross-entropy over the validation split, where it was just measured.
+    """
+
+    step: int
+    total: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    eta_seconds: float
+    held_out_loss: float | None = None
+
+    def line(self) -> str:
+        held_out = "" if self.held_out_loss is None else f" · held-out loss {self.held_out_loss:.4f}"
+        return (
+            f"step {self.step}/{self.total} · loss {self.loss:.4f}{held_out} · grad_norm {self.grad_norm:.3f} · "
+            f"lr {self.learning_rate:.2e} · {self.tokens_per_second:,.0f} tokens/s · "
+            f"ETA {timedelta(seconds=round(self.eta_seconds))}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Reporter:
+    """Rank 0's voice; the other processes have none.
+
+    Args:
+        say: Takes a line of text.
+        record: Take a step's numbers.
+    """
+
+    def __init__(self, say: Callable[[str], None], record: list[Sink]) -> None:
+        self.say = say
+        self._record = record
+
+    def step(self, report: StepReport) -> None:
+        self.say(report.line())
+        for sink in self._record:
+            sink(report.to_dict())
+
+
+@contextmanager
+def reporter(process: Process, config: ExperimentConfig, run_id: str) -> Iterator[Reporter]:
+    """Open what this process reports to: the Dagster run where one listens, the terminal otherwise.
+
+    Args:
+        process: This process.
+        config: The experiment.
+        run_id: Names the W&B run, so that a resumed training goes on in the same one.
+    """
+    if not process.reports:
+        yield Reporter(lambda line: None, [])
+        return
+    with ExitStack() as stack:
+        say = _dagster_log(stack) or (lambda line: print(line, flush=True))
+        sinks = [_wandb_sink(stack, config, config.wandb, run_id)] if config.wandb else []
+        yield Reporter(say, sinks)
+
+
+def _dagster_log(stack: ExitStack) -> Callable[[str], None] | None:
+    try:
+        from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
+    except ImportError:
+        return None
+    if not PipesEnvVarParamsLoader().is_dagster_pipes_process():
+        return None
+    return stack.enter_context(open_dagster_pipes()).log.info
+
+
+def _wandb_sink(stack: ExitStack, config: ExperimentConfig, settings: Wandb, run_id: str) -> Sink:
+    import wandb
+
+    run = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=settings.run_name,
+        mode=settings.mode,
+        id=run_id,
+        resume="allow" if settings.mode == "online" else None,
+        config=asdict(config),
+    )
+    stack.callback(run.finish)
+    return lambda numbers: run.log({k: v for k, v in numbers.items() if k != "step"}, step=numbers["step"])
