@@ -1,11 +1,19 @@
-"""Processes that do not outlive the one that started them."""
+"""Manners of a worker process: it does not outlive its parent, and it says why it failed."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+from finetune_assets.errors import UserError
 
 PR_SET_PDEATHSIG = 1
+ERROR_FILE = "FINETUNE_ERROR_FILE"
+"""Environment variable: where a worker writes the text of a `UserError` before it ends."""
 
 
 def die_with_parent() -> None:
@@ -19,3 +27,25 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_worker(module: str) -> None:
+    """Run `module.main()` as a worker: it ends with its parent, and leaves its error where the launcher looks.
+
+    The module is imported here, so that an import that fails is told like any other error.
+    """
+    die_with_parent()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    @record
+    def main() -> None:
+        try:
+            import_module(module).main()
+        except UserError as e:
+            if path := os.environ.get(ERROR_FILE):
+                Path(path).write_text(str(e), encoding="utf-8")
+            raise
+
+    main()

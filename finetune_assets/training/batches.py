@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -37,7 +38,7 @@ class Examples:
     def __init__(self, path: Path) -> None:
         self.table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         self.ids, self.labels = self.table["input_ids"], self.table["labels"]
-        self.lengths: NDArray[np.int64] = pa.compute.list_value_length(self.ids).to_numpy().astype(np.int64)
+        self.lengths: NDArray[np.int64] = pc.list_value_length(self.ids).to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.table)

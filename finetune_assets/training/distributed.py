@@ -34,7 +34,7 @@ class Process:
             dist.all_reduce(values)
         return values
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Add up the gradients of all processes; a process that computed none adds zeros.
 
         One flat buffer a step instead of DistributedDataParallel: an adapter's gradients are few, and no process has
@@ -42,7 +42,7 @@ class Process:
         """
         if self.world == 1:
             return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (parameters := list(parameters))]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.sum(torch.cat([grad.flatten() for grad in grads]))
         for parameter, part in zip(parameters, flat.split([grad.numel() for grad in grads]), strict=True):
             parameter.grad = part.view_as(parameter)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer
 
 from finetune_assets.config.loading import dump
@@ -38,15 +38,21 @@ def save(
         initial_adapter: With an initialisation that rewrote the base: the adapter as it was first, so that what is
             saved fits the base as published.
     """
-    adapter = model.peft_config["default"]
-    adapter.base_model_name_or_path, adapter.revision = made_from["base_model"], made_from["revision"]
     initial = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
     model.save_pretrained(output, **initial)
+    _name_base(output, made_from)
     AutoTokenizer.from_pretrained(base_folder, local_files_only=True).save_pretrained(output)
     (output / CONFIG).write_text(dump(config), encoding="utf-8")
     _write_json(output / TRAINER_STATE, state)
     _write_json(output / PROVENANCE, {**made_from, "versions": _versions(), "hardware": _hardware()})
     (output / "README.md").write_text(_model_card(made_from, state), encoding="utf-8")
+
+
+def _name_base(output: Path, made_from: dict[str, Any]) -> None:
+    """Name the base as the world knows it; PEFT wrote the folder that it was read from."""
+    adapter = PeftConfig.from_pretrained(output)
+    adapter.base_model_name_or_path, adapter.revision = made_from["base_model"], made_from["revision"]
+    adapter.save_pretrained(output)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
@@ -82,7 +88,7 @@ tags: [lora]
 Base model `{made_from["base_model"]}` at `{made_from["revision"]}`, {state["step"]} steps.
 {measured}
 ```python
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({made_from["base_model"]!r}, revision={made_from["revision"]!r})

@@ -1,0 +1,89 @@
+"""The trained adapter."""
+
+import json
+
+import dagster as dg
+
+from finetune_assets.assets.making import GROUP, make_once, plain_errors, result
+from finetune_assets.assets.partitions import experiments
+from finetune_assets.config.loading import dump
+from finetune_assets.launch.job import JobSpec
+from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.lineage import ADAPTERS, Lineage
+
+STATE = "trainer_state.json"
+
+
+@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, pool="gpu", code_version="1")
+def lora_adapter(
+    context: dg.AssetExecutionContext,
+    tokenized_dataset: ArtifactRef,
+    cached_base_model: ArtifactRef,
+    project: Project,
+    launcher: dg.ResourceParam[LocalLauncher],
+) -> dg.MaterializeResult[ArtifactRef]:
+    """A LoRA adapter in safetensors, trained by `torchrun`, with tokenizer, settings, log and provenance."""
+    with plain_errors():
+        lineage = project.lineage(context.partition_key)
+        fingerprint = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
+
+        def make() -> ArtifactRef:
+            spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model)
+            return run_in_pipes(context, launcher, spec)
+
+        made = make_once(context, project, ADAPTERS, fingerprint, make)
+        return result(made, **_describe(project, made.ref))
+
+
+def training_job(
+    project: Project, lineage: Lineage, fingerprint: str, dataset: ArtifactRef, base_model: ArtifactRef
+) -> JobSpec:
+    """What the launcher is handed to train one experiment."""
+    experiment, store = lineage.experiment, project.store()
+    begun = lineage.warm_start()
+    source = lineage.base_source()
+    raw = store.manifest(dataset.kind, dataset.name)
+    return JobSpec(
+        module="finetune_assets.training",
+        config=dump(experiment.config),
+        inputs={"base-model": base_model, "dataset": dataset, **({"warm-start": begun} if begun else {})},
+        kind=ADAPTERS,
+        fingerprint=fingerprint,
+        made_from={
+            "fingerprint": fingerprint,
+            "experiment": experiment.name,
+            "overrides": list(experiment.overrides),
+            "base_model": source.repo,
+            "revision": source.revision,
+            "cached_base_model": base_model.fingerprint,
+            "tokenized_dataset": dataset.fingerprint,
+            "dolly_raw": raw.made_from["dolly_raw"] if raw else None,
+            "warm_start": begun.fingerprint if begun else None,
+        },
+        store=store.url,
+        namespace=store.namespace,
+        cache=str(store.cache),
+        processes=experiment.config.training.processes_per_node,
+        replace=project.force,
+        scratch=True,
+    )
+
+
+def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
+    folder = project.store().fetch(ref, lambda path: path == STATE)
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    last, held_out = state["history"][-1], state["held_out_loss"]
+    return {
+        "steps": state["steps"],
+        "tokens": state["tokens"],
+        "training_seconds": round(state["seconds"], 1),
+        "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
+        "trainable_parameters": state["trainable_parameters"],
+        "peak_memory_mib": state["peak_memory_mib"],
+        "train_loss": last["loss"],
+        "grad_norm": last["grad_norm"],
+        **{f"held_out_loss_{when}": loss for when, loss in held_out.items() if loss is not None},
+    }

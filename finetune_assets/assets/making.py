@@ -1,0 +1,88 @@
+"""What every asset does around its own work: make an artifact unless it is there, and tell of it."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from finetune_assets.errors import UserError
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import ArtifactRef
+
+GROUP = "finetune"
+"""One group: with several, Dagster's global lineage opens as closed boxes."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact and how it came to be.
+
+    Attributes:
+        ref: The artifact.
+        reused: Whether the store had it already.
+        seconds: How long it took.
+    """
+
+    ref: ArtifactRef
+    reused: bool
+    seconds: float
+
+
+def make_once(
+    context: dg.AssetExecutionContext,
+    project: Project,
+    kind: str,
+    name: str,
+    make: Callable[[], ArtifactRef],
+) -> Made:
+    """Return the artifact of that name from the store, or make it; `force` makes it anyway."""
+    began = time.monotonic()
+    found = None if project.force else project.store().find(kind, name)
+    if found:
+        context.log.info(f"nothing to do: {found.uri} was made from the same inputs, settings and code")
+    ref = found or make()
+    return Made(ref, found is not None, time.monotonic() - began)
+
+
+def publish_built(
+    project: Project,
+    kind: str,
+    name: str,
+    fingerprint: str,
+    made_from: Mapping[str, Any],
+    build: Callable[[Path], None],
+) -> ArtifactRef:
+    """Let `build` fill an empty folder and publish it; if it fails, nothing is left."""
+    store = project.store()
+    store.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=store.cache) as folder:
+        build(Path(folder))
+        return store.publish(Path(folder), kind, name, fingerprint, made_from, replace=project.force)
+
+
+def result(made: Made, **metadata: Any) -> dg.MaterializeResult[ArtifactRef]:
+    """What an asset returns: the reference, its fingerprint as data version, and what there is to see."""
+    common = {
+        "reused": made.reused,
+        "seconds": round(made.seconds, 2),
+        "uri": dg.MetadataValue.path(made.ref.uri.removeprefix("file://")),
+        "files": made.ref.files,
+        "megabytes": round(made.ref.size / 1e6, 3),
+    }
+    return dg.MaterializeResult(
+        value=made.ref, data_version=dg.DataVersion(made.ref.fingerprint), metadata={**metadata, **common}
+    )
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Fail the step with the error's text alone; what a person must mend is not retried."""
+    try:
+        yield
+    except UserError as e:
+        raise dg.Failure(str(e), allow_retries=False) from None

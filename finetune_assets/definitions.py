@@ -1,0 +1,25 @@
+"""What `workspace.yaml` loads. Nothing here or below imports torch, transformers, peft, bitsandbytes or datasets."""
+
+import dagster as dg
+
+from finetune_assets.assets.adapter_evaluation import adapter_evaluation
+from finetune_assets.assets.cached_base_model import cached_base_model
+from finetune_assets.assets.dolly_raw import dolly_raw
+from finetune_assets.assets.lora_adapter import lora_adapter
+from finetune_assets.assets.tokenized_dataset import tokenized_dataset
+from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.resources.project import Project
+from finetune_assets.store.io_manager import ArtifactIOManager
+
+project = Project.configure_at_launch()
+
+defs = dg.Definitions(
+    assets=[dolly_raw, cached_base_model, tokenized_dataset, lora_adapter, adapter_evaluation],
+    resources={
+        "project": project,
+        "io_manager": ArtifactIOManager(project=project),
+        "launcher": LocalLauncher(),
+    },
+    # The heavy steps are processes of their own already; a process a step would add 2 s to each.
+    executor=dg.in_process_executor,
+)

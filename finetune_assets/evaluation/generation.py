@@ -1,0 +1,66 @@
+"""Answers, generated greedily in batches."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = 16_384
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """The text that the model puts behind each prompt, up to its end token, in the prompts' order.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Longest answer.
+        progress: Told the answers done and wanted after every batch.
+    """
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding, eos_token_id=tokenizer.eos_token_id
+    )
+    texts = [""] * len(prompts)
+    done = 0
+    for batch in _batches(prompts, max_new_tokens):
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), width), padding)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy)
+        for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+            texts[i] = text.strip()
+        done += len(batch)
+        progress(done, len(prompts))
+    return texts
+
+
+def _batches(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Prompts of like length together, longest first, at most `BATCH_TOKENS` tokens a batch."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        if batches and (len(batches[-1]) + 1) * (len(prompts[batches[-1][0]]) + max_new_tokens) <= BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Whether two answers are the same but for case, white space and a final full stop."""
+    return _folded(answer) == _folded(expected)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")

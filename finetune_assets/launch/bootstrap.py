@@ -1,0 +1,143 @@
+"""The first process of a job, wherever it runs: fetch the inputs, run the worker, publish what it made.
+
+`python -m finetune_assets.launch.bootstrap JOB.json RESULT.json`
+"""
+
+from finetune_assets.launch.process import ERROR_FILE, die_with_parent
+
+die_with_parent()
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from pathlib import Path
+
+from finetune_assets.errors import UserError
+from finetune_assets.launch.job import JobFailed, JobSpec, read
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, empty_folder
+
+TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+TAIL = 30
+"""Lines of the worker's stderr that are told where it left no error of its own."""
+
+
+def run(spec: JobSpec) -> ArtifactRef:
+    """Run one job to its end.
+
+    Raises:
+        JobFailed: with the worker's own error.
+        UserError: if an input cannot be fetched or the output not be published.
+    """
+    store = ArtifactStore(spec.store, spec.namespace, Path(spec.cache))
+    scratch = Path(spec.cache) / "scratch" / spec.fingerprint
+    with tempfile.TemporaryDirectory(prefix="job-", dir=_made(Path(spec.cache) / "jobs")) as work:
+        folder = Path(work)
+        (folder / "config.yaml").write_text(spec.config, encoding="utf-8")
+        (folder / "made_from.json").write_text(json.dumps(spec.made_from), encoding="utf-8")
+        output = empty_folder(folder / "output")
+        arguments = {
+            "config": folder / "config.yaml",
+            "made-from": folder / "made_from.json",
+            "output": output,
+            **{name: store.fetch(ref) for name, ref in spec.inputs.items()},
+        }
+        if spec.scratch:
+            arguments["scratch"] = _made(scratch)
+        flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
+        processes = _processes(spec)
+        _run_worker([*_runner(spec, processes), *flags], folder, processes)
+        ref = store.publish(output, spec.kind, spec.fingerprint, spec.fingerprint, spec.made_from, spec.replace)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return ref
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _processes(spec: JobSpec) -> int:
+    """How many processes to start: `auto` is one a GPU, or one where there is none."""
+    if spec.processes not in (None, "auto"):
+        return int(spec.processes)
+    if spec.processes is None or not shutil.which("nvidia-smi"):
+        return 1
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else listed.stdout.splitlines()
+    return max(1, len(gpus))
+
+
+def _runner(spec: JobSpec, processes: int) -> list[str]:
+    if spec.processes is None:
+        return [sys.executable, "-m", spec.module]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*torchrun, "-m", spec.module]
+
+
+def _run_worker(command: list[str], folder: Path, processes: int) -> None:
+    """Run the worker with its output passed on, and keep what explains a failure.
+
+    Args:
+        command: The worker's.
+        folder: For what explains a failure.
+        processes: How many share this machine's cores.
+    """
+    told, crashed = folder / "user_error.txt", folder / "crash.json"
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        **os.environ,
+        ERROR_FILE: str(told),
+        TORCHRUN_ERROR_FILE: str(crashed),
+        "HF_HUB_OFFLINE": "1",  # a worker reads folders; it never asks the Hub
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    worker = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=die_with_parent
+    )
+    tail: deque[str] = deque(maxlen=TAIL)
+    assert worker.stderr
+    try:
+        for line in worker.stderr:
+            sys.stderr.write(line)
+            tail.append(line)
+        code = worker.wait()
+    finally:
+        if worker.poll() is None:
+            worker.terminate()
+            worker.wait()
+    if code != 0:
+        raise JobFailed(_explain(told, crashed, tail, code))
+
+
+def _explain(told: Path, crashed: Path, tail: deque[str], code: int) -> str:
+    """The worker's own account of its failure, the most telling one that it left."""
+    if told.exists():
+        return told.read_text(encoding="utf-8")
+    if crashed.exists():
+        message = json.loads(crashed.read_text(encoding="utf-8"))["message"]
+        if isinstance(message, str):
+            return message
+        return f"{message['message']}\n{message.get('extraInfo', {}).get('py_callstack', '')}"
+    return f"the worker ended with code {code}; its last words:\n{''.join(tail)}"
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    spec, result = read(Path(sys.argv[1])), Path(sys.argv[2])
+    try:
+        answer = {"ref": run(spec).to_dict()}
+    except UserError as e:
+        answer = {"error": str(e)}
+    result.write_text(json.dumps(answer), encoding="utf-8")
+    sys.exit("error" in answer)
+
+
+if __name__ == "__main__":
+    main()

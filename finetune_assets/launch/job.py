@@ -1,0 +1,55 @@
+"""What a launcher is asked to run: store references in, one artifact out."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.errors import UserError
+from finetune_assets.store.artifacts import ArtifactRef
+
+
+class JobFailed(UserError):
+    """The worker ended without an artifact. The text is the worker's own error."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One worker's job, the same for every engine that runs it.
+
+    Attributes:
+        module: What to run, such as `finetune_assets.training`.
+        config: The resolved configuration as YAML.
+        inputs: Artifacts by name; the worker finds each as a folder given as `--name`.
+        kind: Kind of the artifact that comes out.
+        fingerprint: Its identity and name.
+        made_from: What its manifest and provenance say about its origin.
+        store: URL of the store.
+        namespace: Namespace in the store.
+        cache: Node-local folder.
+        processes: torchrun processes (`auto` or a number); None runs the module alone, without torchrun.
+        replace: Publish over an artifact of that name.
+    """
+
+    module: str
+    config: str
+    inputs: dict[str, ArtifactRef]
+    kind: str
+    fingerprint: str
+    made_from: dict[str, Any]
+    store: str
+    namespace: str
+    cache: str
+    processes: str | None = None
+    replace: bool = False
+    scratch: bool = field(default=False)
+    """Give the worker a folder (`--scratch`) that outlives it until a run of this fingerprint succeeds."""
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def read(path: Path) -> JobSpec:
+    """Read back what `JobSpec.write` wrote."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return JobSpec(**{**tree, "inputs": {name: ArtifactRef(**ref) for name, ref in tree["inputs"].items()}})

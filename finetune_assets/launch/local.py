@@ -1,0 +1,54 @@
+"""Run jobs on this machine."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from os import environ
+from pathlib import Path
+
+from finetune_assets.launch.job import JobFailed, JobSpec
+from finetune_assets.store.artifacts import ArtifactRef
+
+GRACE_SECONDS = 45
+"""torchrun gives its workers 30 s to end; the bootstrap needs a little more."""
+
+
+class LocalLauncher:
+    """Starts the bootstrap as a child of this process."""
+
+    def run(self, spec: JobSpec, environment: Mapping[str, str]) -> ArtifactRef:
+        """Run a job and wait for its artifact.
+
+        Args:
+            spec: The job.
+            environment: Added to this process's own; Dagster Pipes announces itself here.
+
+        Raises:
+            JobFailed: with the worker's own error.
+        """
+        with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+            job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+            spec.write(job)
+            command = [sys.executable, "-m", "finetune_assets.launch.bootstrap", str(job), str(result)]
+            process = subprocess.Popen(command, env={**environ, **environment})
+            try:
+                code = process.wait()
+            except BaseException:
+                _stop(process)
+                raise
+            answer = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        if "ref" not in answer:
+            raise JobFailed(answer.get("error", f"the worker's bootstrap was killed (code {code})"))
+        return ArtifactRef(**answer["ref"])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the bootstrap; the kernel ends whatever it started."""
+    process.terminate()
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

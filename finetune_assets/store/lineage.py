@@ -1,0 +1,123 @@
+"""What each asset of an experiment must be, from configuration and inputs alone, and where it lies in the store.
+
+Nothing here asks what was materialized last: the same configuration and data lead to the same artifacts on a laptop, in
+CI on an empty instance, and in production.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from finetune_assets.config.fingerprint import (
+    adapter_fingerprint,
+    evaluation_fingerprint,
+    fingerprint,
+    raw_fingerprint,
+    tokenized_fingerprint,
+)
+from finetune_assets.config.loading import Experiment
+from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.data.sources import source_files
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, StoreError, folder_hashes, sha256
+from finetune_assets.store.base_models import BaseModelSource, is_tokenizer_file, locate
+
+RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "tokenized", "adapters", "evaluations"
+IMPORTS = "imports"
+"""Kind of adapters that were brought in from a folder to begin from."""
+
+
+class RawLineage:
+    """The raw data, which all experiments share.
+
+    Args:
+        store: Where artifacts lie.
+        config: The deployment's raw data settings.
+        root: What relative paths in settings are relative to.
+    """
+
+    def __init__(self, store: ArtifactStore, config: RawDataConfig, root: Path) -> None:
+        self.store, self.config, self.root = store, config, root
+
+    @cached_property
+    def files(self) -> list[Path]:
+        return source_files(self.config.source, self.root)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return raw_fingerprint(map(sha256, self.files))
+
+    def raw(self) -> ArtifactRef:
+        return self.store.resolve(RAW, self.fingerprint, made_by="dolly_raw")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """One experiment's artifacts. Each method raises `ArtifactMissing` if one before it is not in the store.
+
+    Attributes:
+        raw: The raw data.
+        experiment: The experiment.
+    """
+
+    raw: RawLineage
+    experiment: Experiment
+
+    @property
+    def store(self) -> ArtifactStore:
+        return self.raw.store
+
+    def base_source(self) -> BaseModelSource:
+        model = self.experiment.config.model
+        return locate(model.base_model, model.revision, self.raw.root)
+
+    def base_name(self) -> str:
+        source = self.base_source()
+        return f"{source.repo}/{source.revision}"
+
+    def base_model(self) -> ArtifactRef:
+        return self.store.resolve(BASE_MODELS, self.base_name(), made_by="cached_base_model")
+
+    def tokenized_fingerprint(self, raw: ArtifactRef, base_model: ArtifactRef) -> str:
+        manifest = self.store.manifest(base_model.kind, base_model.name)
+        files = {entry.path: entry.sha256 for entry in manifest.files} if manifest else {}
+        tokenizer = {path: digest for path, digest in files.items() if is_tokenizer_file(path)}
+        return tokenized_fingerprint(self.experiment, self.raw.config.split_salt, raw.fingerprint, tokenizer)
+
+    def tokenized(self) -> ArtifactRef:
+        name = self.tokenized_fingerprint(self.raw.raw(), self.base_model())
+        return self.store.resolve(TOKENIZED, name, made_by="tokenized_dataset")
+
+    def warm_start(self) -> ArtifactRef | None:
+        """The adapter that training begins from, published first if it is a folder.
+
+        Raises:
+            StoreError: if it is neither an adapter folder nor in the store.
+        """
+        setting = self.experiment.config.training.warm_start
+        if setting is None:
+            return None
+        if not setting.startswith((".", "/", "~")):
+            return self.store.resolve(ADAPTERS, setting, made_by="the adapter that training.warm_start names")
+        folder = self.raw.root / Path(setting).expanduser()
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise StoreError(f"training.warm_start: {folder} holds no adapter_model.safetensors")
+        name = fingerprint(files=folder_hashes(folder))
+        return self.store.find(IMPORTS, name) or self.store.publish(folder, IMPORTS, name, name, {"folder": setting})
+
+    def adapter_fingerprint(self, tokenized: ArtifactRef, base_model: ArtifactRef) -> str:
+        begun = self.warm_start()
+        return adapter_fingerprint(
+            self.experiment, tokenized.fingerprint, base_model.fingerprint, begun and begun.fingerprint
+        )
+
+    def adapter(self) -> ArtifactRef:
+        name = self.adapter_fingerprint(self.tokenized(), self.base_model())
+        return self.store.resolve(ADAPTERS, name, made_by="lora_adapter")
+
+    def evaluation_fingerprint(self, adapter: ArtifactRef) -> str:
+        return evaluation_fingerprint(self.experiment, adapter.fingerprint)
+
+    def evaluation(self) -> ArtifactRef:
+        return self.store.resolve(
+            EVALUATIONS, self.evaluation_fingerprint(self.adapter()), made_by="adapter_evaluation"
+        )
