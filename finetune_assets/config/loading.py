@@ -1,8 +1,8 @@
 """From YAML files and one run's overrides to one checked tree of settings."""
 
 import types
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -141,12 +141,12 @@ def _check_names(schema: type, tree: Any, where: str, path: str = "") -> None:
         key = f"{path}.{name}" if path else str(name)
         if name not in hints:
             raise ConfigError(where, key, f"unknown setting (value {value!r}); {suggest(str(name), hints)}")
-        group = _group_of(hints[name])
+        group = group_of(hints[name])
         if group and value is not None:
             _check_names(group, value, where, key)
 
 
-def _group_of(hint: Any) -> type | None:
+def group_of(hint: Any) -> type | None:
     """The dataclass that a field holds (`Wandb | None` holds one too), if any."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((option for option in options if is_dataclass(option)), None)  # type: ignore[return-value]
@@ -164,7 +164,7 @@ def _type_error(schema: type, layer: Layer, error: OmegaConfBaseException) -> Co
 def _literal_options(schema: type, key: str) -> tuple[str, ...]:
     hint: Any = schema
     for name in key.split("."):
-        group = _group_of(hint)
+        group = group_of(hint)
         hint = get_type_hints(group).get(name) if group else None
     return get_args(hint) if get_origin(hint) is Literal else ()
 
@@ -172,15 +172,3 @@ def _literal_options(schema: type, key: str) -> tuple[str, ...]:
 def _who_set(key: str, layers: list[Layer], path: Path) -> str:
     setters = (layer.where for layer in reversed(layers) if OmegaConf.select(layer.tree, key) is not None)
     return next(setters, str(path))
-
-
-def settings(schema: type, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting below a dataclass as (dotted path, dataclass field), groups left out."""
-    hints = get_type_hints(schema)
-    for field in fields(schema):
-        key = f"{path}.{field.name}" if path else field.name
-        group = _group_of(hints[field.name])
-        if group:
-            yield from settings(group, key)
-        else:
-            yield key, field

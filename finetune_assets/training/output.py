@@ -73,6 +73,12 @@ def _hardware() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
 
 
+def _base_arguments(made_from: dict[str, Any]) -> str:
+    repo, revision = made_from["base_model"], made_from["revision"]
+    on_the_hub = not repo.startswith(("packaged/", "local/"))
+    return f"{repo!r}, revision={revision!r}" if on_the_hub else f'"the folder of {repo}"'
+
+
 def _model_card(made_from: dict[str, Any], state: dict[str, Any]) -> str:
     held_out = state["held_out_loss"]
     measured = ""
@@ -91,7 +97,7 @@ Base model `{made_from["base_model"]}` at `{made_from["revision"]}`, {state["ste
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({made_from["base_model"]!r}, revision={made_from["revision"]!r})
+base = AutoModelForCausalLM.from_pretrained({_base_arguments(made_from)})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 

@@ -96,6 +96,8 @@ class LoraFinetune:
         """Train, measure, and write the output folder."""
         self._resume()
         self._describe()
+        if self.reporter.wandb_run:
+            self.reporter.wandb_run.watch(self.model)
         if self.log.held_out_loss["before"] is None:
             self.log.held_out_loss["before"] = self.held_out_loss()
         self._open_window()
@@ -259,6 +261,8 @@ class LoraFinetune:
                 vars(self.log),
                 self.initial_adapter,
             )
+        if self.reporter.wandb_run:
+            self.reporter.wandb_run.log_adapter(self.job.output)
 
 
 def make_optimizer(

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from finetune_assets.config.schema import ExperimentConfig, Wandb
 from finetune_assets.training.distributed import Process
-
-Sink = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,17 @@ class Reporter:
 
     Args:
         say: Takes a line of text.
-        record: Take a step's numbers.
+        wandb_run: Also gets numbers, weights and adapter, if given.
     """
 
-    def __init__(self, say: Callable[[str], None], record: list[Sink]) -> None:
+    def __init__(self, say: Callable[[str], None], wandb_run: "WandbRun | None" = None) -> None:
         self.say = say
-        self._record = record
+        self.wandb_run = wandb_run
 
     def step(self, report: StepReport) -> None:
         self.say(report.line())
-        for sink in self._record:
-            sink(report.to_dict())
+        if self.wandb_run:
+            self.wandb_run.record(report.to_dict())
 
 
 @contextmanager
@@ -76,12 +77,14 @@ def reporter(process: Process, config: ExperimentConfig, run_id: str) -> Iterato
         run_id: Names the W&B run, so that a resumed training goes on in the same one.
     """
     if not process.reports:
-        yield Reporter(lambda line: None, [])
+        yield Reporter(lambda line: None)
         return
     with ExitStack() as stack:
         say = _dagster_log(stack) or (lambda line: print(line, flush=True))
-        sinks = [_wandb_sink(stack, config, config.wandb, run_id)] if config.wandb else []
-        yield Reporter(say, sinks)
+        wandb_run = WandbRun(config, config.wandb, run_id) if config.wandb else None
+        if wandb_run:
+            stack.push(wandb_run.finish)
+        yield Reporter(say, wandb_run)
 
 
 def _dagster_log(stack: ExitStack) -> Callable[[str], None] | None:
@@ -94,17 +97,43 @@ def _dagster_log(stack: ExitStack) -> Callable[[str], None] | None:
     return stack.enter_context(open_dagster_pipes()).log.info
 
 
-def _wandb_sink(stack: ExitStack, config: ExperimentConfig, settings: Wandb, run_id: str) -> Sink:
-    import wandb
+class WandbRun:
+    """One Weights & Biases run, written by rank 0.
 
-    run = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        name=settings.run_name,
-        mode=settings.mode,
-        id=run_id,
-        resume="allow" if settings.mode == "online" else None,
-        config=asdict(config),
-    )
-    stack.callback(run.finish)
-    return lambda numbers: run.log({k: v for k, v in numbers.items() if k != "step"}, step=numbers["step"])
+    dagster-wandb's IO manager cannot be used here: it waits for an upload, which never comes offline.
+    """
+
+    def __init__(self, config: ExperimentConfig, settings: Wandb, run_id: str) -> None:
+        import wandb
+
+        self.settings = settings
+        self.run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.run_name,
+            mode=settings.mode,
+            id=run_id,
+            resume="allow" if settings.mode == "online" else None,
+            config=asdict(config),
+        )
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Record gradients or weights as the settings ask."""
+        if self.settings.watch != "off":
+            self.run.watch(model, log=self.settings.watch)
+
+    def record(self, numbers: dict[str, Any]) -> None:
+        self.run.log({name: value for name, value in numbers.items() if name != "step"}, step=numbers["step"])
+
+    def log_adapter(self, folder: Path) -> None:
+        """Log the adapter as an artifact, if the settings ask for it."""
+        if self.settings.log_model:
+            import wandb
+
+            artifact = wandb.Artifact(f"adapter-{self.run.id}", type="model")
+            artifact.add_dir(str(folder))
+            self.run.log_artifact(artifact)
+
+    def finish(self, error_type: type | None, *_: object) -> None:
+        """End the run, as failed if it ends by an error."""
+        self.run.finish(exit_code=1 if error_type else 0)

@@ -1,0 +1,45 @@
+# Everything a fresh machine needs is Python 3.11 or newer, make and git. `make demo` and `make test` do all set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export DAGSTER_HOME := $(CURDIR)/.dagster_home
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test soak lint ui bench docs clean
+
+demo: $(VENV)/installed  ## the whole graph on packaged data, offline
+	@$(BIN)/python -m finetune_assets.demo
+
+test: $(VENV)/installed  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/installed  ## all tests at their full counts
+	SOAK=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed  ## style, import rules, types, definitions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/dagster definitions validate -m finetune_assets.definitions --log-level warning
+
+ui: $(VENV)/installed  ## Dagster's UI and daemon on http://127.0.0.1:3000
+	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p 3000
+
+bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.data_prep
+
+docs: $(VENV)/installed  ## write the generated chapters
+	$(BIN)/python -m finetune_assets.config.reference
+
+# torch first and exactly: a looser request, or one by another package, may take another build of it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:  ## remove what was installed and made here
+	rm -rf $(VENV) .finetune build *.egg-info

@@ -1,0 +1,90 @@
+"""The reference of every setting, written from the schema: `python -m finetune_assets.config.reference`."""
+
+import ast
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
+
+from finetune_assets.config.loading import group_of
+from finetune_assets.config.schema import ExperimentConfig, RawDataConfig
+
+TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
+HEAD = """# Every setting
+
+Written from `finetune_assets/config/schema.py` by `python -m finetune_assets.config.reference`; do not edit.
+
+A setting marked † cannot change what is made, so changing it re-runs nothing. Settings of one run are given once for
+all its assets, as dotted strings:
+
+```sh
+dagster asset materialize --select '*' --partition demo -m finetune_assets.definitions \\
+  --config-json '{"resources": {"project": {"config": {"overrides": ["training.learning_rate=5e-4"]}}}}'
+```
+"""
+
+
+def reference() -> str:
+    """The whole page in Markdown."""
+    experiment = _tables(ExperimentConfig, "", "An experiment (`configs/experiments/NAME.yaml`)")
+    raw = _tables(RawDataConfig, "", "Raw data (`configs/raw_data.yaml`)")
+    return "\n".join([HEAD, *experiment, *raw])
+
+
+def _tables(schema: type, path: str, title: str) -> Iterator[str]:
+    hints, texts = get_type_hints(schema), docstrings(schema)
+    groups = [(field, group_of(hints[field.name])) for field in fields(schema)]
+    rows = [_row(field, hints[field.name], texts[field.name]) for field, group in groups if not group]
+    if rows:
+        yield f"## {title}\n\n{inspect.getdoc(schema)}\n"
+        yield "\n".join(["| setting | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""])
+    for field, group in groups:
+        if group:
+            inner = f"{path}.{field.name}" if path else field.name
+            yield from _tables(group, inner, f"`{inner}`")
+
+
+def _row(field: Field[Any], hint: Any, text: str) -> str:
+    mark = "" if field.metadata.get("identity", True) else " †"
+    meaning = " ".join(text.split()).replace("|", "\\|")
+    return f"| `{field.name}`{mark} | {_type(hint)} | {_default(field)} | {meaning} |"
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " ".join(f"`{option}`" for option in get_args(hint))
+    if hint is Any:
+        return "see meaning"
+    name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return f"`{name}`".replace("|", "\\|")
+
+
+def _default(field: Field[Any]) -> str:
+    value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+    if value == MISSING:
+        return "must be set"
+    if value == "":
+        return "empty"
+    return f"`{json.dumps(value)}`".replace("|", "\\|") if not isinstance(value, str) else f"`{repr(value)[1:-1]}`"
+
+
+def docstrings(schema: type) -> dict[str, str]:
+    """The text under each attribute of a dataclass (which Python itself does not keep)."""
+    (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(schema))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            found[statement.target.id] = str(following.value.value) if is_text else ""  # type: ignore[attr-defined]
+    return found
+
+
+if __name__ == "__main__":
+    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.write_text(reference(), encoding="utf-8")

@@ -1,0 +1,87 @@
+"""`make demo`: the whole graph on the packaged rows and model, and what came out of it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune_assets.errors import UserError
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import ArtifactRef
+
+EXPERIMENT = "demo"
+INFO_ONLY = json.dumps({"loggers": {"console": {"config": {"log_level": "INFO"}}}})
+COMMAND = ["dagster", "asset", "materialize", "--select", "*", "--partition", EXPERIMENT]
+COMMAND += ["-m", "finetune_assets.definitions"]
+
+
+def main() -> None:
+    """Materialize the demo experiment and print its story."""
+    console, began = Console(), time.monotonic()
+    trained_before = adapter_in_store() is not None
+    console.print(f"[bold]$ {' '.join(COMMAND)}[/bold]", highlight=False)
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    code = subprocess.call([sys.executable, "-m", *COMMAND, "--config-json", INFO_ONLY], env=quiet)
+    if code != 0:
+        sys.exit(code)
+    tell(console, trained_before, time.monotonic() - began)
+
+
+def adapter_in_store() -> ArtifactRef | None:
+    """The demo's adapter, if one was trained from the data and settings of now."""
+    try:
+        return Project().lineage(EXPERIMENT).adapter()
+    except UserError:
+        return None
+
+
+def tell(console: Console, trained_before: bool, seconds: float) -> None:
+    """Print what was measured, some answers, and where to go on."""
+    lineage = Project().lineage(EXPERIMENT)
+    folder = lineage.store.fetch(lineage.evaluation())
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    console.print()
+    console.print(answers(evaluation["samples"]))
+    console.print(measurements(evaluation["metrics"]))
+    if trained_before:
+        console.print("[bold]Nothing was trained again[/bold]: data, settings and code are those of the last run.")
+    adapter = Path(lineage.adapter().uri.removeprefix("file://"))
+    shown = adapter.relative_to(Path.cwd()) if adapter.is_relative_to(Path.cwd()) else adapter
+    console.print(f"Done in {seconds:.0f} s. The adapter lies in\n  {shown}", highlight=False, soft_wrap=True)
+    console.print(
+        "\nSee it:   make ui   (then http://127.0.0.1:3000, Assets, View lineage)\n"
+        "Go on:    README.md, 'Your own data, model, experiment'; a real model is one YAML line away:\n"
+        "          configs/experiments/smollm2-135m-dolly.yaml",
+        highlight=False,
+    )
+
+
+def answers(samples: list[dict[str, str]]) -> Table:
+    """Questions and both models' answers, side by side."""
+    table = Table(title="Held-out questions", show_lines=True)
+    for name in ("question", "expected", "base model", "with adapter"):
+        table.add_column(name)
+    for sample in samples:
+        question = sample["prompt"].replace("### Response:", "").strip()
+        table.add_row(question, sample["expected"], sample["base"], sample["adapter"])
+    return table
+
+
+def measurements(metrics: dict[str, Any]) -> Table:
+    """Held-out loss and exact match, before and after."""
+    table = Table(title=f"Measured on {metrics['generated_rows']} held-out rows")
+    for name in ("", "before", "after"):
+        table.add_column(name)
+    table.add_row("held-out loss", *(f"{metrics[f'held_out_loss_{when}']:.3f}" for when in ("before", "after")))
+    table.add_row("exact match", *(f"{metrics[f'exact_match_{when}']:.0%}" for when in ("before", "after")))
+    return table
+
+
+if __name__ == "__main__":
+    main()

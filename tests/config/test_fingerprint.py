@@ -1,0 +1,86 @@
+"""What changes an artifact's identity, and what does not."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from finetune_assets.config.fingerprint import (
+    adapter_fingerprint,
+    evaluation_fingerprint,
+    tokenized_fingerprint,
+)
+from finetune_assets.config.loading import Experiment, load_experiment
+
+CONFIGS = ROOT / "configs"
+
+
+def fingerprints(experiment: Experiment) -> tuple[str, str, str]:
+    tokenized = tokenized_fingerprint(experiment, "salt", "raw", {"tokenizer.json": "sha"})
+    adapter = adapter_fingerprint(experiment, tokenized, "base", None)
+    return tokenized, adapter, evaluation_fingerprint(experiment, adapter)
+
+
+def changed(*overrides: str) -> list[bool]:
+    before = fingerprints(load_experiment(CONFIGS, "demo"))
+    after = fingerprints(load_experiment(CONFIGS, "demo", overrides))
+    return [old != new for old, new in zip(before, after, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("override", "tokenized", "adapter", "evaluation"),
+    [
+        ("training.learning_rate=5e-4", False, True, True),
+        ("lora.rank=4", False, True, True),
+        ("model.quantization=nf4", False, True, True),
+        ("data.tokenization.cutoff_len=100", True, True, True),
+        ("data.num_samples=10", True, True, True),
+        ("evaluation.samples=3", False, False, True),
+        ("training.logging_steps=1", False, False, False),
+        ("training.eval_steps=5", False, False, False),
+        ("training.save_steps=5", False, False, False),
+        ("training.processes_per_node=2", False, False, False),
+        ("wandb.project=mine", False, False, False),
+        ("subscribed=false", False, False, False),
+        ("description=other", False, False, False),
+        ("data.prompt_template.description=other", False, False, False),
+        # what is said twice the same
+        ("training.learning_rate=0.001", False, False, False),
+    ],
+)
+def test_each_setting_changes_what_reads_it(override: str, tokenized: bool, adapter: bool, evaluation: bool) -> None:
+    assert changed(override) == [tokenized, adapter, evaluation]
+
+
+def test_comments_and_key_order_change_nothing(tmp_path: Path) -> None:
+    configs = Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
+    experiments = configs / "experiments"
+    (experiments / "a.yaml").write_text("model: {base_model: demo-base}\ntraining: {seed: 1, epochs: 2}\n")
+    (experiments / "b.yaml").write_text(
+        "# a comment\ntraining:\n  epochs: 2.0 # another\n  seed: 0x1\nmodel:\n  base_model: demo-base\n"
+    )
+    assert fingerprints(load_experiment(configs, "a")) == fingerprints(load_experiment(configs, "b"))
+
+
+@pytest.mark.parametrize("change", [{"split_salt": "other"}, {"raw": "other"}, {"tokenizer_files": {"a": "b"}}])
+def test_each_input_changes_the_dataset(change: dict[str, object]) -> None:
+    inputs = {"split_salt": "salt", "raw": "raw", "tokenizer_files": {"tokenizer.json": "sha"}}
+    experiment = load_experiment(CONFIGS, "demo")
+    before = tokenized_fingerprint(experiment, **inputs)  # type: ignore[arg-type]
+    assert tokenized_fingerprint(experiment, **{**inputs, **change}) != before  # type: ignore[arg-type]
+
+
+def test_base_and_warm_start_change_the_adapter() -> None:
+    experiment = load_experiment(CONFIGS, "demo")
+    made = {
+        adapter_fingerprint(experiment, "data", base, begun) for base in ("a", "b") for begun in (None, "x", "y")
+    }
+    assert len(made) == 6
+
+
+def test_base_model_name_counts_by_its_content() -> None:
+    """Two names of one commit are one model."""
+    one = load_experiment(CONFIGS, "demo", ["model.revision=main"])
+    other = load_experiment(CONFIGS, "demo", ["model.revision=v1"])
+    assert adapter_fingerprint(one, "data", "base", None) == adapter_fingerprint(other, "data", "base", None)

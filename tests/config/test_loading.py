@@ -1,0 +1,173 @@
+"""Settings: every shipped file loads, and every mistake is one clear error."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from finetune_assets.config.errors import ConfigError
+from finetune_assets.config.loading import (
+    dump,
+    experiment_names,
+    load_experiment,
+    load_raw_data_config,
+    load_resolved,
+)
+
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
+
+
+@pytest.mark.parametrize("name", experiment_names(CONFIGS))
+def test_shipped_experiment_loads_and_says_how_to_run_it(name: str) -> None:
+    experiment = load_experiment(CONFIGS, name)
+    head = (CONFIGS / "experiments" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "# Needs:" in head
+    assert f"--partition {name}" in head
+    assert experiment.config.subscribed == (name == "demo")
+
+
+def test_the_shipped_experiments() -> None:
+    assert experiment_names(CONFIGS) == [
+        "demo",
+        "llama-3.1-8b-dolly-lora",
+        "llama-3.1-8b-dolly-qlora",
+        "llama-7b-int8",
+        "smollm2-135m-dolly",
+    ]
+
+
+def test_the_reference_examples_own_settings() -> None:
+    config = load_experiment(CONFIGS, "llama-7b-int8").config
+    assert config.model.base_model == "yahma/llama-7b-hf"
+    assert config.model.quantization == "int8"
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (16, 32, 0.05)
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.data.tokenization.cutoff_len == 258
+
+
+def test_layers_win_in_order(configs: Path) -> None:
+    (configs / "base.yaml").write_text("training: {seed: 1, epochs: 1, learning_rate: 1.0}")
+    (configs / "experiments" / "mine.yaml").write_text("model: {base_model: demo-base}\ntraining: {seed: 2, epochs: 2}")
+    config = load_experiment(configs, "mine", ["training.seed=3"]).config
+    assert (config.training.seed, config.training.epochs, config.training.learning_rate) == (3, 2.0, 1.0)
+
+
+def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
+    config = load_experiment(CONFIGS, "demo", ["wandb.project=x", "lora.rank_pattern={q_proj: 4}"]).config
+    (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+    assert load_resolved(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.lerning_rate=1", ["training.lerning_rate", "1", "did you mean 'learning_rate'"]),
+        ("trainig.seed=1", ["trainig", "did you mean 'training'"]),
+        ("training.learning_rate=fast", ["training.learning_rate", "'fast'", "Float"]),
+        ("training.seed=1.5", ["training.seed", "1.5", "Integer"]),
+        ("training.gradient_checkpointing=maybe", ["training.gradient_checkpointing", "maybe"]),
+        ("model.quantization=int9", ["model.quantization", "int9", "did you mean 'int8'"]),
+        ("training.lr_scheduler=polynomial", ["training.lr_scheduler", "constant, cosine, linear"]),
+        ("lora=3", ["lora", "expected a group of settings", "3"]),
+        ("lora.target_modules=q_proj", ["lora.target_modules", "'q_proj'", "all-linear"]),
+        ("training.micro_batch_size=64", ["training.micro_batch_size", "64", "macro_batch_size 8"]),
+        ("training.processes_per_node=many", ["training.processes_per_node", "many", "auto"]),
+        ("training.processes_per_node=9", ["9 processes cannot share", "macro_batch_size 8"]),
+        ("data.val_fraction=1.5", ["data.val_fraction", "1.5"]),
+        ("data.val_fraction=0.97", ["data.val_fraction", "leaves none to train on"]),
+        ("data.categories=[]", ["data.categories", "null"]),
+        ("data.tokenization.packing_length=8", ["packing_length", "8", "cutoff_len 192"]),
+        ("data.tokenization.cutoff_len=1", ["cutoff_len", "1"]),
+        ("data.prompt_template.prompt_no_input='Do: ### Response:'", ["prompt_no_input", "'{instruction}' is missing"]),
+        (
+            "data.prompt_template.prompt_input='{instruction} {input} ### Response:'",
+            ["prompt_input", "unknown placeholder '{input}'", "context"],
+        ),
+        ("data.prompt_template.response_split='### Answer:'", ["response_split", "### Answer:", "last words"]),
+        ("lora.rank=0", ["lora.rank", "0", "at least 1"]),
+        ("lora.dropout=1", ["lora.dropout", "1.0"]),
+        ("training.learning_rate=-1", ["training.learning_rate", "-1"]),
+        ("training.epochs=nan", ["training.epochs", "nan"]),
+        ("lora.init_lora_weights=gausian", ["init_lora_weights", "did you mean 'gaussian'"]),
+        ("wandb.mode=offline", ["wandb.project", "must be set"]),
+        ("training.seed", ["expected key=value"]),
+        ("description=${oc.env:HOME}", ["must not read the environment"]),
+    ],
+)
+def test_wrong_override_is_one_clear_error(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_experiment(CONFIGS, "demo", [override])
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override", [["training.precision=full_fp16"], ["lora.init_lora_weights=pissa"]], ids=["full_fp16", "pissa"]
+)
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantization_refuses_what_it_cannot_be_trained_with(quantization: str, override: list[str]) -> None:
+    with pytest.raises(ConfigError, match=quantization):
+        load_experiment(CONFIGS, "demo", [f"model.quantization={quantization}", *override])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {sed: 1}", ["mine.yaml", "training.sed", "did you mean 'seed'"]),
+        ("training:\n  seed: [1\n", ["mine.yaml", "line", "YAML"]),
+        ("training: {seed: 1}\ntraining: {seed: 2}", ["mine.yaml", "line 2", "duplicate"]),
+        ("- a\n- b", ["mine.yaml", "name: value"]),
+        ("just words", ["mine.yaml"]),
+        ("", ["mine.yaml", "model.base_model", "must be set"]),
+        ("model: {base_model: '???'}", ["mine.yaml", "model.base_model", "must be set"]),
+        ("model: {base_model: x}\ntraining: {micro_batch_size: 99}", ["mine.yaml", "micro_batch_size", "99"]),
+        ("model: {base_model: '${oc.env:HF_TOKEN}'}", ["mine.yaml", "environment"]),
+    ],
+)
+def test_wrong_file_is_named(configs: Path, text: str, words: list[str]) -> None:
+    (configs / "experiments" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_experiment(configs, "mine")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_mistake_in_base_yaml_names_base_yaml(configs: Path) -> None:
+    (configs / "base.yaml").write_text("lora: {rank: 0}")
+    with pytest.raises(ConfigError, match=r"base\.yaml"):
+        load_experiment(configs, "smollm2-135m-dolly")
+
+
+def test_latin_1_file_is_named(configs: Path) -> None:
+    (configs / "experiments" / "mine.yaml").write_bytes("description: für".encode("latin-1"))
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_experiment(configs, "mine")
+
+
+def test_unknown_experiment_names_the_nearest(configs: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        load_experiment(configs, "dmeo")
+
+
+def test_one_broken_file_takes_no_other_down(configs: Path) -> None:
+    (configs / "experiments" / "broken.yaml").write_text("training: [")
+    assert "broken" in experiment_names(configs)
+    assert load_experiment(configs, "demo").name == "demo"
+
+
+def test_raw_data_environment_wins(configs: Path) -> None:
+    assert load_raw_data_config(configs).source == "sample"
+    assert load_raw_data_config(configs, "/rows").source == "/rows"
+
+
+def test_raw_data_unknown_setting(configs: Path) -> None:
+    (configs / "raw_data.yaml").write_text("sorce: sample")
+    with pytest.raises(ConfigError, match="did you mean 'source'"):
+        load_raw_data_config(configs)

@@ -1,0 +1,141 @@
+"""Masking, end token and cut-off, against a slow reference by character spans."""
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from finetune_assets.config.loading import load_experiment
+from finetune_assets.config.schema import Data, PromptTemplate, Tokenization
+from finetune_assets.data.prompts import Row, render_prompt
+from finetune_assets.data.sources import DataError, read_rows
+from finetune_assets.data.tokenization import IGNORED, Encoder
+from finetune_assets.sample.world import instruction_rows, make_world
+from finetune_assets.store.base_models import PACKAGED
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+
+
+def row(instruction: str = "Say a.", context: str = "", response: str = "a") -> Row:
+    return {"instruction": instruction, "context": context, "response": response, "category": ""}
+
+
+def split(encoder: Encoder, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+    examples = encoder.encode(rows)
+    ends = examples.lengths.cumsum()
+    return [
+        (examples.input_ids[end - n : end].tolist(), examples.labels[end - n : end].tolist())
+        for end, n in zip(ends, examples.lengths, strict=True)
+    ]
+
+
+def expected(tokenizer: PreTrainedTokenizerBase, data: Data, one: Row) -> tuple[list[int], list[int]]:
+    """Every token that holds a character of the response is learned, each decided by its own character span."""
+    text, start = render_prompt(data.prompt_template, one)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+    learned = [end > start and end > begin for begin, end in encoded["offset_mapping"]] + [True]
+    first = learned.index(True)
+    labels = [IGNORED if i < first else token for i, token in enumerate(ids)]
+    cutoff = data.tokenization.cutoff_len
+    return ids[:cutoff], labels[:cutoff]
+
+
+HARD = [
+    row(response=" leading space"),
+    row(response="\n\nline"),
+    row(response="☕ coffee"),
+    row(response="😀"),
+    row(instruction="Ends in a space ", response="x"),
+    row(instruction="### Response:", response="### Response: ### Response:"),
+    row(context="{instruction} {braces}", response="{context}"),
+    row(instruction="é", context="e\u0301", response="e\u0301"),
+    row(response="a" * 400),
+]
+
+
+@pytest.mark.parametrize("template", ["default", "demo"])
+def test_masks_equal_the_slow_reference(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    data = Data() if template == "default" else load_experiment_data()
+    data.tokenization.cutoff_len = 300
+    rows = [*HARD, *instruction_rows(make_world())]
+    for one, (ids, labels) in zip(rows, split(Encoder(tokenizer, data), rows), strict=True):
+        assert (ids, labels) == expected(tokenizer, data, one), one
+
+
+def load_experiment_data() -> Data:
+    from conftest import ROOT
+
+    return load_experiment(ROOT / "configs", "demo").config.data
+
+
+@pytest.mark.real_data
+def test_masks_equal_the_slow_reference_on_real_rows(dolly: object, stories260k: object) -> None:
+    real = AutoTokenizer.from_pretrained(str(stories260k))
+    data = Data()
+    rows = list(read_rows(dolly))[:2_000]  # type: ignore[arg-type]
+    for one, (ids, labels) in zip(rows, split(Encoder(real, data), rows), strict=True):
+        assert (ids, labels) == expected(real, data, one), one
+
+
+def test_end_token_is_learned_once_and_only_where_nothing_was_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    eos = tokenizer.eos_token_id
+    (whole, _), (cut, _) = split(
+        Encoder(tokenizer, Data(tokenization=Tokenization(cutoff_len=80))), [row(), row(response="word " * 200)]
+    )
+    assert whole[-1] == eos
+    assert whole.count(eos) == 1
+    assert len(cut) == 80
+    assert eos not in cut
+
+
+def test_no_end_token_where_none_is_wanted(tokenizer: PreTrainedTokenizerBase) -> None:
+    ((ids, _),) = split(Encoder(tokenizer, Data(tokenization=Tokenization(add_eos_token=False))), [row()])
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_example_that_fits_exactly_keeps_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    ((whole, _),) = split(Encoder(tokenizer, Data()), [row()])
+    for cutoff, kept in ((len(whole), True), (len(whole) - 1, False)):
+        examples = Encoder(tokenizer, Data(tokenization=Tokenization(cutoff_len=cutoff))).encode([row()])
+        assert examples.lengths[0] == cutoff
+        assert bool(examples.truncated[0]) is not kept
+
+
+def test_train_on_inputs_masks_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    ((ids, labels),) = split(Encoder(tokenizer, Data(tokenization=Tokenization(train_on_inputs=True))), [row()])
+    assert ids == labels
+
+
+def test_prompt_alone_has_no_label(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = Encoder(tokenizer, Data(tokenization=Tokenization(cutoff_len=5))).encode([row()])
+    assert (examples.labels == IGNORED).all()
+    assert examples.prompt_lengths[0] == 5
+
+
+def test_chat_template_learns_the_answer_and_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+    chat.chat_template = CHAT
+    data = Data(prompt_template=PromptTemplate(chat_template=True))
+    ((ids, labels),) = split(Encoder(chat, data), [row("Say a.", "Here.", "Oslo")])
+    learned = [token for token in labels if token != IGNORED]
+    assert chat.decode(learned) == "Oslo</s>"
+    assert chat.decode(ids) == "<|user|>Say a.\n\nHere.<|assistant|>Oslo</s>"
+
+
+def test_tokenizer_without_chat_template_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="no chat template"):
+        Encoder(tokenizer, Data(prompt_template=PromptTemplate(chat_template=True)))
+
+
+def test_tokenizer_without_end_token_says_so() -> None:
+    endless = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+    endless.eos_token = None
+    with pytest.raises(DataError, match="add_eos_token"):
+        Encoder(endless, Data())
