@@ -1,5 +1,6 @@
 """Where a base model comes from: the package, a local folder, or the Hub at a pinned commit."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -83,7 +84,7 @@ def locate(base_model: str, revision: str, root: Path) -> BaseModelSource:
             raise BaseModelError(f"model.base_model: folder {folder} does not exist")
         return _pin_folder(f"local/{folder.name}", folder)
     with _hub_errors(base_model, revision):
-        return BaseModelSource(base_model, HfApi().model_info(base_model, revision=revision).sha)
+        return BaseModelSource(base_model, _hub().model_info(base_model, revision=revision).sha)
 
 
 def collect(source: BaseModelSource, target: Path) -> None:
@@ -95,18 +96,18 @@ def collect(source: BaseModelSource, target: Path) -> None:
     folder = source.folder
     if folder is None:
         with _hub_errors(source.repo, source.revision):
-            names = HfApi().list_repo_files(source.repo, revision=source.revision)
-            _check_files([name for name in names if "/" not in name], source.repo)
+            hub, at = _hub(), source.revision
+            _check_files([name for name in hub.list_repo_files(source.repo, revision=at) if "/" not in name], source.repo)
             folder = Path(
-                snapshot_download(
-                    source.repo,
-                    revision=source.revision,
-                    allow_patterns=[*WANTED_FILES],
-                    ignore_patterns=["*/*"],
-                )
+                hub.snapshot_download(source.repo, revision=at, allow_patterns=[*WANTED_FILES], ignore_patterns=["*/*"])
             )
     for path in _wanted_files(folder):
         shutil.copyfile(path, target / path.name)
+
+
+def _hub() -> HfApi:
+    """The Hub's real client. HF_ENDPOINT and HF_TOKEN are read anew, so a daemon need not be restarted for them."""
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=os.environ.get("HF_TOKEN") or None)
 
 
 def _pin_folder(repo: str, folder: Path) -> BaseModelSource:
@@ -145,7 +146,7 @@ def _hub_errors(repo: str, revision: str) -> Iterator[None]:
         yield
     except GatedRepoError as e:  # a subclass of RepositoryNotFoundError, so it comes first
         raise BaseModelError(
-            f"{where}: gated. Accept its licence at {constants.ENDPOINT}/{repo} with your account, and set HF_TOKEN"
+            f"{where}: gated. Accept its licence at {_hub().endpoint}/{repo} with your account, and set HF_TOKEN"
         ) from e
     except RevisionNotFoundError as e:
         raise BaseModelError(f"{where}: the repository has no such branch, tag or commit; see model.revision") from e
@@ -159,4 +160,4 @@ def _hub_errors(repo: str, revision: str) -> Iterator[None]:
     except HfHubHTTPError as e:
         raise BaseModelError(f"{where}: the Hub refused ({e.response.status_code}); try again later") from e
     except (OSError, HTTPError) as e:
-        raise BaseModelError(f"{where}: the Hub at {constants.ENDPOINT} cannot be reached ({e}); try again") from e
+        raise BaseModelError(f"{where}: the Hub at {_hub().endpoint} cannot be reached ({e}); try again") from e
