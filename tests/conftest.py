@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from paths import ROOT, SHARED
 
 from finetune_assets.store.artifacts import ArtifactStore
 
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
+
+
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from finetune_assets.launch.job import JobFailed, JobSpec, read
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, empty_folder
 
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-TAIL = 30
+TAIL = 60
 """Lines of the worker's stderr that are told where it left no error of its own."""
 
 

@@ -87,7 +87,7 @@ def with_adapter(base: PreTrainedModel, config: ExperimentConfig, warm_start: Pa
     """Freeze the base and put a new adapter on it, or the one to begin from.
 
     Raises:
-        ModelError: if the adapter's targets are not in the model.
+        ModelError: if the adapter's targets are not in the model, or the one to begin from is of another rank.
     """
     training = config.training
     torch.manual_seed(training.seed)
@@ -96,24 +96,32 @@ def with_adapter(base: PreTrainedModel, config: ExperimentConfig, warm_start: Pa
         base.enable_input_require_grads()
     try:
         if warm_start:
-            adapted = PeftModel.from_pretrained(base, warm_start, is_trainable=True)
-        else:
-            adapted = get_peft_model(
-                base, peft_config(config.lora), autocast_adapter_dtype=not training.precision.startswith("full_")
-            )
+            return _begun(base, config.lora, warm_start)
+        mixed = not training.precision.startswith("full_")
+        return get_peft_model(base, peft_config(config.lora, base), autocast_adapter_dtype=mixed)
     except ValueError as e:
         raise ModelError(f"lora.target_modules: {config.lora.target_modules} does not fit this model: {e}") from e
+
+
+def _begun(base: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
+    adapted = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    rank = adapted.peft_config["default"].r
+    if rank != lora.rank:
+        raise ModelError(f"training.warm_start: that adapter has rank {rank}, lora.rank is {lora.rank}; set it to {rank}")
     return adapted
 
 
-def peft_config(lora: Lora) -> LoraConfig:
+def peft_config(lora: Lora, base: PreTrainedModel) -> LoraConfig:
     """The `lora` group as PEFT takes it."""
+    targets = lora.target_modules
+    if targets == "all-linear" and lora.layers_to_transform is not None:
+        targets = linear_names(base)  # PEFT takes layers_to_transform beside a list of names only
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         bias=lora.bias,
-        target_modules=lora.target_modules,
+        target_modules=targets,
         task_type=lora.task_type,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
@@ -122,6 +130,13 @@ def peft_config(lora: Lora) -> LoraConfig:
         rank_pattern=dict(lora.rank_pattern),
         modules_to_save=lora.modules_to_save,
     )
+
+
+def linear_names(base: PreTrainedModel) -> list[str]:
+    """Last names of the linear layers, the output layer aside: what PEFT's `all-linear` stands for."""
+    output = base.get_output_embeddings()
+    linear = (name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not output)
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

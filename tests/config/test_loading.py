@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import (

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 from finetune_assets.config import schema
 from finetune_assets.config.reference import docstrings, reference

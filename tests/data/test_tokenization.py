@@ -70,7 +70,7 @@ def test_masks_equal_the_slow_reference(tokenizer: PreTrainedTokenizerBase, temp
 
 
 def load_experiment_data() -> Data:
-    from conftest import ROOT
+    from paths import ROOT
 
     return load_experiment(ROOT / "configs", "demo").config.data
 

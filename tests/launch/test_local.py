@@ -1,0 +1,157 @@
+"""The launcher with real processes: the artifact, the worker's own error, and no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune_assets.launch.job import JobFailed, JobSpec, read
+from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
+
+WORKER = """
+import os, pathlib, sys
+from finetune_assets.launch.process import run_worker
+run_worker("worker_body")
+"""
+BODIES = {
+    "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('data') + '/in.txt').read().upper())",
+    "user_error": "def main():\n    from finetune_assets.errors import UserError\n    raise UserError('rank: 0 is wrong')",
+    "crash": "def main():\n    raise RuntimeError('the disk is on fire')",
+    "import_error": "import no_such_module",
+    "exit": "def main():\n    print('last words', file=sys.stderr); os._exit(7)",
+    "one_rank": "def main():\n    import time\n"
+    "    if os.environ['RANK'] == '1': raise RuntimeError('rank one is ill')\n    time.sleep(600)",
+    "sleep": "def main():\n    import time\n    (out() / 'started').write_text(str(os.getpid())); time.sleep(600)",
+    "hub": "def main():\n    (out() / 'x.txt').write_text(os.environ['HF_HUB_OFFLINE'])",
+}
+HELPERS = """
+import os, pathlib, sys
+def arg(name): return sys.argv[sys.argv.index('--' + name) + 1]
+def out(): return pathlib.Path(arg('output'))
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpec]:
+    """Makes jobs that run one of BODIES."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "worker_main.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    store = ArtifactStore(f"file://{tmp_path}/store", "me", tmp_path / "cache")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "in.txt").write_text("hello")
+    ref = store.publish(data, "raw", "d", "d", {})
+
+    def make(body: str, processes: str | None = "1") -> JobSpec:
+        (modules / "worker_body.py").write_text(HELPERS + BODIES[body])
+        return JobSpec(
+            module="worker_main",
+            config="a: 1\n",
+            inputs={"data": ref},
+            kind="adapters",
+            fingerprint="f1",
+            made_from={"data": "d"},
+            store=store.url,
+            namespace="me",
+            cache=str(tmp_path / "cache"),
+            processes=processes,
+        )
+
+    return make
+
+
+def adapters(tmp_path: Path) -> ArtifactRef | None:
+    return ArtifactStore(f"file://{tmp_path}/store", "me", tmp_path / "cache").find("adapters", "f1")
+
+
+def nothing_left(tmp_path: Path) -> bool:
+    return adapters(tmp_path) is None and not list((tmp_path / "cache" / "jobs").glob("*"))
+
+
+@pytest.mark.parametrize("processes", [None, "1", "auto"])
+def test_job_ends_in_an_artifact(job: Callable[..., JobSpec], tmp_path: Path, processes: str | None) -> None:
+    ref = LocalLauncher().run(job("good", processes), {})
+    assert ref == adapters(tmp_path)
+    store = ArtifactStore(f"file://{tmp_path}/store", "me", tmp_path / "elsewhere")
+    assert (store.fetch(ref) / "x.txt").read_text() == "HELLO"
+
+
+@pytest.mark.parametrize("processes", [None, "1"])
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("user_error", "rank: 0 is wrong"),
+        ("crash", "the disk is on fire"),
+        ("import_error", "no_such_module"),
+        ("exit", "last words"),
+    ],
+)
+def test_failure_is_told_in_the_workers_own_words(
+    job: Callable[..., JobSpec], tmp_path: Path, body: str, words: str, processes: str | None
+) -> None:
+    with pytest.raises(JobFailed) as error:
+        LocalLauncher().run(job(body, processes), {})
+    assert words in str(error.value)
+    assert nothing_left(tmp_path)
+
+
+def test_user_error_is_told_alone(job: Callable[..., JobSpec]) -> None:
+    with pytest.raises(JobFailed) as error:
+        LocalLauncher().run(job("user_error"), {})
+    assert str(error.value) == "rank: 0 is wrong"
+
+
+def test_a_dead_rank_brings_all_down_with_its_own_error(job: Callable[..., JobSpec], tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match="rank one is ill"):
+        LocalLauncher().run(job("one_rank", "2"), {})
+    assert nothing_left(tmp_path)
+
+
+def test_worker_never_asks_the_hub(job: Callable[..., JobSpec]) -> None:
+    ref = LocalLauncher().run(job("hub"), {"HF_HUB_OFFLINE": "0"})
+    assert Path(ref.uri.removeprefix("file://"), "x.txt").read_text() == "1"
+
+
+LAUNCH = """
+import sys
+from pathlib import Path
+from finetune_assets.launch.job import read
+from finetune_assets.launch.local import LocalLauncher
+LocalLauncher().run(read(Path(sys.argv[1])), {})
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "interrupt"])
+def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path: Path, how: signal.Signals) -> None:
+    job("sleep").write(tmp_path / "job.json")
+    assert read(tmp_path / "job.json") == job("sleep")
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")], stderr=subprocess.DEVNULL)
+    worker = _wait_for(lambda: next(iter((tmp_path / "cache" / "jobs").glob("*/output/started")), None))
+    pid = int(_wait_for(worker.read_text))
+    launcher.send_signal(how)
+    launcher.wait(60)
+    _wait_for(lambda: not Path(f"/proc/{pid}").exists() or "(zombie)" in Path(f"/proc/{pid}/status").read_text())
+    running = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
+    alive = [p for p in running if int(p) != os.getpid() and Path(f"/proc/{p}").exists()]
+    assert not alive
+    assert adapters(tmp_path) is None
+
+
+def _wait_for(condition: Callable[[], object], seconds: float = 60) -> object:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if found := condition():
+                return found
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s")

@@ -1,0 +1,58 @@
+"""Trainings on the packaged model, small enough to run many."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT
+
+from finetune_assets.config.loading import load_experiment
+from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.data.prepare import prepare_dataset
+from finetune_assets.data.sources import PARQUET, SAMPLE, write_parquet
+from finetune_assets.data.tokenization import load_tokenizer
+from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.training.distributed import Process
+from finetune_assets.training.recipe import Job, LoraFinetune
+from finetune_assets.training.reporting import Reporter
+
+ALONE = Process(rank=0, world=1, device=torch.device("cpu"))
+MADE_FROM = {"fingerprint": "f" * 64, "experiment": "demo", "base_model": "packaged/demo-base", "revision": "r"}
+
+
+def configured(*overrides: str) -> ExperimentConfig:
+    return load_experiment(ROOT / "configs", "demo", ["training.max_steps=3", *overrides]).config
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes tokenized datasets of 80 rows, each kind once."""
+    raw = tmp_path_factory.mktemp("raw")
+    write_parquet([SAMPLE], raw)
+    tokenizer = load_tokenizer(str(PACKAGED["demo-base"]))
+    made: dict[bool, Path] = {}
+
+    def make(packing: bool = True) -> Path:
+        if packing not in made:
+            made[packing] = tmp_path_factory.mktemp("dataset")
+            data = configured(f"data.tokenization.packing={packing}", "data.num_samples=80").data
+            prepare_dataset(raw / PARQUET, tokenizer, data, "salt", made[packing])
+        return made[packing]
+
+    return make
+
+
+@pytest.fixture
+def finetune(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., LoraFinetune]:
+    """Makes trainings; `name` keeps their folders apart."""
+
+    def make(*overrides: str, name: str = "run", warm_start: Path | None = None) -> LoraFinetune:
+        config = configured(*overrides)
+        output = tmp_path / name / "output"
+        output.mkdir(parents=True, exist_ok=True)
+        folder = dataset(config.data.tokenization.packing)
+        job = Job(PACKAGED["demo-base"], folder, output, tmp_path / name / "scratch", MADE_FROM, warm_start)
+        return LoraFinetune(job, config, ALONE, Reporter(print))
+
+    return make
