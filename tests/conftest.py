@@ -3,13 +3,11 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from paths import ROOT, SHARED
-
-from finetune_assets.store.artifacts import ArtifactStore
+from projects import TestProject
 
 
 
@@ -22,45 +20,6 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     for name in ("FINETUNE_CONFIGS", "FINETUNE_STORE", "FINETUNE_CACHE", "FINETUNE_NAMESPACE", "FINETUNE_RAW_DATA"):
         monkeypatch.delenv(name, raising=False)
-
-
-@dataclass(frozen=True)
-class TestProject:
-    """A copy of the project's configuration with a store and a Dagster home of its own."""
-
-    __test__ = False
-    root: Path
-
-    @property
-    def configs(self) -> Path:
-        return self.root / "configs"
-
-    @property
-    def cache(self) -> Path:
-        return self.root / ".finetune" / "cache"
-
-    @property
-    def store(self) -> ArtifactStore:
-        return ArtifactStore(f"file://{self.root}/.finetune/store", "tests", self.cache)
-
-    def published(self, kind: str) -> list[str]:
-        """Names of the artifacts of a kind in the store."""
-        return sorted(path.parent.name for path in self.store_root.glob(f"tests/{kind}/*/manifest.json"))
-
-    @property
-    def store_root(self) -> Path:
-        return self.root / ".finetune" / "store"
-
-    def leftovers(self) -> list[Path]:
-        """Files that belong to no artifact: half-written ones, and those of builds and jobs that ended."""
-        whole = {path.parent for path in self.store_root.rglob("manifest.json")}
-        stored = [path for path in self.store_root.rglob("*") if path.is_file()]
-        orphans = [path for path in stored if not whole & {path.parent, *path.parents}]
-        ended = [path for pattern in ("build-*", "jobs/*") for path in self.cache.glob(pattern)]
-        return orphans + ended
-
-    def write_experiment(self, name: str, text: str) -> None:
-        (self.configs / "experiments" / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 @pytest.fixture

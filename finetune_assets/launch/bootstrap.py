@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobFailed, JobSpec, read
-from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, empty_folder
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 TAIL = 60
@@ -34,26 +36,35 @@ def run(spec: JobSpec) -> ArtifactRef:
         UserError: if an input cannot be fetched or the output not be published.
     """
     store = ArtifactStore(spec.store, spec.namespace, Path(spec.cache))
-    scratch = Path(spec.cache) / "scratch" / spec.fingerprint
-    with tempfile.TemporaryDirectory(prefix="job-", dir=_made(Path(spec.cache) / "jobs")) as work:
+    with _scratch(spec) as scratch, tempfile.TemporaryDirectory(dir=_made(Path(spec.cache) / "jobs")) as work:
         folder = Path(work)
         (folder / "config.yaml").write_text(spec.config, encoding="utf-8")
         (folder / "made_from.json").write_text(json.dumps(spec.made_from), encoding="utf-8")
-        output = empty_folder(folder / "output")
         arguments = {
             "config": folder / "config.yaml",
             "made-from": folder / "made_from.json",
-            "output": output,
+            "output": _made(folder / "output"),
             **{name: store.fetch(ref) for name, ref in spec.inputs.items()},
+            **({"scratch": scratch} if spec.scratch else {}),
         }
-        if spec.scratch:
-            arguments["scratch"] = _made(scratch)
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
         processes = _processes(spec)
         _run_worker([*_runner(spec, processes), *flags], folder, processes)
-        ref = store.publish(output, spec.kind, spec.fingerprint, spec.fingerprint, spec.made_from, spec.replace)
-    shutil.rmtree(scratch, ignore_errors=True)
-    return ref
+        output = arguments["output"]
+        return store.publish(output, spec.kind, spec.fingerprint, spec.fingerprint, spec.made_from, spec.replace)
+
+
+@contextmanager
+def _scratch(spec: JobSpec) -> Iterator[Path]:
+    """A folder by fingerprint that keeps what a job that fails has put there, and goes once it succeeds."""
+    folder = _made(Path(spec.cache) / "scratch" / spec.fingerprint)
+    try:
+        yield folder
+    except BaseException:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    shutil.rmtree(folder)
 
 
 def _made(folder: Path) -> Path:

@@ -5,7 +5,6 @@ Files go first, the manifest last and create-only: an artifact is either whole o
 
 import hashlib
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -202,10 +201,3 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-
-
-def empty_folder(path: Path) -> Path:
-    """`path`, existing and empty."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.fingerprint import fingerprint
@@ -103,6 +104,17 @@ def collect(source: BaseModelSource, target: Path) -> None:
             )
     for path in _wanted_files(folder):
         shutil.copyfile(path, target / path.name)
+        if path.suffix == ".safetensors":
+            _check_weights(target / path.name, source.repo)
+
+
+def _check_weights(path: Path, repo: str) -> None:
+    """Read a weights file's header, which says how long the file must be."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as e:
+        raise BaseModelError(f"{repo}: {path.name} is damaged ({e}); download or save the model again") from e
 
 
 def _hub() -> HfApi:
@@ -156,7 +168,10 @@ def _hub_errors(repo: str, revision: str) -> Iterator[None]:
             f"{suggest(repo, PACKAGED)}"
         ) from e
     except OfflineModeIsEnabled as e:
-        raise BaseModelError(f"{where}: HF_HUB_OFFLINE is set; unset it, or name a folder or packaged model") from e
+        raise BaseModelError(
+            f"{where}: not packaged ({suggest(repo, PACKAGED)}), and HF_HUB_OFFLINE "
+            "forbids to ask the Hub; unset it, or name a folder or packaged model"
+        ) from e
     except HfHubHTTPError as e:
         raise BaseModelError(f"{where}: the Hub refused ({e.response.status_code}); try again later") from e
     except (OSError, HTTPError) as e:

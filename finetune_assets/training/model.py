@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -53,7 +54,7 @@ def load_base(folder: Path, model: Model, device: torch.device) -> PreTrainedMod
             local_files_only=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, SafetensorError) as e:
         raise ModelError(f"model.base_model: {folder.name} does not load with these settings: {e}") from e
     _exact_4bit_on_cpu(base)
     return base

@@ -1,0 +1,88 @@
+"""What a newcomer gets wrong first: one clear error, exit code 1, and nothing half-written after."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from integration.cli import materialize
+
+from projects import TestProject
+from finetune_assets.data.sources import SAMPLE
+from finetune_assets.store.base_models import PACKAGED
+
+Mistake = Callable[[TestProject, pytest.MonkeyPatch], None]
+
+
+def rows(text: str | bytes) -> Mistake:
+    def make(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+        body = text.encode() if isinstance(text, str) else text
+        (project.root / "rows.jsonl").write_bytes(body)
+        monkeypatch.setenv("FINETUNE_RAW_DATA", "./rows.jsonl")
+
+    return make
+
+
+def missing_file(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_RAW_DATA", "./gone.jsonl")
+
+
+def edited(old: str, new: str) -> Mistake:
+    def make(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+        demo = project.configs / "experiments" / "demo.yaml"
+        text = demo.read_text()
+        assert old in text
+        demo.write_text(text.replace(old, new))
+
+    return make
+
+
+def damaged_model(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(PACKAGED["demo-base"], project.root / "model"))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    edited("base_model: demo-base", "base_model: ./model")(project, monkeypatch)
+
+
+GOOD = SAMPLE.read_text(encoding="utf-8")
+SECOND = json.dumps({"instruction": "Who?", "response": ["x"]})
+MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
+    "unknown key": (edited("learning_rate:", "learnin_rate:"), ["demo.yaml", "training.learnin_rate", "learning_rate"]),
+    "wrong type": (edited("epochs: 12", "epochs: many"), ["demo.yaml", "training.epochs", "many"]),
+    "impossible": (edited("micro_batch_size: 8", "micro_batch_size: 80"), ["demo.yaml", "micro_batch_size", "80"]),
+    "bad enum": (edited("precision: fp32", "precision: fp23"), ["demo.yaml", "training.precision", "fp32"]),
+    "broken yaml": (edited("model:\n", "model\n"), ["demo.yaml", "line"]),
+    "no such model": (edited("base_model: demo-base", "base_model: demo_base"), ["demo_base", "demo-base"]),
+    "template": (
+        edited("{instruction}\\n### Response: ", "{instructions}\\n### Response: "),
+        ["demo.yaml", "prompt_no_input", "{instructions}"],
+    ),
+    "missing file": (missing_file, ["gone.jsonl", "does not exist"]),
+    "empty file": (rows(""), ["rows.jsonl", "empty"]),
+    "broken line": (rows(GOOD + '{"instruction": "Wh'), ["rows.jsonl:801", "not JSON"]),
+    "wrong value": (rows(GOOD + SECOND), ["rows.jsonl:801", "'response' must be text", '["x"]']),
+    "alpaca rows": (rows('{"instruction": "a", "output": "b"}'), ["rows.jsonl:1", "'response' is missing", "output"]),
+    "damaged model": (damaged_model, ["local/model", "model.safetensors", "damaged"]),
+    "unknown target": (edited("rank: 16", "rank: 16\n  target_modules: [w]"), ["lora.target_modules", "w"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_first_mistake(project: TestProject, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    mistake, words = MISTAKES[name]
+    mistake(project, monkeypatch)
+    run = materialize()
+    assert run.returncode == 1
+    told = [line for line in run.stdout.splitlines() if "events.Failure:" in line]
+    assert told, run.stdout[-3000:]
+    for word in words:
+        assert word in told[0]
+    assert not project.published("adapters")
+    assert not project.leftovers()
+
+
+def test_unknown_experiment(project: TestProject) -> None:
+    run = materialize(partition="dmeo")
+    assert run.returncode != 0
+    assert "dmeo" in run.stdout
+    assert not project.store_root.exists()

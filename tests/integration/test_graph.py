@@ -1,0 +1,158 @@
+"""The whole graph through Dagster's command line: from rows to an adapter, and what re-runs when."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from integration.cli import materialize, reused
+from paths import ROOT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import finetune_assets.sample
+from projects import TestProject
+
+SHORT = ["training.max_steps=2", "evaluation.generated_rows=4"]
+EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"}
+
+
+def test_what_re_runs_when(project: TestProject) -> None:
+    """One story in one store: first run, second run, and one changed thing at a time."""
+    first = materialize(overrides=SHORT)
+    assert first.returncode == 0, first.stdout
+    assert reused(first) == set()
+    assert "step 2/2 · loss" in first.stdout
+    assert "grad_norm" in first.stdout
+    assert "tokens/s" in first.stdout
+    assert "ETA" in first.stdout
+
+    again = materialize(overrides=SHORT)
+    assert again.returncode == 0
+    assert reused(again) == EVERYTHING
+    assert "tokens/s" not in again.stdout
+
+    slower = materialize(overrides=[*SHORT, "training.learning_rate=5e-4"])
+    assert slower.returncode == 0
+    assert reused(slower) == EVERYTHING - {"lora_adapter", "adapter_evaluation"}
+
+    shorter = materialize(overrides=[*SHORT, "data.tokenization.cutoff_len=100"])
+    assert shorter.returncode == 0
+    assert reused(shorter) == {"dolly_raw", "cached_base_model"}
+
+    demo = project.configs / "experiments" / "demo.yaml"
+    lines = [line for line in demo.read_text().splitlines() if not line.startswith("#")]
+    text = "\n".join(lines)
+    head, _, lora_and_after = text.partition("\nlora:")
+    demo.write_text("# another comment\nlora:" + lora_and_after + "\n" + head + "\n")
+    commented = materialize(overrides=SHORT)
+    assert commented.returncode == 0
+    assert reused(commented) == EVERYTHING
+
+    forced = materialize("lora_adapter", overrides=SHORT, force=True)
+    assert forced.returncode == 0
+    assert reused(forced) == set()
+    assert not project.leftovers_of_builds()
+
+
+def test_assets_one_by_one_on_an_empty_instance(project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each asset in a process and on a Dagster instance of its own finds what its configuration demands."""
+    for i, asset in enumerate(["dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter"]):
+        home = tmp_path / f"home{i}"
+        home.mkdir()
+        monkeypatch.setenv("DAGSTER_HOME", str(home))
+        run = materialize(asset, None if asset == "dolly_raw" else "demo", SHORT if i else [])
+        assert run.returncode == 0, run.stdout
+    assert len(project.published("adapters")) == 1
+
+
+def test_asset_whose_input_was_not_made_says_which(project: TestProject) -> None:
+    run = materialize("tokenized_dataset")
+    assert run.returncode == 1
+    assert "materialize dolly_raw first" in run.stdout or "materialize cached_base_model first" in run.stdout
+
+
+def test_override_run_does_not_leak_into_the_next(project: TestProject) -> None:
+    assert materialize(overrides=SHORT).returncode == 0
+    evaluation = materialize("adapter_evaluation")
+    assert evaluation.returncode == 1
+    assert "materialize lora_adapter first" in evaluation.stdout
+
+
+def test_two_processes_give_the_adapter_of_one(project: TestProject) -> None:
+    """The same global batch from one and from two torchrun processes."""
+    from safetensors.torch import load_file
+
+    adapters = []
+    for processes in ("1", "2"):
+        overrides = [*SHORT, f"training.processes_per_node={processes}", "training.micro_batch_size=2"]
+        run = materialize("*lora_adapter", overrides=overrides, force=True)
+        assert run.returncode == 0, run.stdout
+        assert f"on {processes} x cpu" in run.stdout
+        (name,) = project.published("adapters")
+        folder = project.store.fetch(project.store.resolve("adapters", name, "lora_adapter"))
+        adapters.append(load_file(folder / "adapter_model.safetensors"))
+    one, two = adapters
+    # Two steps of Adam turn rounding differences of near-zero gradients into differences of about the learning rate
+    difference = torch.cat([(one[name] - two[name]).flatten() for name in one])
+    moved = torch.cat([value.flatten() for value in one.values()])
+    assert difference.norm() / moved.norm() < 1e-3
+
+
+def test_own_folder_of_rows_and_model(project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The README's way to own data, own model and an own experiment; loaded by PEFT with nothing of ours."""
+    package = Path(finetune_assets.sample.__file__).parent
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    lines = (package / "dolly_sample.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (rows / "a.jsonl").write_text("".join(lines[:200]), encoding="utf-8")
+    (rows / "b.jsonl").write_text("".join(lines[200:300]), encoding="utf-8")
+    subprocess.run(["cp", "-r", str(package / "base_model"), str(tmp_path / "my_model")], check=True)
+    monkeypatch.setenv("FINETUNE_RAW_DATA", "./rows")
+    project.write_experiment("mine", "model: {base_model: ./my_model}\ntraining: {max_steps: 2, macro_batch_size: 8}")
+    run = materialize(partition="mine")
+    assert run.returncode == 0, run.stdout
+    (name,) = project.published("adapters")
+    folder = project.store.fetch(project.store.resolve("adapters", name, "lora_adapter"))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["base_model"] == "local/my_model"
+    assert [provenance[key] for key in ("dolly_raw", "tokenized_dataset")] == [
+        project.published("raw")[0],
+        project.published("tokenized")[0],
+    ]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "my_model")
+    assert PeftModel.from_pretrained(base, folder).peft_config["default"].r == 16
+
+
+def test_warm_start_from_the_store_and_from_a_folder(project: TestProject, tmp_path: Path) -> None:
+    assert materialize("*lora_adapter", overrides=SHORT).returncode == 0
+    (first,) = project.published("adapters")
+    folder = project.store.fetch(project.store.resolve("adapters", first, "lora_adapter"))
+    begun = []
+    for start in (first, str(folder)):
+        run = materialize("lora_adapter", overrides=[*SHORT, f"training.warm_start={start}"])
+        assert run.returncode == 0, run.stdout
+        begun.append(set(project.published("adapters")))
+    assert len(begun[0]) == 2
+    missing = materialize("lora_adapter", overrides=[*SHORT, "training.warm_start=./gone"])
+    assert missing.returncode == 1
+    assert "training.warm_start" in missing.stdout
+
+
+def test_wandb_offline_writes_a_run_and_no_key(project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    key = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run = materialize("*lora_adapter", overrides=[*SHORT, "wandb.project=p", "wandb.mode=offline", "wandb.log_model=true"])
+    assert run.returncode == 0, run.stdout
+    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"grad_norm" in record.read_bytes()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if key.encode() in path.read_bytes()]
+    assert key not in run.stdout
+
+
+def test_workspace_loads_and_definitions_validate() -> None:
+    run = subprocess.run(["dagster", "definitions", "validate", "-w", "workspace.yaml"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

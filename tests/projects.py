@@ -1,0 +1,47 @@
+"""A project of one test's own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_assets.store.artifacts import ArtifactStore
+
+
+@dataclass(frozen=True)
+class TestProject:
+    """A copy of the project's configuration with a store and a Dagster home of its own."""
+
+    __test__ = False
+    root: Path
+
+    @property
+    def configs(self) -> Path:
+        return self.root / "configs"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / ".finetune" / "cache"
+
+    @property
+    def store(self) -> ArtifactStore:
+        return ArtifactStore(f"file://{self.root}/.finetune/store", "tests", self.cache)
+
+    def published(self, kind: str) -> list[str]:
+        """Names of the artifacts of a kind in the store."""
+        return sorted(path.parent.name for path in self.store_root.glob(f"tests/{kind}/*/manifest.json"))
+
+    @property
+    def store_root(self) -> Path:
+        return self.root / ".finetune" / "store"
+
+    def leftovers(self) -> list[Path]:
+        """Files that belong to no artifact: half-written ones, and those of builds and jobs that ended."""
+        whole = {path.parent for path in self.store_root.rglob("manifest.json")}
+        stored = [path for path in self.store_root.rglob("*") if path.is_file()]
+        return [path for path in stored if not whole & {*path.parents}] + self.leftovers_of_builds()
+
+    def leftovers_of_builds(self) -> list[Path]:
+        """Folders of builds and jobs that ended."""
+        return [path for pattern in ("build-*", "jobs/*", "scratch/*") for path in self.cache.glob(pattern)]
+
+    def write_experiment(self, name: str, text: str) -> None:
+        (self.configs / "experiments" / f"{name}.yaml").write_text(text, encoding="utf-8")

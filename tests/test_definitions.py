@@ -1,0 +1,56 @@
+"""Definitions load light, and hold the graph that was promised."""
+
+import subprocess
+import sys
+
+import dagster as dg
+import pytest
+
+from finetune_assets.config.loading import experiment_names
+from finetune_assets.definitions import defs
+from paths import ROOT
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "wandb")
+
+
+def test_loading_imports_nothing_heavy() -> None:
+    code = f"import finetune_assets.definitions, sys; print([m for m in {HEAVY} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_training_runs_without_dagster() -> None:
+    code = (
+        "import sys; sys.modules['dagster'] = None; sys.modules['dagster_aws'] = None\n"
+        "import finetune_assets.training.cli, finetune_assets.evaluation.cli, finetune_assets.launch.bootstrap"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_graph() -> None:
+    graph = defs.resolve_asset_graph()
+    parents = {
+        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
+        for key in graph.get_all_asset_keys()
+    }
+    assert parents == {
+        "dolly_raw": set(),
+        "cached_base_model": set(),
+        "tokenized_dataset": {"dolly_raw", "cached_base_model"},
+        "lora_adapter": {"tokenized_dataset", "cached_base_model"},
+        "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model"},
+    }
+
+
+@pytest.mark.parametrize("key", ["cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"])
+def test_one_partition_an_experiment(key: str) -> None:
+    asset = defs.resolve_asset_graph().get(dg.AssetKey(key))
+    assert asset.partitions_def is not None
+    assert sorted(asset.partitions_def.get_partition_keys()) == experiment_names(ROOT / "configs")
+
+
+def test_every_asset_explains_itself() -> None:
+    graph = defs.resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        assert len(graph.get(key).description or "") > 60
+        assert graph.get(key).group_name == "finetune"
