@@ -1,0 +1,55 @@
+"""The packaged sample and base: what they promise, and that the scripts still make them."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_assets.data.sources import SAMPLE, read_rows
+from finetune_assets.sample.world import instruction_rows, make_world, prose
+from finetune_assets.store.base_models import PACKAGED
+
+BASE = PACKAGED["demo-base"]
+
+
+def test_packaged_rows_are_what_the_script_writes() -> None:
+    assert [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()] == instruction_rows(make_world())
+
+
+def test_sample_is_large_enough_and_asks_nothing_twice() -> None:
+    rows = list(read_rows(SAMPLE))
+    assert len(rows) >= 600
+    assert len({(row["instruction"], row["context"]) for row in rows}) == len(rows)
+    assert set(Counter(row["category"] for row in rows)) == {"open_qa", "closed_qa", "classification"}
+
+
+def test_every_fact_asked_for_is_true() -> None:
+    world = make_world()
+    for row in read_rows(SAMPLE):
+        if row["category"] == "open_qa":
+            (town,) = [town for town in world.facts if town in row["instruction"]]
+            assert row["response"] in world.facts[town].values()
+        if row["category"] == "closed_qa":
+            assert row["response"] in row["context"]
+
+
+def test_prose_never_asks() -> None:
+    documents = prose(make_world(), seed=3)
+    assert not any("?" in next(documents) for _ in range(2_000))
+
+
+def test_base_is_small_and_knows_the_facts_as_prose() -> None:
+    assert (BASE / "model.safetensors").stat().st_size < 8_000_000
+    from finetune_assets.sample.build import recall
+
+    world = make_world()
+    few = type(world)(dict(list(world.facts.items())[:12]))
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    assert recall(few, model, AutoTokenizer.from_pretrained(BASE)) >= 0.95
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_base_is_whole(name: str) -> None:
+    assert (BASE / name).is_file()
