@@ -105,7 +105,9 @@ def write_rows(source: Path, times: int, limit: int | None, out: Path) -> Path:
 def one_side(name: str, rows: Path, model: Path) -> dict[str, float]:
     """One side in a fresh process."""
     with tempfile.TemporaryDirectory() as out:
-        return in_process("benchmarks.data_prep", "--side", name, "--rows", str(rows), "--model", str(model), "--out", out)
+        return in_process(
+            "benchmarks.data_prep", "--side", name, "--rows", str(rows), "--model", str(model), "--out", out
+        )
 
 
 def main() -> None:
@@ -138,7 +140,9 @@ def main() -> None:
     }
     rows = [(f"{name}: rows per CPU-second", f"{value:,.0f}") for name, value in speed.items()]
     rows += [(f"{name}: peak RSS", f"{median(measured, 'peak_rss_mib'):,.0f} MiB") for name, measured in runs.items()]
-    report(f"Data preparation, {median(runs['ours'], 'rows'):,.0f} rows, and ten times as many", rows, ratios, args.json)
+    report(
+        f"Data preparation, {median(runs['ours'], 'rows'):,.0f} rows, and ten times as many", rows, ratios, args.json
+    )
 
 
 if __name__ == "__main__":

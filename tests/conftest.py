@@ -10,9 +10,6 @@ from paths import ROOT, SHARED
 from projects import TestProject
 
 
-
-
-
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test asks the real Hub; those that need one start their own."""

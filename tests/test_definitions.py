@@ -5,10 +5,10 @@ import sys
 
 import dagster as dg
 import pytest
+from paths import ROOT
 
 from finetune_assets.config.loading import experiment_names
 from finetune_assets.definitions import defs
-from paths import ROOT
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "wandb")
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: Sequence[int] | NDArray[np.int64], capacity: int) -> list[list[int]]:
     """Assign every example to a pack so that no pack holds more than `capacity` tokens.
 
     Longest first, each into the fullest pack that still takes it. Packs with the same space left are kept in one

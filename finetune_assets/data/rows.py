@@ -47,7 +47,9 @@ def draw(instruction: str, context: str, salt: str) -> Draw:
     The response is left out and case, spacing and Unicode form are folded, so that neither a duplicate nor another
     answer to the same question can stand on the other side of the split.
     """
-    text = "\0".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in (instruction, context))
+    text = "\0".join(
+        " ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in (instruction, context)
+    )
     side, rank = unpack(">QQ", hashlib.blake2b(text.encode(), digest_size=16, key=salt.encode()[:64]).digest())
     return Draw(side / 2**64, rank / 2**64)
 

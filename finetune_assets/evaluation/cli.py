@@ -57,7 +57,9 @@ def compare(
     expected = [tokenizer.decode(ids[length:], skip_special_tokens=True).strip() for ids, length in pairs]
 
     def answered(by: str) -> list[str]:
-        say = lambda done, total: voice.say(f"{by} answered {done}/{total} held-out rows")
+        def say(done: int, total: int) -> None:
+            voice.say(f"{by} answered {done}/{total} held-out rows")
+
         return answers(model, tokenizer, prompts, settings.max_new_tokens, say)
 
     with model.disable_adapter():

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobFailed, JobSpec, read
@@ -143,7 +144,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     spec, result = read(Path(sys.argv[1])), Path(sys.argv[2])
     try:
-        answer = {"ref": run(spec).to_dict()}
+        answer: dict[str, Any] = {"ref": run(spec).to_dict()}
     except UserError as e:
         answer = {"error": str(e)}
     result.write_text(json.dumps(answer), encoding="utf-8")

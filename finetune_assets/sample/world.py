@@ -14,9 +14,7 @@ REGIONS = "Northmark Eastfold Southmoor Westreach Highdale Lowfen Midvale Farcoa
 RIVERS = "Issel Tarn Orrin Lode Wend Brae Kestrel Mirr Soan Ulva Fenn Garrow".split()
 GOODS = "salt wool honey glass amber copper paper silk tin oil wine cheese rope tar ink lace".split()
 ANIMALS = "otter heron fox bear hare owl stag lynx crane badger raven pike swan wolf boar mole".split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = ("January February March April May June July August September October November December").split()
 PEOPLE = "Tavi Mira Oskar Lena Bruno Edda Felix Greta Hugo Ida Jonas Klara Lukas Marta Nils Olga".split()
 JOBS = "baker smith weaver miller potter tailor carter fisher mason cooper".split()
 

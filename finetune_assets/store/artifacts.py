@@ -4,7 +4,6 @@ Files go first, the manifest last and create-only: an artifact is either whole o
 """
 
 import hashlib
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -90,7 +89,7 @@ class ArtifactStore:
     def find(self, kind: str, name: str) -> ArtifactRef | None:
         """The artifact of that name, or None."""
         manifest = self.manifest(kind, name)
-        return manifest and self._ref(kind, name, manifest)
+        return self._ref(kind, name, manifest) if manifest else None
 
     def resolve(self, kind: str, name: str, made_by: str) -> ArtifactRef:
         """The artifact of that name.
@@ -177,7 +176,7 @@ class ArtifactStore:
                     f"{self.url}/{key}: size or sha256 differs from its manifest; materialize its asset again with "
                     "force to replace it"
                 )
-            os.replace(partial, target)
+            partial.replace(target)
         except FileNotFoundError as e:
             raise CorruptArtifact(f"{self.url}/{key}: named by the manifest, missing in the store") from e
         finally:

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,
     HFValidationError,
+    HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -98,7 +98,9 @@ def collect(source: BaseModelSource, target: Path) -> None:
     if folder is None:
         with _hub_errors(source.repo, source.revision):
             hub, at = _hub(), source.revision
-            _check_files([name for name in hub.list_repo_files(source.repo, revision=at) if "/" not in name], source.repo)
+            _check_files(
+                [name for name in hub.list_repo_files(source.repo, revision=at) if "/" not in name], source.repo
+            )
             folder = Path(
                 hub.snapshot_download(source.repo, revision=at, allow_patterns=[*WANTED_FILES], ignore_patterns=["*/*"])
             )

@@ -107,7 +107,7 @@ class Lineage:
     def adapter_fingerprint(self, tokenized: ArtifactRef, base_model: ArtifactRef) -> str:
         begun = self.warm_start()
         return adapter_fingerprint(
-            self.experiment, tokenized.fingerprint, base_model.fingerprint, begun and begun.fingerprint
+            self.experiment, tokenized.fingerprint, base_model.fingerprint, begun.fingerprint if begun else None
         )
 
     def adapter(self) -> ArtifactRef:

@@ -144,7 +144,10 @@ class TrainOrder:
         if not self.by_length:
             return order
         size = self.macro * MEGA_BATCH
-        grouped = [chunk[np.argsort(-self.lengths[chunk], kind="stable")] for chunk in np.split(order, range(size, len(order), size))]
+        grouped = [
+            chunk[np.argsort(-self.lengths[chunk], kind="stable")]
+            for chunk in np.split(order, range(size, len(order), size))
+        ]
         order = np.concatenate(grouped)
         whole = len(order) // self.macro * self.macro
         batches = order[:whole].reshape(-1, self.macro)

@@ -81,7 +81,7 @@ def _exact_4bit_on_cpu(base: nn.Module) -> None:
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no declared attribute of Module)
 
 
 def with_adapter(base: PreTrainedModel, config: ExperimentConfig, warm_start: Path | None) -> PeftModel:
@@ -108,7 +108,9 @@ def _begun(base: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     adapted = PeftModel.from_pretrained(base, folder, is_trainable=True)
     rank = adapted.peft_config["default"].r
     if rank != lora.rank:
-        raise ModelError(f"training.warm_start: that adapter has rank {rank}, lora.rank is {lora.rank}; set it to {rank}")
+        raise ModelError(
+            f"training.warm_start: that adapter has rank {rank}, lora.rank is {lora.rank}; set it to {rank}"
+        )
     return adapted
 
 

@@ -66,6 +66,23 @@ class Log:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass
+class Window:
+    """What is counted from one report to the next.
+
+    Attributes:
+        loss: Sum of this process's part of the steps' mean losses.
+        tokens: Tokens that this process read.
+        steps: Steps done.
+        began: When, on the monotonic clock.
+    """
+
+    loss: Tensor
+    tokens: int = 0
+    steps: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+
 class LoraFinetune:
     """LoRA fine-tuning of a causal language model on one tokenized dataset.
 
@@ -201,29 +218,33 @@ class LoraFinetune:
         )
 
     def _open_window(self) -> None:
-        """Begin to count for the next report."""
-        self._window = {"loss": torch.zeros((), device=self.process.device), "tokens": 0, "steps": 0}
-        self._window_began = time.monotonic()
+        self.window = Window(torch.zeros((), device=self.process.device))
 
     def _account(self, done: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
+        """Count a step, and report where one is due."""
         self.log.step = done
-        window, last = self._window, done == self.order.steps
-        window["loss"] += loss
-        window["tokens"] += tokens
-        window["steps"] += 1
-        due = bool(self.training.eval_steps) and done % self.training.eval_steps == 0 and not last
-        if not (due or last or done == 1 or done % self.training.logging_steps == 0):
-            return
-        sums = self.process.sum(torch.tensor([window["loss"], window["tokens"]], dtype=torch.float64)).tolist()
-        seconds = time.monotonic() - self._window_began
-        mean = sums[0] / window["steps"]
+        self.window.loss += loss
+        self.window.tokens += tokens
+        self.window.steps += 1
+        last, every = done == self.order.steps, self.training.eval_steps
+        evaluate = every is not None and done % every == 0 and not last
+        if evaluate or last or done == 1 or done % self.training.logging_steps == 0:
+            self._report(done, grad_norm, evaluate)
+            self._open_window()
+
+    def _report(self, done: int, grad_norm: Tensor, evaluate: bool) -> None:
+        window = self.window
+        sums = torch.stack([window.loss.double(), torch.tensor(float(window.tokens), device=window.loss.device)])
+        loss, tokens = self.process.sum(sums).tolist()
+        seconds = time.monotonic() - window.began
+        mean = loss / window.steps
         if not math.isfinite(mean):
             raise TrainingDiverged(
                 f"step {done}: the loss is {mean}, grad_norm {grad_norm:.3g}, training.learning_rate "
                 f"{self.training.learning_rate:g}; lower the learning rate, lengthen training.warmup_steps, or set "
                 "training.precision to fp32"
             )
-        self.log.tokens += int(sums[1])
+        self.log.tokens += int(tokens)
         self.log.seconds += seconds
         report = StepReport(
             step=done,
@@ -231,13 +252,12 @@ class LoraFinetune:
             loss=mean,
             grad_norm=float(grad_norm),
             learning_rate=self.scheduler.get_last_lr()[0],
-            tokens_per_second=sums[1] / seconds,
-            eta_seconds=seconds / window["steps"] * (self.order.steps - done),
-            held_out_loss=self.held_out_loss() if due else None,
+            tokens_per_second=tokens / seconds,
+            eta_seconds=seconds / window.steps * (self.order.steps - done),
+            held_out_loss=self.held_out_loss() if evaluate else None,
         )
         self.log.history.append(report.to_dict())
         self.reporter.step(report)
-        self._open_window()
 
     def _save_checkpoint_if_due(self) -> None:
         every, done = self.training.save_steps, self.log.step

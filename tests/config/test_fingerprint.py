@@ -73,9 +73,7 @@ def test_each_input_changes_the_dataset(change: dict[str, object]) -> None:
 
 def test_base_and_warm_start_change_the_adapter() -> None:
     experiment = load_experiment(CONFIGS, "demo")
-    made = {
-        adapter_fingerprint(experiment, "data", base, begun) for base in ("a", "b") for begun in (None, "x", "y")
-    }
+    made = {adapter_fingerprint(experiment, "data", base, begun) for base in ("a", "b") for begun in (None, "x", "y")}
     assert len(made) == 6
 
 

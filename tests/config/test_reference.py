@@ -8,7 +8,9 @@ from paths import ROOT
 from finetune_assets.config import schema
 from finetune_assets.config.reference import docstrings, reference
 
-GROUPS = [value for value in vars(schema).values() if isinstance(value, type) and hasattr(value, "__dataclass_fields__")]
+GROUPS = [
+    value for value in vars(schema).values() if isinstance(value, type) and hasattr(value, "__dataclass_fields__")
+]
 
 
 def test_docs_are_what_the_schema_says() -> None:

@@ -16,7 +16,9 @@ from finetune_assets.data.sources import PARQUET, SAMPLE, DataError, write_parqu
 from finetune_assets.data.tokenization import IGNORED
 from finetune_assets.store.base_models import PACKAGED
 
-SHORT = PromptTemplate(prompt_input="{context} {instruction} R:", prompt_no_input="{instruction} R:", response_split="R:")
+SHORT = PromptTemplate(
+    prompt_input="{context} {instruction} R:", prompt_no_input="{instruction} R:", response_split="R:"
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,9 @@ def test_same_inputs_give_the_same_bytes(rows: Path, tokenizer: PreTrainedTokeni
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_unknown_category_names_those_that_occur(rows: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_unknown_category_names_those_that_occur(
+    rows: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"'openqa'.*classification, closed_qa, open_qa"):
         prepared(rows, tokenizer, Data(categories=["openqa"]), tmp_path)
 

@@ -23,7 +23,7 @@ def test_shares_are_about_those_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("instruction", "context"),
-    [("Who came?", "a b"), ("  who  CAME? ", "A\n b"), ("Who came?", "\uff41 b")],  # noqa: RUF001
+    [("Who came?", "a b"), ("  who  CAME? ", "A\n b"), ("Who came?", "\uff41 b")],
 )
 def test_a_row_that_reads_the_same_stands_on_the_same_side(instruction: str, context: str) -> None:
     assert draw(instruction, context, "salt") == draw("Who came?", "a b", "salt")

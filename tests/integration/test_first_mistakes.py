@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from integration.cli import materialize
-
 from projects import TestProject
+
 from finetune_assets.data.sources import SAMPLE
 from finetune_assets.store.base_models import PACKAGED
 

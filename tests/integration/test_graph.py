@@ -9,10 +9,10 @@ import torch
 from integration.cli import materialize, reused
 from paths import ROOT
 from peft import PeftModel
+from projects import TestProject
 from transformers import AutoModelForCausalLM
 
 import finetune_assets.sample
-from projects import TestProject
 
 SHORT = ["training.max_steps=2", "evaluation.generated_rows=4"]
 EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"}
@@ -56,7 +56,9 @@ def test_what_re_runs_when(project: TestProject) -> None:
     assert not project.leftovers_of_builds()
 
 
-def test_assets_one_by_one_on_an_empty_instance(project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_assets_one_by_one_on_an_empty_instance(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Each asset in a process and on a Dagster instance of its own finds what its configuration demands."""
     for i, asset in enumerate(["dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter"]):
         home = tmp_path / f"home{i}"
@@ -140,11 +142,15 @@ def test_warm_start_from_the_store_and_from_a_folder(project: TestProject, tmp_p
     assert "training.warm_start" in missing.stdout
 
 
-def test_wandb_offline_writes_a_run_and_no_key(project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wandb_offline_writes_a_run_and_no_key(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     key = "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run = materialize("*lora_adapter", overrides=[*SHORT, "wandb.project=p", "wandb.mode=offline", "wandb.log_model=true"])
+    run = materialize(
+        "*lora_adapter", overrides=[*SHORT, "wandb.project=p", "wandb.mode=offline", "wandb.log_model=true"]
+    )
     assert run.returncode == 0, run.stdout
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"grad_norm" in record.read_bytes()
@@ -154,5 +160,7 @@ def test_wandb_offline_writes_a_run_and_no_key(project: TestProject, monkeypatch
 
 
 def test_workspace_loads_and_definitions_validate() -> None:
-    run = subprocess.run(["dagster", "definitions", "validate", "-w", "workspace.yaml"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        ["dagster", "definitions", "validate", "-w", "workspace.yaml"], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr

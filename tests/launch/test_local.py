@@ -21,7 +21,7 @@ run_worker("worker_body")
 """
 BODIES = {
     "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('data') + '/in.txt').read().upper())",
-    "user_error": "def main():\n    from finetune_assets.errors import UserError\n    raise UserError('rank: 0 is wrong')",
+    "user_error": "def main():\n    import finetune_assets.errors as e\n    raise e.UserError('rank: 0 is wrong')",
     "crash": "def main():\n    raise RuntimeError('the disk is on fire')",
     "import_error": "import no_such_module",
     "exit": "def main():\n    print('last words', file=sys.stderr); os._exit(7)",

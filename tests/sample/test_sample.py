@@ -15,7 +15,9 @@ BASE = PACKAGED["demo-base"]
 
 
 def test_packaged_rows_are_what_the_script_writes() -> None:
-    assert [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()] == instruction_rows(make_world())
+    assert [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()] == instruction_rows(
+        make_world()
+    )
 
 
 def test_sample_is_large_enough_and_asks_nothing_twice() -> None:

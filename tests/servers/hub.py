@@ -98,7 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "RevisionNotFound", body)
         files = repo.commits[commit]
         if rest[0] == "revision":
-            return self._send_json({"id": owner_name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}, body)
+            return self._send_json(
+                {"id": owner_name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}, body
+            )
         if rest[0] == "tree":
             tree = [{"type": "file", "path": f, "size": len(b), "oid": _oid(b)} for f, b in files.items()]
             return self._send_json(tree, body)

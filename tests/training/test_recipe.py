@@ -62,9 +62,10 @@ def test_folder_holds_what_it_promises(finetune: Finetune) -> None:
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("packaged/demo-base", "r")
     everything = "".join(path.read_text(errors="ignore") for path in output.iterdir())
     assert str(BASE) not in everything
-    assert AutoTokenizer.from_pretrained(output)("Oslo")["input_ids"] == AutoTokenizer.from_pretrained(BASE)("Oslo")[
-        "input_ids"
-    ]
+    assert (
+        AutoTokenizer.from_pretrained(output)("Oslo")["input_ids"]
+        == AutoTokenizer.from_pretrained(BASE)("Oslo")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize(
