@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ def main() -> None:
     """Materialize the demo experiment and print its story."""
     console, began = Console(), time.monotonic()
     trained_before = adapter_in_store() is not None
-    console.print(f"[bold]$ {' '.join(COMMAND)}[/bold]", highlight=False)
+    console.print(f"[bold]$ {shlex.join(COMMAND)}[/bold]", highlight=False, soft_wrap=True)
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
     code = subprocess.call([sys.executable, "-m", *COMMAND, "--config-json", INFO_ONLY], env=quiet)
     if code != 0:
@@ -59,6 +60,7 @@ def tell(console: Console, trained_before: bool, seconds: float) -> None:
         "Go on:    README.md, 'Your own data, model, experiment'; a real model is one YAML line away:\n"
         "          configs/experiments/smollm2-135m-dolly.yaml",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -68,8 +70,10 @@ def answers(samples: list[dict[str, str]]) -> Table:
     for name in ("question", "expected", "base model", "with adapter"):
         table.add_column(name)
     for sample in samples:
-        question = sample["prompt"].replace("### Response:", "").strip()
-        table.add_row(question, sample["expected"], sample["base"], sample["adapter"])
+        question = (
+            sample["prompt"].removeprefix("### Instruction: ").replace("### Input: ", "").split("### Response")[0]
+        )
+        table.add_row(question.strip(), sample["expected"], sample["base"], sample["adapter"])
     return table
 
 

@@ -44,7 +44,7 @@ def make_once(
     began = time.monotonic()
     found = None if project.force else project.store().find(kind, name)
     if found:
-        context.log.info(f"nothing to do: {found.uri} was made from the same inputs, settings and code")
+        context.log.info(f"nothing to do: the store has {kind}/{name} from the same inputs, settings and code")
     ref = found or make()
     return Made(ref, found is not None, time.monotonic() - began)
 

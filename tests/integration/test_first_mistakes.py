@@ -48,7 +48,7 @@ GOOD = SAMPLE.read_text(encoding="utf-8")
 SECOND = json.dumps({"instruction": "Who?", "response": ["x"]})
 MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     "unknown key": (edited("learning_rate:", "learnin_rate:"), ["demo.yaml", "training.learnin_rate", "learning_rate"]),
-    "wrong type": (edited("epochs: 12", "epochs: many"), ["demo.yaml", "training.epochs", "many"]),
+    "wrong type": (edited("epochs: 15", "epochs: many"), ["demo.yaml", "training.epochs", "many"]),
     "impossible": (edited("micro_batch_size: 8", "micro_batch_size: 80"), ["demo.yaml", "micro_batch_size", "80"]),
     "bad enum": (edited("precision: fp32", "precision: fp23"), ["demo.yaml", "training.precision", "fp32"]),
     "broken yaml": (edited("model:\n", "model\n"), ["demo.yaml", "line"]),
@@ -63,7 +63,7 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     "wrong value": (rows(GOOD + SECOND), ["rows.jsonl:801", "'response' must be text", '["x"]']),
     "alpaca rows": (rows('{"instruction": "a", "output": "b"}'), ["rows.jsonl:1", "'response' is missing", "output"]),
     "damaged model": (damaged_model, ["local/model", "model.safetensors", "damaged"]),
-    "unknown target": (edited("rank: 16", "rank: 16\n  target_modules: [w]"), ["lora.target_modules", "w"]),
+    "unknown target": (edited("rank: 32", "rank: 32\n  target_modules: [w]"), ["lora.target_modules", "w"]),
 }
 
 

@@ -159,7 +159,7 @@ def test_warm_start_begins_where_the_other_ended(finetune: Finetune) -> None:
 def test_warm_start_of_another_rank_is_told(finetune: Finetune) -> None:
     first = finetune("training.max_steps=1", "lora.rank=4", name="first")
     first.run()
-    with pytest.raises(ModelError, match=r"rank 4.*lora\.rank is 16.*set it to 4"):
+    with pytest.raises(ModelError, match=r"rank 4.*lora\.rank is 32.*set it to 4"):
         finetune("training.max_steps=1", name="second", warm_start=first.job.output)
 
 
