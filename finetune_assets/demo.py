@@ -56,7 +56,7 @@ def tell(console: Console, trained_before: bool, seconds: float) -> None:
     shown = adapter.relative_to(Path.cwd()) if adapter.is_relative_to(Path.cwd()) else adapter
     console.print(f"Done in {seconds:.0f} s. The adapter lies in\n  {shown}", highlight=False, soft_wrap=True)
     console.print(
-        "\nSee it:   make ui   (then http://127.0.0.1:3000, Assets, View lineage)\n"
+        "\nSee it:   make ui   (then http://127.0.0.1:3000, Lineage)\n"
         "Go on:    README.md, 'Your own data, model, experiment'; a real model is one YAML line away:\n"
         "          configs/experiments/smollm2-135m-dolly.yaml",
         highlight=False,

@@ -83,7 +83,7 @@ def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
         "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
         "trainable_parameters": state["trainable_parameters"],
         "peak_memory_mib": state["peak_memory_mib"],
-        "train_loss": last["loss"],
-        "grad_norm": last["grad_norm"],
-        **{f"held_out_loss_{when}": loss for when, loss in held_out.items() if loss is not None},
+        "train_loss": round(last["loss"], 4),
+        "grad_norm": round(last["grad_norm"], 4),
+        **{f"held_out_loss_{when}": round(loss, 4) for when, loss in held_out.items() if loss is not None},
     }
