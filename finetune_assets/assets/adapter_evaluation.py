@@ -4,10 +4,8 @@ import json
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, make_once, plain_errors, result
+from finetune_assets.assets.making import GROUP, job, make_once, plain_errors, result
 from finetune_assets.assets.partitions import experiments
-from finetune_assets.config.loading import dump
-from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
@@ -30,20 +28,16 @@ def adapter_evaluation(
     with plain_errors():
         lineage = project.lineage(context.partition_key)
         fingerprint = lineage.evaluation_fingerprint(lora_adapter)
-        store = project.store()
 
         def make() -> ArtifactRef:
-            spec = JobSpec(
+            spec = job(
+                project,
+                lineage.experiment,
                 module="finetune_assets.evaluation",
-                config=dump(lineage.experiment.config),
                 inputs={"base-model": cached_base_model, "dataset": tokenized_dataset, "adapter": lora_adapter},
                 kind=EVALUATIONS,
                 fingerprint=fingerprint,
                 made_from={"fingerprint": fingerprint, "lora_adapter": lora_adapter.fingerprint},
-                store=store.url,
-                namespace=store.namespace,
-                cache=str(store.cache),
-                replace=project.force,
             )
             return run_in_pipes(context, launcher, spec)
 

@@ -4,9 +4,8 @@ import json
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, make_once, plain_errors, result
+from finetune_assets.assets.making import GROUP, job, make_once, plain_errors, result
 from finetune_assets.assets.partitions import experiments
-from finetune_assets.config.loading import dump
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
@@ -42,13 +41,14 @@ def training_job(
     project: Project, lineage: Lineage, fingerprint: str, dataset: ArtifactRef, base_model: ArtifactRef
 ) -> JobSpec:
     """What the launcher is handed to train one experiment."""
-    experiment, store = lineage.experiment, project.store()
+    experiment = lineage.experiment
     begun = lineage.warm_start()
     source = lineage.base_source()
-    raw = store.manifest(dataset.kind, dataset.name)
-    return JobSpec(
+    raw = lineage.store.manifest(dataset.kind, dataset.name)
+    return job(
+        project,
+        experiment,
         module="finetune_assets.training",
-        config=dump(experiment.config),
         inputs={"base-model": base_model, "dataset": dataset, **({"warm-start": begun} if begun else {})},
         kind=ADAPTERS,
         fingerprint=fingerprint,
@@ -63,11 +63,7 @@ def training_job(
             "dolly_raw": raw.made_from["dolly_raw"] if raw else None,
             "warm_start": begun.fingerprint if begun else None,
         },
-        store=store.url,
-        namespace=store.namespace,
-        cache=str(store.cache),
         processes=experiment.config.training.processes_per_node,
-        replace=project.force,
         scratch=True,
     )
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.config.loading import Experiment, dump
 from finetune_assets.errors import UserError
+from finetune_assets.launch.job import JobSpec
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -63,6 +65,19 @@ def publish_built(
     with tempfile.TemporaryDirectory(prefix="build-", dir=store.cache) as folder:
         build(Path(folder))
         return store.publish(Path(folder), kind, name, fingerprint, made_from, replace=project.force)
+
+
+def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
+    """A job on this deployment's store with the experiment's settings; `spec` says what is its own."""
+    store = project.store()
+    return JobSpec(
+        config=dump(experiment.config),
+        store=store.url,
+        namespace=store.namespace,
+        cache=str(store.cache),
+        replace=project.force,
+        **spec,
+    )
 
 
 def result(made: Made, **metadata: Any) -> dg.MaterializeResult[ArtifactRef]:

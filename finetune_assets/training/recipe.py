@@ -66,6 +66,23 @@ class Log:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        loss: This process's part of the mean loss; a scalar.
+        tokens: Tokens that this process read, padding not counted.
+        grad_norm: Global gradient norm before clipping; a scalar.
+        learning_rate: What the step was taken with.
+    """
+
+    loss: Tensor
+    tokens: int
+    grad_norm: Tensor
+    learning_rate: float
+
+
 @dataclass
 class Window:
     """What is counted from one report to the next.
@@ -119,18 +136,13 @@ class LoraFinetune:
             self.log.held_out_loss["before"] = self.held_out_loss()
         self._open_window()
         for step in range(self.log.step, self.order.steps):
-            loss, tokens, grad_norm = self.train_step(step)
-            self._account(step + 1, loss, tokens, grad_norm)
+            self._account(step + 1, self.train_step(step))
             self._save_checkpoint_if_due()
         self.log.held_out_loss["after"] = self.held_out_loss()
         self._write_output()
 
-    def train_step(self, step: int) -> tuple[Tensor, int, Tensor]:
-        """One optimizer step over the global batch.
-
-        Returns:
-            This process's part of the mean loss, its tokens, and the gradient norm before clipping.
-        """
+    def train_step(self, step: int) -> Step:
+        """One optimizer step over the global batch."""
         self.model.train()
         torch.manual_seed(hash((self.training.seed, step, self.process.rank)) % 2**63)
         batches = [
@@ -150,8 +162,9 @@ class LoraFinetune:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
-        return total, sum(batch.tokens for batch in batches), grad_norm
+        return Step(total, sum(batch.tokens for batch in batches), grad_norm, learning_rate)
 
     @torch.inference_mode()
     def held_out_loss(self) -> float | None:
@@ -220,19 +233,19 @@ class LoraFinetune:
     def _open_window(self) -> None:
         self.window = Window(torch.zeros((), device=self.process.device))
 
-    def _account(self, done: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
+    def _account(self, done: int, step: Step) -> None:
         """Count a step, and report where one is due."""
         self.log.step = done
-        self.window.loss += loss
-        self.window.tokens += tokens
+        self.window.loss += step.loss
+        self.window.tokens += step.tokens
         self.window.steps += 1
         last, every = done == self.order.steps, self.training.eval_steps
         evaluate = every is not None and done % every == 0 and not last
         if evaluate or last or done == 1 or done % self.training.logging_steps == 0:
-            self._report(done, grad_norm, evaluate)
+            self._report(done, step, evaluate)
             self._open_window()
 
-    def _report(self, done: int, grad_norm: Tensor, evaluate: bool) -> None:
+    def _report(self, done: int, step: Step, evaluate: bool) -> None:
         window = self.window
         sums = torch.stack([window.loss.double(), torch.tensor(float(window.tokens), device=window.loss.device)])
         loss, tokens = self.process.sum(sums).tolist()
@@ -240,7 +253,7 @@ class LoraFinetune:
         mean = loss / window.steps
         if not math.isfinite(mean):
             raise TrainingDiverged(
-                f"step {done}: the loss is {mean}, grad_norm {grad_norm:.3g}, training.learning_rate "
+                f"step {done}: the loss is {mean}, grad_norm {step.grad_norm:.3g}, training.learning_rate "
                 f"{self.training.learning_rate:g}; lower the learning rate, lengthen training.warmup_steps, or set "
                 "training.precision to fp32"
             )
@@ -250,8 +263,8 @@ class LoraFinetune:
             step=done,
             total=self.order.steps,
             loss=mean,
-            grad_norm=float(grad_norm),
-            learning_rate=self.scheduler.get_last_lr()[0],
+            grad_norm=float(step.grad_norm),
+            learning_rate=step.learning_rate,
             tokens_per_second=tokens / seconds,
             eta_seconds=seconds / window.steps * (self.order.steps - done),
             held_out_loss=self.held_out_loss() if evaluate else None,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.store.base_models import PACKAGED
-from finetune_assets.training.batches import collate
+from finetune_assets.training.batches import Examples, collate
 from finetune_assets.training.model import ModelError
 from finetune_assets.training.recipe import LoraFinetune, TrainingDiverged, UnsupportedOptimizer
 
@@ -42,8 +43,21 @@ def test_training_lowers_the_held_out_loss_and_tells_its_way(finetune: Finetune)
         assert entry["grad_norm"] > 0
         assert entry["tokens_per_second"] > 0
     assert state["tokens"] == 12 / run.order.steps_per_epoch * run.train.lengths.sum()
-    assert state["history"][-1]["learning_rate"] == pytest.approx(0, abs=1e-9)
+    rates = [entry["learning_rate"] for entry in state["history"]]
+    assert rates[0] == run.training.learning_rate, "warm-up of no step at 3% of 12: the first is at the peak"
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] > 0
     assert state["history"][-1]["eta_seconds"] == 0
+
+
+def test_nothing_held_out_is_not_measured(finetune: Finetune, tmp_path: Path) -> None:
+    run = finetune("training.max_steps=1")
+    with pa.ipc.new_stream(str(tmp_path / "val.arrow"), run.val.table.schema):
+        pass
+    run.val = Examples(tmp_path / "val.arrow")
+    run.run()
+    assert run.log.held_out_loss == {"before": None, "after": None}
+    assert "Held-out loss" not in (run.job.output / "README.md").read_text()
 
 
 def test_folder_holds_what_it_promises(finetune: Finetune) -> None:
