@@ -13,18 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_assets.errors import UserError
+from finetune_assets.evaluation.metrics import exact_match
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 EXPERIMENT = "demo"
-INFO_ONLY = json.dumps({"loggers": {"console": {"config": {"log_level": "INFO"}}}})
 COMMAND = ["dagster", "asset", "materialize", "--select", "*", "--partition", EXPERIMENT]
 COMMAND += ["-m", "finetune_assets.definitions"]
+INFO_ONLY = json.dumps({"loggers": {"console": {"config": {"log_level": "INFO"}}}})
 
 
 def main() -> None:
     """Materialize the demo experiment and print its story."""
     console, began = Console(), time.monotonic()
+    os.environ["FINETUNE_RAW_DATA"] = "sample"  # the demo is of the packaged rows, whatever else is set
     trained_before = adapter_in_store() is not None
     console.print(f"[bold]$ {shlex.join(COMMAND)}[/bold]", highlight=False, soft_wrap=True)
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -67,13 +69,13 @@ def tell(console: Console, trained_before: bool, seconds: float) -> None:
 def answers(samples: list[dict[str, str]]) -> Table:
     """Questions and both models' answers, side by side."""
     table = Table(title="Held-out questions", show_lines=True)
-    for name in ("question", "expected", "base model", "with adapter"):
+    for name in ("question", "expected", "base model", "with adapter", ""):
         table.add_column(name)
     for sample in samples:
-        question = (
-            sample["prompt"].removeprefix("### Instruction: ").replace("### Input: ", "").split("### Response")[0]
-        )
-        table.add_row(question.strip(), sample["expected"], sample["base"], sample["adapter"])
+        asked = sample["prompt"].removeprefix("### Instruction: ").split("### Response")[0]
+        question = asked.replace("### Input:", "Context:").strip()
+        right = "✓" if exact_match(sample["adapter"], sample["expected"]) else "✗"
+        table.add_row(question, sample["expected"], sample["base"], sample["adapter"], right)
     return table
 
 

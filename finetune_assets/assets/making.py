@@ -48,6 +48,7 @@ def make_once(
     if found:
         context.log.info(f"nothing to do: the store has {kind}/{name} from the same inputs, settings and code")
     ref = found or make()
+    context.log.info(f"{context.asset_key.to_user_string()} lies in {ref.uri.removeprefix('file://')}")
     return Made(ref, found is not None, time.monotonic() - began)
 
 
@@ -101,3 +102,6 @@ def plain_errors() -> Iterator[None]:
         yield
     except UserError as e:
         raise dg.Failure(str(e), allow_retries=False) from None
+    except OSError as e:
+        where = f" ({e.filename})" if e.filename else ""
+        raise dg.Failure(f"{e.strerror or e}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left") from e

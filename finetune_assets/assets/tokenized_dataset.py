@@ -31,10 +31,12 @@ def tokenized_dataset(
             from finetune_assets.data.prepare import prepare_dataset
             from finetune_assets.data.preview import masked_tokens
             from finetune_assets.data.sources import PARQUET
-            from finetune_assets.data.tokenization import load_tokenizer
+            from finetune_assets.data.tokenization import check_positions, load_tokenizer
 
             store = project.store()
-            tokenizer = load_tokenizer(str(store.fetch(cached_base_model, is_tokenizer_file)))
+            base_model = store.fetch(cached_base_model, is_tokenizer_file)
+            check_positions(base_model, lineage.experiment.config.data)
+            tokenizer = load_tokenizer(str(base_model))
             rows = store.fetch(dolly_raw) / PARQUET
             salt = lineage.raw.config.split_salt
             statistics = prepare_dataset(rows, tokenizer, lineage.experiment.config.data, salt, folder)

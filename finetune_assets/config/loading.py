@@ -1,5 +1,7 @@
 """From YAML files and one run's overrides to one checked tree of settings."""
 
+import logging
+import re
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
@@ -15,6 +17,8 @@ from finetune_assets.config.schema import ExperimentConfig, RawDataConfig
 from finetune_assets.config.validation import impossible_settings
 
 OVERRIDE = "override"
+EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -42,8 +46,17 @@ class Layer:
 
 
 def experiment_names(configs: Path) -> list[str]:
-    """The names of all experiments, sorted; no file is opened, so a broken one takes no other down."""
-    return sorted(path.stem for path in (configs / "experiments").glob("*.yaml"))
+    """The names of all experiments, sorted; no file is opened, so a broken one takes no other down.
+
+    A file whose name cannot be a partition key is passed over with a warning.
+    """
+    names = []
+    for path in sorted((configs / "experiments").iterdir()) if (configs / "experiments").is_dir() else []:
+        if path.suffix == ".yaml" and EXPERIMENT_NAME.fullmatch(path.stem) and "..." not in path.stem:
+            names.append(path.stem)
+        elif path.suffix in (".yaml", ".yml"):
+            logger.warning("%s is no experiment: name it with letters, digits, '.', '_', '-', ending in .yaml", path)
+    return names
 
 
 def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> Experiment:

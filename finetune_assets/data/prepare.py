@@ -93,7 +93,8 @@ def _select(
         occurring = set(categories)
         for name in data.categories:
             if name not in occurring:
-                raise DataError(f"data.categories: no row has category '{name}'; found {', '.join(sorted(occurring))}")
+                found = ", ".join(sorted(filter(None, occurring))) or "rows without a category only"
+                raise DataError(f"data.categories: no row has category '{name}'; found {found}")
         taken &= np.isin(categories, data.categories)
         statistics.rows_of_other_categories = int((~taken).sum())
     if data.num_samples is not None and taken.sum() > data.num_samples:

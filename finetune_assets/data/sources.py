@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,15 @@ def source_files(source: str, root: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*.jsonl") if file.is_file())
         if not files:
-            raise DataError(f"{path}: raw_data.source is a folder without any .jsonl file")
+            raise DataError(f"{path}: this folder holds no file that ends in .jsonl")
         return files
     if not path.is_file():
-        raise DataError(f"{path}: raw_data.source '{source}' does not exist; name a JSONL file, a folder, or 'sample'")
+        raise DataError(
+            f"{path}: does not exist; `source` in raw_data.yaml, or FINETUNE_RAW_DATA, is '{source}': "
+            "name a JSONL file, a folder of them, or 'sample'"
+        )
     if path.suffix != ".jsonl":
-        raise DataError(f"{path}: raw_data.source must be JSON Lines (one JSON object a line, ending in .jsonl)")
+        raise DataError(f"{path}: rows must be JSON Lines (one JSON object a line) in a file that ends in .jsonl")
     return [path]
 
 
@@ -79,6 +83,10 @@ def _parse_row(line: bytes, where: str) -> dict[str, str]:
         raise DataError(f"{where}: not JSON: {e.msg} at column {e.colno}; one JSON object a line is expected") from e
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {_short(row)}")
+    for key in row.keys() - set(RAW_SCHEMA.names):
+        meant = "context" if key == "input" else next(iter(get_close_matches(key, RAW_SCHEMA.names, 1, 0.75)), None)
+        if meant and not row.get(meant) and row[key]:
+            raise DataError(f"{where}: unknown key '{key}' would be lost; did you mean '{meant}'?")
     return {name: _text(row, name, where) for name in RAW_SCHEMA.names}
 
 

@@ -1,6 +1,8 @@
 """From text to token ids with labels. The prompt is masked by the tokens' own offsets, never by tokenizing it alone."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +102,18 @@ def first_token_at(encoding: Encoding, start: int, end: int) -> int:
         if token is not None:
             return int(token)
     return len(encoding.ids)
+
+
+def check_positions(folder: Path, data: Data) -> None:
+    """Refuse a cut-off beyond the positions that the model of this folder was made for.
+
+    Raises:
+        DataError: naming both.
+    """
+    positions = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    cutoff = data.tokenization.cutoff_len
+    if positions is not None and cutoff > positions:
+        raise DataError(f"data.tokenization.cutoff_len: {cutoff} is more than the base model's {positions} positions")
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:

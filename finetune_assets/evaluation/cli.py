@@ -10,7 +10,8 @@ from peft import PeftModel
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.tokenization import load_tokenizer
-from finetune_assets.evaluation.generation import answers, exact_match
+from finetune_assets.evaluation.generation import answers
+from finetune_assets.evaluation.metrics import exact_match
 from finetune_assets.training.batches import Examples
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.model import load_base

@@ -55,12 +55,3 @@ def _batches(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
-
-
-def exact_match(answer: str, expected: str) -> bool:
-    """Whether two answers are the same but for case, white space and a final full stop."""
-    return _folded(answer) == _folded(expected)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")

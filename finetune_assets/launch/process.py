@@ -46,6 +46,6 @@ def run_worker(module: str) -> None:
         except UserError as e:
             if path := os.environ.get(ERROR_FILE):
                 Path(path).write_text(str(e), encoding="utf-8")
-            raise
+            sys.exit(str(e))  # the text alone: a traceback would say nothing more to whom it is for
 
     main()

@@ -4,6 +4,7 @@ Files go first, the manifest last and create-only: an artifact is either whole o
 """
 
 import hashlib
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore
 
 from finetune_assets.errors import UserError
@@ -21,6 +22,7 @@ from finetune_assets.store.manifest import FileEntry, Manifest, parse
 MANIFEST = "manifest.json"
 SHARED_KINDS = ("base-models",)
 CHUNK = 4 << 20
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 class StoreError(UserError):
@@ -68,7 +70,10 @@ def open_store(url: str) -> ObjectStore:
     scheme, separator, path = url.partition("://")
     if scheme != "file" or not separator or not path.startswith("/"):
         raise StoreError(f"FINETUNE_STORE: '{url}' is not a store; use file:///an/absolute/folder")
-    return LocalStore(path, mkdir=True)
+    try:
+        return LocalStore(path, mkdir=True)
+    except (OSError, BaseError) as e:
+        raise StoreError(f"FINETUNE_STORE: '{url}' cannot be used as a folder: {str(e).splitlines()[0]}") from e
 
 
 class ArtifactStore:
@@ -81,6 +86,8 @@ class ArtifactStore:
     """
 
     def __init__(self, url: str, namespace: str, cache: Path) -> None:
+        if not re.fullmatch(NAME, namespace):
+            raise StoreError(f"FINETUNE_NAMESPACE: '{namespace}' must be letters, digits, '.', '_' and '-'")
         self.url = url.rstrip("/")
         self.namespace = namespace
         self.cache = cache
@@ -100,8 +107,8 @@ class ArtifactStore:
         ref = self.find(kind, name)
         if ref is None:
             raise ArtifactMissing(
-                f"{self.url}/{self._prefix(kind, name)}: not in the store, so the configuration and data of now have "
-                f"not been materialized yet; materialize {made_by} first"
+                f"materialize {made_by} first, with the same settings and overrides: what they and the data of now "
+                f"demand is not in the store ({self.url}/{self._prefix(kind, name)})"
             )
         return ref
 

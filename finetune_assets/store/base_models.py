@@ -177,4 +177,7 @@ def _hub_errors(repo: str, revision: str) -> Iterator[None]:
     except HfHubHTTPError as e:
         raise BaseModelError(f"{where}: the Hub refused ({e.response.status_code}); try again later") from e
     except (OSError, HTTPError) as e:
-        raise BaseModelError(f"{where}: the Hub at {_hub().endpoint} cannot be reached ({e}); try again") from e
+        raise BaseModelError(
+            f"{where}: the Hub at {_hub().endpoint} cannot be reached ({e}); try again, or name a "
+            f"folder (./...) or a packaged model: {suggest(repo, PACKAGED)}"
+        ) from e

@@ -19,7 +19,7 @@ from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
 from finetune_assets.data.sources import source_files
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, StoreError, folder_hashes, sha256
-from finetune_assets.store.base_models import BaseModelSource, is_tokenizer_file, locate
+from finetune_assets.store.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
 
 RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "tokenized", "adapters", "evaluations"
 IMPORTS = "imports"
@@ -68,7 +68,10 @@ class Lineage:
 
     def base_source(self) -> BaseModelSource:
         model = self.experiment.config.model
-        return locate(model.base_model, model.revision, self.raw.root)
+        try:
+            return locate(model.base_model, model.revision, self.raw.root)
+        except BaseModelError as e:
+            raise BaseModelError(f"experiment {self.experiment.name}: {e}") from e
 
     def base_name(self) -> str:
         source = self.base_source()

@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
 from finetune_assets.errors import UserError
@@ -44,6 +45,7 @@ def load_base(folder: Path, model: Model, device: torch.device) -> PreTrainedMod
         ModelError: if it does not load, or is not made for the device.
     """
     dtype = weights_dtype(model, device)
+    disable_progress_bar()
     try:
         base = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -45,7 +45,7 @@ def save(
     (output / CONFIG).write_text(dump(config), encoding="utf-8")
     _write_json(output / TRAINER_STATE, state)
     _write_json(output / PROVENANCE, {**made_from, "versions": _versions(), "hardware": _hardware()})
-    (output / "README.md").write_text(_model_card(made_from, state), encoding="utf-8")
+    (output / "README.md").write_text(_model_card(config, made_from, state), encoding="utf-8")
 
 
 def _name_base(output: Path, made_from: dict[str, Any]) -> None:
@@ -73,13 +73,29 @@ def _hardware() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
 
 
-def _base_arguments(made_from: dict[str, Any]) -> str:
-    repo, revision = made_from["base_model"], made_from["revision"]
-    on_the_hub = not repo.startswith(("packaged/", "local/"))
-    return f"{repo!r}, revision={revision!r}" if on_the_hub else f'"the folder of {repo}"'
+def _base(made_from: dict[str, Any]) -> str:
+    repo = made_from["base_model"]
+    if repo.startswith(("packaged/", "local/")):
+        return f'"the folder of {repo}"  # where the asset cached_base_model lies'
+    return f"{repo!r}  # trained at revision {made_from['revision']}"
 
 
-def _model_card(made_from: dict[str, Any], state: dict[str, Any]) -> str:
+def _prompt(config: ExperimentConfig) -> str:
+    template = config.data.prompt_template
+    if template.chat_template:
+        turn = '[{"role": "user", "content": "What ...?"}]'
+        return f"prompt = tokenizer.apply_chat_template({turn}, tokenize=False, add_generation_prompt=True)"
+    form = f'prompt = {template.prompt_no_input!r}.format(instruction="What ...?")'
+    ends_in_space = template.prompt_no_input != template.prompt_no_input.rstrip(" ")
+    # Tokenizers merge that space with the answer's first word, as they did in training
+    return f"{form}.rstrip(' ')" if ends_in_space else form
+
+
+def _special(config: ExperimentConfig) -> str:
+    return ", add_special_tokens=False" if config.data.prompt_template.chat_template else ""
+
+
+def _model_card(config: ExperimentConfig, made_from: dict[str, Any], state: dict[str, Any]) -> str:
     held_out = state["held_out_loss"]
     measured = ""
     if held_out["after"] is not None:
@@ -94,11 +110,18 @@ tags: [lora]
 Base model `{made_from["base_model"]}` at `{made_from["revision"]}`, {state["step"]} steps.
 {measured}
 ```python
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({_base_arguments(made_from)})
-model = PeftModel.from_pretrained(base, "this folder")
+adapter = "this folder"
+base = {_base(made_from)}
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+{_prompt(config)}
+inputs = tokenizer(prompt, return_tensors="pt"{_special(config)})
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 ```
 
 `config.yaml` holds every setting, `provenance.json` what it was made from, `trainer_state.json` how training went.

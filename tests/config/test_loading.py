@@ -162,6 +162,17 @@ def test_one_broken_file_takes_no_other_down(configs: Path) -> None:
     assert load_experiment(configs, "demo").name == "demo"
 
 
+def test_file_that_cannot_name_a_partition_is_passed_over_and_told(
+    configs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = experiment_names(configs)
+    for name in ("a...b.yaml", "my exp.yaml", "mine.yml", "a,b.yaml", ".hidden.yaml"):
+        (configs / "experiments" / name).write_text("")
+    assert experiment_names(configs) == before
+    for name in ("a...b.yaml", "my exp.yaml", "mine.yml", "a,b.yaml"):
+        assert name in caplog.text
+
+
 def test_raw_data_environment_wins(configs: Path) -> None:
     assert load_raw_data_config(configs).source == "sample"
     assert load_raw_data_config(configs, "/rows").source == "/rows"

@@ -38,6 +38,10 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert [row["response"] for file in files for row in read_rows(file)] == ["a", "b"]
 
 
+def test_other_keys_are_passed_over(tmp_path: Path) -> None:
+    assert list(read_rows(jsonl(tmp_path / "rows.jsonl", {**GOOD, "id": 7, "input": ""}))) == [GOOD]
+
+
 def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n  \n" + json.dumps(GOOD).encode())
@@ -52,6 +56,8 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> No
         (b"[1, 2]", ["JSON object", "[1, 2]"]),
         (b'{"response": "r"}', ["'instruction' is missing", "response"]),
         (b'{"instruction": "i", "output": "r"}', ["'response' is missing", "output"]),
+        (b'{"instruction": "i", "response": "r", "input": "x"}', ["'input' would be lost", "'context'"]),
+        (b'{"instruction": "i", "response": "r", "categry": "x"}', ["'categry' would be lost", "'category'"]),
         (b'{"instruction": "i", "response": 3}', ["'response' must be text", "3"]),
         (b'{"instruction": "i", "response": "r", "context": ["x"]}', ["'context' must be text"]),
         (b'{"instruction": "  ", "response": "r"}', ["'instruction' is blank"]),
@@ -82,5 +88,5 @@ def test_unusable_source_is_told(tmp_path: Path, name: str, words: str) -> None:
 
 
 def test_folder_without_rows_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"without any \.jsonl"):
+    with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl"):
         source_files(str(tmp_path), tmp_path)

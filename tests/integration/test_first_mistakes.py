@@ -62,6 +62,7 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     "broken line": (rows(GOOD + '{"instruction": "Wh'), ["rows.jsonl:801", "not JSON"]),
     "wrong value": (rows(GOOD + SECOND), ["rows.jsonl:801", "'response' must be text", '["x"]']),
     "alpaca rows": (rows('{"instruction": "a", "output": "b"}'), ["rows.jsonl:1", "'response' is missing", "output"]),
+    "too long": (edited("cutoff_len: 192", "cutoff_len: 1000"), ["data.tokenization.cutoff_len", "1000", "512"]),
     "damaged model": (damaged_model, ["local/model", "model.safetensors", "damaged"]),
     "unknown target": (edited("rank: 32", "rank: 32\n  target_modules: [w]"), ["lora.target_modules", "w"]),
 }

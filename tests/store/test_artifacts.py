@@ -146,6 +146,20 @@ def test_unusable_url_is_told(url: str, tmp_path: Path) -> None:
         ArtifactStore(url, "me", tmp_path)
 
 
+@pytest.mark.parametrize("place", ["file", "under a file"])
+def test_store_that_cannot_be_a_folder_is_told(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / "file" / ("x" if place == "under a file" else "")
+    with pytest.raises(StoreError, match="FINETUNE_STORE"):
+        ArtifactStore(f"file://{path}", "me", tmp_path).find("raw", "f1")
+
+
+@pytest.mark.parametrize("namespace", ["", "my team", "a/b", "..", "é"])
+def test_unusable_namespace_is_told(tmp_path: Path, namespace: str) -> None:
+    with pytest.raises(StoreError, match="FINETUNE_NAMESPACE"):
+        ArtifactStore(f"file://{tmp_path}/store", namespace, tmp_path)
+
+
 def test_empty_folder_is_not_published(store: ArtifactStore, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(StoreError, match="empty"):

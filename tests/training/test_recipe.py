@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_assets.config.loading import load_resolved
+from finetune_assets.data.tokenization import Encoder
+from finetune_assets.evaluation.generation import answers
 from finetune_assets.store.base_models import PACKAGED
 from finetune_assets.training.batches import Examples, collate
 from finetune_assets.training.model import ModelError
@@ -109,6 +111,24 @@ def test_peft_alone_loads_what_was_trained(finetune: Finetune, lora: list[str]) 
         untouched = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)(input_ids=ids).logits
     assert (ours - theirs).abs().max() < 1e-3
     assert (ours - untouched).abs().max() > 0.05
+
+
+def test_the_model_cards_own_lines_ask_the_adapter(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run as they stand, folders and question filled in, they get the answer that the evaluation gets."""
+    question = "Which is the region: Orrin or Northmark?"
+    run = finetune("training.max_steps=10", "training.learning_rate=3e-3")
+    run.run()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    row = {"instruction": question, "context": "", "response": "Northmark", "category": ""}
+    example = Encoder(tokenizer, run.config.data).encode([row])
+    prompt = example.input_ids[: example.prompt_lengths[0]].tolist()
+    (expected,) = answers(run.model.eval(), tokenizer, [prompt], max_new_tokens=64)
+    code = (run.job.output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace('"this folder"', repr(str(run.job.output)))
+    code = code.replace('"the folder of packaged/demo-base"', repr(str(BASE)))
+    capsys.readouterr()
+    exec(code.replace("What ...?", question), {})
+    assert capsys.readouterr().out.strip() == expected != ""
 
 
 class Killed(Exception):
