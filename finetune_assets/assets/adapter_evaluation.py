@@ -15,7 +15,7 @@ from finetune_assets.store.lineage import EVALUATIONS
 EVALUATION = "evaluation.json"
 
 
-@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, pool="gpu", code_version="1")
+@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, code_version="1")
 def adapter_evaluation(
     context: dg.AssetExecutionContext,
     lora_adapter: ArtifactRef,

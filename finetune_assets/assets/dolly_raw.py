@@ -20,13 +20,15 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
 
     One stream of raw data that every experiment reads; an experiment takes its categories and its share of the rows.
     """
-    from finetune_assets.data.sources import write_parquet
+    from finetune_assets.data.sources import DataError, write_parquet
 
     with plain_errors():
         lineage = project.raw()
 
         def build(folder: Path) -> None:
             statistics = write_parquet(lineage.files, folder)
+            if project.raw().fingerprint != lineage.fingerprint:
+                raise DataError(f"{lineage.config.source}: the rows changed while they were read; run dolly_raw again")
             (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
 
         def make() -> ArtifactRef:

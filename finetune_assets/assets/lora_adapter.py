@@ -16,7 +16,7 @@ from finetune_assets.store.lineage import ADAPTERS, Lineage
 STATE = "trainer_state.json"
 
 
-@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, pool="gpu", code_version="1")
+@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, code_version="1")
 def lora_adapter(
     context: dg.AssetExecutionContext,
     tokenized_dataset: ArtifactRef,
@@ -43,7 +43,7 @@ def training_job(
     """What the launcher is handed to train one experiment."""
     experiment = lineage.experiment
     begun = lineage.warm_start()
-    source = lineage.base_source()
+    repo, _, revision = base_model.name.rpartition("/")
     raw = lineage.store.manifest(dataset.kind, dataset.name)
     return job(
         project,
@@ -56,8 +56,8 @@ def training_job(
             "fingerprint": fingerprint,
             "experiment": experiment.name,
             "overrides": list(experiment.overrides),
-            "base_model": source.repo,
-            "revision": source.revision,
+            "base_model": repo,
+            "revision": revision,
             "cached_base_model": base_model.fingerprint,
             "tokenized_dataset": dataset.fingerprint,
             "dolly_raw": raw.made_from["dolly_raw"] if raw else None,

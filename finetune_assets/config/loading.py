@@ -112,11 +112,28 @@ def _read_layer(path: Path) -> Layer:
     except yaml.MarkedYAMLError as e:
         line = f"line {e.problem_mark.line + 1}" if e.problem_mark else ""
         raise ConfigError(str(path), line, f"not valid YAML: {e.problem}") from e
-    if "oc.env" in text:
-        raise ConfigError(str(path), "", "settings are saved with every artifact and must not read the environment")
+    except (yaml.YAMLError, OmegaConfBaseException, AssertionError) as e:
+        raise ConfigError(str(path), "", f"not settings as `name: value`: {_first_line(e)}") from e
     if not isinstance(tree, DictConfig):
         raise ConfigError(str(path), "", "expected settings as `name: value`")
+    _refuse_interpolation(OmegaConf.to_container(tree), str(path))
     return Layer(str(path), tree)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _refuse_interpolation(tree: Any, where: str, key: str = "") -> None:
+    """Settings are literal: they are saved with every artifact, so none may come from the environment."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            _refuse_interpolation(value, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for value in tree:
+            _refuse_interpolation(value, where, key)
+    elif isinstance(tree, str) and "${" in tree:
+        raise ConfigError(where, key, f"{tree!r} must be literal and not hold '${{': it is saved with every artifact")
 
 
 def _override_layer(override: str) -> Layer:
@@ -124,9 +141,12 @@ def _override_layer(override: str) -> Layer:
     where = f"{OVERRIDE} '{override}'"
     if not equals or not key.strip():
         raise ConfigError(where, "", "expected key=value, such as training.learning_rate=1e-4")
-    if "oc.env" in value:
-        raise ConfigError(where, key, "settings are saved with every artifact and must not read the environment")
-    return Layer(where, OmegaConf.from_dotlist([override]))
+    try:
+        tree = OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as e:
+        raise ConfigError(where, key, f"{value!r} is not a value: {_first_line(e)}") from e
+    _refuse_interpolation(OmegaConf.to_container(tree), where)
+    return Layer(where, tree)
 
 
 def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
@@ -137,6 +157,8 @@ def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
             merged = OmegaConf.merge(merged, layer.tree)
         except OmegaConfBaseException as e:
             raise _type_error(schema, layer, e) from e
+        except TypeError as e:
+            raise ConfigError(layer.where, "", f"does not fit what is there: {_first_line(e)}") from e
     for key in sorted(OmegaConf.missing_keys(merged)):
         raise ConfigError(str(path), key, "must be set: it is '???'")
     try:

@@ -36,7 +36,7 @@ class PromptTemplate:
     )
     """Prompt of a row without a context; must hold `{instruction}`."""
     response_split: str = not_identity("### Response:")
-    """The last words of both prompts; whatever follows them in a generated text is the answer."""
+    """The last words of both prompts, which is checked: who cuts an answer out of a generated text looks for them."""
     chat_template: bool = False
     """Use the tokenizer's own chat template instead of the prompts above."""
 

@@ -1,5 +1,6 @@
 """Settings that are each of the right type and cannot stand together, or cannot stand at all."""
 
+import math
 import string
 from collections.abc import Iterator
 
@@ -10,6 +11,8 @@ Problem = tuple[str, str]
 """Dotted path of the setting, and what is wrong with it."""
 
 PLACEHOLDERS = ("instruction", "context")
+COMPUTED_AS_STORED = {"fp32": "float32", "full_bf16": "bfloat16", "full_fp16": "float16"}
+"""What the base's weights must be where no mixed precision casts them."""
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
 
 
@@ -19,6 +22,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _split(config.data)
     yield from _template(config.data.prompt_template)
     yield from _batches(config.training)
+    yield from _types(config)
     yield from _quantized(config)
     yield from _lora(config.lora)
 
@@ -47,8 +51,8 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "lora.alpha": lora.alpha,
     }
     for key, value in above_zero.items():
-        if not value > 0:
-            yield key, f"{value} must be above 0"
+        if not (value > 0 and math.isfinite(value)):
+            yield key, f"{value} must be above 0 and finite"
     not_negative = {
         "training.warmup_steps": training.warmup_steps,
         "training.weight_decay": training.weight_decay,
@@ -57,8 +61,10 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "evaluation.samples": config.evaluation.samples,
     }
     for key, value in not_negative.items():
-        if not value >= 0:
-            yield key, f"{value} must not be negative"
+        if not (value >= 0 and math.isfinite(value)):
+            yield key, f"{value} must be finite and not negative"
+    if not 0 <= training.seed < 2**63:
+        yield "training.seed", f"{training.seed} must be from 0 to 2^63 - 1"
     if not 0 <= lora.dropout < 1:
         yield "lora.dropout", f"{lora.dropout} must be from 0 to below 1"
     if tokens.cutoff_len < 2:
@@ -115,14 +121,22 @@ def _batches(training: Training) -> Iterator[Problem]:
             yield "training.processes_per_node", f"{number} processes cannot share training.macro_batch_size {macro}"
 
 
+def _types(config: ExperimentConfig) -> Iterator[Problem]:
+    """`fp32` and `full_*` compute in the type of the base's weights, so the two must agree."""
+    precision, dtype = config.training.precision, config.model.dtype
+    wanted = COMPUTED_AS_STORED.get(precision)
+    if wanted and dtype not in ("auto", wanted) and config.model.quantization == "none":
+        yield "training.precision", f"{precision} needs model.dtype {wanted} (or auto), found {dtype}"
+
+
 def _quantized(config: ExperimentConfig) -> Iterator[Problem]:
     quantization, precision = config.model.quantization, config.training.precision
     if quantization == "none":
         return
-    if precision == "full_fp16":
+    if precision.startswith("full_"):
         yield (
             "training.precision",
-            f"full_fp16 cannot be trained over an {quantization} base: the adapter's small gradients vanish in 16 "
+            f"{precision} cannot be trained over an {quantization} base: the adapter's small gradients vanish in 16 "
             "bits; use fp16 or bf16, which keep the adapter in float32",
         )
     if isinstance(config.lora.init_lora_weights, str) and config.lora.init_lora_weights != "gaussian":
@@ -139,5 +153,10 @@ def _lora(lora: Lora) -> Iterator[Problem]:
     known = scheme in INIT_SCHEMES or (isinstance(scheme, str) and scheme.startswith("pissa_niter_"))
     if not (isinstance(scheme, bool) or known):
         yield "lora.init_lora_weights", f"{scheme!r} is not valid; {suggest(str(scheme), ['true', *INIT_SCHEMES])}"
+    if isinstance(scheme, str) and scheme.startswith(("pissa", "olora")):
+        # PEFT's conversion back to the published base keeps lora_A and lora_B alone
+        beside = [name for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if getattr(lora, name)]
+        for name in beside + (["bias"] if lora.bias != "none" else []):
+            yield f"lora.{name}", f"cannot be used with init_lora_weights {scheme}, whose adapter could not be saved"
     if lora.use_dora and lora.bias != "none":
         yield "lora.bias", f"{lora.bias} cannot be trained with use_dora; use none"

@@ -1,6 +1,7 @@
 """From a row to the text that the model reads, and where in that text its answer begins."""
 
 from collections.abc import Callable
+from os.path import commonprefix
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,8 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, row: Row) -> Rendered:
     answer = row["response"].strip()
     turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    start = text.rfind(answer)
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    start = text.find(answer, len(commonprefix([prompt, text])))  # noqa: RUF071 (texts, not paths)
     if start < 0:
         raise DataError(f"{tokenizer.name_or_path}: its chat template changes the answer {answer[:60]!r}")
     return Rendered(text, start)

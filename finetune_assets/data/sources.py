@@ -81,6 +81,8 @@ def _parse_row(line: bytes, where: str) -> dict[str, str]:
         raise DataError(f"{where}: not UTF-8 at byte {e.start} of the line; save the file as UTF-8") from e
     except json.JSONDecodeError as e:
         raise DataError(f"{where}: not JSON: {e.msg} at column {e.colno}; one JSON object a line is expected") from e
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: cannot be read: {e}") from e
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {_short(row)}")
     for key in row.keys() - set(RAW_SCHEMA.names):

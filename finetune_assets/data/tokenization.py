@@ -54,6 +54,8 @@ class Encoder:
         if not tokenizer.is_fast:
             raise DataError(f"{tokenizer.name_or_path}: has no fast tokenizer (tokenizer.json), which masking needs")
         self.backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self.backend.no_padding()  # what tokenizer.json asks for when it is used alone
+        self.backend.no_truncation()
         self.eos = None if self.whole_text or not self.settings.add_eos_token else tokenizer.eos_token_id
         if self.settings.add_eos_token and not self.whole_text and self.eos is None:
             raise DataError(

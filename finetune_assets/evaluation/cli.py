@@ -31,8 +31,8 @@ def main() -> None:
 
     config = load_resolved(args.config)
     config.wandb = None
-    with joined() as process, reporter(process, config, run_id="") as voice:
-        base = load_base(args.base_model, config.model, process.device)
+    with joined() as process, reporter(process, config, experiment="", run_id="") as voice:
+        base = load_base(args.base_model, config.model, config.training, process.device)
         model = PeftModel.from_pretrained(base, args.adapter).eval()
         evaluation = compare(model, args.base_model, args.dataset, config, voice)
     held_out = json.loads((args.adapter / TRAINER_STATE).read_text(encoding="utf-8"))["held_out_loss"]

@@ -9,16 +9,19 @@ die_with_parent()
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobFailed, JobSpec, read
@@ -58,14 +61,17 @@ def run(spec: JobSpec) -> ArtifactRef:
 @contextmanager
 def _scratch(spec: JobSpec) -> Iterator[Path]:
     """A folder by fingerprint that keeps what a job that fails has put there, and goes once it succeeds."""
-    folder = _made(Path(spec.cache) / "scratch" / spec.fingerprint)
+    folder = Path(spec.cache) / "scratch" / spec.fingerprint
+    if spec.replace:
+        shutil.rmtree(folder, ignore_errors=True)  # made anew, not gone on with
+    _made(folder)
     try:
         yield folder
     except BaseException:
         if not any(folder.iterdir()):
             folder.rmdir()
         raise
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _made(folder: Path) -> Path:
@@ -77,11 +83,13 @@ def _processes(spec: JobSpec) -> int:
     """How many processes to start: `auto` is one a GPU, or one where there is none."""
     if spec.processes not in (None, "auto"):
         return int(spec.processes)
-    if spec.processes is None or not shutil.which("nvidia-smi"):
-        return 1
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else listed.stdout.splitlines()
+    if spec.processes is None or visible == "" or not shutil.which("nvidia-smi"):
+        return 1
+    if visible:
+        return len(visible.split(","))
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    gpus = re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE) if listed.returncode == 0 else []
     return max(1, len(gpus))
 
 
@@ -110,22 +118,30 @@ def _run_worker(command: list[str], folder: Path, processes: int) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)  # of a job around this one
     worker = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=die_with_parent
     )
     tail: deque[str] = deque(maxlen=TAIL)
-    assert worker.stderr
+    # Read aside: something that the worker started may hold its stderr open after it has ended
+    reader = threading.Thread(target=_pass_on, args=(worker.stderr, tail), daemon=True)
+    reader.start()
     try:
-        for line in worker.stderr:
-            sys.stderr.write(line)
-            tail.append(line)
         code = worker.wait()
     finally:
         if worker.poll() is None:
             worker.terminate()
             worker.wait()
+    reader.join(timeout=2)
     if code != 0:
         raise JobFailed(_explain(told, crashed, tail, code))
+
+
+def _pass_on(stream: IO[str], tail: deque[str]) -> None:
+    for line in stream:
+        sys.stderr.write(line)
+        tail.append(line)
 
 
 def _explain(told: Path, crashed: Path, tail: deque[str], code: int) -> str:
@@ -147,6 +163,9 @@ def main() -> None:
         answer: dict[str, Any] = {"ref": run(spec).to_dict()}
     except UserError as e:
         answer = {"error": str(e)}
+    except Exception as e:
+        traceback.print_exc()
+        answer = {"error": f"{type(e).__name__}: {e}"}
     result.write_text(json.dumps(answer), encoding="utf-8")
     sys.exit("error" in answer)
 

@@ -15,7 +15,7 @@ PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 def configs() -> Path:
-    return Path(os.environ.get("FINETUNE_CONFIGS", PACKAGE_PARENT / "configs")).resolve()
+    return Path(os.environ.get("FINETUNE_CONFIGS") or PACKAGE_PARENT / "configs").expanduser().resolve()
 
 
 def root() -> Path:
@@ -32,7 +32,7 @@ def namespace() -> str:
 
 
 def cache() -> Path:
-    return Path(os.environ.get("FINETUNE_CACHE") or root() / ".finetune" / "cache").resolve()
+    return (root() / Path(os.environ.get("FINETUNE_CACHE") or ".finetune/cache").expanduser()).resolve()
 
 
 def raw_data() -> str | None:

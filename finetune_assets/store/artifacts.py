@@ -165,8 +165,10 @@ class ArtifactStore:
         prefix = f"{self._prefix(ref.kind, ref.name)}/{manifest.folder}"
         target = self.cache / prefix
         for entry in manifest.files:
-            if only(entry.path) and not (target / entry.path).exists():
-                self._fetch_file(f"{prefix}/{entry.path}", entry, target / entry.path)
+            local = target / entry.path
+            here = local.is_file() and local.stat().st_size == entry.size
+            if only(entry.path) and not here:
+                self._fetch_file(f"{prefix}/{entry.path}", entry, local)
         return target
 
     def _fetch_file(self, key: str, entry: FileEntry, target: Path) -> None:

@@ -1,6 +1,7 @@
 """Where a base model comes from: the package, a local folder, or the Hub at a pinned commit."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ TOKENIZER_FILES = (
     "chat_template.*",
 )
 WANTED_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -84,6 +86,8 @@ def locate(base_model: str, revision: str, root: Path) -> BaseModelSource:
         if not folder.is_dir():
             raise BaseModelError(f"model.base_model: folder {folder} does not exist")
         return _pin_folder(f"local/{folder.name}", folder)
+    if COMMIT.fullmatch(revision):
+        return BaseModelSource(base_model, revision)  # so what the store has is used with the Hub down
     with _hub_errors(base_model, revision):
         return BaseModelSource(base_model, _hub().model_info(base_model, revision=revision).sha)
 

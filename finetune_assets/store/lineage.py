@@ -4,6 +4,7 @@ Nothing here asks what was materialized last: the same configuration and data le
 CI on an empty instance, and in production.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,10 +101,15 @@ class Lineage:
         if setting is None:
             return None
         if not setting.startswith((".", "/", "~")):
+            if not re.fullmatch("[0-9a-f]{64}", setting):
+                raise StoreError(
+                    f"training.warm_start: '{setting}' is neither a fingerprint (64 hex digits) nor ./folder"
+                )
             return self.store.resolve(ADAPTERS, setting, made_by="the adapter that training.warm_start names")
         folder = self.raw.root / Path(setting).expanduser()
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise StoreError(f"training.warm_start: {folder} holds no adapter_model.safetensors")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            if not (folder / name).is_file():
+                raise StoreError(f"training.warm_start: {folder} holds no {name}")
         name = fingerprint(files=folder_hashes(folder))
         return self.store.find(IMPORTS, name) or self.store.publish(folder, IMPORTS, name, name, {"folder": setting})
 

@@ -5,17 +5,21 @@ are all there is to keep.
 """
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 WEIGHTS, STATE, LOG = "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"
 KEPT = 2
+logger = logging.getLogger(__name__)
 
 
 def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, Any]) -> None:
@@ -40,16 +44,20 @@ def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, A
 
 
 def load_newest(folder: Path, model: PeftModel, parts: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into `model` and `parts`; its log, or None if there is none."""
-    found = _checkpoints(folder)
-    if not found:
-        return None
-    newest = found[-1]
-    set_peft_model_state_dict(model, load_file(newest / WEIGHTS, device=str(device)))
-    state = torch.load(newest / STATE, map_location=device, weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return json.loads((newest / LOG).read_text(encoding="utf-8"))
+    """Restore the newest checkpoint that can be read into `model` and `parts`; its log, or None if there is none."""
+    for checkpoint in reversed(_checkpoints(folder)):
+        try:
+            weights = load_file(checkpoint / WEIGHTS, device=str(device))
+            state = torch.load(checkpoint / STATE, map_location=device, weights_only=True)
+            log = json.loads((checkpoint / LOG).read_text(encoding="utf-8"))
+        except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as e:
+            logger.warning("%s cannot be read (%s); taking the one before", checkpoint, e)
+            continue
+        set_peft_model_state_dict(model, weights)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return log
+    return None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -24,5 +24,8 @@ def main() -> None:
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     job = Job(args.base_model, args.dataset, args.output, args.scratch, made_from, args.warm_start)
-    with joined() as process, reporter(process, config, made_from["fingerprint"][:32]) as voice:
+    with (
+        joined() as process,
+        reporter(process, config, made_from["experiment"], made_from["fingerprint"][:32]) as voice,
+    ):
         LoraFinetune(job, config, process, voice).run()

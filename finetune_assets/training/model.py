@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils.logging import disable_progress_bar
 
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
+from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
 
 REWRITES_BASE = ("pissa", "olora")
@@ -20,10 +21,11 @@ class ModelError(UserError):
     """A model and settings that do not go together."""
 
 
-def weights_dtype(model: Model, device: torch.device) -> torch.dtype:
-    """What the base's weights are kept in."""
-    if model.dtype != "auto":
-        return getattr(torch, model.dtype)
+def weights_dtype(model: Model, training: Training, device: torch.device) -> torch.dtype:
+    """What the base's weights are kept in; `auto` follows a precision that computes in the type of the weights."""
+    name = model.dtype if model.dtype != "auto" else COMPUTED_AS_STORED.get(training.precision)
+    if name:
+        return getattr(torch, name)
     return torch.bfloat16 if _computes_in_bf16(device) else torch.float32
 
 
@@ -38,19 +40,19 @@ def _computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def load_base(folder: Path, model: Model, device: torch.device) -> PreTrainedModel:
+def load_base(folder: Path, model: Model, training: Training, device: torch.device) -> PreTrainedModel:
     """The base model of a local folder, quantized as asked, on `device`.
 
     Raises:
         ModelError: if it does not load, or is not made for the device.
     """
-    dtype = weights_dtype(model, device)
+    dtype = weights_dtype(model, training, device)
     disable_progress_bar()
     try:
         base = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation="sdpa" if model.attention == "auto" else model.attention,
+            attn_implementation=None if model.attention == "auto" else model.attention,
             quantization_config=_quantization(model, dtype),
             device_map={"": device},
             local_files_only=True,
@@ -98,21 +100,28 @@ def with_adapter(base: PreTrainedModel, config: ExperimentConfig, warm_start: Pa
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     try:
-        if warm_start:
-            return _begun(base, config.lora, warm_start)
         mixed = not training.precision.startswith("full_")
-        return get_peft_model(base, peft_config(config.lora, base), autocast_adapter_dtype=mixed)
+        if warm_start:
+            adapted = _begun(base, config.lora, warm_start, mixed)
+        else:
+            adapted = get_peft_model(base, peft_config(config.lora, base), autocast_adapter_dtype=mixed)
     except ValueError as e:
         raise ModelError(f"lora.target_modules: {config.lora.target_modules} does not fit this model: {e}") from e
+    for parameter in trainable(adapted) if mixed else []:
+        parameter.data = parameter.data.float()  # modules_to_save and biases, which PEFT leaves in the base's type
+    return adapted
 
 
-def _begun(base: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
-    adapted = PeftModel.from_pretrained(base, folder, is_trainable=True)
-    rank = adapted.peft_config["default"].r
-    if rank != lora.rank:
-        raise ModelError(
-            f"training.warm_start: that adapter has rank {rank}, lora.rank is {lora.rank}; set it to {rank}"
-        )
+def _begun(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> PeftModel:
+    adapted = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=mixed)
+    found = adapted.peft_config["default"]
+    settings = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+    for name, theirs in settings.items():
+        has, wanted = getattr(found, theirs), getattr(lora, name)
+        if has != wanted:
+            raise ModelError(
+                f"training.warm_start: that adapter has {name} {has}, lora.{name} is {wanted}; set it to {has}"
+            )
     return adapted
 
 

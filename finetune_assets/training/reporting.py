@@ -68,12 +68,13 @@ class Reporter:
 
 
 @contextmanager
-def reporter(process: Process, config: ExperimentConfig, run_id: str) -> Iterator[Reporter]:
+def reporter(process: Process, config: ExperimentConfig, experiment: str, run_id: str) -> Iterator[Reporter]:
     """Open what this process reports to: the Dagster run where one listens, the terminal otherwise.
 
     Args:
         process: This process.
-        config: The experiment.
+        config: The experiment's settings.
+        experiment: Its name.
         run_id: Names the W&B run, so that a resumed training goes on in the same one.
     """
     if not process.reports:
@@ -81,7 +82,7 @@ def reporter(process: Process, config: ExperimentConfig, run_id: str) -> Iterato
         return
     with ExitStack() as stack:
         say = _dagster_log(stack) or (lambda line: print(line, flush=True))
-        wandb_run = WandbRun(config, config.wandb, run_id) if config.wandb else None
+        wandb_run = WandbRun(config, config.wandb, experiment, run_id) if config.wandb else None
         if wandb_run:
             stack.push(wandb_run.finish)
         yield Reporter(say, wandb_run)
@@ -103,14 +104,14 @@ class WandbRun:
     dagster-wandb's IO manager cannot be used here: it waits for an upload, which never comes offline.
     """
 
-    def __init__(self, config: ExperimentConfig, settings: Wandb, run_id: str) -> None:
+    def __init__(self, config: ExperimentConfig, settings: Wandb, experiment: str, run_id: str) -> None:
         import wandb
 
         self.settings = settings
         self.run = wandb.init(
             project=settings.project,
             entity=settings.entity,
-            name=settings.run_name,
+            name=settings.run_name or experiment,
             mode=settings.mode,
             id=run_id,
             resume="allow" if settings.mode == "online" else None,

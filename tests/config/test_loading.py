@@ -97,7 +97,14 @@ def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
         ("lora.init_lora_weights=gausian", ["init_lora_weights", "did you mean 'gaussian'"]),
         ("wandb.mode=offline", ["wandb.project", "must be set"]),
         ("training.seed", ["expected key=value"]),
-        ("description=${oc.env:HOME}", ["must not read the environment"]),
+        ("description=${oc.env:HOME}", ["description", "must be literal"]),
+        ("training.learning_rate=${", ["training.learning_rate", "${"]),
+        ("data.categories=[a", ["data.categories", "[a"]),
+        ("description=: a: b", ["description"]),
+        ("data.categories.0=x", ["data.categories"]),
+        ("training.epochs=.inf", ["training.epochs", "inf", "finite"]),
+        ("training.seed=-1", ["training.seed", "-1"]),
+        ("model.dtype=bfloat16", ["training.precision", "fp32 needs model.dtype float32", "bfloat16"]),
     ],
 )
 def test_wrong_override_is_one_clear_error(override: str, words: list[str]) -> None:
@@ -109,7 +116,9 @@ def test_wrong_override_is_one_clear_error(override: str, words: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "override", [["training.precision=full_fp16"], ["lora.init_lora_weights=pissa"]], ids=["full_fp16", "pissa"]
+    "override",
+    [["training.precision=full_fp16"], ["training.precision=full_bf16"], ["lora.init_lora_weights=pissa"]],
+    ids=["full_fp16", "full_bf16", "pissa"],
 )
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_quantization_refuses_what_it_cannot_be_trained_with(quantization: str, override: list[str]) -> None:
@@ -128,7 +137,10 @@ def test_quantization_refuses_what_it_cannot_be_trained_with(quantization: str, 
         ("", ["mine.yaml", "model.base_model", "must be set"]),
         ("model: {base_model: '???'}", ["mine.yaml", "model.base_model", "must be set"]),
         ("model: {base_model: x}\ntraining: {micro_batch_size: 99}", ["mine.yaml", "micro_batch_size", "99"]),
-        ("model: {base_model: '${oc.env:HF_TOKEN}'}", ["mine.yaml", "environment"]),
+        ("model: {base_model: '${oc.env:HF_TOKEN}'}", ["mine.yaml", "model.base_model", "literal"]),
+        ('description: "costs ${"', ["mine.yaml", "${"]),
+        ("5", ["mine.yaml"]),
+        ("description: a\x00b", ["mine.yaml"]),
     ],
 )
 def test_wrong_file_is_named(configs: Path, text: str, words: list[str]) -> None:
@@ -137,6 +149,27 @@ def test_wrong_file_is_named(configs: Path, text: str, words: list[str]) -> None
         load_experiment(configs, "mine")
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "olora", "pissa_niter_4"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_dora", "true"),
+        ("use_rslora", "true"),
+        ("modules_to_save", "[norm]"),
+        ("rank_pattern", "{q_proj: 4}"),
+        ("bias", "all"),
+    ],
+)
+def test_initialisation_that_could_not_be_saved_is_refused(scheme: str, name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"lora.{name}: cannot be used with init_lora_weights {scheme}"):
+        load_experiment(CONFIGS, "demo", [f"lora.init_lora_weights={scheme}", f"lora.{name}={value}"])
+
+
+def test_a_comment_may_speak_of_anything(configs: Path) -> None:
+    (configs / "experiments" / "mine.yaml").write_text("# not ${oc.env:X}\nmodel: {base_model: demo-base}")
+    assert load_experiment(configs, "mine").name == "mine"
 
 
 def test_a_mistake_in_base_yaml_names_base_yaml(configs: Path) -> None:

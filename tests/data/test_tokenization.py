@@ -129,6 +129,28 @@ def test_chat_template_learns_the_answer_and_its_end(tokenizer: PreTrainedTokeni
     assert chat.decode(ids) == "<|user|>Say a.\n\nHere.<|assistant|>Oslo</s>"
 
 
+@pytest.mark.parametrize("answer", ["d", "end", "i", "</s>"])
+def test_short_answer_is_found_before_its_end_marker(answer: str) -> None:
+    chat = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+    chat.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ((_, labels),) = split(
+        Encoder(chat, Data(prompt_template=PromptTemplate(chat_template=True))), [row(response=answer)]
+    )
+    assert chat.decode([token for token in labels if token != IGNORED]) == f"{answer}<|im_end|>\n"
+
+
+def test_padding_and_truncation_of_the_tokenizers_file_are_not_obeyed(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [row(), row(response="word " * 50)]
+    plain = split(Encoder(tokenizer, Data()), rows)
+    other = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+    other.backend_tokenizer.enable_padding()
+    other.backend_tokenizer.enable_truncation(20)
+    assert split(Encoder(other, Data()), rows) == plain
+
+
 def test_tokenizer_without_chat_template_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match="no chat template"):
         Encoder(tokenizer, Data(prompt_template=PromptTemplate(chat_template=True)))

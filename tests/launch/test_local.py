@@ -28,6 +28,8 @@ BODIES = {
     "one_rank": "def main():\n    import time\n"
     "    if os.environ['RANK'] == '1': raise RuntimeError('rank one is ill')\n    time.sleep(600)",
     "sleep": "def main():\n    import time\n    (out() / 'started').write_text(str(os.getpid())); time.sleep(600)",
+    "lingering": "def main():\n    import subprocess\n    subprocess.Popen(['sleep', '20'])\n"
+    "    raise RuntimeError('gone early')",
     "hub": "def main():\n    (out() / 'x.txt').write_text(os.environ['HF_HUB_OFFLINE'])",
 }
 HELPERS = """
@@ -113,6 +115,13 @@ def test_a_dead_rank_brings_all_down_with_its_own_error(job: Callable[..., JobSp
     with pytest.raises(JobFailed, match="rank one is ill"):
         LocalLauncher().run(job("one_rank", "2"), {})
     assert nothing_left(tmp_path)
+
+
+def test_what_a_dead_worker_left_behind_does_not_hold_up_the_news(job: Callable[..., JobSpec]) -> None:
+    began = time.monotonic()
+    with pytest.raises(JobFailed, match="gone early"):
+        LocalLauncher().run(job("lingering", None), {})
+    assert time.monotonic() - began < 15
 
 
 def test_worker_never_asks_the_hub(job: Callable[..., JobSpec]) -> None:

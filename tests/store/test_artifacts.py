@@ -65,6 +65,12 @@ def test_only_what_is_wanted_is_fetched(store: ArtifactStore, folder: Path) -> N
     assert set(contents(store.fetch(ref))) == {"a.bin", "sub/b.txt"}
 
 
+def test_cut_cache_file_is_fetched_again(store: ArtifactStore, folder: Path) -> None:
+    ref = store.publish(folder, "raw", "f1", "f1", {})
+    (store.fetch(ref) / "a.bin").write_bytes(b"")
+    assert contents(store.fetch(ref)) == contents(folder)
+
+
 def test_without_its_manifest_an_artifact_does_not_exist(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
     store.publish(folder, "raw", "f1", "f1", {})
     manifest_path(tmp_path).unlink()

@@ -88,6 +88,12 @@ def test_older_commit_stays_reachable(hub: Hub, tmp_path: Path) -> None:
     assert locate("owner/model", "main", tmp_path).revision == new
 
 
+def test_pinned_commit_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
+    hub.failing = 500
+    assert locate("owner/model", "a" * 40, tmp_path).revision == "a" * 40
+    assert hub.requests == []
+
+
 def test_gated_model_says_what_to_do_and_opens_with_a_token(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,40 @@ def test_half_written_checkpoint_is_not_taken(finetune: Finetune) -> None:
     assert again.log.step == 4
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(finetune: Finetune, name: str) -> None:
+    settings = ("training.max_steps=5", "training.save_steps=2", "training.logging_steps=3")
+    undisturbed = finetune(*settings, name="one")
+    undisturbed.run()
+    before = undisturbed.log.tokens
+    (undisturbed.job.checkpoints / "step-00000004" / name).write_bytes(b"")
+    expected = weights(undisturbed.job.output)
+    again = finetune(*settings, name="one")
+    again._resume()
+    assert again.log.step == 2
+    again.run()
+    assert again.log.tokens == before
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again.job.output).items())
+
+
+def test_adapter_that_the_last_step_destroyed_is_not_written(finetune: Finetune) -> None:
+    run = finetune("training.max_steps=1", "training.learning_rate=1e30", "training.warmup_steps=0")
+    with pytest.raises(TrainingDiverged, match="not finite"):
+        run.run()
+    assert not list(run.job.output.iterdir())
+
+
+def test_model_whose_packed_examples_see_one_another_is_refused(
+    finetune: Finetune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that takes no notice of position ids, as some architectures do."""
+    run = finetune("training.max_steps=1")
+    forward = run.model.forward
+    monkeypatch.setattr(run.model, "forward", lambda position_ids=None, **kwargs: forward(**kwargs))
+    with pytest.raises(ModelError, match=r"packed examples see one another.*packing to false"):
+        run.run()
+
+
 def test_same_seed_same_bytes_other_seed_other_bytes(finetune: Finetune) -> None:
     outputs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -195,6 +229,14 @@ def test_warm_start_of_another_rank_is_told(finetune: Finetune) -> None:
     first.run()
     with pytest.raises(ModelError, match=r"rank 4.*lora\.rank is 32.*set it to 4"):
         finetune("training.max_steps=1", name="second", warm_start=first.job.output)
+    with pytest.raises(ModelError, match=r"alpha 64.*lora\.alpha is 8"):
+        finetune("lora.rank=4", "lora.alpha=8", name="third", warm_start=first.job.output)
+
+
+def test_modules_saved_whole_are_trained_in_float32(finetune: Finetune) -> None:
+    run = finetune("model.dtype=bfloat16", "training.precision=bf16", "lora.modules_to_save=[norm]")
+    assert {parameter.dtype for parameter in run.parameters} == {torch.float32}
+    run.run()
 
 
 def test_all_linear_on_some_layers_names_what_peft_would(finetune: Finetune) -> None:
