@@ -142,7 +142,12 @@ LocalLauncher().run(read(Path(sys.argv[1])), {})
 def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path: Path, how: signal.Signals) -> None:
     job("sleep").write(tmp_path / "job.json")
     assert read(tmp_path / "job.json") == job("sleep")
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")], stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
+        stderr=subprocess.DEVNULL,
+        # A shell starts background jobs with SIGINT ignored, and the tests may run in one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     worker = _wait_for(lambda: next(iter((tmp_path / "cache" / "jobs").glob("*/output/started")), None))
     pid = int(_wait_for(worker.read_text))
     launcher.send_signal(how)
