@@ -91,10 +91,14 @@ def measured(work: Any) -> int:
 
 def write_rows(source: Path, times: int, limit: int | None, out: Path) -> Path:
     """Parquet of the source's rows, repeated with a running number so that no two are the same."""
+    from finetune_assets.config.schema import Columns
+    from finetune_assets.data.ingest import PARQUET, write_raw
     from finetune_assets.data.rows import RAW_SCHEMA
-    from finetune_assets.data.sources import read_rows
+    from finetune_assets.data.sources import SourceFile
 
-    rows = list(read_rows(source))[:limit]
+    with tempfile.TemporaryDirectory() as folder:
+        write_raw([SourceFile(source.name, source)], Columns(), Path(folder))
+        rows = pq.read_table(Path(folder) / PARQUET).to_pylist()[:limit]
     with pq.ParquetWriter(out, RAW_SCHEMA) as writer:
         for i in range(times):
             numbered = rows if i == 0 else [{**row, "instruction": f"{row['instruction']} {i}"} for row in rows]

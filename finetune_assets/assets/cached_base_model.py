@@ -30,7 +30,7 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
             fingerprint = base_model_fingerprint(source.repo, source.revision)
 
             def build(folder: Path) -> None:
-                collect(source, folder)
+                collect(source, folder, trusted=lineage.experiment.config.model.trust_remote_code is not None)
                 if source.folder and lineage.base_source() != source:
                     raise BaseModelError(f"{source.folder}: changed while it was copied; run cached_base_model again")
 

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from finetune_assets.store.artifacts import ArtifactRef
 
 GROUP = "finetune"
 """One group: with several, Dagster's global lineage opens as closed boxes."""
+ARTIFACT = dg.PythonObjectDagsterType(ArtifactRef)
+"""Type of an asset that has checks: Dagster 1.13 reads it from `MaterializeResult[...]` where there are none only."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,10 @@ def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
     )
 
 
-def result(made: Made, **metadata: Any) -> dg.MaterializeResult[ArtifactRef]:
-    """What an asset returns: the reference, its fingerprint as data version, and what there is to see."""
+def result(
+    made: Made, checks: Sequence[dg.AssetCheckResult] = (), **metadata: Any
+) -> dg.MaterializeResult[ArtifactRef]:
+    """What an asset returns: the reference, its fingerprint as data version, its checks, and what there is to see."""
     common = {
         "reused": made.reused,
         "seconds": round(made.seconds, 2),
@@ -91,7 +95,36 @@ def result(made: Made, **metadata: Any) -> dg.MaterializeResult[ArtifactRef]:
         "megabytes": round(made.ref.size / 1e6, 3),
     }
     return dg.MaterializeResult(
-        value=made.ref, data_version=dg.DataVersion(made.ref.fingerprint), metadata={**metadata, **common}
+        value=made.ref,
+        data_version=dg.DataVersion(made.ref.fingerprint),
+        metadata={**metadata, **common},
+        check_results=list(checks),
+    )
+
+
+def share_check(
+    context: dg.AssetExecutionContext, name: str, count: int, total: int, most: float, problem: str, **metadata: Any
+) -> dg.AssetCheckResult:
+    """A blocking check that fails where more than a share of the rows is bad, and names the first of them.
+
+    Args:
+        context: Of the asset; a failure is told in its log.
+        name: Of the check.
+        count: Bad rows.
+        total: All rows.
+        most: Largest share that passes.
+        problem: What is wrong with the bad rows, the setting of `most`, and the first of them.
+        metadata: More to see.
+    """
+    share = count / total if total else 0.0
+    told = f"{count:,} of {total:,} rows ({share:.2%}) {problem}" if count else "none"
+    if share > most:
+        context.log.error(f"check {name} failed: {told}")
+    return dg.AssetCheckResult(
+        passed=share <= most,
+        check_name=name,
+        description=told,
+        metadata={"rows": count, "share": share, "allowed_share": most, **metadata},
     )
 
 

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, make_once, plain_errors, publish_built, result
+from finetune_assets.assets.making import ARTIFACT, GROUP, make_once, plain_errors, publish_built, result, share_check
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -13,33 +14,51 @@ from finetune_assets.store.base_models import is_tokenizer_file
 from finetune_assets.store.lineage import TOKENIZED
 
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
+REFUSED_CHECK = "refused_rows"
 
 
-@dg.asset(group_name=GROUP, kinds={"arrow"}, partitions_def=experiments, code_version="1")
+@dg.asset(
+    group_name=GROUP,
+    kinds={"arrow"},
+    partitions_def=experiments,
+    code_version="2",
+    dagster_type=ARTIFACT,
+    check_specs=[
+        dg.AssetCheckSpec(
+            REFUSED_CHECK,
+            asset="tokenized_dataset",
+            blocking=True,
+            partitions_def=experiments,
+            description="The share of rows that the experiment's template refuses is at most data.max_refused_share.",
+        )
+    ],
+)
 def tokenized_dataset(
     context: dg.AssetExecutionContext, dolly_raw: ArtifactRef, cached_base_model: ArtifactRef, project: Project
-) -> dg.MaterializeResult[ArtifactRef]:
+) -> dg.MaterializeResult:
     """The experiment's rows: selected, split by content, put into its prompt, tokenized, masked and packed.
 
     Reads only the tokenizer's files of the base model.
     """
     with plain_errors():
         lineage = project.lineage(context.partition_key)
+        config = lineage.experiment.config
         fingerprint = lineage.tokenized_fingerprint(dolly_raw, cached_base_model)
 
         def build(folder: Path) -> None:
+            from finetune_assets.data.ingest import PARQUET
             from finetune_assets.data.prepare import prepare_dataset
             from finetune_assets.data.preview import masked_tokens
-            from finetune_assets.data.sources import PARQUET
             from finetune_assets.data.tokenization import check_positions, load_tokenizer
 
             store = project.store()
             base_model = store.fetch(cached_base_model, is_tokenizer_file)
-            check_positions(base_model, lineage.experiment.config.data)
-            tokenizer = load_tokenizer(str(base_model))
-            rows = store.fetch(dolly_raw) / PARQUET
+            check_positions(base_model, config.data)
+            trusted = config.model.trust_remote_code is not None
+            tokenizer = load_tokenizer(str(base_model), config.data.tokenization.added_tokens, trusted)
+            rows = store.fetch(dolly_raw, lambda path: path == PARQUET) / PARQUET
             salt = lineage.raw.config.split_salt
-            statistics = prepare_dataset(rows, tokenizer, lineage.experiment.config.data, salt, folder)
+            statistics = prepare_dataset(rows, tokenizer, config.data, salt, folder)
             (folder / STATISTICS).write_text(json.dumps(statistics.to_dict()), encoding="utf-8")
             (folder / PREVIEW).write_text(masked_tokens(folder / "train.arrow", tokenizer), encoding="utf-8")
 
@@ -48,17 +67,31 @@ def tokenized_dataset(
             return publish_built(project, TOKENIZED, fingerprint, fingerprint, made_from, build)
 
         made = make_once(context, project, TOKENIZED, fingerprint, make)
-        return result(made, **_describe(project, made.ref))
+        folder = project.store().fetch(made.ref, lambda path: path in (STATISTICS, PREVIEW))
+        statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+        check = _refused_check(context, statistics, config.data.max_refused_share)
+        return result(made, [check], **_describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8")))
 
 
-def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
-    folder = project.store().fetch(ref, lambda path: path in (STATISTICS, PREVIEW))
-    statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
-    examples = statistics.pop("examples")
+def _refused_check(context: dg.AssetExecutionContext, statistics: dict[str, Any], most: float) -> dg.AssetCheckResult:
+    taken = sum(statistics["examples"].values()) + statistics["without_label"] + statistics["refused"]
+    return share_check(
+        context,
+        REFUSED_CHECK,
+        statistics["refused"],
+        taken,
+        most,
+        f"are refused by the template, data.max_refused_share is {most:g}. The first: {statistics['first_refused']}",
+    )
+
+
+def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
+    counts = dict(statistics)
+    examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")
     return {
         "dagster/row_count": sum(examples.values()),
         **{f"{split}_examples": count for split, count in examples.items()},
-        **{f"length_{name}": length for name, length in statistics.pop("length_quantiles").items()},
-        **statistics,
-        "preview": dg.MetadataValue.md((folder / PREVIEW).read_text(encoding="utf-8")),
+        **{f"length_{name}": length for name, length in lengths.items()},
+        **counts,
+        "preview": dg.MetadataValue.md(preview),
     }

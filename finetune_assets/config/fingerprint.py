@@ -6,15 +6,15 @@ that the schema marks `not_identity` are left out, and so is every comment, orde
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from finetune_assets.config.loading import Experiment
+from finetune_assets.config.schema import Columns
 
-RAW_CODE = "1"
+RAW_CODE = "2"
 BASE_MODEL_CODE = "1"
-TOKENIZED_CODE = "1"
+TOKENIZED_CODE = "2"
 ADAPTER_CODE = "1"
 EVALUATION_CODE = "1"
 
@@ -32,9 +32,9 @@ def identity(settings: Any) -> Any:
     return {field.name: identity(getattr(settings, field.name)) for field in kept}
 
 
-def raw_fingerprint(file_hashes: Iterable[str]) -> str:
-    """Of the raw data: the sha256 of each source file's bytes, in reading order."""
-    return fingerprint(code=RAW_CODE, files=list(file_hashes))
+def raw_fingerprint(columns: Columns, content: Any) -> str:
+    """Of the raw data. `content` pins every byte of the source: file hashes in reading order, or a Hub commit."""
+    return fingerprint(code=RAW_CODE, columns=identity(columns), content=content)
 
 
 def base_model_fingerprint(repo: str, revision: str) -> str:

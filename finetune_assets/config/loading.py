@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune_assets.config.errors import ConfigError, suggest
 from finetune_assets.config.schema import ExperimentConfig, RawDataConfig
-from finetune_assets.config.validation import impossible_settings
+from finetune_assets.config.validation import impossible_raw_settings, impossible_settings
 
 OVERRIDE = "override"
 EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -88,7 +88,10 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
     layers = [_read_layer(path)]
     if source:
         layers.append(Layer("FINETUNE_RAW_DATA", OmegaConf.create({"source": source})))
-    return _merge(RawDataConfig, layers, path)
+    config = _merge(RawDataConfig, layers, path)
+    for key, problem in impossible_raw_settings(config):
+        raise ConfigError(_who_set(key, layers, path), key, problem)
+    return config
 
 
 def load_resolved(path: Path) -> ExperimentConfig:

@@ -38,7 +38,8 @@ class PromptTemplate:
     response_split: str = not_identity("### Response:")
     """The last words of both prompts, which is checked: who cuts an answer out of a generated text looks for them."""
     chat_template: bool = False
-    """Use the tokenizer's own chat template instead of the prompts above."""
+    """Use the tokenizer's own chat template instead of the prompts above; conversations of several turns need it.
+    What the assistant says is learned, in every turn."""
 
 
 @dataclass
@@ -55,6 +56,9 @@ class Tokenization:
     """Put several examples into one sequence (best fit decreasing). Examples never see one another."""
     packing_length: int | None = None
     """Tokens of a packed sequence; `null` takes `cutoff_len`."""
+    added_tokens: list[str] = field(default_factory=list)
+    """Tokens that the base's tokenizer lacks, such as `["<|im_start|>"]`. Their embeddings are trained and saved in the
+    adapter, whose own tokenizer knows them."""
 
 
 @dataclass
@@ -71,6 +75,9 @@ class Data:
     """Share of the rows that only the champion gate ever sees."""
     prompt_template: PromptTemplate = field(default_factory=PromptTemplate)
     """How a row becomes text."""
+    max_refused_share: float = not_identity(0.01)
+    """Share of the rows that this experiment's template may refuse (a conversation where `prompt_input` is used, a
+    system turn where the chat template has none) before the blocking check `refused_rows` fails."""
     tokenization: Tokenization = field(default_factory=Tokenization)
     """How text becomes training examples."""
 
@@ -83,6 +90,9 @@ class Model:
     """A packaged name (`demo-base`), a Hub id (`owner/name`), or a local folder (`./path` or `/path`)."""
     revision: str = "main"
     """Branch, tag or commit on the Hub; pinned to the commit it stands for. A folder has none."""
+    trust_remote_code: str | None = not_identity(None)
+    """Run the Python code that this one version of the model brings: `owner/name@commit`, the 40-digit commit whose
+    code you have read. Another version is refused; while this is `null`, so is every model that needs its own code."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Keep the base's linear layers in 8 or 4 bits (bitsandbytes; nf4 with double quantization)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -219,10 +229,46 @@ class ExperimentConfig:
 
 
 @dataclass
+class Columns:
+    """What the source calls the columns of a row, where it uses other names than those that are known."""
+
+    instruction: str | None = None
+    """What is asked; `null` takes `instruction`."""
+    context: str | None = None
+    """Text to answer from; `null` takes `context` or `input`."""
+    response: str | None = None
+    """The answer to learn; `null` takes `response` or `output`."""
+    category: str | None = None
+    """Kind of task; `null` takes `category`."""
+    system: str | None = None
+    """What the assistant is told first; `null` takes `system`."""
+    messages: str | None = None
+    """A conversation: a list of turns with `role` and `content` (or `from` and `value`); `null` takes `messages` or
+    `conversations`."""
+
+
+@dataclass
+class HubDataset:
+    """Which part of a Hub dataset is read."""
+
+    subset: str | None = None
+    """The dataset's configuration, where it has several."""
+    split: str = "train"
+    """The dataset's split. All of it is read; which rows are held out is decided here, by content."""
+
+
+@dataclass
 class RawDataConfig:
     """The deployment's one stream of raw data: `configs/raw_data.yaml`."""
 
     source: str = "sample"
-    """`sample` (the packaged rows), or a JSONL file or a folder of them. `FINETUNE_RAW_DATA` wins over it."""
+    """`sample` (the packaged rows); a file or a folder of `.jsonl`, `.json`, `.csv` and `.parquet` files; or
+    `hf://datasets/owner/name@revision` (branch, tag or commit; `main` without). `FINETUNE_RAW_DATA` wins over it."""
+    columns: Columns = field(default_factory=Columns)
+    """The source's names of columns."""
+    hub: HubDataset = field(default_factory=HubDataset)
+    """Which part of a Hub dataset is read."""
+    max_quarantine_share: float = not_identity(0.01)
+    """Share of bad rows over which the blocking check `quarantine` fails. Bad rows are set aside, never dropped."""
     split_salt: str = "finetune-assets"
     """Decides with a row's content which side of the split it falls on. Change it and every row is dealt anew."""

@@ -1,11 +1,23 @@
 """Settings that are each of the right type and cannot stand together, or cannot stand at all."""
 
 import math
+import re
 import string
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from finetune_assets.config.errors import suggest
-from finetune_assets.config.schema import Data, ExperimentConfig, Lora, PromptTemplate, Training
+from finetune_assets.config.schema import (
+    Data,
+    ExperimentConfig,
+    Lora,
+    Model,
+    PromptTemplate,
+    RawDataConfig,
+    Tokenization,
+    Training,
+)
 
 Problem = tuple[str, str]
 """Dotted path of the setting, and what is wrong with it."""
@@ -13,6 +25,8 @@ Problem = tuple[str, str]
 PLACEHOLDERS = ("instruction", "context")
 COMPUTED_AS_STORED = {"fp32": "float32", "full_bf16": "bfloat16", "full_fp16": "float16"}
 """What the base's weights must be where no mixed precision casts them."""
+VERSION = re.compile(r"[^@\s]+@[0-9a-f]{40}")
+"""One version of a model, as `model.trust_remote_code` names it."""
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
 
 
@@ -20,11 +34,25 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     """Everything that is wrong with a complete tree, most basic first."""
     yield from _ranges(config)
     yield from _split(config.data)
+    yield from _added_tokens(config.data.tokenization)
+    yield from _trust(config.model)
     yield from _template(config.data.prompt_template)
     yield from _batches(config.training)
     yield from _types(config)
     yield from _quantized(config)
     yield from _lora(config.lora)
+
+
+def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
+    """Everything that is wrong with the raw data's settings."""
+    if not 0 <= config.max_quarantine_share <= 1:
+        yield "max_quarantine_share", f"{config.max_quarantine_share} must be a share from 0 to 1"
+    named = {field: name for field, name in asdict(config.columns).items() if name is not None}
+    for field, name in named.items():
+        if not name.strip():
+            yield f"columns.{field}", f"{name!r} names no column; use null to take the usual name"
+        elif Counter(named.values())[name] > 1:
+            yield f"columns.{field}", f"'{name}' is given twice; a column can be one thing only"
 
 
 def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
@@ -83,8 +111,27 @@ def _split(data: Data) -> Iterator[Problem]:
     if data.val_fraction + data.gate_fraction >= 1:
         total = data.val_fraction + data.gate_fraction
         yield "data.val_fraction", f"with gate_fraction it takes {total:g} of the rows and leaves none to train on"
+    if not 0 <= data.max_refused_share <= 1:
+        yield "data.max_refused_share", f"{data.max_refused_share} must be a share from 0 to 1"
     if data.categories == []:
         yield "data.categories", "an empty list takes no rows; use null to take all"
+
+
+def _added_tokens(tokenization: Tokenization) -> Iterator[Problem]:
+    for token in tokenization.added_tokens:
+        if not token.strip() or token != token.strip():
+            yield "data.tokenization.added_tokens", f"{token!r} is blank, or begins or ends in white space"
+        elif tokenization.added_tokens.count(token) > 1:
+            yield "data.tokenization.added_tokens", f"{token!r} is given twice"
+
+
+def _trust(model: Model) -> Iterator[Problem]:
+    trusted = model.trust_remote_code
+    if trusted is not None and not VERSION.fullmatch(trusted):
+        yield (
+            "model.trust_remote_code",
+            f"{trusted!r} must be owner/name@commit, with all 40 digits of the commit whose code you have read",
+        )
 
 
 def _template(template: PromptTemplate) -> Iterator[Problem]:

@@ -4,11 +4,13 @@ The folder that comes out holds `train.arrow`, `val.arrow`, `gate.arrow` (Arrow 
 `datasets.Dataset.from_file` opens too) and, with packing, `packs.arrow`: the train examples of each packed sequence.
 """
 
+import sys
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +19,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
+from finetune_assets.data.errors import DataError
 from finetune_assets.data.packing import pack
-from finetune_assets.data.rows import Draw, Split, draw, side_of
-from finetune_assets.data.sources import DataError
+from finetune_assets.data.rows import Draw, Row, Split, draw, side_of
 from finetune_assets.data.tokenization import IGNORED, Encoder, Examples
 
 ROWS_PER_BATCH = 1_000
@@ -27,7 +29,7 @@ EXAMPLE_SCHEMA = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.int32()), metadata={"doc": "tokens of prompt, response and end"}),
         pa.field("labels", pa.list_(pa.int32()), metadata={"doc": "the same, or -100 where nothing is learned"}),
-        pa.field("prompt_length", pa.int32(), metadata={"doc": "tokens before the response"}),
+        pa.field("prompt_length", pa.int32(), metadata={"doc": "tokens before the last response"}),
         pa.field("row", pa.int64(), metadata={"doc": "index of the row in the raw data"}),
         pa.field("category", pa.string(), metadata={"doc": "category of the row"}),
     ]
@@ -35,14 +37,36 @@ EXAMPLE_SCHEMA = pa.schema(
 PACK_SCHEMA = pa.schema([pa.field("examples", pa.list_(pa.int32()), metadata={"doc": "indices into train.arrow"})])
 
 
+class Rows(NamedTuple):
+    """What is known of every row before any is tokenized; a few bytes a row, so that millions fit.
+
+    Attributes:
+        sides: As of `Draw`; shape (n,).
+        ranks: As of `Draw`; shape (n,).
+        categories: Shape (n,), each text once in memory.
+    """
+
+    sides: NDArray[np.float64]
+    ranks: NDArray[np.float64]
+    categories: NDArray[np.object_]
+
+    def side_of(self, row: int, data: Data) -> Split:
+        return side_of(Draw(self.sides[row], self.ranks[row]), data)
+
+
 @dataclass
 class Statistics:
-    """What came out. Token counts are of the train split unless named otherwise."""
+    """What came out. Token counts are of the train split unless named otherwise.
+
+    `refused` rows have no words in the experiment's template; `first_refused` says which was the first, and why.
+    """
 
     rows_read: int = 0
     rows_of_other_categories: int = 0
     rows_beyond_num_samples: int = 0
     examples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
+    refused: int = 0
+    first_refused: str = ""
     without_label: int = 0
     truncated: int = 0
     tokens: int = 0
@@ -65,41 +89,40 @@ def prepare_dataset(
         DataError: if a category does not occur, or no train or no validation example is left.
     """
     statistics = Statistics()
-    draws, categories = _draw_rows(rows, split_salt)
-    taken = _select(draws, categories, data, statistics)
-    lengths = _write_examples(rows, Encoder(tokenizer, data), draws, taken, data, statistics, out)
+    drawn = _draw_rows(rows, split_salt)
+    taken = _select(drawn, data, statistics)
+    lengths = _write_examples(rows, Encoder(tokenizer, data), drawn, taken, data, statistics, out)
     _check_not_empty(statistics, data)
     _describe_lengths(lengths, statistics)
     _write_packs(lengths, data, statistics, out)
     return statistics
 
 
-def _draw_rows(rows: Path, salt: str) -> tuple[list[Draw], NDArray[np.object_]]:
-    draws: list[Draw] = []
-    categories: list[str] = []
+def _draw_rows(rows: Path, salt: str) -> Rows:
+    sides, ranks, categories = array("d"), array("d"), list[str]()
     for batch in pq.ParquetFile(rows).iter_batches(10_000, columns=["instruction", "context", "category"]):
         columns = batch.to_pydict()
-        draws += [draw(i, c, salt) for i, c in zip(columns["instruction"], columns["context"], strict=True)]
-        categories += columns["category"]
-    return draws, np.array(categories, object)
+        for instruction, context in zip(columns["instruction"], columns["context"], strict=True):
+            side, rank = draw(instruction, context, salt)
+            sides.append(side)
+            ranks.append(rank)
+        categories += map(sys.intern, columns["category"])
+    return Rows(np.array(sides), np.array(ranks), np.array(categories, object))
 
 
-def _select(
-    draws: list[Draw], categories: NDArray[np.object_], data: Data, statistics: Statistics
-) -> NDArray[np.bool_]:
-    statistics.rows_read = len(draws)
-    taken = np.ones(len(draws), np.bool_)
+def _select(rows: Rows, data: Data, statistics: Statistics) -> NDArray[np.bool_]:
+    count = statistics.rows_read = len(rows.sides)
+    taken = np.ones(count, np.bool_)
     if data.categories is not None:
-        occurring = set(categories)
+        occurring = set(rows.categories)
         for name in data.categories:
             if name not in occurring:
                 found = ", ".join(sorted(filter(None, occurring))) or "rows without a category only"
                 raise DataError(f"data.categories: no row has category '{name}'; found {found}")
-        taken &= np.isin(categories, data.categories)
+        taken &= np.isin(rows.categories, data.categories)
         statistics.rows_of_other_categories = int((~taken).sum())
     if data.num_samples is not None and taken.sum() > data.num_samples:
-        ranks = np.array([d.rank for d in draws])
-        ranks[~taken] = 1.0
+        ranks = np.where(taken, rows.ranks, 1.0)
         beyond = np.argsort(ranks, kind="stable")[data.num_samples :]
         statistics.rows_beyond_num_samples = int(taken.sum()) - data.num_samples
         taken[beyond] = False
@@ -109,7 +132,7 @@ def _select(
 def _write_examples(
     rows: Path,
     encoder: Encoder,
-    draws: list[Draw],
+    drawn: Rows,
     taken: NDArray[np.bool_],
     data: Data,
     statistics: Statistics,
@@ -122,10 +145,14 @@ def _write_examples(
             split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), EXAMPLE_SCHEMA))
             for split in Split
         }
-        for indices, batch in _taken_rows(rows, taken):
+        for chosen, batch in _taken_rows(rows, taken):
             examples = encoder.encode(batch)
-            sides = np.array([side_of(draws[i], data) for i in indices])
-            columns = _columns(examples, indices, batch)
+            _count_refused(examples, chosen, statistics)
+            if not len(examples.rows):
+                continue
+            indices = chosen[examples.rows]
+            sides = np.array([drawn.side_of(i, data) for i in indices])
+            columns = _columns(examples, indices, drawn.categories[indices])
             labelled = _labelled_tokens(examples)
             statistics.without_label += int((labelled == 0).sum())
             for split, writer in writers.items():
@@ -140,7 +167,14 @@ def _write_examples(
     return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
 
 
-def _taken_rows(rows: Path, taken: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[dict[str, str]]]]:
+def _count_refused(examples: Examples, chosen: NDArray[np.int64], statistics: Statistics) -> None:
+    if examples.refused and not statistics.refused:
+        row, reason = examples.refused[0]
+        statistics.first_refused = f"row {chosen[row]} of dolly_raw: {reason}"
+    statistics.refused += len(examples.refused)
+
+
+def _taken_rows(rows: Path, taken: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[Row]]]:
     start = 0
     for batch in pq.ParquetFile(rows).iter_batches(ROWS_PER_BATCH):
         wanted = np.flatnonzero(taken[start : start + len(batch)])
@@ -149,7 +183,7 @@ def _taken_rows(rows: Path, taken: NDArray[np.bool_]) -> Iterator[tuple[NDArray[
         start += len(batch)
 
 
-def _columns(examples: Examples, indices: NDArray[np.int64], batch: list[dict[str, str]]) -> pa.RecordBatch:
+def _columns(examples: Examples, indices: NDArray[np.int64], categories: NDArray[np.object_]) -> pa.RecordBatch:
     offsets = pa.array(np.concatenate([[0], np.cumsum(examples.lengths)]), pa.int32())
     return pa.RecordBatch.from_arrays(
         [
@@ -157,7 +191,7 @@ def _columns(examples: Examples, indices: NDArray[np.int64], batch: list[dict[st
             pa.ListArray.from_arrays(offsets, pa.array(examples.labels)),
             pa.array(examples.prompt_lengths),
             pa.array(indices),
-            pa.array([row["category"] for row in batch], pa.string()),
+            pa.array(categories, pa.string()),
         ],
         schema=EXAMPLE_SCHEMA,
     )
@@ -174,6 +208,8 @@ def _labelled_tokens(examples: Examples) -> NDArray[np.int64]:
 def _check_not_empty(statistics: Statistics, data: Data) -> None:
     left = statistics.examples
     told = f"{statistics.rows_read} rows gave {dict(left)} examples, {statistics.without_label} without a label"
+    if statistics.refused:
+        told += f", {statistics.refused} refused by the template ({statistics.first_refused})"
     if not left[Split.TRAIN]:
         raise DataError(f"nothing to train on: {told}; take more rows or raise data.tokenization.cutoff_len")
     if not left[Split.VAL] and data.val_fraction > 0:

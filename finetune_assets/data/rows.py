@@ -2,22 +2,50 @@
 
 import hashlib
 import unicodedata
-from dataclasses import dataclass
 from enum import StrEnum
 from struct import unpack
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from finetune_assets.config.schema import Data
 
+TURN = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
 RAW_SCHEMA = pa.schema(
     [
-        pa.field("instruction", pa.string(), nullable=False, metadata={"doc": "what is asked; never blank"}),
-        pa.field("context", pa.string(), nullable=False, metadata={"doc": "text to answer from; may be empty"}),
-        pa.field("response", pa.string(), nullable=False, metadata={"doc": "the answer to learn; never blank"}),
+        pa.field(
+            "instruction",
+            pa.string(),
+            nullable=False,
+            metadata={"doc": "what is asked; never blank. Of a conversation, the first user turn, if any"},
+        ),
+        pa.field(
+            "context",
+            pa.string(),
+            nullable=False,
+            metadata={"doc": "text to answer from; may be empty. Of a conversation, its system turn"},
+        ),
+        pa.field(
+            "response",
+            pa.string(),
+            nullable=False,
+            metadata={"doc": "the answer to learn; never blank. Of a conversation, the last assistant turn"},
+        ),
         pa.field("category", pa.string(), nullable=False, metadata={"doc": "kind of task; may be empty"}),
+        pa.field(
+            "messages",
+            pa.list_(pa.field("item", TURN, nullable=False)),
+            metadata={
+                "doc": "every turn of a conversation in order, system turn included, as role (system, user, assistant) "
+                "and content; null where instruction and response are all there is"
+            },
+        ),
     ]
 )
+Row = dict[str, Any]
+"""One row of `RAW_SCHEMA`."""
+Turn = dict[str, str]
+"""`role` and `content`."""
 
 
 class Split(StrEnum):
@@ -28,8 +56,7 @@ class Split(StrEnum):
     GATE = "gate"
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """Two independent numbers in [0, 1) that a row's prompt decides.
 
     Attributes:
@@ -45,7 +72,8 @@ def draw(instruction: str, context: str, salt: str) -> Draw:
     """What a row's prompt decides about it, whatever other rows there are.
 
     The response is left out and case, spacing and Unicode form are folded, so that neither a duplicate nor another
-    answer to the same question can stand on the other side of the split.
+    answer to the same question can stand on the other side of the split. A conversation is decided by its system and
+    first user turn, so that one that goes on from another stands where that one does.
     """
     text = "\0".join(
         " ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in (instruction, context)

@@ -1,134 +1,169 @@
-"""Read the raw data from where it is, row by row, into one Parquet file of `RAW_SCHEMA`."""
+"""Where raw data comes from: the packaged sample, files of this machine, or a Hub dataset at a commit."""
 
-import json
-from collections import Counter
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from finetune_assets.data.rows import RAW_SCHEMA
-from finetune_assets.errors import UserError
+from finetune_assets import hub
+from finetune_assets.config.schema import HubDataset, RawDataConfig
+from finetune_assets.data.errors import DataError
+from finetune_assets.data.readers import READERS
 
 SAMPLE = Path(__file__).parent.parent / "sample" / "dolly_sample.jsonl"
-PARQUET = "rows.parquet"
-ROWS_PER_BATCH = 10_000
-
-
-class DataError(UserError):
-    """Raw data that cannot be used, named by file and line."""
+HUB = "hf://"
+HUB_DATASET = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+|[^/@]+)(@(?P<revision>[^@]+))?/?")
+ENDINGS = ", ".join(READERS)
 
 
 @dataclass(frozen=True)
-class RawStatistics:
-    """What one version of the raw data holds."""
+class SourceFile:
+    """A file of rows.
 
-    rows: int
-    with_context: int
-    categories: dict[str, int]
-    preview: list[dict[str, str]]
+    Attributes:
+        name: Relative to the source, the same on every machine.
+        path: Where it lies here.
+    """
+
+    name: str
+    path: Path
 
 
-def source_files(source: str, root: Path) -> list[Path]:
-    """The files that a `raw_data.source` setting means, in reading order.
+class Source(Protocol):
+    """One version of the raw data."""
+
+    def content(self) -> Any:
+        """Plain data that pins every byte; asked anew each time, so a change while reading is seen."""
+
+    def files(self) -> Sequence[SourceFile]:
+        """The files, in reading order, on this machine."""
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """Files of this machine."""
+
+    found: Sequence[SourceFile]
+
+    def content(self) -> Any:
+        return [[file.path.suffix.lower(), _sha256(file.path)] for file in self.found]
+
+    def files(self) -> Sequence[SourceFile]:
+        return self.found
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A Hub dataset at a commit. Its own files are read, by the same readers as any other, so that a bad row is told by
+    file and line; `datasets` says which files a subset and split are."""
+
+    repo: str
+    commit: str
+    part: HubDataset
+
+    def content(self) -> Any:
+        return {"repo": self.repo, "commit": self.commit, "subset": self.part.subset, "split": self.part.split}
+
+    def files(self) -> Sequence[SourceFile]:
+        """Download the split's files.
+
+        Raises:
+            DataError: if the Hub does not give them, there is no such subset or split, or we cannot read their format.
+        """
+        with hub.explained(DataError, self._where, f"datasets/{self.repo}", "Or name a file or folder"):
+            names = self._names()
+            if unknown := next((name for name in names if PurePosixPath(name).suffix.lower() not in READERS), None):
+                raise DataError(f"{self._where}: {unknown} is of a format that is not read; read are {ENDINGS}")
+            tree = hub.files_of(self.repo, self.commit, "dataset")
+            folder = hub.download(self.repo, self.commit, [tree[name] for name in names], "dataset")
+            return [SourceFile(name, folder / name) for name in names]
+
+    @property
+    def _where(self) -> str:
+        return f"source: '{HUB}datasets/{self.repo}' at '{self.commit}'"
+
+    def _names(self) -> list[str]:
+        from datasets import DownloadConfig, load_dataset_builder
+
+        prefix = f"{HUB}datasets/{self.repo}@{self.commit}/"
+        token = hub.client().token or False
+        try:
+            builder = load_dataset_builder(
+                self.repo,
+                self.part.subset,
+                revision=self.commit,
+                token=token,
+                download_config=DownloadConfig(token=token, disable_tqdm=True),
+            )
+        except (ValueError, RuntimeError, FileNotFoundError) as e:  # no such subset, a loading script, no data files
+            raise DataError(f"{self._where}, hub.subset {self.part.subset}: {e}") from e
+        splits = builder.config.data_files or {}
+        if self.part.split not in splits:
+            raise DataError(f"{self._where}: no split '{self.part.split}'; found {', '.join(map(str, splits))}")
+        files = [str(file) for file in splits[self.part.split]]
+        if elsewhere := next((file for file in files if not file.startswith(prefix)), None):
+            raise DataError(f"{self._where}: {elsewhere} lies outside this commit")
+        return [file.removeprefix(prefix) for file in files]
+
+
+def open_source(config: RawDataConfig, root: Path) -> Source:
+    """What `source` means right now.
 
     Args:
-        source: `sample`, a JSONL file, or a folder of them.
+        config: The raw data's settings.
         root: What a relative path is relative to.
 
     Raises:
         DataError: if there is nothing to read there.
     """
-    if source == "sample":
-        return [SAMPLE]
+    if config.source == "sample":
+        return LocalSource([SourceFile(SAMPLE.name, SAMPLE)])
+    if config.source.startswith(HUB):
+        return _hub_source(config)
+    return LocalSource(_local_files(config.source, root))
+
+
+def _hub_source(config: RawDataConfig) -> HubSource:
+    match = HUB_DATASET.fullmatch(config.source)
+    if not match:
+        raise DataError(
+            f"source: '{config.source}' must be hf://datasets/owner/name, or hf://datasets/owner/name@revision"
+        )
+    repo, revision = match["repo"], match["revision"] or "main"
+    where = f"source: '{config.source}'"
+    with hub.explained(DataError, where, f"datasets/{repo}", "Or name a file or folder"):
+        return HubSource(repo, hub.commit_of(repo, revision, "dataset"), config.hub)
+
+
+def _local_files(source: str, root: Path) -> list[SourceFile]:
     path = root / Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.jsonl") if file.is_file())
-        if not files:
-            raise DataError(f"{path}: this folder holds no file that ends in .jsonl")
-        return files
+        found = sorted(file for file in path.rglob("*") if _is_rows(file, path))
+        if not found:
+            raise DataError(f"{path}: this folder holds no file that ends in {ENDINGS}")
+        return [SourceFile(file.relative_to(path).as_posix(), file) for file in found]
     if not path.is_file():
         raise DataError(
             f"{path}: does not exist; `source` in raw_data.yaml, or FINETUNE_RAW_DATA, is '{source}': "
-            "name a JSONL file, a folder of them, or 'sample'"
+            "name a file, a folder, hf://datasets/owner/name, or 'sample'"
         )
-    if path.suffix != ".jsonl":
-        raise DataError(f"{path}: rows must be JSON Lines (one JSON object a line) in a file that ends in .jsonl")
-    return [path]
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{path}: rows are read from files that end in {ENDINGS}")
+    return [SourceFile(path.name, path)]
 
 
-def read_rows(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a JSONL file in Dolly's schema. Blank lines are passed over.
-
-    Raises:
-        DataError: naming file, line and value, at the first row that is not one.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _parse_row(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{path}:{number}")
+def _is_rows(file: Path, folder: Path) -> bool:
+    """Whether a file holds rows; what begins with a dot is some program's own, half a download say."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in READERS and file.is_file() and not hidden
 
 
-def _parse_row(line: bytes, where: str) -> dict[str, str]:
+def _sha256(path: Path) -> str:
+    """Of a file's content, 64 hex digits."""
     try:
-        row = json.loads(line)
-    except UnicodeDecodeError as e:
-        raise DataError(f"{where}: not UTF-8 at byte {e.start} of the line; save the file as UTF-8") from e
-    except json.JSONDecodeError as e:
-        raise DataError(f"{where}: not JSON: {e.msg} at column {e.colno}; one JSON object a line is expected") from e
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: cannot be read: {e}") from e
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {_short(row)}")
-    for key in row.keys() - set(RAW_SCHEMA.names):
-        meant = "context" if key == "input" else next(iter(get_close_matches(key, RAW_SCHEMA.names, 1, 0.75)), None)
-        if meant and not row.get(meant) and row[key]:
-            raise DataError(f"{where}: unknown key '{key}' would be lost; did you mean '{meant}'?")
-    return {name: _text(row, name, where) for name in RAW_SCHEMA.names}
-
-
-def _text(row: dict[str, Any], name: str, where: str) -> str:
-    required = name in ("instruction", "response")
-    if required and name not in row:
-        raise DataError(f"{where}: '{name}' is missing; found {', '.join(map(str, row)) or 'no keys'}")
-    value = row.get(name) if row.get(name) is not None else ""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: '{name}' must be text, found {_short(value)}")
-    if required and not value.strip():
-        raise DataError(f"{where}: '{name}' is blank; give it text or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise DataError(f"{where}: '{name}' holds half of a surrogate pair at character {e.start}") from e
-    return value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def write_parquet(files: list[Path], out: Path) -> RawStatistics:
-    """Write the rows of all files as `out/rows.parquet`; at most `ROWS_PER_BATCH` rows stand in memory.
-
-    Raises:
-        DataError: as `read_rows`, or if there is no row at all.
-    """
-    rows = (row for file in files for row in read_rows(file))
-    categories: Counter[str] = Counter()
-    preview: list[dict[str, str]] = []
-    with_context = 0
-    with pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer:
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
-            categories.update(row["category"] for row in batch)
-            with_context += sum(bool(row["context"].strip()) for row in batch)
-            preview += batch[: max(0, 5 - len(preview))]
-    if not preview:
-        raise DataError(f"{', '.join(map(str, files))}: no rows; the file is empty")
-    return RawStatistics(categories.total(), with_context, dict(categories.most_common()), preview)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e

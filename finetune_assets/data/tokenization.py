@@ -1,8 +1,10 @@
 """From text to token ids with labels. The prompt is masked by the tokens' own offsets, never by tokenizing it alone."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +12,24 @@ from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
-from finetune_assets.data.prompts import Row, make_renderer
-from finetune_assets.data.sources import DataError
+from finetune_assets.data.errors import DataError, RefusedRow
+from finetune_assets.data.prompts import Rendered, make_renderer
+from finetune_assets.data.rows import Row
 
 IGNORED = -100
 """Label of a token that is not learned, as PyTorch's cross-entropy and every trainer know it."""
+
+
+class Refused(NamedTuple):
+    """A row that the template has no words for.
+
+    Attributes:
+        row: Its place among the rows given.
+        reason: Why.
+    """
+
+    row: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -22,18 +37,22 @@ class Examples:
     """A batch of examples, their tokens end to end.
 
     Attributes:
+        rows: Place of each example's row among the rows given; shape (n,).
         lengths: Tokens of each example; shape (n,).
         input_ids: Token ids; shape (sum of lengths,), int32.
         labels: The same ids, or `IGNORED`; same shape.
-        prompt_lengths: Tokens before the first that holds a character of the response; shape (n,).
+        prompt_lengths: Tokens before the first of the last answer; shape (n,).
         truncated: Whether the example was cut at `cutoff_len`; shape (n,).
+        refused: Rows that became no example.
     """
 
+    rows: NDArray[np.int64]
     lengths: NDArray[np.int64]
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     prompt_lengths: NDArray[np.int32]
     truncated: NDArray[np.bool_]
+    refused: list[Refused]
 
 
 class Encoder:
@@ -64,34 +83,56 @@ class Encoder:
 
     def encode(self, rows: list[Row]) -> Examples:
         """Tokenize rows, add the end token, cut, and label."""
-        rendered = [self.render(row) for row in rows]
+        taken, rendered, refused = self._rendered(rows)
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=not self.whole_text)
-        cutoff, count = self.settings.cutoff_len, len(rows)
+        cutoff, count = self.settings.cutoff_len, len(rendered)
         lengths = np.empty(count, np.int64)
         prompts = np.empty(count, np.int32)
         truncated = np.zeros(count, np.bool_)
         ids: list[int] = []
-        for i, (encoding, (text, start)) in enumerate(zip(encodings, rendered, strict=True)):
+        answers: list[tuple[int, int]] = []  # first token and the one behind the last, in `ids`
+        for i, (encoding, (text, spans)) in enumerate(zip(encodings, rendered, strict=True)):
             tokens = encoding.ids
             if self.eos is not None and tokens[-1] != self.eos:
                 tokens.append(self.eos)
             if len(tokens) > cutoff:
                 del tokens[cutoff:]
                 truncated[i] = True
+            inside = [
+                (first, min(self._last(encoding, end, text), len(tokens)))
+                for start, end in spans
+                if (first := first_token_at(encoding, start, end)) < len(tokens)
+            ]
+            prompts[i] = inside[-1][0] if inside else len(tokens)
+            answers += [(len(ids) + first, len(ids) + last) for first, last in inside]
             ids += tokens
             lengths[i] = len(tokens)
-            prompts[i] = min(first_token_at(encoding, start, len(text)), len(tokens))
         input_ids = np.array(ids, np.int32)
-        return Examples(lengths, input_ids, self._label(input_ids, lengths, prompts), prompts, truncated)
+        labels = self._label(input_ids, answers)
+        return Examples(np.array(taken, np.int64), lengths, input_ids, labels, prompts, truncated, refused)
 
-    def _label(
-        self, ids: NDArray[np.int32], lengths: NDArray[np.int64], prompts: NDArray[np.int32]
-    ) -> NDArray[np.int32]:
+    def _rendered(self, rows: list[Row]) -> tuple[list[int], list[Rendered], list[Refused]]:
+        taken, rendered, refused = [], [], []
+        for i, row in enumerate(rows):
+            try:
+                rendered.append(self.render(row))
+                taken.append(i)
+            except RefusedRow as e:
+                refused.append(Refused(i, str(e)))
+        return taken, rendered, refused
+
+    def _last(self, encoding: Encoding, end: int, text: str) -> int:
+        """The token behind the last one of an answer. What ends with the text ends with the example."""
+        return 1 << 31 if end >= len(text) else token_behind(encoding, end, len(text))
+
+    def _label(self, ids: NDArray[np.int32], answers: list[tuple[int, int]]) -> NDArray[np.int32]:
         if self.settings.train_on_inputs:
             return ids.copy()
-        ends = np.cumsum(lengths)
-        place = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
-        return np.where(place < np.repeat(prompts, lengths), np.int32(IGNORED), ids)
+        edges = np.zeros(len(ids) + 1, np.int32)
+        spans = np.array(answers, np.int64).reshape(-1, 2)
+        np.add.at(edges, spans[:, 0], 1)
+        np.add.at(edges, spans[:, 1], -1)
+        return np.where(np.cumsum(edges[:-1]) > 0, ids, np.int32(IGNORED))
 
 
 def first_token_at(encoding: Encoding, start: int, end: int) -> int:
@@ -103,6 +144,16 @@ def first_token_at(encoding: Encoding, start: int, end: int) -> int:
         token = encoding.char_to_token(character)
         if token is not None:
             return int(token)
+    return len(encoding.ids)
+
+
+def token_behind(encoding: Encoding, end: int, length: int) -> int:
+    """The token behind the last one that holds a character of text[:end], where the text goes on up to `length`."""
+    for character in range(end, length):
+        token = encoding.char_to_token(character)
+        if token is not None:
+            begins, _ = encoding.token_to_chars(token) or (character, character)
+            return int(token) + (begins < end)
     return len(encoding.ids)
 
 
@@ -118,13 +169,23 @@ def check_positions(folder: Path, data: Data) -> None:
         raise DataError(f"data.tokenization.cutoff_len: {cutoff} is more than the base model's {positions} positions")
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model's local folder.
+def load_tokenizer(
+    folder: str, added_tokens: Sequence[str] = (), trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model's or adapter's local folder.
+
+    Args:
+        folder: Where its files lie.
+        added_tokens: Tokens to add where it lacks them (`data.tokenization.added_tokens`).
+        trust_remote_code: Run the Python code in the folder, if the tokenizer is written in some.
 
     Raises:
         DataError: if there is none that loads.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as e:  # whatever a damaged file makes of a parser written in Rust
         raise DataError(f"{folder}: no tokenizer that loads: {e}") from e
+    if added_tokens:
+        tokenizer.add_special_tokens({"extra_special_tokens": list(added_tokens)}, replace_extra_special_tokens=False)
+    return tokenizer

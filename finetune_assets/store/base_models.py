@@ -1,34 +1,25 @@
 """Where a base model comes from: the package, a local folder, or the Hub at a pinned commit."""
 
-import os
-import re
+import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 
+from finetune_assets import hub
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.errors import UserError
 from finetune_assets.store.artifacts import sha256
 
 PACKAGED = {"demo-base": Path(__file__).parent.parent / "sample" / "base_model"}
+CONFIG, WEIGHTS, INDEX, CODE = "config.json", "model.safetensors", "model.safetensors.index.json", "*.py"
 TOKENIZER_FILES = (
-    "config.json",
+    CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,9 +29,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
     "chat_template.*",
+    CODE,
 )
-WANTED_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+SMALL_FILES = (*TOKENIZER_FILES, "generation_config.json", INDEX)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -62,6 +53,11 @@ class BaseModelSource:
     revision: str
     folder: Path | None = None
 
+    @property
+    def version(self) -> str:
+        """What `model.trust_remote_code` must say to run the code that this version brings."""
+        return f"{self.repo}@{self.revision}"
+
 
 def is_tokenizer_file(path: str) -> bool:
     """Whether the tokenizer is read from this file (config.json may name its class)."""
@@ -73,7 +69,8 @@ def locate(base_model: str, revision: str, root: Path) -> BaseModelSource:
 
     Args:
         base_model: A packaged name, a folder (`./path`, `/path`, `~/path`), or a Hub id.
-        revision: Branch, tag or commit on the Hub.
+        revision: Branch, tag or commit on the Hub. A whole commit is not asked for, so that what the store has is used
+            with the Hub down.
         root: What a relative folder is relative to.
 
     Raises:
@@ -86,32 +83,73 @@ def locate(base_model: str, revision: str, root: Path) -> BaseModelSource:
         if not folder.is_dir():
             raise BaseModelError(f"model.base_model: folder {folder} does not exist")
         return _pin_folder(f"local/{folder.name}", folder)
-    if COMMIT.fullmatch(revision):
-        return BaseModelSource(base_model, revision)  # so what the store has is used with the Hub down
-    with _hub_errors(base_model, revision):
-        return BaseModelSource(base_model, _hub().model_info(base_model, revision=revision).sha)
+    otherwise = f"For a folder write ./{base_model}; packaged: {suggest(base_model, PACKAGED)}"
+    with hub.explained(BaseModelError, f"model.base_model: '{base_model}' at '{revision}'", base_model, otherwise):
+        return BaseModelSource(base_model, hub.commit_of(base_model, revision, "model"))
 
 
-def collect(source: BaseModelSource, target: Path) -> None:
+def collect(source: BaseModelSource, target: Path, trusted: bool = False) -> None:
     """Copy the files that training needs into `target`: safetensors, configuration, tokenizer.
 
+    Args:
+        source: The model.
+        target: An empty folder.
+        trusted: Take a model that brings its own code. Without it such a one is refused before its weights are fetched.
+
     Raises:
-        BaseModelError: if they are not there, or the weights are pickled.
+        BaseModelError: if files are missing or damaged, the weights are pickled, or the model needs code.
     """
-    folder = source.folder
-    if folder is None:
-        with _hub_errors(source.repo, source.revision):
-            hub, at = _hub(), source.revision
-            _check_files(
-                [name for name in hub.list_repo_files(source.repo, revision=at) if "/" not in name], source.repo
-            )
-            folder = Path(
-                hub.snapshot_download(source.repo, revision=at, allow_patterns=[*WANTED_FILES], ignore_patterns=["*/*"])
-            )
-    for path in _wanted_files(folder):
-        shutil.copyfile(path, target / path.name)
-        if path.suffix == ".safetensors":
-            _check_weights(target / path.name, source.repo)
+    folder = source.folder or _from_hub(source, trusted)
+    for name in _wanted(folder, [path.name for path in folder.iterdir()], str(source.folder or source.repo)):
+        shutil.copyfile(folder / name, target / name)
+        if name.endswith(".safetensors"):
+            _check_weights(target / name, source.repo)
+    if source.folder:
+        _check_code(target, source, trusted)
+
+
+def _from_hub(source: BaseModelSource, trusted: bool) -> Path:
+    """Fetch the small files, decide by them, then fetch the weights; what else the repository holds is left there."""
+    where = f"model.base_model: '{source.repo}' at '{source.revision}'"
+    with hub.explained(BaseModelError, where, source.repo, "Or name a folder (./...) or a packaged model"):
+        found = hub.files_of(source.repo, source.revision, "model")
+        files = {name: file for name, file in found.items() if "/" not in name}
+        _check_files(files, source.repo)
+        small = [file for name, file in files.items() if _matches(name, SMALL_FILES)]
+        folder = hub.download(source.repo, source.revision, small, "model")
+        _check_code(folder, source, trusted)
+        wanted = [files[name] for name in _wanted(folder, files, source.repo)]
+        return hub.download(source.repo, source.revision, wanted, "model")
+
+
+def _wanted(folder: Path, names: Collection[str], where: str) -> list[str]:
+    """Of the files of a model, those that training reads, sorted; its small files lie in `folder`."""
+    small = {name for name in names if _matches(name, SMALL_FILES)}
+    if not _own_code(_read_json(folder / CONFIG, where)):
+        small = {name for name in small if not _matches(name, (CODE,))}
+    return sorted(small | _weights(folder, names, where))
+
+
+def _weights(folder: Path, names: Collection[str], where: str) -> set[str]:
+    if INDEX not in names:
+        return {WEIGHTS}
+    try:
+        shards = set(_read_json(folder / INDEX, where)["weight_map"].values())
+    except (KeyError, AttributeError) as e:
+        raise BaseModelError(f"{where}: {INDEX} has no weight_map; download or save the model again") from e
+    if missing := sorted(shards - set(names)):
+        raise BaseModelError(
+            f"{where}: {INDEX} names {missing[0]}, which is missing ({len(missing)} of {len(shards)} are); download or "
+            "save the model again"
+        )
+    return shards
+
+
+def _read_json(path: Path, where: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise BaseModelError(f"{where}: {path.name} is not JSON ({e}); download or save the model again") from e
 
 
 def _check_weights(path: Path, repo: str) -> None:
@@ -123,65 +161,59 @@ def _check_weights(path: Path, repo: str) -> None:
         raise BaseModelError(f"{repo}: {path.name} is damaged ({e}); download or save the model again") from e
 
 
-def _hub() -> HfApi:
-    """The Hub's real client. HF_ENDPOINT and HF_TOKEN are read anew, so a daemon need not be restarted for them."""
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=os.environ.get("HF_TOKEN") or None)
+def _own_code(config: dict[str, Any]) -> dict[str, str]:
+    """The Python classes that a model brings, if transformers has none of its own for it."""
+    brought = config.get("auto_map")
+    if not isinstance(brought, dict) or not brought:
+        return {}
+    from transformers import CONFIG_MAPPING
+
+    return {} if config.get("model_type") in CONFIG_MAPPING else brought
+
+
+def _check_code(folder: Path, source: BaseModelSource, trusted: bool) -> None:
+    """Refuse a model that runs its own code, unless this very version of it is trusted, and none of another's."""
+    code = _own_code(_read_json(folder / CONFIG, source.repo))
+    if not code:
+        return
+    elsewhere = next((name for name in code.values() if "--" in str(name)), None)
+    if elsewhere:
+        raise BaseModelError(f"{source.repo}: its code lies in another repository ({elsewhere}), which is refused")
+    if not trusted:
+        raise BaseModelError(
+            f"{source.repo}: needs Python code of its own ({', '.join(sorted(map(str, code.values())))}), which would "
+            f"run here. Read it, then set model.trust_remote_code to {source.version}"
+        )
 
 
 def _pin_folder(repo: str, folder: Path) -> BaseModelSource:
-    _check_files([path.name for path in folder.iterdir()], str(folder))
-    content = {path.name: sha256(path) for path in _wanted_files(folder)}
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    _check_files(names, str(folder))
+    content = {name: sha256(folder / name) for name in _wanted(folder, names, str(folder))}
     return BaseModelSource(repo, fingerprint(files=content)[:40], folder)
-
-
-def _wanted_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and _matches(path.name, WANTED_FILES))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _check_files(names: list[str], where: str) -> None:
-    if "config.json" not in names:
-        raise BaseModelError(f"{where}: no config.json, so this is not a transformers model")
-    if not any(_matches(name, ("*.safetensors",)) for name in names):
-        pickled = next((name for name in names if _matches(name, PICKLES)), None)
-        found = f"only pickled weights ({pickled}), which can run code when they are read" if pickled else "no weights"
+def _check_files(names: Collection[str], where: str) -> None:
+    if CONFIG not in names:
+        adapter = "an adapter; name the base model that it was trained on" if "adapter_config.json" in names else None
+        raise BaseModelError(f"{where}: no config.json, so this is {adapter or 'not a transformers model'}")
+    if WEIGHTS not in names and INDEX not in names:
+        pickled = next((name for name in sorted(names) if _matches(name, PICKLES)), None)
+        other = next((name for name in sorted(names) if name.endswith(".safetensors")), None)
+        found = (
+            f"only {other}, which transformers does not look for"
+            if other
+            else f"only pickled weights ({pickled}), which can run code when they are read"
+            if pickled
+            else "no weights"
+        )
         raise BaseModelError(
-            f"{where}: {found}; take a revision or repository with .safetensors, or convert a folder with "
+            f"{where}: {found}; take a revision or repository with {WEIGHTS} or its index, or convert a folder with "
             "transformers' save_pretrained"
         )
     if not any(_matches(name, ("tokenizer.json", "*.model", "vocab.*")) for name in names):
         raise BaseModelError(f"{where}: no tokenizer (tokenizer.json); save it into the same folder")
-
-
-@contextmanager
-def _hub_errors(repo: str, revision: str) -> Iterator[None]:
-    """Say what to do about everything that the Hub can answer instead of a model."""
-    where = f"model.base_model: '{repo}' at '{revision}'"
-    try:
-        yield
-    except GatedRepoError as e:  # a subclass of RepositoryNotFoundError, so it comes first
-        raise BaseModelError(
-            f"{where}: gated. Accept its licence at {_hub().endpoint}/{repo} with your account, and set HF_TOKEN"
-        ) from e
-    except RevisionNotFoundError as e:
-        raise BaseModelError(f"{where}: the repository has no such branch, tag or commit; see model.revision") from e
-    except (RepositoryNotFoundError, HFValidationError) as e:
-        raise BaseModelError(
-            f"{where}: not on the Hub, or private (set HF_TOKEN). For a folder write ./{repo}; packaged: "
-            f"{suggest(repo, PACKAGED)}"
-        ) from e
-    except OfflineModeIsEnabled as e:
-        raise BaseModelError(
-            f"{where}: not packaged ({suggest(repo, PACKAGED)}), and HF_HUB_OFFLINE "
-            "forbids to ask the Hub; unset it, or name a folder or packaged model"
-        ) from e
-    except HfHubHTTPError as e:
-        raise BaseModelError(f"{where}: the Hub refused ({e.response.status_code}); try again later") from e
-    except (OSError, HTTPError) as e:
-        raise BaseModelError(
-            f"{where}: the Hub at {_hub().endpoint} cannot be reached ({e}); try again, or name a "
-            f"folder (./...) or a packaged model: {suggest(repo, PACKAGED)}"
-        ) from e

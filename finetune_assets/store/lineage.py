@@ -18,8 +18,8 @@ from finetune_assets.config.fingerprint import (
 )
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
-from finetune_assets.data.sources import source_files
-from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, StoreError, folder_hashes, sha256
+from finetune_assets.data.sources import Source, open_source
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, StoreError, folder_hashes
 from finetune_assets.store.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
 
 RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "tokenized", "adapters", "evaluations"
@@ -40,12 +40,12 @@ class RawLineage:
         self.store, self.config, self.root = store, config, root
 
     @cached_property
-    def files(self) -> list[Path]:
-        return source_files(self.config.source, self.root)
+    def source(self) -> Source:
+        return open_source(self.config, self.root)
 
     @cached_property
     def fingerprint(self) -> str:
-        return raw_fingerprint(map(sha256, self.files))
+        return raw_fingerprint(self.config.columns, self.source.content())
 
     def raw(self) -> ArtifactRef:
         return self.store.resolve(RAW, self.fingerprint, made_by="dolly_raw")
@@ -70,9 +70,15 @@ class Lineage:
     def base_source(self) -> BaseModelSource:
         model = self.experiment.config.model
         try:
-            return locate(model.base_model, model.revision, self.raw.root)
+            source = locate(model.base_model, model.revision, self.raw.root)
         except BaseModelError as e:
             raise BaseModelError(f"experiment {self.experiment.name}: {e}") from e
+        if model.trust_remote_code not in (None, source.version):
+            raise BaseModelError(
+                f"experiment {self.experiment.name}: model.trust_remote_code is {model.trust_remote_code}, the model "
+                f"is {source.version}; read the code of that version and name it, or remove the setting"
+            )
+        return source
 
     def base_name(self) -> str:
         source = self.base_source()

@@ -6,13 +6,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from raw import ingest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data, PromptTemplate, Tokenization
 from finetune_assets.data.prepare import Statistics, prepare_dataset
 from finetune_assets.data.preview import masked_tokens
 from finetune_assets.data.rows import Split
-from finetune_assets.data.sources import PARQUET, SAMPLE, DataError, write_parquet
+from finetune_assets.data.errors import DataError
+from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import IGNORED
 from finetune_assets.store.base_models import PACKAGED
 
@@ -28,9 +30,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    write_parquet([SAMPLE], folder)
-    return folder / PARQUET
+    return ingest(tmp_path_factory.mktemp("raw"), SAMPLE)
 
 
 def prepared(
@@ -93,9 +93,9 @@ def test_duplicates_never_stand_on_both_sides(tokenizer: PreTrainedTokenizerBase
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()
     doubled = [json.dumps({**json.loads(line), "response": "another answer"}) for line in lines]
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines, *doubled]), encoding="utf-8")
-    write_parquet([tmp_path / "rows.jsonl"], tmp_path)
+    doubled_rows = ingest(tmp_path, tmp_path / "rows.jsonl")
     data = Data(prompt_template=SHORT, val_fraction=0.4, gate_fraction=0.1)
-    _, splits = prepared(tmp_path / PARQUET, tokenizer, data, tmp_path / "out")
+    _, splits = prepared(doubled_rows, tokenizer, data, tmp_path / "out")
     prompts = [{tuple(e["input_ids"][: e["prompt_length"]]) for e in es} for es in splits.values()]  # type: ignore
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 800
 

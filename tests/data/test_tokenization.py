@@ -1,12 +1,16 @@
 """Masking, end token and cut-off, against a slow reference by character spans."""
 
+from pathlib import Path
+
 import pytest
+from raw import rows_of
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.schema import Data, PromptTemplate, Tokenization
-from finetune_assets.data.prompts import Row, render_prompt
-from finetune_assets.data.sources import DataError, read_rows
+from finetune_assets.data.errors import DataError
+from finetune_assets.data.prompts import render_prompt
+from finetune_assets.data.rows import Row
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.sample.world import instruction_rows, make_world
 from finetune_assets.store.base_models import PACKAGED
@@ -23,7 +27,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def row(instruction: str = "Say a.", context: str = "", response: str = "a") -> Row:
-    return {"instruction": instruction, "context": context, "response": response, "category": ""}
+    return {"instruction": instruction, "context": context, "response": response, "category": "", "messages": None}
 
 
 def split(encoder: Encoder, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
@@ -37,7 +41,7 @@ def split(encoder: Encoder, rows: list[Row]) -> list[tuple[list[int], list[int]]
 
 def expected(tokenizer: PreTrainedTokenizerBase, data: Data, one: Row) -> tuple[list[int], list[int]]:
     """Every token that holds a character of the response is learned, each decided by its own character span."""
-    text, start = render_prompt(data.prompt_template, one)
+    text, ((start, _),) = render_prompt(data.prompt_template, one)
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = [*encoded["input_ids"], tokenizer.eos_token_id]
     learned = [end > start and end > begin for begin, end in encoded["offset_mapping"]] + [True]
@@ -64,7 +68,7 @@ HARD = [
 def test_masks_equal_the_slow_reference(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     data = Data() if template == "default" else load_experiment_data()
     data.tokenization.cutoff_len = 300
-    rows = [*HARD, *instruction_rows(make_world())]
+    rows = [*HARD, *({**one, "messages": None} for one in instruction_rows(make_world()))]
     for one, (ids, labels) in zip(rows, split(Encoder(tokenizer, data), rows), strict=True):
         assert (ids, labels) == expected(tokenizer, data, one), one
 
@@ -76,10 +80,11 @@ def load_experiment_data() -> Data:
 
 
 @pytest.mark.real_data
-def test_masks_equal_the_slow_reference_on_real_rows(dolly: object, stories260k: object) -> None:
+def test_masks_equal_the_slow_reference_on_all_real_rows(dolly: Path, stories260k: Path, tmp_path: Path) -> None:
     real = AutoTokenizer.from_pretrained(str(stories260k))
     data = Data()
-    rows = list(read_rows(dolly))[:2_000]  # type: ignore[arg-type]
+    rows = rows_of(dolly, out=tmp_path)
+    assert len(rows) == 15_011
     for one, (ids, labels) in zip(rows, split(Encoder(real, data), rows), strict=True):
         assert (ids, labels) == expected(real, data, one), one
 

@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from raw import rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_assets.data.sources import SAMPLE, read_rows
+from finetune_assets.data.sources import SAMPLE
 from finetune_assets.sample.world import instruction_rows, make_world, prose
 from finetune_assets.store.base_models import PACKAGED
 
@@ -20,16 +22,16 @@ def test_packaged_rows_are_what_the_script_writes() -> None:
     )
 
 
-def test_sample_is_large_enough_and_asks_nothing_twice() -> None:
-    rows = list(read_rows(SAMPLE))
+def test_sample_is_large_enough_and_asks_nothing_twice(tmp_path: Path) -> None:
+    rows = rows_of(SAMPLE, out=tmp_path)
     assert len(rows) >= 600
     assert len({(row["instruction"], row["context"]) for row in rows}) == len(rows)
     assert set(Counter(row["category"] for row in rows)) == {"open_qa", "closed_qa", "classification"}
 
 
-def test_every_fact_asked_for_is_true() -> None:
+def test_every_fact_asked_for_is_true(tmp_path: Path) -> None:
     world = make_world()
-    for row in read_rows(SAMPLE):
+    for row in rows_of(SAMPLE, out=tmp_path):
         if row["category"] == "open_qa":
             (town,) = [town for town in world.facts if town in row["instruction"]]
             assert row["response"] in world.facts[town].values()

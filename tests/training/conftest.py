@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
+from raw import ingest
 
 from finetune_assets.config.loading import load_experiment
-from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.config.schema import ExperimentConfig, Tokenization
 from finetune_assets.data.prepare import prepare_dataset
-from finetune_assets.data.sources import PARQUET, SAMPLE, write_parquet
+from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.store.base_models import PACKAGED
 from finetune_assets.training.distributed import Process
@@ -29,16 +30,18 @@ def configured(*overrides: str) -> ExperimentConfig:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes tokenized datasets of 80 rows, each kind once."""
     raw = tmp_path_factory.mktemp("raw")
-    write_parquet([SAMPLE], raw)
-    tokenizer = load_tokenizer(str(PACKAGED["demo-base"]))
-    made: dict[bool, Path] = {}
+    rows = ingest(raw, SAMPLE)
+    made: dict[str, Path] = {}
 
-    def make(packing: bool = True) -> Path:
-        if packing not in made:
-            made[packing] = tmp_path_factory.mktemp("dataset")
-            data = configured(f"data.tokenization.packing={packing}", "data.num_samples=80").data
-            prepare_dataset(raw / PARQUET, tokenizer, data, "salt", made[packing])
-        return made[packing]
+    def make(tokenization: Tokenization) -> Path:
+        kind = repr(tokenization)
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("dataset")
+            data = configured("data.num_samples=80").data
+            data.tokenization = tokenization
+            tokenizer = load_tokenizer(str(PACKAGED["demo-base"]), tokenization.added_tokens)
+            prepare_dataset(rows, tokenizer, data, "salt", made[kind])
+        return made[kind]
 
     return make
 
@@ -47,12 +50,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def finetune(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., LoraFinetune]:
     """Makes trainings; `name` keeps their folders apart."""
 
-    def make(*overrides: str, name: str = "run", warm_start: Path | None = None) -> LoraFinetune:
+    def make(
+        *overrides: str, name: str = "run", warm_start: Path | None = None, base: Path = PACKAGED["demo-base"]
+    ) -> LoraFinetune:
         config = configured(*overrides)
         output = tmp_path / name / "output"
         output.mkdir(parents=True, exist_ok=True)
-        folder = dataset(config.data.tokenization.packing)
-        job = Job(PACKAGED["demo-base"], folder, output, tmp_path / name / "scratch", MADE_FROM, warm_start)
+        folder = dataset(config.data.tokenization)
+        job = Job(base, folder, output, tmp_path / name / "scratch", MADE_FROM, warm_start)
         return LoraFinetune(job, config, ALONE, Reporter(print))
 
     return make

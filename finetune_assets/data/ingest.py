@@ -1,0 +1,128 @@
+"""From the source's files to the artifact of raw data: rows as Parquet, bad rows in a quarantine beside them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune_assets.config.schema import Columns
+from finetune_assets.data.errors import BadRow, DataError
+from finetune_assets.data.layouts import row_reader
+from finetune_assets.data.readers import Record, Unreadable, kept, read_records
+from finetune_assets.data.rows import RAW_SCHEMA, Row
+from finetune_assets.data.sources import SourceFile
+
+PARQUET, QUARANTINE = "rows.parquet", "quarantine.jsonl"
+ROWS_PER_BATCH = 5_000
+SHOWN = 5
+"""Rows, good and bad, that are shown to people."""
+REASONS = 50
+"""Different reasons that are counted by name."""
+
+
+@dataclass
+class RawStatistics:
+    """What one version of the raw data holds.
+
+    Attributes:
+        rows: Good rows.
+        conversations: Those of them with more than instruction and response.
+        with_context: Those with a context (or a system turn).
+        quarantined: Bad rows.
+        reasons: Bad rows by reason.
+        categories: Good rows by category.
+        preview: The first good rows that are no conversations.
+        conversation_preview: The first conversations.
+        first_quarantined: The first bad rows: file, line, reason, text.
+    """
+
+    rows: int = 0
+    conversations: int = 0
+    with_context: int = 0
+    quarantined: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    categories: dict[str, int] = field(default_factory=dict)
+    preview: list[Row] = field(default_factory=list)
+    conversation_preview: list[Row] = field(default_factory=list)
+    first_quarantined: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def quarantine_share(self) -> float:
+        return self.quarantined / (self.rows + self.quarantined)
+
+
+def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawStatistics:
+    """Write `out/rows.parquet` and `out/quarantine.jsonl`; at most `ROWS_PER_BATCH` rows stand in memory.
+
+    Raises:
+        DataError: if a file as a whole cannot be read, or there is no row in any.
+    """
+    counts = RawStatistics()
+    categories: Counter[str] = Counter()
+    with (
+        open(out / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as bad,
+        pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer,
+    ):
+        quarantine = _Quarantine(bad, counts)
+        rows = (row for file in files for row in _good_rows(file, columns, quarantine))
+        while batch := list(islice(rows, ROWS_PER_BATCH)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
+            categories.update(row["category"] for row in batch)
+            _count(batch, counts)
+    if not counts.rows + counts.quarantined:
+        raise DataError(f"{', '.join(str(file.path) for file in files)}: no rows; the file is empty")
+    counts.categories = dict(categories.most_common())
+    return counts
+
+
+def _count(batch: list[Row], counts: RawStatistics) -> None:
+    conversations = [row for row in batch if row["messages"]]
+    counts.rows += len(batch)
+    counts.conversations += len(conversations)
+    counts.with_context += sum(bool(row["context"].strip()) for row in batch)
+    plain = (row for row in batch if not row["messages"])
+    counts.preview += islice(plain, SHOWN - len(counts.preview))
+    counts.conversation_preview += conversations[: SHOWN - len(counts.conversation_preview)]
+
+
+class _Quarantine:
+    """Writes bad rows down, and counts them."""
+
+    def __init__(self, file: TextIO, counts: RawStatistics) -> None:
+        self.file, self.counts = file, counts
+
+    def take(self, file: str, bad: Unreadable) -> None:
+        entry = {"file": file, **bad._asdict()}
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.counts.quarantined += 1
+        reasons = self.counts.reasons
+        reason = bad.reason if bad.reason in reasons or len(reasons) < REASONS else "other reasons"
+        reasons[reason] = reasons.get(reason, 0) + 1
+        if len(self.counts.first_quarantined) < SHOWN:
+            self.counts.first_quarantined.append({**entry, "text": bad.text[:500]})
+
+
+def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> Iterator[Row]:
+    read = row_reader(columns)
+    for record in read_records(file.path):
+        if isinstance(record, Unreadable):
+            quarantine.take(file.name, record)
+            continue
+        try:
+            row = read(record.row)
+        except BadRow as e:
+            quarantine.take(file.name, Unreadable(record.line, str(e), _as_it_stands(record)))
+            continue
+        yield row
+
+
+def _as_it_stands(record: Record) -> str:
+    if record.text is not None:
+        return kept(record.text)
+    return kept(json.dumps(record.row, ensure_ascii=False, default=str))

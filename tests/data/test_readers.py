@@ -1,0 +1,171 @@
+"""Files of every format: what is read, what is set aside by line, and what is refused whole."""
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from raw import ingest, quarantined, rows_of
+
+from finetune_assets.data import readers
+from finetune_assets.data.errors import DataError
+from finetune_assets.data.readers import read_records
+
+GOOD = {"instruction": "Say a.", "context": "", "response": "a", "category": "open_qa", "messages": None}
+ROW = {name: GOOD[name] for name in ("instruction", "context", "response", "category")}
+MANY = [{**ROW, "response": f"{i} ☕ " + "x" * (i % 700)} for i in range(3_000)]
+
+
+def written(path: Path, rows: list[dict[str, object]]) -> Path:
+    """The rows in the format of the file's ending."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=4, ensure_ascii=False), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1_000)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "ROWS.JSONL"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path / name.lower(), MANY)  # type: ignore[arg-type]
+    path = path.rename(tmp_path / name)
+    assert rows_of(path, out=tmp_path / "out") == [{**row, "messages": None} for row in MANY]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_byte_order_mark_is_passed_over(tmp_path: Path, suffix: str) -> None:
+    path = written(tmp_path / f"rows{suffix}", [ROW, ROW])  # type: ignore[list-item]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert rows_of(path, out=tmp_path / "out") == [GOOD, GOOD]
+
+
+def test_blank_lines_are_passed_over_and_lines_still_right(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\r\n" + json.dumps(ROW).encode() + b"\r\n\r\n  \n[]\n" + json.dumps(ROW).encode())
+    assert rows_of(path, out=tmp_path / "out") == [GOOD, GOOD]
+    assert [bad["line"] for bad in quarantined(tmp_path / "out")] == [5]
+
+
+def test_array_window_moves_over_any_chunk_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, white space and numbers cut at every possible place."""
+    path = written(tmp_path / "rows.json", [{**ROW, "response": f"a{i}"} for i in range(5)])
+    for chunk in range(1, 40):
+        monkeypatch.setattr(readers, "CHUNK", chunk)
+        records = list(read_records(path))
+        assert [record.row["response"] for record in records] == [f"a{i}" for i in range(5)]  # type: ignore[union-attr]
+        assert [record.line for record in records] == [2, 8, 14, 20, 26]
+
+
+def test_array_of_jsonl_name_and_lines_of_json_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps([ROW, ROW]))
+    (tmp_path / "b.json").write_text(f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n")
+    for name in ("a.jsonl", "b.json"):
+        assert rows_of(tmp_path / name, out=tmp_path / "out") == [GOOD, GOOD]
+
+
+def test_csv_fields_hold_lines_commas_and_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        'response,instruction\n"a\n""b"", c",Say a.\n5" disk,What?\n\nx,y,z\nlast,Say.\n', encoding="utf-8"
+    )
+    assert [row["response"] for row in rows_of(path, out=tmp_path / "out")] == ['a\n"b", c', '5" disk', "last"]
+    (bad,) = quarantined(tmp_path / "out")
+    assert (bad["line"], bad["text"]) == (6, "x,y,z\n")
+    assert "3 fields where the header has 2" in bad["reason"]
+
+
+def test_stray_quote_in_a_csv_field_sets_that_row_aside(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,response\na,b\n"5" disk",x\nc,d\n', encoding="utf-8")
+    assert [row["instruction"] for row in rows_of(path, out=tmp_path / "out")] == ["a", "c"]
+    (bad,) = quarantined(tmp_path / "out")
+    assert bad["line"] == 3
+    assert "not CSV" in bad["reason"]
+    assert bad["text"] == '"5" disk",x\n'
+
+
+def test_a_row_of_many_megabytes_is_set_aside_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(ROW) + "\n" + json.dumps({**ROW, "response": "x" * 50_000_000}) + "\n")
+        file.write(json.dumps(ROW) + "\n")
+    assert rows_of(path, out=tmp_path / "out") == [GOOD, GOOD]
+    (bad,) = quarantined(tmp_path / "out")
+    assert bad["line"] == 2
+    assert "50,000,0" in bad["reason"]
+    assert len(bad["text"]) == readers.KEPT_CHARACTERS
+
+
+def test_parquet_with_conversations_and_nulls(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
+    rows = [{"messages": turns, "category": None}, {"messages": None, "category": "x"}]
+    path = written(tmp_path / "rows.parquet", rows)  # type: ignore[arg-type]
+    (row,) = rows_of(path, out=tmp_path / "out")
+    assert row["messages"] == turns
+    assert [bad["line"] for bad in quarantined(tmp_path / "out")] == [2]
+
+
+def test_parquet_text_that_is_not_utf8_sets_that_row_aside(tmp_path: Path) -> None:
+    texts = pa.array([b"a", b"\xff", b"c", b"d", b"\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"instruction": texts, "response": texts}), tmp_path / "rows.parquet")
+    assert [row["response"] for row in rows_of(tmp_path / "rows.parquet", out=tmp_path / "out")] == ["a", "c", "d"]
+    assert [(bad["line"], bad["reason"][:9]) for bad in quarantined(tmp_path / "out")] == [
+        (2, "not UTF-8"),
+        (5, "not UTF-8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"instruction": "i"}'.encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("a.csv", "instruction,response\na,b\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("a.jsonl", b"\x1f\x8b\x08rest", r"compressed \(gzip\)"),
+        ("a.csv", b"PK\x03\x04rest", "zip archive or spreadsheet"),
+        ("a.json", b"PAR1rest", r"Parquet file; let its name end in \.parquet"),
+        ("a.json", b'{\n "instruction": "i",\n "response": "r"\n}', "neither an array of rows"),
+        ("a.json", b'[{"a": 1},\n {"a": 2},\n {"a"', r"a\.json:3: not a JSON array.*nothing of this file"),
+        ("a.json", b'[{"a": 1},\n {"a": 2}\n {"a": 3}]', r"a\.json:3: .*expected ',', found \{"),
+        ("a.json", b'[{"a": 1},\n]', r"a\.json:2: .*no row after the comma"),
+        ("a.json", b'[{"a": 1}]\n[', r"a\.json:2: .*more text after the array"),
+        ("a.json", b'[{"a": 1}', r"a\.json:1: .*found the end of the file"),
+        ("a.json", b"[" * 100_000, r"a\.json:1: .*recursion"),
+        ("a.csv", b'instruction,response\na,b\nc,"d\ne,f\ng,h\n', r"a\.csv:3: a quote .* never closed .* 2 lines"),
+        ("a.csv", b"instruction;response\na;b\n", r"a\.csv:1: the header is one column, 'instruction;response'"),
+        ("a.csv", b"instruction,response,response\na,b,c\n", "names 'response' twice"),
+        ("a.parquet", b"PAR1 and so on", "not a Parquet file, or one that was cut short"),
+        ("a.parquet", b"", "not a Parquet file, or one that was cut short"),
+        ("a.jsonl", b"\n", r"a\.jsonl: no rows"),
+        ("a.json", b"[ ]", r"a\.json: no rows"),
+        ("a.csv", b"", r"a\.csv: no rows"),
+        ("a.csv", b"instruction,response\n", r"a\.csv: no rows"),
+    ],
+)
+def test_file_that_cannot_be_read_is_told(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        ingest(tmp_path / "out", tmp_path / name)
+
+
+def test_truncated_parquet_is_told(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.parquet", MANY)  # type: ignore[arg-type]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"rows\.parquet: not a Parquet file, or one that was cut short"):
+        ingest(tmp_path / "out", path)
+
+
+def test_a_row_of_an_array_that_never_ends_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2_000)
+    monkeypatch.setattr(readers, "CHUNK", 500)
+    (tmp_path / "rows.json").write_text('[{"a": 1},\n{"a": "' + "x" * 10_000)
+    with pytest.raises(DataError, match=r"rows\.json:2: .*no end of the row within 2,000 characters"):
+        ingest(tmp_path / "out", tmp_path / "rows.json")

@@ -1,0 +1,29 @@
+"""Raw data as tests make and read it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from finetune_assets.config.schema import Columns
+from finetune_assets.data.ingest import PARQUET, QUARANTINE, write_raw
+from finetune_assets.data.rows import Row
+from finetune_assets.data.sources import SourceFile
+
+
+def ingest(out: Path, *files: Path, columns: Columns | None = None) -> Path:
+    """Write the raw data of some files into a folder; returns the Parquet file."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_raw([SourceFile(file.name, file) for file in files], columns or Columns(), out)
+    return out / PARQUET
+
+
+def rows_of(*files: Path, out: Path, columns: Columns | None = None) -> list[Row]:
+    """The good rows of some files."""
+    return pq.read_table(ingest(out, *files, columns=columns)).to_pylist()
+
+
+def quarantined(out: Path) -> list[dict[str, Any]]:
+    """The bad rows that `ingest` set aside."""
+    return [json.loads(line) for line in (out / QUARANTINE).read_text(encoding="utf-8").splitlines()]
