@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT, SHARED
+from huggingface_hub import HfFileSystem, constants
 from projects import TestProject
+from servers import hub as hub_server
+from servers.hub import Hub
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,34 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestProject:
     monkeypatch.setenv("FINETUNE_NAMESPACE", "tests")
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     return TestProject(tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on loopback that the real clients of this process and of its children ask, with a cache of its own."""
+    from datasets import config as datasets_config
+
+    with hub_server.running() as running:
+        for name, value in {
+            "HF_ENDPOINT": running.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "hub_home"),
+            "HF_TOKEN": "",
+        }.items():
+            monkeypatch.setenv(name, value)
+        files = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_home" / "hub"))
+        monkeypatch.setattr(datasets_config, "HF_ENDPOINT", running.url)
+        monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(
+            datasets_config, "HUB_DATASETS_URL", running.url + "/datasets/{repo_id}/resolve/{revision}/{path}"
+        )
+        HfFileSystem.clear_instance_cache()
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 A template that marks what the assistant generates (`{% generation %}`) is believed. Any other is first rendered with
 stand-ins in place of every turn's words: what is left around them is the template's own, the same for all conversations
 of these roles. A conversation's text must then be that frame with its words put in, which is checked to the last
-character, so short answers are never looked for. Where a template rewrites words (reasoning, say), a turn is what the
-template adds to the conversation before it; where it rewrites that too, the conversation is refused.
+character, so short answers are never looked for. Where a template rewrites the last answer (one with reasoning, say),
+that one is all that the template adds to its own prompt; where it rewrites more, the conversation is refused.
 """
 
 import re
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -75,7 +75,7 @@ class ChatTemplate:
         text, marked = self._render(turns)
         if self.marked:
             return text, marked
-        return text, _locate(text, turns, self.frame(tuple(roles[: len(turns)]))) or self._added(text, turns)
+        return text, _locate(text, turns, self.frame(tuple(roles[: len(turns)]))) or self._rewritten(text, turns)
 
     def _render(self, turns: Sequence[Turn], prompt: bool = False) -> tuple[str, tuple[Span, ...]]:
         try:
@@ -86,29 +86,28 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **self.special,
             )
+        except TemplateSyntaxError as e:
+            raise DataError(f"{self.name}: its chat template is no template: {e}; repair chat_template.jinja") from e
         except (TemplateError, TypeError, ValueError, KeyError) as e:
             raise RefusedRow(f"the tokenizer's chat template refuses it: {e}") from e
         return text, tuple((int(start), int(end)) for start, end in spans[0]) if self.marked else ()
 
-    def _added(self, text: str, turns: Sequence[Turn]) -> tuple[Span, ...]:
-        """What each assistant turn adds to the text of the turns before it."""
-        spans = []
-        for i, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                (before, _), (after, _) = self._render(turns[:i], prompt=True), self._render(turns[: i + 1])
-                if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
-                    raise RefusedRow(
-                        f"the tokenizer's chat template rewrites turn {i + 1} ({turn['content'][:60]!r}), so that it "
-                        "cannot be told what of the text is the assistant's"
-                    )
-                spans.append((len(before), len(after)))
-        return tuple(spans)
+    def _rewritten(self, text: str, turns: Sequence[Turn]) -> tuple[Span, ...]:
+        """The spans of a conversation whose last turn the template rewrites: that one is all that it adds."""
+        asked, _ = self._render(turns[:-1], prompt=True)
+        earlier = _locate(asked, turns[:-1], self.frame(tuple(turn["role"] for turn in turns[:-1]), prompt=True))
+        if earlier is None or not text.startswith(asked) or len(asked) == len(text):
+            raise RefusedRow(
+                "the tokenizer's chat template rewrites what was said, so that it cannot be told which of its text is "
+                f"the assistant's; the last turn is {turns[-1]['content'][:60]!r}"
+            )
+        return (*earlier, (len(asked), len(text)))
 
-    def _frame(self, roles: tuple[str, ...]) -> Frame:
+    def _frame(self, roles: tuple[str, ...], prompt: bool = False) -> Frame:
         stand_ins = [STAND_IN.format(i) for i in range(len(roles))]
         turns = [{"role": role, "content": stand_in} for role, stand_in in zip(roles, stand_ins, strict=True)]
-        whole, _ = self._render(turns)
-        rest, pieces = whole, []
+        rest, _ = self._render(turns, prompt)
+        pieces = []
         for stand_in in stand_ins:
             piece, found, rest = rest.partition(stand_in)
             if not found:

@@ -115,7 +115,7 @@ def _from_hub(source: BaseModelSource, trusted: bool) -> Path:
         found = hub.files_of(source.repo, source.revision, "model")
         files = {name: file for name, file in found.items() if "/" not in name}
         _check_files(files, source.repo)
-        small = [file for name, file in files.items() if _matches(name, SMALL_FILES)]
+        small = [file for name, file in files.items() if _matches(name, SMALL_FILES) and not _matches(name, (CODE,))]
         folder = hub.download(source.repo, source.revision, small, "model")
         _check_code(folder, source, trusted)
         wanted = [files[name] for name in _wanted(folder, files, source.repo)]
@@ -133,10 +133,10 @@ def _wanted(folder: Path, names: Collection[str], where: str) -> list[str]:
 def _weights(folder: Path, names: Collection[str], where: str) -> set[str]:
     if INDEX not in names:
         return {WEIGHTS}
-    try:
-        shards = set(_read_json(folder / INDEX, where)["weight_map"].values())
-    except (KeyError, AttributeError) as e:
-        raise BaseModelError(f"{where}: {INDEX} has no weight_map; download or save the model again") from e
+    shard_of = _read_json(folder / INDEX, where).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise BaseModelError(f"{where}: {INDEX} has no weight_map; download or save the model again")
+    shards = set(map(str, shard_of.values()))
     if missing := sorted(shards - set(names)):
         raise BaseModelError(
             f"{where}: {INDEX} names {missing[0]}, which is missing ({len(missing)} of {len(shards)} are); download or "
@@ -145,11 +145,14 @@ def _weights(folder: Path, names: Collection[str], where: str) -> set[str]:
     return shards
 
 
-def _read_json(path: Path, where: str) -> Any:
+def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise BaseModelError(f"{where}: {path.name} is not JSON ({e}); download or save the model again") from e
+    if not isinstance(tree, dict):
+        raise BaseModelError(f"{where}: {path.name} is not a JSON object; download or save the model again")
+    return tree
 
 
 def _check_weights(path: Path, repo: str) -> None:

@@ -82,9 +82,15 @@ def test_one_question_and_its_answer_are_instruction_and_response(tmp_path: Path
 
 
 def test_sharegpt_turns_text_parts_and_json_in_a_cell(tmp_path: Path) -> None:
-    shared = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    shared = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello"},
+    ]
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in (SYSTEM, ASKED, SAID)]
-    rows = read(tmp_path, {"conversations": shared}, {"messages": parts}, {"messages": json.dumps([SYSTEM, ASKED, SAID])})
+    rows = read(
+        tmp_path, {"conversations": shared}, {"messages": parts}, {"messages": json.dumps([SYSTEM, ASKED, SAID])}
+    )
     assert [row["messages"] for row in rows] == [[SYSTEM, ASKED, SAID]] * 3
 
 

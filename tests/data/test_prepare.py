@@ -10,10 +10,10 @@ from raw import ingest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data, PromptTemplate, Tokenization
+from finetune_assets.data.errors import DataError
 from finetune_assets.data.prepare import Statistics, prepare_dataset
 from finetune_assets.data.preview import masked_tokens
 from finetune_assets.data.rows import Split
-from finetune_assets.data.errors import DataError
 from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import IGNORED
 from finetune_assets.store.base_models import PACKAGED

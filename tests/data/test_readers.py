@@ -74,9 +74,7 @@ def test_array_of_jsonl_name_and_lines_of_json_name(tmp_path: Path) -> None:
 
 def test_csv_fields_hold_lines_commas_and_quotes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text(
-        'response,instruction\n"a\n""b"", c",Say a.\n5" disk,What?\n\nx,y,z\nlast,Say.\n', encoding="utf-8"
-    )
+    path.write_text('response,instruction\n"a\n""b"", c",Say a.\n5" disk,What?\n\nx,y,z\nlast,Say.\n', encoding="utf-8")
     assert [row["response"] for row in rows_of(path, out=tmp_path / "out")] == ['a\n"b", c', '5" disk', "last"]
     (bad,) = quarantined(tmp_path / "out")
     assert (bad["line"], bad["text"]) == (6, "x,y,z\n")

@@ -1,15 +1,23 @@
-"""A Hugging Face Hub for one test: the part of its protocol that `huggingface_hub` uses to download a repository."""
+"""A Hugging Face Hub for one test: the part of its protocol that `huggingface_hub` and `datasets` use to download.
+
+It can be as unkind as the real one: gated, throttled, failing, cutting connections, serving what was damaged.
+"""
 
 import hashlib
 import json
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 TOKEN = "hf_planted_token_for_tests"
+LARGE = 100_000
+"""Files from this size on are kept as the Hub keeps large ones (LFS): named by their sha256."""
 
 
 @dataclass
@@ -29,22 +37,40 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What the server serves, and what it was asked."""
+    """What the server serves, and what it was asked.
+
+    Attributes:
+        repos: By name; datasets as `datasets/owner/name`.
+        requests: Method, path and range of everything that was asked.
+        failing: Answer everything with this status.
+        failures_left: Answer so many requests with `failing`, the rest well; None for all.
+        cut_after: Close the connection after so many bytes of a file, each time.
+        damaged: Serve these bytes instead, by path, so many times.
+    """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     failing: int | None = None
-    """Answer everything with this status."""
+    failures_left: int | None = None
+    cut_after: int | None = None
+    damaged: Counter[str] = field(default_factory=Counter)
     url: str = ""
 
-    def add(self, name: str, files: dict[str, bytes], gated: bool = False) -> str:
-        """Add a commit to `main` of a repository, making it first if need be; returns the commit."""
+    def add(self, name: str, files: dict[str, bytes], gated: bool = False, branch: str = "main") -> str:
+        """Add a commit to a branch of a repository, making it first if need be; returns the commit."""
         content = json.dumps([[path, hashlib.sha256(body).hexdigest()] for path, body in sorted(files.items())])
         commit = hashlib.sha1(f"{name}{content}".encode()).hexdigest()
         repo = self.repos.setdefault(name, Repo({}, {}, gated))
         repo.commits[commit] = files
-        repo.branches["main"] = commit
+        repo.branches[branch] = commit
         return commit
+
+    def fails_now(self) -> bool:
+        if self.failing is None or self.failures_left == 0:
+            return False
+        if self.failures_left is not None:
+            self.failures_left -= 1
+        return True
 
 
 @contextmanager
@@ -56,6 +82,7 @@ def running() -> Iterator[Hub]:
         served = hub
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -65,6 +92,12 @@ def running() -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+PATH = re.compile(
+    r"/(?:api/(?P<type>models|datasets)/(?P<api>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<at>[^/]+)/?(?P<below>.*))?"
+    r"|(?P<file>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+))"
+)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -81,33 +114,48 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
     def _answer(self, body: bool) -> None:
-        path = self.path.split("?")[0].strip("/")
-        self.served.requests.append(f"{self.command} /{path}")
-        if self.served.failing:
-            return self._refuse(self.served.failing, None, body)
-        owner_name = "/".join(path.removeprefix("api/models/").split("/")[:2])
-        repo = self.served.repos.get(owner_name)
+        path = unquote(self.path.split("?")[0])
+        self.served.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
+        asked = PATH.fullmatch(path)
+        if self.served.fails_now():
+            return self._refuse(self.served.failing or 500, None, body)
+        if asked is None:
+            return self._refuse(404, "RepoNotFound", body)
+        name = asked["file"] or f"{'datasets/' if asked['type'] == 'datasets' else ''}{asked['api']}"
+        repo = self.served.repos.get(name)
         if repo is None:
             return self._refuse(404, "RepoNotFound", body)
         if repo.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._refuse(403, "GatedRepo", body)
-        rest = path.removeprefix("api/models/").removeprefix(owner_name).strip("/").split("/")
-        revision = rest[1] if len(rest) > 1 else "main"
+        revision = asked["at"] or asked["revision"] or "main"
         commit = repo.branches.get(revision, revision)
         if commit not in repo.commits:
             return self._refuse(404, "RevisionNotFound", body)
         files = repo.commits[commit]
-        if rest[0] == "revision":
-            return self._send_json(
-                {"id": owner_name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}, body
-            )
-        if rest[0] == "tree":
-            tree = [{"type": "file", "path": f, "size": len(b), "oid": _oid(b)} for f, b in files.items()]
-            return self._send_json(tree, body)
-        content = files.get("/".join(rest[2:]))
-        if content is None:
+        if asked["file"]:
+            return self._send_file(files, asked["path"], commit, body)
+        if asked["what"] == "tree":
+            deep = "recursive=true" in self.path.lower()
+            return self._send_json([e for e in _tree(files) if _is_below(e["path"], asked["below"], deep)], body)
+        siblings = [{"rfilename": path} for path in files]
+        return self._send_json({"id": asked["api"], "sha": commit, "siblings": siblings}, body)
+
+    def _send_file(self, files: dict[str, bytes], path: str, commit: str, body: bool) -> None:
+        if path not in files:
             return self._refuse(404, "EntryNotFound", body, commit)
-        return self._send(200, content, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit}, body)
+        content = files[path]
+        headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if len(content) >= LARGE:
+            headers |= {"X-Linked-Etag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content))}
+        if body and self.served.damaged[path] > 0:
+            self.served.damaged[path] -= 1
+            content = bytes([content[0] ^ 1]) + content[1:]
+        begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if begin is None:
+            return self._send(200, content, headers, body)
+        start = int(begin[1])
+        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        return self._send(206, content[start:], headers, body)
 
     def _refuse(self, status: int, code: str | None, body: bool, commit: str | None = None) -> None:
         headers = {"X-Error-Code": code} if code else {}
@@ -121,9 +169,38 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
-            self.wfile.write(content)
+        if not body:
+            return
+        limit = self.served.cut_after
+        if limit is not None and len(content) > limit and "X-Repo-Commit" in headers:
+            self.wfile.write(content[:limit])
+            self.close_connection = True
+            return
+        self.wfile.write(content)
+
+
+def _tree(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    folders = sorted({path.rpartition("/")[0] for path in files} - {""})
+    entries: list[dict[str, Any]] = [
+        {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders
+    ]
+    for path, content in files.items():
+        entry = {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
+        if len(content) >= LARGE:
+            entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 134}
+        entries.append(entry)
+    return entries
+
+
+def _is_below(path: str, folder: str, deep: bool) -> bool:
+    inside = f"{folder}/" if folder else ""
+    return path.startswith(inside) and (deep or "/" not in path.removeprefix(inside))
 
 
 def _oid(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+    """Git's hash of a blob."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

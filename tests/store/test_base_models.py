@@ -1,27 +1,17 @@
 """Base models from the package, a folder, and the real Hub client against a Hub of ours."""
 
+import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from servers import hub as hub_server
 from servers.hub import TOKEN, Hub
 
+from finetune_assets.hub import DamagedDownload
 from finetune_assets.store.base_models import PACKAGED, BaseModelError, collect, is_tokenizer_file, locate
 
 NAMES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_server.running() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-        monkeypatch.setenv("HF_TOKEN", "")
-        yield running
 
 
 def files(**more: bytes) -> dict[str, bytes]:
@@ -147,3 +137,165 @@ def test_what_the_tokenizer_is_read_from() -> None:
         True,
         False,
     ]
+
+
+def sharded(where: Path) -> dict[str, bytes]:
+    """The packaged model in several shards, as transformers saves it, beside files that training does not need."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(PACKAGED["demo-base"]).save_pretrained(where, max_shard_size="1MB")
+    repo = {name: body for name, body in files().items() if name != "model.safetensors"}
+    repo |= {path.name: path.read_bytes() for path in where.iterdir()}
+    return repo | {"consolidated.safetensors": b"x", "modeling_other.py": b"raise SystemExit"}
+
+
+def test_sharded_model_is_fetched_whole_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    repo = sharded(tmp_path / "shards")
+    shards = {name for name in repo if name.startswith("model-0")}
+    assert len(shards) > 2
+    hub.add("owner/sharded", repo)
+    out = tmp_path / "out"
+    out.mkdir()
+    collect(locate("owner/sharded", "main", tmp_path), out)
+    assert {path.name for path in out.iterdir()} == (NAMES - {"model.safetensors"}) | shards | {
+        "model.safetensors.index.json"
+    }
+    assert all((out / name).read_bytes() == repo[name] for name in shards)
+    assert not any("consolidated" in request or "modeling_other" in request for request in hub.requests)
+
+
+def test_missing_shard_is_told_before_any_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    repo = sharded(tmp_path / "shards")
+    gone = max(name for name in repo if name.startswith("model-0"))
+    del repo[gone]
+    hub.add("owner/sharded", repo)
+    with pytest.raises(BaseModelError, match=rf"names {gone}, which is missing \(1 of"):
+        collect(locate("owner/sharded", "main", tmp_path), tmp_path)
+    assert not any("model-0" in request for request in hub.requests)
+
+
+def test_cut_download_goes_on_where_it_was_cut(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 18)  # the client keeps whole chunks, of 10 MiB
+    hub.add("owner/model", files())
+    hub.cut_after = 1_500_000
+    collect(locate("owner/model", "main", tmp_path), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == files()["model.safetensors"]
+    assert [r for r in hub.requests if "model.safetensors bytes=" in r], "by ranges"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "model.safetensors"])
+def test_damaged_file_is_fetched_again(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.add("owner/model", files())
+    hub.damaged[name] = 1
+    collect(locate("owner/model", "main", tmp_path), tmp_path)
+    assert (tmp_path / name).read_bytes() == files()[name]
+    hub.add("owner/other", files())
+    hub.damaged[name] = 10
+    with pytest.raises(DamagedDownload, match=f"{name} arrives damaged"):
+        collect(locate("owner/other", "main", tmp_path), tmp_path)
+
+
+def test_file_that_was_damaged_in_the_clients_cache_is_noticed(hub: Hub, tmp_path: Path) -> None:
+    hub.add("owner/model", files())
+    source = locate("owner/model", "main", tmp_path)
+    collect(source, tmp_path)
+    (cached,) = (tmp_path / "hub_home").rglob("snapshots/*/model.safetensors")
+    body = bytearray(cached.read_bytes())
+    body[-1] ^= 1
+    cached.resolve().write_bytes(body)
+    collect(source, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == files()["model.safetensors"]
+
+
+def test_throttled_hub_is_waited_for_or_told(hub: Hub, tmp_path: Path) -> None:
+    hub.add("owner/model", files())
+    source = locate("owner/model", "main", tmp_path)
+    hub.failing, hub.failures_left = 429, 2
+    collect(source, tmp_path)
+    hub.failing, hub.failures_left = 429, None
+    with pytest.raises(BaseModelError, match=r"slow down \(429\); wait some minutes, or set HF_TOKEN"):
+        locate("owner/model", "main", tmp_path)
+
+
+def test_refused_token_is_told(hub: Hub, tmp_path: Path) -> None:
+    hub.add("owner/model", files())
+    hub.failing = 401
+    with pytest.raises(BaseModelError, match="401|not on the Hub, or private"):
+        locate("owner/model", "main", tmp_path)
+
+
+def test_branch_and_commit(hub: Hub, tmp_path: Path) -> None:
+    main = hub.add("owner/model", files())
+    other = hub.add("owner/model", files(**{"generation_config.json": b"{}"}), branch="try")
+    assert locate("owner/model", "try", tmp_path).revision == other
+    assert locate("owner/model", "main", tmp_path).revision == main
+    collect(locate("owner/model", other, tmp_path), tmp_path)
+    assert (tmp_path / "generation_config.json").read_bytes() == b"{}"
+
+
+def changed(change: dict[str, object], **more: bytes) -> dict[str, bytes]:
+    config = json.loads(files()["config.json"]) | change
+    return files(**{"config.json": json.dumps(config).encode()}, **more)
+
+
+OWN_CODE = {"model_type": "brand_new", "auto_map": {"AutoModelForCausalLM": "modeling_new.NewForCausalLM"}}
+
+
+def test_model_with_its_own_code_is_refused_until_this_version_is_trusted(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.add("owner/new", changed(OWN_CODE, **{"modeling_new.py": b"x = 1"}))
+    source = locate("owner/new", "main", tmp_path)
+    with pytest.raises(
+        BaseModelError, match=rf"modeling_new\.NewForCausalLM.*set model.trust_remote_code to owner/new@{commit}"
+    ):
+        collect(source, tmp_path)
+    assert not any("model.safetensors" in request for request in hub.requests), "refused before the weights"
+    collect(source, tmp_path, trusted=True)
+    assert (tmp_path / "modeling_new.py").read_bytes() == b"x = 1"
+
+
+def test_code_of_another_repository_is_refused_even_if_trusted(hub: Hub, tmp_path: Path) -> None:
+    elsewhere = {**OWN_CODE, "auto_map": {"AutoModelForCausalLM": "someone/else--modeling_new.NewForCausalLM"}}
+    hub.add("owner/new", changed(elsewhere))
+    with pytest.raises(BaseModelError, match=r"another repository \(someone/else--modeling_new"):
+        collect(locate("owner/new", "main", tmp_path), tmp_path, trusted=True)
+
+
+def test_code_that_transformers_has_itself_is_neither_needed_nor_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.add("owner/llama", changed({"auto_map": OWN_CODE["auto_map"]}, **{"modeling_new.py": b"x = 1"}))
+    collect(locate("owner/llama", "main", tmp_path), tmp_path)
+    assert not (tmp_path / "modeling_new.py").exists()
+
+
+def test_folder_with_its_own_code_is_named_by_its_content(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PACKAGED["demo-base"], tmp_path / "mine"))
+    (folder / "config.json").write_bytes(changed(OWN_CODE)["config.json"])
+    (folder / "modeling_new.py").write_text("x = 1")
+    source = locate("./mine", "main", tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(BaseModelError, match=f"set model.trust_remote_code to local/mine@{source.revision}"):
+        collect(source, out)
+    (folder / "modeling_new.py").write_text("x = 2")
+    assert locate("./mine", "main", tmp_path).version != source.version, "other code is another version"
+
+
+@pytest.mark.parametrize(
+    ("repo", "words"),
+    [
+        (files(**{"config.json": b"{oops"}), r"config\.json is not JSON"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "an adapter; name the base model"),
+        ({**files(), "model.safetensors": b"\0" * 100}, r"model\.safetensors is damaged"),
+        (
+            {"weights.safetensors" if n == "model.safetensors" else n: b for n, b in files().items()},
+            "only weights.safe",
+        ),
+        (files(**{"model.safetensors.index.json": b"[]"}), "is not a JSON object"),
+        (files(**{"model.safetensors.index.json": b"{}"}), "has no weight_map"),
+    ],
+)
+def test_unusable_repository_is_told(hub: Hub, tmp_path: Path, repo: dict[str, bytes], words: str) -> None:
+    hub.add("owner/odd", repo)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(BaseModelError, match=words):
+        collect(locate("owner/odd", "main", tmp_path), out)
