@@ -99,7 +99,8 @@ def explained(error: type[UserError], where: str, page: str, otherwise: str) -> 
     except RevisionNotFoundError as e:
         raise error(f"{where}: the repository has no such branch, tag or commit; see the revision") from e
     except (RepositoryNotFoundError, HFValidationError) as e:
-        raise error(f"{where}: not on the Hub, or private (set HF_TOKEN). {otherwise}") from e
+        token = "HF_TOKEN is not valid or may not read it" if client().token else "set HF_TOKEN"
+        raise error(f"{where}: not on the Hub, or private ({token}). {otherwise}") from e
     except DisabledRepoError as e:
         raise error(f"{where}: the Hub has disabled this repository. {otherwise}") from e
     except OfflineModeIsEnabled as e:
@@ -119,6 +120,4 @@ def _refusal(answer: HfHubHTTPError) -> str:
     status = answer.response.status_code
     if status == 429:
         return "the Hub asks to slow down (429); wait some minutes, or set HF_TOKEN, which allows for more"
-    if status == 401:
-        return "the Hub does not accept HF_TOKEN (401); set a valid one, or none"
     return f"the Hub refused ({status}); try again later"

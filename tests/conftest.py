@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from paths import ROOT, SHARED
 from huggingface_hub import HfFileSystem, constants
+from paths import ROOT, SHARED
 from projects import TestProject
 from servers import hub as hub_server
 from servers.hub import Hub
