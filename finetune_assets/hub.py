@@ -120,4 +120,6 @@ def _refusal(answer: HfHubHTTPError) -> str:
     status = answer.response.status_code
     if status == 429:
         return "the Hub asks to slow down (429); wait some minutes, or set HF_TOKEN, which allows for more"
+    if status == 401:
+        return "the Hub does not accept HF_TOKEN (401); set a valid one, or none"
     return f"the Hub refused ({status}); try again later"

@@ -221,8 +221,11 @@ def test_refused_token_is_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mon
     hub.add("owner/model", files())
     hub.failing = 401
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    with pytest.raises(BaseModelError, match=r"private \(HF_TOKEN is not valid or may not read it\)"):
+    with pytest.raises(BaseModelError, match=r"does not accept HF_TOKEN \(401\)"):
         locate("owner/model", "main", tmp_path)
+    hub.failing = None
+    with pytest.raises(BaseModelError, match=r"private \(HF_TOKEN is not valid or may not read it\)"):
+        locate("owner/secret", "main", tmp_path)
 
 
 def test_branch_and_commit(hub: Hub, tmp_path: Path) -> None:
