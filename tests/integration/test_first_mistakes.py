@@ -45,6 +45,7 @@ def damaged_model(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 GOOD = SAMPLE.read_text(encoding="utf-8")
+FEW = "".join(GOOD.splitlines(keepends=True)[:50])
 SECOND = json.dumps({"instruction": "Who?", "response": ["x"]})
 MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     "unknown key": (edited("learning_rate:", "learnin_rate:"), ["demo.yaml", "training.learnin_rate", "learning_rate"]),
@@ -59,9 +60,9 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     ),
     "missing file": (missing_file, ["gone.jsonl", "does not exist"]),
     "empty file": (rows(""), ["rows.jsonl", "empty"]),
-    "broken line": (rows(GOOD + '{"instruction": "Wh'), ["rows.jsonl:801", "not JSON"]),
-    "wrong value": (rows(GOOD + SECOND), ["rows.jsonl:801", "'response' must be text", '["x"]']),
-    "alpaca rows": (rows('{"instruction": "a", "output": "b"}'), ["rows.jsonl:1", "'response' is missing", "output"]),
+    "broken line": (rows(FEW + '{"instruction": "Wh'), ["1 of 51 rows", "rows.jsonl:51", "not JSON"]),
+    "wrong value": (rows(FEW + SECOND), ["1 of 51 rows", "rows.jsonl:51", "'response' must be text", '["x"]']),
+    "other columns": (rows('{"instruction": "a", "answer": "b"}'), ["rows.jsonl:1", "'response' is missing", "answer"]),
     "too long": (edited("cutoff_len: 192", "cutoff_len: 1000"), ["data.tokenization.cutoff_len", "1000", "512"]),
     "damaged model": (damaged_model, ["local/model", "model.safetensors", "damaged"]),
     "unknown target": (edited("rank: 32", "rank: 32\n  target_modules: [w]"), ["lora.target_modules", "w"]),
@@ -74,12 +75,22 @@ def test_first_mistake(project: TestProject, monkeypatch: pytest.MonkeyPatch, na
     mistake(project, monkeypatch)
     run = materialize()
     assert run.returncode == 1
-    told = [line for line in run.stdout.splitlines() if "events.Failure:" in line]
+    told = [line for line in run.stdout.splitlines() if "events.Failure:" in line or "check quarantine failed:" in line]
     assert told, run.stdout[-3000:]
     for word in words:
         assert word in told[0]
-    assert not project.published("adapters")
+    assert not project.published("tokenized" if "check quarantine" in told[0] else "adapters")
     assert not project.leftovers()
+
+
+def test_few_bad_rows_are_set_aside_and_told(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in 801 is below the default share: the rest is used, and the row is in the artifact with its line."""
+    rows(GOOD + SECOND)(project, monkeypatch)
+    assert materialize("dolly_raw", partition=None).returncode == 0
+    (name,) = project.published("raw")
+    folder = project.store.fetch(project.store.resolve("raw", name, "dolly_raw"))
+    (bad,) = map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
+    assert (bad["file"], bad["line"], json.loads(bad["text"])) == ("rows.jsonl", 801, json.loads(SECOND))
 
 
 def test_unknown_experiment(project: TestProject) -> None:
