@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.data.tokenization import load_tokenizer
-from finetune_assets.evaluation.generation import answers
+from finetune_assets.evaluation.generation import answers, readable
 from finetune_assets.evaluation.metrics import exact_match
 from finetune_assets.training.batches import Examples
 from finetune_assets.training.distributed import joined
+from finetune_assets.training.embeddings import experiment_tokenizer, make_room
 from finetune_assets.training.model import load_base
 from finetune_assets.training.output import TRAINER_STATE
 from finetune_assets.training.reporting import Reporter, reporter
@@ -33,8 +34,10 @@ def main() -> None:
     config.wandb = None
     with joined() as process, reporter(process, config, experiment="", run_id="") as voice:
         base = load_base(args.base_model, config.model, config.training, process.device)
+        tokenizer = experiment_tokenizer(args.base_model, config)
+        make_room(base, tokenizer, config)
         model = PeftModel.from_pretrained(base, args.adapter).eval()
-        evaluation = compare(model, args.base_model, args.dataset, config, voice)
+        evaluation = compare(model, tokenizer, args.dataset, config, voice)
     held_out = json.loads((args.adapter / TRAINER_STATE).read_text(encoding="utf-8"))["held_out_loss"]
     for when, loss in held_out.items():
         if loss is not None:
@@ -43,25 +46,25 @@ def main() -> None:
 
 
 def compare(
-    model: PeftModel, base_folder: Path, dataset: Path, config: ExperimentConfig, voice: Reporter
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Path, config: ExperimentConfig, voice: Reporter
 ) -> dict[str, Any]:
     """Let base and adapter answer validation rows.
 
     Returns:
         `metrics` (exact match of both, a share of 1) and `samples` (prompt, expected, base's and adapter's answer).
     """
-    settings, tokenizer = config.evaluation, load_tokenizer(str(base_folder))
+    settings, kept = config.evaluation, config.data.tokenization.added_tokens
     rows = Examples(dataset / "val.arrow").table.slice(0, settings.generated_rows)
     columns = rows.select(["input_ids", "prompt_length"]).to_pydict()
     pairs = list(zip(columns["input_ids"], columns["prompt_length"], strict=True))
     prompts = [ids[:length] for ids, length in pairs]
-    expected = [tokenizer.decode(ids[length:], skip_special_tokens=True).strip() for ids, length in pairs]
+    expected = [readable(tokenizer, ids[length:], kept) for ids, length in pairs]
 
     def answered(by: str) -> list[str]:
         def say(done: int, total: int) -> None:
             voice.say(f"{by} answered {done}/{total} held-out rows")
 
-        return answers(model, tokenizer, prompts, settings.max_new_tokens, say)
+        return answers(model, tokenizer, prompts, settings.max_new_tokens, say, kept)
 
     with model.disable_adapter():
         by_base = answered("base")
@@ -74,7 +77,7 @@ def compare(
             voice.say(f"exact match {name}: {hits}/{len(texts)}")
     table = zip(prompts, expected, by_base, by_adapter, strict=True)
     samples = [
-        {"prompt": tokenizer.decode(p, skip_special_tokens=True), "expected": e, "base": b, "adapter": a}
+        {"prompt": readable(tokenizer, p, kept), "expected": e, "base": b, "adapter": a}
         for p, e, b, a in list(table)[: settings.samples]
     ]
     return {"metrics": metrics, "samples": samples}

@@ -1,6 +1,6 @@
 """Answers, generated greedily in batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ def answers(
     prompts: list[list[int]],
     max_new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: Sequence[str] = (),
 ) -> list[str]:
     """The text that the model puts behind each prompt, up to its end token, in the prompts' order.
 
@@ -24,6 +25,7 @@ def answers(
         prompts: Token ids of each prompt.
         max_new_tokens: Longest answer.
         progress: Told the answers done and wanted after every batch.
+        kept: Special tokens that are part of an answer.
     """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     greedy = GenerationConfig(
@@ -39,11 +41,17 @@ def answers(
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
         out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy)
-        for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
-            texts[i] = text.strip()
+        for i, ids in zip(batch, out[:, width:].tolist(), strict=True):
+            texts[i] = readable(tokenizer, ids, kept)
         done += len(batch)
         progress(done, len(prompts))
     return texts
+
+
+def readable(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], kept: Sequence[str] = ()) -> str:
+    """The text of token ids without special tokens, but for those in `kept`, which may be all that an answer is."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in kept}
+    return str(tokenizer.decode([i for i in ids if i not in special])).strip()
 
 
 def _batches(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

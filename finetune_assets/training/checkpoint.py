@@ -34,7 +34,7 @@ def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, A
     target = folder / f"step-{log['step']:08d}"
     partial = folder / f".{target.name}.{os.getpid()}"
     partial.mkdir(parents=True)
-    save_file(get_peft_model_state_dict(model), partial / WEIGHTS)
+    save_file(get_peft_model_state_dict(model, save_embedding_layers=False), partial / WEIGHTS)
     torch.save({name: part.state_dict() for name, part in parts.items()}, partial / STATE)
     (partial / LOG).write_text(json.dumps(log), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)

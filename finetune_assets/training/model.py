@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
+from finetune_assets.training.fit import explain, misfit, misquantized
 
 REWRITES_BASE = ("pissa", "olora")
 """Initialisations that move part of the base's weights into the adapter."""
@@ -44,22 +46,30 @@ def load_base(folder: Path, model: Model, training: Training, device: torch.devi
     """The base model of a local folder, quantized as asked, on `device`.
 
     Raises:
-        ModelError: if it does not load, or is not made for the device.
+        ModelError: if it does not load, its weights are not those of its config, or it is not made for the device.
     """
     dtype = weights_dtype(model, training, device)
+    quantization = _quantization(model, dtype)
     disable_progress_bar()
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        base, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=None if model.attention == "auto" else model.attention,
-            quantization_config=_quantization(model, dtype),
             device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=bool(model.trust_remote_code),  # None would ask on stdin
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, with their shapes
+            # None would have transformers 5.23 forget how the folder's own weights are quantized
+            **({"quantization_config": quantization} if quantization else {}),
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as e:
-        raise ModelError(f"model.base_model: {folder.name} does not load with these settings: {e}") from e
+    except Exception as e:  # a damaged folder was seen to raise eight types, and a model's own code may raise any
+        raise ModelError(f"model.base_model: {model.base_model} does not load with these settings: {explain(e)}") from e
+    problem = misquantized(base, folder, model.quantization) or misfit(base, info)
+    if problem:
+        raise ModelError(f"model.base_model: {model.base_model} does not fit together: {problem}")
     _exact_4bit_on_cpu(base)
     return base
 
@@ -88,33 +98,57 @@ def _exact_4bit_on_cpu(base: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no declared attribute of Module)
 
 
-def with_adapter(base: PreTrainedModel, config: ExperimentConfig, warm_start: Path | None) -> PeftModel:
+def with_adapter(
+    base: PreTrainedModel,
+    config: ExperimentConfig,
+    warm_start: Path | None,
+    token_indices: dict[str, list[int]] | None = None,
+) -> PeftModel:
     """Freeze the base and put a new adapter on it, or the one to begin from.
 
+    Args:
+        base: The base model.
+        config: The experiment's settings.
+        warm_start: Folder of an adapter to begin from.
+        token_indices: Rows of embeddings that are trained too, by the layer's name.
+
     Raises:
-        ModelError: if the adapter's targets are not in the model, or the one to begin from is of another rank.
+        ModelError: if the adapter's targets are not in the model, or the one to begin from is of another kind.
     """
     training = config.training
     torch.manual_seed(training.seed)
     if training.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    try:
-        mixed = not training.precision.startswith("full_")
-        if warm_start:
-            adapted = _begun(base, config.lora, warm_start, mixed)
-        else:
-            adapted = get_peft_model(base, peft_config(config.lora, base), autocast_adapter_dtype=mixed)
-    except ValueError as e:
-        raise ModelError(f"lora.target_modules: {config.lora.target_modules} does not fit this model: {e}") from e
+    mixed = not training.precision.startswith("full_")
+    if warm_start:
+        adapted = _begun(base, config.lora, warm_start, mixed)
+    else:
+        adapted = _new(base, config.lora, token_indices, mixed)
     for parameter in trainable(adapted) if mixed else []:
-        parameter.data = parameter.data.float()  # modules_to_save and biases, which PEFT leaves in the base's type
+        parameter.data = parameter.data.float()  # tokens, whole modules, biases: PEFT leaves them in the base's type
     return adapted
 
 
+def _new(base: PreTrainedModel, lora: Lora, token_indices: dict[str, list[int]] | None, mixed: bool) -> PeftModel:
+    try:
+        return get_peft_model(base, peft_config(lora, base, token_indices), autocast_adapter_dtype=mixed)
+    except ValueError as e:
+        raise ModelError(f"lora.target_modules: {lora.target_modules} does not fit this model: {e}") from e
+
+
 def _begun(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> PeftModel:
-    adapted = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=mixed)
-    found = adapted.peft_config["default"]
+    try:
+        found = PeftConfig.from_pretrained(str(folder))
+        _check_same_kind(found, lora)
+        return PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=mixed)
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as e:
+        raise ModelError(
+            f"training.warm_start: adapter {folder.name} does not fit model.base_model: {' '.join(str(e).split())}"
+        ) from e
+
+
+def _check_same_kind(found: PeftConfig, lora: Lora) -> None:
     settings = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
     for name, theirs in settings.items():
         has, wanted = getattr(found, theirs), getattr(lora, name)
@@ -122,10 +156,9 @@ def _begun(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> Peft
             raise ModelError(
                 f"training.warm_start: that adapter has {name} {has}, lora.{name} is {wanted}; set it to {has}"
             )
-    return adapted
 
 
-def peft_config(lora: Lora, base: PreTrainedModel) -> LoraConfig:
+def peft_config(lora: Lora, base: PreTrainedModel, token_indices: dict[str, list[int]] | None = None) -> LoraConfig:
     """The `lora` group as PEFT takes it."""
     targets = lora.target_modules
     if targets == "all-linear" and lora.layers_to_transform is not None:
@@ -143,13 +176,15 @@ def peft_config(lora: Lora, base: PreTrainedModel) -> LoraConfig:
         layers_to_transform=lora.layers_to_transform,
         rank_pattern=dict(lora.rank_pattern),
         modules_to_save=lora.modules_to_save,
+        trainable_token_indices=token_indices,
     )
 
 
 def linear_names(base: PreTrainedModel) -> list[str]:
     """Last names of the linear layers, the output layer aside: what PEFT's `all-linear` stands for."""
     output = base.get_output_embeddings()
-    linear = (name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not output)
+    kinds = (nn.Linear, Conv1D)  # GPT-2's layers are the latter
+    linear = (name for name, module in base.named_modules() if isinstance(module, kinds) and module is not output)
     return sorted({name.rpartition(".")[2] for name in linear})
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer
 
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.training.embeddings import experiment_tokenizer
 
 TRAINER_STATE, PROVENANCE, CONFIG = "trainer_state.json", "provenance.json", "config.yaml"
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
@@ -25,27 +25,30 @@ def save(
     made_from: dict[str, Any],
     state: dict[str, Any],
     initial_adapter: Path | None,
+    rows: int | None,
 ) -> None:
     """Write adapter, tokenizer, resolved configuration, trainer state, provenance and model card.
 
     Args:
         output: The folder to write.
         model: The trained model.
-        base_folder: Where the tokenizer comes from.
+        base_folder: Where the tokenizer comes from; the experiment's own tokens are added to it.
         config: The resolved configuration.
         made_from: The inputs' fingerprints; `base_model` and `revision` name the base.
         state: The trainer's state and log.
         initial_adapter: With an initialisation that rewrote the base: the adapter as it was first, so that what is
             saved fits the base as published.
+        rows: What the embeddings were resized to, which whoever loads the adapter must do too; None if they were not.
     """
     initial = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
-    model.save_pretrained(output, **initial)
+    # "auto" would write the whole embedding where it was resized, and compare it with the Hub's to know that
+    model.save_pretrained(output, save_embedding_layers=False, **initial)
     _name_base(output, made_from)
-    AutoTokenizer.from_pretrained(base_folder, local_files_only=True).save_pretrained(output)
+    experiment_tokenizer(base_folder, config).save_pretrained(output)
     (output / CONFIG).write_text(dump(config), encoding="utf-8")
     _write_json(output / TRAINER_STATE, state)
     _write_json(output / PROVENANCE, {**made_from, "versions": _versions(), "hardware": _hardware()})
-    (output / "README.md").write_text(_model_card(config, made_from, state), encoding="utf-8")
+    (output / "README.md").write_text(_model_card(config, made_from, state, rows), encoding="utf-8")
 
 
 def _name_base(output: Path, made_from: dict[str, Any]) -> None:
@@ -95,7 +98,18 @@ def _special(config: ExperimentConfig) -> str:
     return ", add_special_tokens=False" if config.data.prompt_template.chat_template else ""
 
 
-def _model_card(config: ExperimentConfig, made_from: dict[str, Any], state: dict[str, Any]) -> str:
+def _loading(config: ExperimentConfig, rows: int | None) -> str:
+    own_code = ", trust_remote_code=True" if config.model.trust_remote_code else ""
+    lines = [
+        f"tokenizer = AutoTokenizer.from_pretrained(adapter{own_code})",
+        f"model = AutoModelForCausalLM.from_pretrained(base{own_code})",
+    ]
+    if rows:
+        lines.append(f"model.resize_token_embeddings({rows})  # room for the tokens that the adapter brings")
+    return "\n".join([*lines, "model = PeftModel.from_pretrained(model, adapter)"])
+
+
+def _model_card(config: ExperimentConfig, made_from: dict[str, Any], state: dict[str, Any], rows: int | None) -> str:
     held_out = state["held_out_loss"]
     measured = ""
     if held_out["after"] is not None:
@@ -115,8 +129,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 adapter = "this folder"
 base = {_base(made_from)}
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+{_loading(config, rows)}
 
 {_prompt(config)}
 inputs = tokenizer(prompt, return_tensors="pt"{_special(config)})

@@ -18,6 +18,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.training import checkpoint, output
 from finetune_assets.training.batches import Examples, TrainOrder, collate, evaluation_batches, read_packs
 from finetune_assets.training.distributed import Process
+from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, make_room
 from finetune_assets.training.loss import learned_tokens, summed_loss
 from finetune_assets.training.model import (
     REWRITES_BASE,
@@ -114,8 +115,8 @@ class LoraFinetune:
     """LoRA fine-tuning of a causal language model on one tokenized dataset.
 
     Supported: one to many processes on one or more nodes, each with the whole model; any global batch from any number
-    of processes; packed and padded sequences; float32, mixed and 16-bit precision; int8 and nf4 bases; gradient
-    checkpointing; resuming from a checkpoint; beginning from another adapter.
+    of processes; packed and padded sequences; float32, mixed and 16-bit precision; int8 and nf4 bases; tokens that the
+    base lacks; gradient checkpointing; resuming from a checkpoint; beginning from another adapter.
     Not supported: a base model that does not fit one device; bitsandbytes' optimizers without CUDA.
 
     Every number of processes and every micro-batch size computes the same gradient: the loss is a sum over the learned
@@ -196,7 +197,10 @@ class LoraFinetune:
 
     def _load_model(self) -> None:
         base = load_base(self.job.base_model, self.config.model, self.training, self.process.device)
-        self.model = with_adapter(base, self.config, self.job.warm_start)
+        self.new_tokens = make_room(base, experiment_tokenizer(self.job.base_model, self.config), self.config)
+        if self.job.warm_start:
+            check_begins_with_same(self.new_tokens, self.job.warm_start)
+        self.model = with_adapter(base, self.config, self.job.warm_start, self.new_tokens.indices)
         self.parameters = trainable(self.model)
         self.process.share_weights(self.parameters)
         self.log.trainable_parameters = sum(parameter.numel() for parameter in self.parameters)
@@ -206,7 +210,7 @@ class LoraFinetune:
             self.model.peft_config["default"].init_lora_weights = True
             self.initial_adapter = self.job.checkpoints / "initial"
             if self.process.reports:
-                self.model.save_pretrained(self.initial_adapter)
+                self.model.save_pretrained(self.initial_adapter, save_embedding_layers=False)
 
     def _make_optimizer(self) -> None:
         self.precision = compute_precision(self.training, self.process.device)
@@ -241,6 +245,8 @@ class LoraFinetune:
             f"{self.training.macro_batch_size} on {self.process.world} x {self.process.device.type} in "
             f"{self.precision}; {self.log.trainable_parameters:,} trainable parameters"
         )
+        if self.new_tokens.texts:
+            self.reporter.say(self.new_tokens.describe())
 
     @torch.inference_mode()
     def _check_packing(self) -> None:
@@ -346,6 +352,7 @@ class LoraFinetune:
                 self.job.made_from,
                 vars(self.log),
                 self.initial_adapter,
+                self.new_tokens.rows,
             )
         if self.reporter.wandb_run:
             self.reporter.wandb_run.log_adapter(self.job.output)

@@ -4,25 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
+from training.measuring import gradients, relative, token_losses
 
-from finetune_assets.data.tokenization import IGNORED
 from finetune_assets.training.batches import Batch, collate
 from finetune_assets.training.loss import learned_tokens, summed_loss
 from finetune_assets.training.recipe import LoraFinetune
 
 Finetune = Callable[..., LoraFinetune]
 CPU = torch.device("cpu")
-
-
-@torch.inference_mode()
-def token_losses(run: LoraFinetune, batch: Batch) -> list[torch.Tensor]:
-    """Loss of every learned token, row by row."""
-    run.model.eval()
-    logits = run.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-    targets = batch.labels[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
-    return [row[target != IGNORED] for row, target in zip(losses, targets, strict=True)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -65,27 +54,6 @@ def test_loss_is_the_sum_of_its_tokens(finetune: Finetune) -> None:
     assert torch.allclose(summed_loss(run.model, batch), losses.sum(), rtol=1e-5)
 
 
-def gradients(run: LoraFinetune) -> torch.Tensor:
-    """Gradients of the first step, from a fixed non-zero adapter."""
-    torch.manual_seed(1)
-    for parameter in run.parameters:
-        torch.nn.init.normal_(parameter, std=0.02)
-    caught: list[torch.Tensor] = []
-    step = run.optimizer.step
-
-    def catch(*args: object, **kwargs: object) -> object:
-        caught.append(torch.cat([parameter.grad.flatten().clone() for parameter in run.parameters]))
-        return step(*args, **kwargs)  # type: ignore[arg-type]
-
-    run.optimizer.step = catch  # type: ignore[method-assign]
-    run.train_step(0)
-    return caught[0]
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("micro", [1, 3])
 def test_accumulation_equals_one_batch(finetune: Finetune, micro: int, packing: bool) -> None:
@@ -108,22 +76,6 @@ def test_checkpointing_changes_memory_alone(finetune: Finetune) -> None:
     plain = gradients(finetune("training.max_grad_norm=0"))
     checkpointed = gradients(finetune("training.max_grad_norm=0", "training.gradient_checkpointing=true"))
     assert relative(checkpointed, plain) < 1e-6
-
-
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_quantized_gradient_is_the_same_before_and_after_an_evaluation(finetune: Finetune, quantization: str) -> None:
-    run = finetune(f"model.quantization={quantization}", "training.max_grad_norm=0")
-    before = gradients(run)
-    run.held_out_loss()
-    assert relative(gradients(run), before) < 1e-6
-
-
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_quantized_loss_is_near_the_whole_ones(finetune: Finetune, quantization: str) -> None:
-    whole = finetune().held_out_loss()
-    quantized = finetune(f"model.quantization={quantization}").held_out_loss()
-    assert quantized == pytest.approx(whole, rel=0.03)
-    assert quantized != whole
 
 
 def test_clipping_bounds_the_gradient_and_tells_the_norm_before(finetune: Finetune) -> None:
