@@ -29,6 +29,7 @@ ui: $(VENV)/installed  ## Dagster's UI and daemon on http://127.0.0.1:3000
 bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.data_prep
+	$(BIN)/python -m benchmarks.scale
 
 docs: $(VENV)/installed  ## write the generated chapters
 	$(BIN)/python -m finetune_assets.config.reference

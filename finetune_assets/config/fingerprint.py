@@ -16,7 +16,7 @@ RAW_CODE = "2"
 BASE_MODEL_CODE = "1"
 TOKENIZED_CODE = "2"
 ADAPTER_CODE = "1"
-EVALUATION_CODE = "1"
+EVALUATION_CODE = "2"
 
 
 def fingerprint(**parts: Any) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.evaluation.generation import answers, readable
+from finetune_assets.evaluation.generation import answers, end_tokens, readable
 from finetune_assets.evaluation.metrics import exact_match
 from finetune_assets.training.batches import Examples
 from finetune_assets.training.distributed import joined
@@ -59,12 +59,13 @@ def compare(
     pairs = list(zip(columns["input_ids"], columns["prompt_length"], strict=True))
     prompts = [ids[:length] for ids, length in pairs]
     expected = [readable(tokenizer, ids[length:], kept) for ids, length in pairs]
+    ends = end_tokens(tokenizer, [ids[length:] for ids, length in pairs])
 
     def answered(by: str) -> list[str]:
         def say(done: int, total: int) -> None:
             voice.say(f"{by} answered {done}/{total} held-out rows")
 
-        return answers(model, tokenizer, prompts, settings.max_new_tokens, say, kept)
+        return answers(model, tokenizer, prompts, settings.max_new_tokens, say, ends, kept)
 
     with model.disable_adapter():
         by_base = answered("base")

@@ -1,6 +1,6 @@
 """Answers, generated greedily in batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,9 +15,10 @@ def answers(
     prompts: list[list[int]],
     max_new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ends: Collection[int] = (),
     kept: Sequence[str] = (),
 ) -> list[str]:
-    """The text that the model puts behind each prompt, up to its end token, in the prompts' order.
+    """The text that the model puts behind each prompt, up to an end token, in the prompts' order.
 
     Args:
         model: In evaluation mode.
@@ -25,11 +26,13 @@ def answers(
         prompts: Token ids of each prompt.
         max_new_tokens: Longest answer.
         progress: Told the answers done and wanted after every batch.
+        ends: Ids of tokens that end an answer, beside the tokenizer's own.
         kept: Special tokens that are part of an answer.
     """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    stops = {*ends, tokenizer.eos_token_id} - {None}
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding, eos_token_id=tokenizer.eos_token_id
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding, eos_token_id=sorted(stops) or None
     )
     texts = [""] * len(prompts)
     done = 0
@@ -46,6 +49,16 @@ def answers(
         done += len(batch)
         progress(done, len(prompts))
     return texts
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, expected: Sequence[Sequence[int]]) -> set[int]:
+    """Ids of the tokens that end an answer: the last special one of each expected answer.
+
+    A chat template ends a turn with a mark of its own (`<|im_end|>`, say), which many tokenizers do not name.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    last = (next((i for i in reversed(ids) if i in special), None) for ids in expected)
+    return {i for i in last if i is not None}
 
 
 def readable(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], kept: Sequence[str] = ()) -> str:
