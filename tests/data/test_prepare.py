@@ -152,3 +152,41 @@ def test_preview_shows_what_is_masked(rows: Path, tokenizer: PreTrainedTokenizer
     assert masked
     assert masked[-1].endswith("R:")
     assert learned[-1].endswith("</s>")
+
+
+def chats(path: Path, *conversations: list[str]) -> Path:
+    """A file of conversations; every other turn is the assistant's, the first the user's."""
+    with open(path, "w", encoding="utf-8") as file:
+        for said in conversations:
+            roles = ["user", "assistant"] * len(said)
+            turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def test_conversation_that_goes_on_from_another_stands_on_its_side(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    conversations = []
+    for i in range(60):
+        opening = [f"Question {i}?", f"answer {i}"]
+        conversations += [opening, [*opening, "And?", "more"], [f" question {i}? ", "another answer"]]
+    rows = ingest(tmp_path, chats(tmp_path / "chats.jsonl", *conversations))
+    chat = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+    chat.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    data = Data(val_fraction=0.4, prompt_template=PromptTemplate(chat_template=True))
+    statistics, splits = prepared(rows, chat, data, tmp_path / "out")
+    assert sum(statistics.examples.values()) == 180
+    sides = {example["row"]: split for split, examples in splits.items() for example in examples}
+    assert all(sides[i] == sides[i + 1] == sides[i + 2] for i in range(0, 180, 3))
+    assert len(set(sides.values())) == 3
+
+
+def test_refused_rows_are_counted_and_the_first_is_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = chats(tmp_path / "chats.jsonl", *[[f"q{i}", "a"] for i in range(40)], *[["q", "a", "q", "a"]] * 3)
+    data = Data(prompt_template=SHORT, val_fraction=0.3)
+    statistics, splits = prepared(ingest(tmp_path, path), tokenizer, data, tmp_path / "out")
+    assert statistics.refused == 3
+    assert "row 40 of dolly_raw: a conversation of 4 turns" in statistics.first_refused
+    assert sum(map(len, splits.values())) == 40
+    assert max(example["row"] for examples in splits.values() for example in examples) == 39  # type: ignore[type-var]

@@ -93,10 +93,7 @@ def test_a_repacked_weight_would_be_seen(finetune: Finetune) -> None:
     run.model.eval()
     with torch.inference_mode():
         for layer in layers:
-            try:
-                layer(torch.zeros(1, layer.in_features))
-            except (AttributeError, NotImplementedError):  # a CPU without AVX512-bf16 repacks, then lacks the kernel
-                continue
+            layer(torch.zeros(1, layer.in_features))
     assert relative(gradients(run), before) > 0.1
 
 
@@ -139,15 +136,17 @@ def held_out(finetune: Finetune, *settings: str) -> dict[str, float]:
 
 
 def test_loss_after_training_is_near_bf16s(finetune: Finetune) -> None:
-    losses = held_out(finetune, "training.max_steps=12")
+    """Few steps: without AVX512 a CPU multiplies bfloat16 up to eight times slower than float32."""
+    few = ("training.macro_batch_size=3", "training.micro_batch_size=3", "training.max_steps=24")
+    losses = held_out(finetune, *few, "training.learning_rate=3e-3")
     for quantization in KINDS:
         assert losses[quantization] == pytest.approx(losses["none"], rel=0.02)
 
 
 @pytest.mark.real_data
 def test_loss_after_training_is_near_bf16s_on_dolly(dolly: Path, stories260k: Path, tmp_path: Path) -> None:
-    settings = ["data.num_samples=400", "data.val_fraction=0.2", "data.tokenization.packing=false"]
-    settings += ["data.tokenization.cutoff_len=256", "training.macro_batch_size=12", "training.micro_batch_size=6"]
+    settings = ["data.num_samples=200", "data.val_fraction=0.2", "data.tokenization.packing=false"]
+    settings += ["data.tokenization.cutoff_len=192", "training.macro_batch_size=8", "training.micro_batch_size=8"]
     settings += ["training.learning_rate=7e-3", "training.warmup_steps=2"]
     rows, dataset = ingest(tmp_path, dolly), tmp_path / "dataset"
     dataset.mkdir()
@@ -159,6 +158,6 @@ def test_loss_after_training_is_near_bf16s_on_dolly(dolly: Path, stories260k: Pa
         job = Job(stories260k, dataset, output, tmp_path / name / "scratch", MADE_FROM)
         return LoraFinetune(job, configured(*settings, *overrides), ALONE, Reporter(print))
 
-    losses = held_out(finetune, "training.max_steps=25")
+    losses = held_out(finetune, "training.max_steps=20")
     for quantization in KINDS:
         assert losses[quantization] == pytest.approx(losses["none"], rel=0.02)

@@ -1,0 +1,40 @@
+"""Previews show rows as they are, whatever Markdown or HTML they hold."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from finetune_assets.data.prepare import EXAMPLE_SCHEMA
+from finetune_assets.data.preview import conversations_table, masked_tokens, rows_table
+from finetune_assets.data.tokenization import load_tokenizer
+from finetune_assets.store.base_models import PACKAGED
+
+
+def test_cells_keep_their_text_in_their_cell() -> None:
+    table = rows_table([{"a": "x|y\r\nz", "b": "<img src=x> & so"}, {"a": "w" * 500, "b": 3}], ["a", "b"])
+    lines = table.split("\n")
+    assert lines[2] == "| x\\|y<br>z | &lt;img src=x> &amp; so |"
+    assert lines[3] == f"| {'w' * 159}… | 3 |"
+
+
+def test_every_turn_of_a_conversation_is_shown() -> None:
+    turns = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c" * 500}]
+    table = conversations_table([{"category": "chat", "messages": turns}])
+    assert table.split("\n")[2] == f"| chat | user: a<br>b<br>assistant: {'c' * 159}… |"
+
+
+def test_masked_and_learned_tokens_stand_apart(tmp_path: Path) -> None:
+    """Also where text holds fences or other line ends, which must not end the block."""
+    tokenizer = load_tokenizer(str(PACKAGED["demo-base"]))
+    asked, said = (tokenizer.encode(text, add_special_tokens=False) for text in ("```\rWhy?", "So.\n```"))
+    row = {
+        "input_ids": [*asked, *said, *asked],
+        "labels": [*[-100] * len(asked), *said, *[-100] * len(asked)],
+        "prompt_length": len(asked),
+        "row": 0,
+        "category": "",
+    }
+    with pa.ipc.new_stream(str(tmp_path / "train.arrow"), EXAMPLE_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist([row], schema=EXAMPLE_SCHEMA))
+    shown = masked_tokens(tmp_path / "train.arrow", tokenizer)
+    assert shown == "```diff\n- ```\n- Why?\n+ So.\n+ ```\n- ```\n- Why?\n```"
