@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from raw import ingest
 from training.conftest import ALONE, MADE_FROM, configured
 from training.measuring import gradients, relative
@@ -49,6 +50,14 @@ def tensors(layer: Any) -> Iterator[torch.Tensor]:
         yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
 
 
+def rounded_weight(layer: Any) -> torch.Tensor:
+    """A quantized layer's weight in float32."""
+    if hasattr(layer.weight, "quant_state"):
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # the first forward moves them
+    return layer.weight.data.float() * scales[:, None] / 127
+
+
 def load(folder: Path, quantization: str) -> PreTrainedModel:
     model = Model(str(folder), quantization=quantization, dtype="bfloat16")  # type: ignore[arg-type]
     return load_base(folder, model, Training(), ALONE.device).eval()
@@ -80,6 +89,22 @@ def test_gradient_is_the_same_before_and_after_an_evaluation(finetune: Finetune,
     before = gradients(run)
     run.held_out_loss()
     assert relative(gradients(run), before) < 1e-6
+
+
+@pytest.mark.parametrize(("quantization", "error"), [("int8", 0.01), ("nf4", 0.12)])
+def test_gradient_is_that_of_the_rounded_weights(finetune: Finetune, quantization: str, error: float) -> None:
+    """The rounding is all that differs: an ordinary model of the weights as they were rounded has the same gradient."""
+    settings = ("training.max_grad_norm=0",)
+    quantized = finetune(f"model.quantization={quantization}", *settings)
+    expected = gradients(quantized)
+    plain = finetune(*settings)
+    layers = dict(plain.model.named_modules())
+    for name, layer in quantized.model.named_modules():
+        if layer in linear(quantized.model):
+            rounded, weight = rounded_weight(layer), layers[name].weight.data
+            assert 0 < relative(rounded, weight) < error
+            weight.copy_(rounded)
+    assert relative(gradients(plain), expected) < 1e-5
 
 
 def test_a_repacked_weight_would_be_seen(finetune: Finetune) -> None:
@@ -135,16 +160,17 @@ def held_out(finetune: Finetune, *settings: str) -> dict[str, float]:
     return losses
 
 
-def test_loss_after_training_is_near_bf16s(finetune: Finetune) -> None:
-    """Few steps: without AVX512 a CPU multiplies bfloat16 up to eight times slower than float32."""
-    few = ("training.macro_batch_size=3", "training.micro_batch_size=3", "training.max_steps=24")
-    losses = held_out(finetune, *few, "training.learning_rate=3e-3")
-    for quantization in KINDS:
-        assert losses[quantization] == pytest.approx(losses["none"], rel=0.02)
+@pytest.mark.parametrize("quantization", KINDS)
+def test_loss_is_near_the_whole_ones(finetune: Finetune, quantization: str) -> None:
+    whole = finetune().held_out_loss()
+    quantized = finetune(f"model.quantization={quantization}").held_out_loss()
+    assert quantized == pytest.approx(whole, rel=0.03)
+    assert quantized != whole
 
 
 @pytest.mark.real_data
 def test_loss_after_training_is_near_bf16s_on_dolly(dolly: Path, stories260k: Path, tmp_path: Path) -> None:
+    """Measured, from 3.98: bfloat16 3.4425, int8 3.4384, nf4 3.4587."""
     settings = ["data.num_samples=200", "data.val_fraction=0.2", "data.tokenization.packing=false"]
     settings += ["data.tokenization.cutoff_len=192", "training.macro_batch_size=8", "training.micro_batch_size=8"]
     settings += ["training.learning_rate=7e-3", "training.warmup_steps=2"]
