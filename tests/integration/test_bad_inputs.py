@@ -187,7 +187,9 @@ SETTING = {
         "dolly_raw", ["raw_data.yaml", "sorce", "did you mean 'source'"], edited(RAW, "source: sample", "sorce: sample")
     ),
     "raw data: share out of range": Case(
-        "dolly_raw", ["max_quarantine_share", "1.5"], edited(RAW, "source: sample", "max_quarantine_share: 1.5")
+        "dolly_raw",
+        ["max_quarantine_share", "1.5"],
+        edited(RAW, "max_quarantine_share: 0.01", "max_quarantine_share: 1.5"),
     ),
     "raw data: one column twice": Case(
         "dolly_raw",
