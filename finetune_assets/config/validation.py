@@ -27,6 +27,8 @@ COMPUTED_AS_STORED = {"fp32": "float32", "full_bf16": "bfloat16", "full_fp16": "
 """What the base's weights must be where no mixed precision casts them."""
 VERSION = re.compile(r"[^@\s]+@[0-9a-f]{40}")
 """One version of a model, as `model.trust_remote_code` names it."""
+REWRITES_BASE = ("pissa", "olora")
+"""Initialisations that move part of the base's weights into the adapter."""
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
 
 
@@ -41,6 +43,9 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _types(config)
     yield from _quantized(config)
     yield from _lora(config.lora)
+    scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
+    if added and isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
+        yield "lora.init_lora_weights", f"{scheme} cannot save the rows of data.tokenization.added_tokens; use true"
 
 
 def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
@@ -200,7 +205,7 @@ def _lora(lora: Lora) -> Iterator[Problem]:
     known = scheme in INIT_SCHEMES or (isinstance(scheme, str) and scheme.startswith("pissa_niter_"))
     if not (isinstance(scheme, bool) or known):
         yield "lora.init_lora_weights", f"{scheme!r} is not valid; {suggest(str(scheme), ['true', *INIT_SCHEMES])}"
-    if isinstance(scheme, str) and scheme.startswith(("pissa", "olora")):
+    if isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         # PEFT's conversion back to the published base keeps lora_A and lora_B alone
         beside = [name for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if getattr(lora, name)]
         for name in beside + (["bias"] if lora.bias != "none" else []):

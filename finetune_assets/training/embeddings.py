@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.config.validation import REWRITES_BASE
 from finetune_assets.data.tokenization import load_tokenizer
-from finetune_assets.training.model import REWRITES_BASE, ModelError
+from finetune_assets.training.model import ModelError
 
 SETTING = "data.tokenization.added_tokens"
 

@@ -1,12 +1,14 @@
 """Whether a base model's weights are all there and of the shapes that its configuration wants, said in one line."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+LAYER = re.compile(r"^(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d+)\.")
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Name of a tensor, its shape in the file, and the shape that the model wants."""
 
@@ -30,7 +32,22 @@ def misfit(base: PreTrainedModel, info: dict[str, Any]) -> str | None:
             f"weight {name} is {[*found]} in its files, its config.json wants {[*wanted]}{_more(mismatched)}; "
             "take the config.json that belongs to these weights"
         )
+    beyond = sorted(name for name in info["unexpected_keys"] if _is_beyond(name, base.config.num_hidden_layers))
+    if beyond:
+        return (
+            f"its files hold the weight {beyond[0]}{_more(beyond)}, its config.json says num_hidden_layers "
+            f"{base.config.num_hidden_layers}; take the config.json that belongs to these weights"
+        )
     return None
+
+
+def _is_beyond(name: str, layers: int) -> bool:
+    """Whether a weight is of a layer that the configuration does not have, so that a cut model would be trained.
+
+    Other weights that a model has no place for (of a vision tower, say) are rightly passed over.
+    """
+    number = LAYER.search(name)
+    return number is not None and int(number[1]) >= layers
 
 
 def _mismatched_quantized(base: PreTrainedModel) -> Iterator[Mismatch]:

@@ -15,9 +15,6 @@ from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
 from finetune_assets.training.fit import explain, misfit, misquantized
 
-REWRITES_BASE = ("pissa", "olora")
-"""Initialisations that move part of the base's weights into the adapter."""
-
 
 class ModelError(UserError):
     """A model and settings that do not go together."""

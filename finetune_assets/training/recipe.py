@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from finetune_assets.config.schema import ExperimentConfig, Training
+from finetune_assets.config.validation import REWRITES_BASE
 from finetune_assets.errors import UserError
 from finetune_assets.training import checkpoint, output
 from finetune_assets.training.batches import Examples, TrainOrder, collate, evaluation_batches, read_packs
@@ -21,7 +22,6 @@ from finetune_assets.training.distributed import Process
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, make_room
 from finetune_assets.training.loss import learned_tokens, summed_loss
 from finetune_assets.training.model import (
-    REWRITES_BASE,
     ModelError,
     compute_precision,
     load_base,

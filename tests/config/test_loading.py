@@ -215,3 +215,11 @@ def test_raw_data_unknown_setting(configs: Path) -> None:
     (configs / "raw_data.yaml").write_text("sorce: sample")
     with pytest.raises(ConfigError, match="did you mean 'source'"):
         load_raw_data_config(configs)
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "olora"])
+def test_added_tokens_and_a_scheme_that_cannot_save_them(scheme: str) -> None:
+    with pytest.raises(ConfigError, match=rf"lora\.init_lora_weights: {scheme} cannot save the rows of"):
+        load_experiment(
+            ROOT / "configs", "demo", [f"lora.init_lora_weights={scheme}", "data.tokenization.added_tokens=['<x>']"]
+        )

@@ -402,6 +402,11 @@ TRAINING = {
         ["/model does not fit", "mlp.down_proj.weight is [192, 512] in its files", "[192, 640]"],
         model(set_in("config.json", intermediate_size=640)),
     ),
+    "weights of more layers": Case(
+        "lora_adapter",
+        ["weight model.layers.2.", "num_hidden_layers 2", "config.json that belongs"],
+        model(set_in("config.json", num_hidden_layers=2)),
+    ),
     "a weight that is missing": Case(
         "lora_adapter", ["lack the weight model.layers.1.mlp.up_proj.weight"], model(without_a_weight)
     ),

@@ -177,8 +177,6 @@ def test_warm_start_of_other_tokens_is_told(first: str | None, second: str | Non
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["lora.init_lora_weights=pissa"], r"cannot be trained with lora\.init_lora_weights pissa.*to true"),
-        (["lora.init_lora_weights=olora"], r"cannot be trained with lora\.init_lora_weights olora.*to true"),
         (["lora.modules_to_save=[lm_head]"], r"single rows, lora\.modules_to_save all of lm_head; take one"),
         (["lora.target_modules=[q_proj,embed_tokens]"], r"lora\.target_modules all of embed_tokens; take one"),
     ],
@@ -186,6 +184,15 @@ def test_warm_start_of_other_tokens_is_told(first: str | None, second: str | Non
 def test_what_could_not_be_saved_is_refused(overrides: list[str], told: str, finetune: Finetune) -> None:
     with pytest.raises(ModelError, match=rf"added_tokens: .*Instruction.*{told}"):
         finetune(*SETTINGS, *overrides)
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "olora"])
+def test_scheme_that_cannot_save_rows_is_refused_where_the_base_lacks_some(
+    scheme: str, finetune: Finetune, tmp_path: Path
+) -> None:
+    short = save_model(LlamaConfig(**{**SHAPE, "vocab_size": VOCABULARY - 1}), tmp_path / "short")
+    with pytest.raises(ModelError, match=rf"cannot be trained with lora\.init_lora_weights {scheme}.*to true"):
+        finetune(f"lora.init_lora_weights={scheme}", base=short)
 
 
 def test_output_layer_with_a_bias_is_refused(finetune: Finetune, tmp_path: Path) -> None:
