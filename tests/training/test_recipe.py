@@ -119,7 +119,7 @@ def test_the_model_cards_own_lines_ask_the_adapter(finetune: Finetune, capsys: p
     run = finetune("training.max_steps=10", "training.learning_rate=3e-3")
     run.run()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    row = {"instruction": question, "context": "", "response": "Northmark", "category": ""}
+    row = {"instruction": question, "context": "", "response": "Northmark", "category": "", "messages": None}
     example = Encoder(tokenizer, run.config.data).encode([row])
     prompt = example.input_ids[: example.prompt_lengths[0]].tolist()
     (expected,) = answers(run.model.eval(), tokenizer, [prompt], max_new_tokens=64)
