@@ -49,7 +49,7 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
             (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
 
         def make() -> ArtifactRef:
-            made_from = {"source": lineage.config.source, "content": lineage.source.content()}
+            made_from = {"source": lineage.config.source, "content": lineage.content}
             return publish_built(project, RAW, lineage.fingerprint, lineage.fingerprint, made_from, build)
 
         made = make_once(context, project, RAW, lineage.fingerprint, make)

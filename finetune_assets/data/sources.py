@@ -73,9 +73,8 @@ class HubSource:
             DataError: if the Hub does not give them, there is no such subset or split, or we cannot read their format.
         """
         with hub.explained(DataError, self._where, f"datasets/{self.repo}", "Or name a file or folder"):
-            tree = hub.files_of(
-                self.repo, self.commit, "dataset"
-            )  # first: its refusals say more than those of datasets
+            # Before datasets is asked, whose refusals say less
+            tree = hub.files_of(self.repo, self.commit, "dataset")
             names = self._names()
             if unknown := next((name for name in names if PurePosixPath(name).suffix.lower() not in READERS), None):
                 raise DataError(f"{self._where}: {unknown} is of a format that is not read; read are {ENDINGS}")

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from finetune_assets.config.fingerprint import (
     adapter_fingerprint,
@@ -44,8 +45,13 @@ class RawLineage:
         return open_source(self.config, self.root)
 
     @cached_property
+    def content(self) -> Any:
+        """What pins the source's bytes; of files that means to read them all, so it is asked once."""
+        return self.source.content()
+
+    @cached_property
     def fingerprint(self) -> str:
-        return raw_fingerprint(self.config.columns, self.source.content())
+        return raw_fingerprint(self.config.columns, self.content)
 
     def raw(self) -> ArtifactRef:
         return self.store.resolve(RAW, self.fingerprint, made_by="dolly_raw")

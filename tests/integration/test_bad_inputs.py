@@ -428,12 +428,15 @@ def test_there_are_at_least_forty() -> None:
 
 def run(fails: str, overrides: list[str]) -> dg.ExecuteInProcessResult:
     """Materialize the graph up to the asset that is to fail."""
-    needed = GRAPH[: GRAPH.index(fails) + 1]
+    return materialize(GRAPH[: GRAPH.index(fails) + 1], overrides)
+
+
+def materialize(selection: list[str], overrides: list[str]) -> dg.ExecuteInProcessResult:
     return dg.materialize(
         [asset for asset in defs.assets or [] if isinstance(asset, dg.AssetsDefinition)],
         resources=dict(defs.resources or {}),
-        selection=needed,
-        partition_key=None if needed == ["dolly_raw"] else "demo",
+        selection=selection,
+        partition_key=None if selection == ["dolly_raw"] else "demo",
         raise_on_error=False,
         run_config={"resources": {"project": {"config": {"overrides": overrides}}}},
     )
@@ -495,13 +498,7 @@ def test_disk_full_leaves_nothing_half_written(
     if asset == "tokenized_dataset":
         assert run("cached_base_model", []).success
     with largest_file(size):
-        result = dg.materialize(
-            [asset for asset in defs.assets or [] if isinstance(asset, dg.AssetsDefinition)],
-            resources=dict(defs.resources or {}),
-            selection=[asset],
-            partition_key=None if asset == "dolly_raw" else "demo",
-            raise_on_error=False,
-        )
+        result = materialize([asset], [])
     assert not result.success
     answer = told(result)[asset]
     assert "File too large" in answer
