@@ -1,13 +1,14 @@
 """The Hugging Face Hub: its real client, downloads that are checked, and what to do about each of its refusals."""
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -21,8 +22,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from tqdm import tqdm
 
 from finetune_assets.errors import UserError
+from finetune_assets.progress import Progress
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RepoType = Literal["model", "dataset"]
@@ -37,9 +40,14 @@ def client() -> HfApi:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=os.environ.get("HF_TOKEN") or None)
 
 
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a whole commit, which always means the same."""
+    return bool(COMMIT.fullmatch(revision))
+
+
 def commit_of(repo: str, revision: str, repo_type: RepoType) -> str:
     """The commit that a branch, tag or commit means right now; a whole commit is taken as it is, without asking."""
-    if COMMIT.fullmatch(revision):
+    if is_commit(revision):
         return revision
     return client().repo_info(repo, revision=revision, repo_type=repo_type).sha or revision
 
@@ -61,13 +69,40 @@ def download(repo: str, commit: str, files: Sequence[RepoFile], repo_type: RepoT
             notices neither in what it cached before.
     """
     hub, names = client(), [file.path for file in files]
-    folder = Path(hub.snapshot_download(repo, revision=commit, allow_patterns=names, repo_type=repo_type))
+    with Progress(f"downloading {repo} from the Hub", sum(file.size for file in files)) as progress:
+        bars = _bars(progress)
+        folder = Path(
+            hub.snapshot_download(repo, revision=commit, allow_patterns=names, repo_type=repo_type, tqdm_class=bars)
+        )
     for file in files:
         if not _is_whole(folder / file.path, file):
             hub.hf_hub_download(repo, file.path, revision=commit, repo_type=repo_type, force_download=True)
             if not _is_whole(folder / file.path, file):
                 raise DamagedDownload(f"{repo} at {commit}: {file.path} arrives damaged (size or hash); try later")
     return folder
+
+
+def _bars(progress: Progress) -> type[tqdm]:
+    """Bars that count the client's bytes and draw nothing. It has one of what comes, and one of what is written."""
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "mininterval": 3600})
+
+        def update(self, n: float | None = 1) -> None:
+            super().update(n)
+            if self.unit == "B":
+                progress.reach(int(self.n))
+
+    return Bar
+
+
+def is_down(error: BaseException | None) -> bool:
+    """Whether the Hub, rather than what it was asked for, is why it did not answer."""
+    if isinstance(error, HfHubHTTPError):
+        unasked = isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, DisabledRepoError))
+        return not unasked and (error.response.status_code == 429 or error.response.status_code >= 500)
+    return isinstance(error, (OfflineModeIsEnabled, HTTPError, ConnectionError, TimeoutError))
 
 
 def _is_whole(path: Path, file: RepoFile) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_assets.store.artifacts import ArtifactStore
+from finetune_assets.store.artifacts import ArtifactStore, open_store
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TestProject:
 
     @property
     def store(self) -> ArtifactStore:
-        return ArtifactStore(f"file://{self.root}/.finetune/store", "tests", self.cache)
+        return open_store(f"file://{self.root}/.finetune/store", "tests", self.cache)
 
     def published(self, kind: str) -> list[str]:
         """Names of the artifacts of a kind in the store."""
@@ -41,7 +41,7 @@ class TestProject:
 
     def leftovers_of_builds(self) -> list[Path]:
         """Folders of builds and jobs that ended."""
-        return [path for pattern in ("build-*", "jobs/*", "scratch/*") for path in self.cache.glob(pattern)]
+        return [path for pattern in ("work/*", "partial/*", "scratch/*") for path in self.cache.glob(pattern)]
 
     def write_experiment(self, name: str, text: str) -> None:
         (self.configs / "experiments" / f"{name}.yaml").write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ import json
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, job, make_once, plain_errors, result
+from finetune_assets.assets.making import GROUP, in_run, job, make_once, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
@@ -25,7 +25,7 @@ def adapter_evaluation(
     launcher: dg.ResourceParam[LocalLauncher],
 ) -> dg.MaterializeResult[ArtifactRef]:
     """Base and adapter on the validation rows: exact match of generated answers, and some side by side."""
-    with plain_errors():
+    with in_run(context):
         lineage = project.lineage(context.partition_key)
         fingerprint = lineage.evaluation_fingerprint(lora_adapter)
 

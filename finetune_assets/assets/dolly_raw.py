@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.making import ARTIFACT, GROUP, make_once, plain_errors, publish_built, result, share_check
+from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result, share_check
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.store.lineage import RAW
@@ -39,8 +39,8 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
     from finetune_assets.data.ingest import write_raw
     from finetune_assets.data.sources import DataError
 
-    with plain_errors():
-        lineage = project.raw()
+    with in_run(context):
+        lineage = project.raw(asks_hub=True)
 
         def build(folder: Path) -> None:
             statistics = write_raw(lineage.source.files(), lineage.config.columns, folder)

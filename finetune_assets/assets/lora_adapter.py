@@ -4,7 +4,7 @@ import json
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, job, make_once, plain_errors, result
+from finetune_assets.assets.making import GROUP, in_run, job, make_once, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
@@ -25,7 +25,7 @@ def lora_adapter(
     launcher: dg.ResourceParam[LocalLauncher],
 ) -> dg.MaterializeResult[ArtifactRef]:
     """A LoRA adapter in safetensors, trained by `torchrun`, with tokenizer, settings, log and provenance."""
-    with plain_errors():
+    with in_run(context):
         lineage = project.lineage(context.partition_key)
         fingerprint = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
 

@@ -1,6 +1,6 @@
 """What every asset does around its own work: make an artifact unless it is there, and tell of it."""
 
-import tempfile
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,12 +28,12 @@ class Made:
 
     Attributes:
         ref: The artifact.
-        reused: Whether the store had it already.
+        hit: Whether the store had it already.
         seconds: How long it took.
     """
 
     ref: ArtifactRef
-    reused: bool
+    hit: bool
     seconds: float
 
 
@@ -44,12 +44,21 @@ def make_once(
     name: str,
     make: Callable[[], ArtifactRef],
 ) -> Made:
-    """Return the artifact of that name from the store, or make it; `force` makes it anyway."""
-    began = time.monotonic()
-    found = None if project.force else project.store().find(kind, name)
+    """Return the artifact of that name from the store, or make it; `force` makes it anyway.
+
+    Of several runs on this machine that want the same, one makes it, and the others wait and take it.
+    """
+    began, store = time.monotonic(), project.store()
+    find = (lambda: None) if project.force else (lambda: store.find(kind, name))
+    found = find()
+    if found is None:
+        with store.cache.alone(store.prefix(kind, name), f"makes {kind}/{name}"):
+            found = find()
+            ref = found or make()
+    else:
+        ref = found
     if found:
         context.log.info(f"nothing to do: the store has {kind}/{name} from the same inputs, settings and code")
-    ref = found or make()
     context.log.info(f"{context.asset_key.to_user_string()} lies in {ref.uri.removeprefix('file://')}")
     return Made(ref, found is not None, time.monotonic() - began)
 
@@ -64,10 +73,9 @@ def publish_built(
 ) -> ArtifactRef:
     """Let `build` fill an empty folder and publish it; if it fails, nothing is left."""
     store = project.store()
-    store.cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="build-", dir=store.cache) as folder:
-        build(Path(folder))
-        return store.publish(Path(folder), kind, name, fingerprint, made_from, replace=project.force)
+    with store.cache.workspace("build") as folder:
+        build(folder)
+        return store.publish(folder, kind, name, fingerprint, made_from, replace=project.force)
 
 
 def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
@@ -77,7 +85,8 @@ def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
         config=dump(experiment.config),
         store=store.url,
         namespace=store.namespace,
-        cache=str(store.cache),
+        cache=str(store.cache.root),
+        cache_limit=store.cache.limit,
         replace=project.force,
         **spec,
     )
@@ -87,12 +96,14 @@ def result(
     made: Made, checks: Sequence[dg.AssetCheckResult] = (), **metadata: Any
 ) -> dg.MaterializeResult[ArtifactRef]:
     """What an asset returns: the reference, its fingerprint as data version, its checks, and what there is to see."""
+    uri = made.ref.uri
+    is_local = uri.startswith("file://")
     common = {
-        "reused": made.reused,
+        "store": "hit" if made.hit else "miss",
         "seconds": round(made.seconds, 2),
-        "uri": dg.MetadataValue.path(made.ref.uri.removeprefix("file://")),
+        "uri": dg.MetadataValue.path(uri.removeprefix("file://")) if is_local else dg.MetadataValue.url(uri),
         "files": made.ref.files,
-        "megabytes": round(made.ref.size / 1e6, 3),
+        "bytes": made.ref.size,
     }
     return dg.MaterializeResult(
         value=made.ref,
@@ -128,9 +139,26 @@ def share_check(
     )
 
 
+class _RunLog(logging.Handler):
+    """Tells what this project logs in the Dagster run."""
+
+    def __init__(self, context: dg.AssetExecutionContext) -> None:
+        super().__init__(logging.INFO)
+        self.log = context.log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.log(record.levelno, record.getMessage())
+
+
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Fail the step with the error's text alone; what a person must mend is not retried."""
+def in_run(context: dg.AssetExecutionContext) -> Iterator[None]:
+    """Tell in the run what is going on, and fail the step with the error's text alone.
+
+    What a person must mend is not retried.
+    """
+    package, handler = logging.getLogger("finetune_assets"), _RunLog(context)
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
     try:
         yield
     except UserError as e:
@@ -138,3 +166,5 @@ def plain_errors() -> Iterator[None]:
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
         raise dg.Failure(f"{e.strerror or e}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left") from e
+    finally:
+        package.removeHandler(handler)

@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.making import ARTIFACT, GROUP, make_once, plain_errors, publish_built, result, share_check
+from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result, share_check
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -40,7 +40,7 @@ def tokenized_dataset(
 
     Reads only the tokenizer's files of the base model.
     """
-    with plain_errors():
+    with in_run(context):
         lineage = project.lineage(context.partition_key)
         config = lineage.experiment.config
         fingerprint = lineage.tokenized_fingerprint(dolly_raw, cached_base_model)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -109,12 +109,18 @@ class HubSource:
         return [file.removeprefix(prefix) for file in files]
 
 
-def open_source(config: RawDataConfig, root: Path) -> Source:
-    """What `source` means right now.
+def ask_hub(repo: str, revision: str) -> str:
+    """The commit that a revision of a dataset means right now."""
+    return hub.commit_of(repo, revision, "dataset")
+
+
+def open_source(config: RawDataConfig, root: Path, commit_of: Callable[[str, str], str] = ask_hub) -> Source:
+    """What `source` means.
 
     Args:
         config: The raw data's settings.
         root: What a relative path is relative to.
+        commit_of: Says which commit a branch or tag of a Hub dataset is.
 
     Raises:
         DataError: if there is nothing to read there.
@@ -122,11 +128,11 @@ def open_source(config: RawDataConfig, root: Path) -> Source:
     if config.source == "sample":
         return LocalSource([SourceFile(SAMPLE.name, SAMPLE)])
     if config.source.startswith(HUB):
-        return _hub_source(config)
+        return _hub_source(config, commit_of)
     return LocalSource(_local_files(config.source, root))
 
 
-def _hub_source(config: RawDataConfig) -> HubSource:
+def _hub_source(config: RawDataConfig, commit_of: Callable[[str, str], str]) -> HubSource:
     match = HUB_DATASET.fullmatch(config.source)
     if not match:
         raise DataError(
@@ -135,7 +141,7 @@ def _hub_source(config: RawDataConfig) -> HubSource:
     repo, revision = match["repo"], match["revision"] or "main"
     where = f"source: '{config.source}'"
     with hub.explained(DataError, where, f"datasets/{repo}", "Or name a file or folder"):
-        return HubSource(repo, hub.commit_of(repo, revision, "dataset"), config.hub)
+        return HubSource(repo, revision if hub.is_commit(revision) else commit_of(repo, revision), config.hub)
 
 
 def _local_files(source: str, root: Path) -> list[SourceFile]:

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
 from collections import deque
@@ -25,7 +24,8 @@ from typing import IO, Any
 
 from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobFailed, JobSpec, read
-from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
+from finetune_assets.launch.telling import in_dagster_run, in_terminal
+from finetune_assets.store.artifacts import ArtifactRef, open_store
 
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 TAIL = 60
@@ -39,16 +39,20 @@ def run(spec: JobSpec) -> ArtifactRef:
         JobFailed: with the worker's own error.
         UserError: if an input cannot be fetched or the output not be published.
     """
-    store = ArtifactStore(spec.store, spec.namespace, Path(spec.cache))
-    with _scratch(spec) as scratch, tempfile.TemporaryDirectory(dir=_made(Path(spec.cache) / "jobs")) as work:
-        folder = Path(work)
+    store = open_store(spec.store, spec.namespace, Path(spec.cache), spec.cache_limit)
+    cache = store.cache
+    # Two attempts at one fingerprint would write over one another's checkpoints
+    doing = f"makes {spec.kind}/{spec.fingerprint}"
+    with cache.alone(f"job-{spec.fingerprint}", doing), _scratch(spec) as scratch, cache.workspace("job") as folder:
         (folder / "config.yaml").write_text(spec.config, encoding="utf-8")
         (folder / "made_from.json").write_text(json.dumps(spec.made_from), encoding="utf-8")
+        with in_dagster_run():
+            inputs = {name: store.fetch(ref) for name, ref in spec.inputs.items()}
         arguments = {
             "config": folder / "config.yaml",
             "made-from": folder / "made_from.json",
             "output": _made(folder / "output"),
-            **{name: store.fetch(ref) for name, ref in spec.inputs.items()},
+            **inputs,
             **({"scratch": scratch} if spec.scratch else {}),
         }
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
@@ -158,6 +162,7 @@ def _explain(told: Path, crashed: Path, tail: deque[str], code: int) -> str:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    in_terminal()
     spec, result = read(Path(sys.argv[1])), Path(sys.argv[2])
     try:
         answer: dict[str, Any] = {"ref": run(spec).to_dict()}

@@ -27,6 +27,7 @@ class JobSpec:
         store: URL of the store.
         namespace: Namespace in the store.
         cache: Node-local folder.
+        cache_limit: Most bytes of artifacts that it keeps; None for no limit.
         processes: torchrun processes (`auto` or a number); None runs the module alone, without torchrun.
         replace: Publish over an artifact of that name.
     """
@@ -40,6 +41,7 @@ class JobSpec:
     store: str
     namespace: str
     cache: str
+    cache_limit: int | None = None
     processes: str | None = None
     replace: bool = False
     scratch: bool = field(default=False)

@@ -1,15 +1,24 @@
 """Where this deployment keeps things: environment variables, with defaults for a laptop.
 
 FINETUNE_CONFIGS: folder of the configuration files; default `configs/` of the project.
-FINETUNE_STORE: URL of the artifact store; default `file://<project>/.finetune/store`.
+FINETUNE_STORE: URL of the artifact store, `file:///folder` or `s3://bucket/prefix`; default
+    `file://<project>/.finetune/store`. Credentials, endpoint and region of S3 are the environment's: AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION, AWS_CA_BUNDLE.
 FINETUNE_NAMESPACE: keeps one developer's or branch's artifacts from another's; default the user's name.
 FINETUNE_CACHE: node-local folder for fetched artifacts and running jobs; default `<project>/.finetune/cache`.
+FINETUNE_CACHE_LIMIT: most that folder keeps of fetched artifacts, such as `200GB`; default `100GB`.
 FINETUNE_RAW_DATA: wins over `source` in `configs/raw_data.yaml`.
 """
 
 import getpass
 import os
 from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from finetune_assets.store.artifacts import ArtifactStore, open_store
+from finetune_assets.store.errors import StoreError
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +42,30 @@ def namespace() -> str:
 
 def cache() -> Path:
     return (root() / Path(os.environ.get("FINETUNE_CACHE") or ".finetune/cache").expanduser()).resolve()
+
+
+def cache_limit() -> int:
+    """Bytes.
+
+    Raises:
+        StoreError: if FINETUNE_CACHE_LIMIT is not a size.
+    """
+    said = os.environ.get("FINETUNE_CACHE_LIMIT") or "100GB"
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(said))
+    except ValidationError as e:
+        raise StoreError(f"FINETUNE_CACHE_LIMIT: '{said}' is not a size; write it as 200GB") from e
+
+
+def store() -> ArtifactStore:
+    return open_store(store_url(), namespace(), cache(), cache_limit(), s3_client)
+
+
+def s3_client() -> Any:
+    """boto3's client of S3, as Dagster's resource makes it from the environment."""
+    from dagster_aws.s3 import S3Resource
+
+    return S3Resource().get_client()
 
 
 def raw_data() -> str | None:

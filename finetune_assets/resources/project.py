@@ -18,14 +18,14 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     force: bool = Field(default=False, description="Make artifacts anew even if the store has them.")
 
     def store(self) -> ArtifactStore:
-        return ArtifactStore(deployment.store_url(), deployment.namespace(), deployment.cache())
+        return deployment.store()
 
-    def raw(self) -> RawLineage:
+    def raw(self, asks_hub: bool = False) -> RawLineage:
         config = load_raw_data_config(deployment.configs(), deployment.raw_data())
-        return RawLineage(self.store(), config, deployment.root())
+        return RawLineage(self.store(), config, deployment.root(), asks_hub)
 
     def experiment(self, name: str) -> Experiment:
         return load_experiment(deployment.configs(), name, self.overrides)
 
-    def lineage(self, experiment: str) -> Lineage:
-        return Lineage(self.raw(), self.experiment(experiment))
+    def lineage(self, experiment: str, asks_hub: bool = False) -> Lineage:
+        return Lineage(self.raw(), self.experiment(experiment), asks_hub)

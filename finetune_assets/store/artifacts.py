@@ -6,35 +6,23 @@ Files go first, the manifest last and create-only: an artifact is either whole o
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, ObjectStore
-
-from finetune_assets.errors import UserError
-from finetune_assets.store.manifest import FileEntry, Manifest, parse
+from finetune_assets.progress import Progress, in_parallel
+from finetune_assets.store.cache import Entry, NodeCache
+from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
+from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
+from finetune_assets.store.objects import CHUNK, Objects, boto3_client
 
 MANIFEST = "manifest.json"
-SHARED_KINDS = ("base-models",)
-CHUNK = 4 << 20
+BASE_MODELS = "base-models"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-
-
-class StoreError(UserError):
-    """The store cannot be used as asked."""
-
-
-class ArtifactMissing(StoreError):
-    """Nothing of that name has been published."""
-
-
-class CorruptArtifact(StoreError):
-    """A file of the store is not what its manifest says."""
+ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -57,46 +45,39 @@ class ArtifactRef:
     files: int
     size: int
 
+    @property
+    def attempt(self) -> str:
+        """Which of the writers of this fingerprint it is by."""
+        return self.uri.rpartition("/")[2]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def open_store(url: str) -> ObjectStore:
-    """The object store behind a URL.
-
-    Raises:
-        StoreError: if the URL is of no known form.
-    """
-    scheme, separator, path = url.partition("://")
-    if scheme != "file" or not separator or not path.startswith("/"):
-        raise StoreError(f"FINETUNE_STORE: '{url}' is not a store; use file:///an/absolute/folder")
-    try:
-        return LocalStore(path, mkdir=True)
-    except (OSError, BaseError) as e:
-        raise StoreError(f"FINETUNE_STORE: '{url}' cannot be used as a folder: {str(e).splitlines()[0]}") from e
 
 
 class ArtifactStore:
     """Artifacts behind one URL.
 
     Args:
-        url: `file:///folder`.
+        objects: What the URL stands for.
         namespace: Keeps one developer's or branch's artifacts from another's. Base models are shared by all.
         cache: Node-local folder for fetched artifacts.
     """
 
-    def __init__(self, url: str, namespace: str, cache: Path) -> None:
+    def __init__(self, objects: Objects, namespace: str, cache: NodeCache) -> None:
         if not re.fullmatch(NAME, namespace):
             raise StoreError(f"FINETUNE_NAMESPACE: '{namespace}' must be letters, digits, '.', '_' and '-'")
-        self.url = url.rstrip("/")
-        self.namespace = namespace
-        self.cache = cache
-        self.objects = open_store(self.url)
+        if namespace == BASE_MODELS:
+            raise StoreError(f"FINETUNE_NAMESPACE: '{namespace}' is where everybody's base models lie; take another")
+        self.objects, self.namespace, self.cache = objects, namespace, cache
+
+    @property
+    def url(self) -> str:
+        return self.objects.url
 
     def find(self, kind: str, name: str) -> ArtifactRef | None:
         """The artifact of that name, or None."""
         manifest = self.manifest(kind, name)
-        return self._ref(kind, name, manifest) if manifest else None
+        return self.ref(kind, name, manifest) if manifest else None
 
     def resolve(self, kind: str, name: str, made_by: str) -> ArtifactRef:
         """The artifact of that name.
@@ -108,95 +89,273 @@ class ArtifactStore:
         if ref is None:
             raise ArtifactMissing(
                 f"materialize {made_by} first, with the same settings and overrides: what they and the data of now "
-                f"demand is not in the store ({self.url}/{self._prefix(kind, name)})"
+                f"demand is not in the store ({self.url}/{self.prefix(kind, name)})"
             )
         return ref
 
     def manifest(self, kind: str, name: str) -> Manifest | None:
         """The manifest of that name, checked, or None."""
-        key = f"{self._prefix(kind, name)}/{MANIFEST}"
+        key = f"{self.prefix(kind, name)}/{MANIFEST}"
         try:
-            raw = bytes(obstore.get(self.objects, key).bytes())
+            manifest = parse(self.objects.get(key), f"{self.url}/{key}")
         except FileNotFoundError:
             return None
-        return parse(raw, f"{self.url}/{key}")
+        if manifest.kind != kind or (kind != BASE_MODELS and manifest.fingerprint != name):
+            raise ManifestError(f"{self.url}/{key}: refused, it is of another artifact ({manifest.fingerprint})")
+        return manifest
 
     def publish(
-        self, folder: Path, kind: str, name: str, fingerprint: str, made_from: Mapping[str, Any], replace: bool = False
+        self,
+        files: Path | Mapping[str, Path],
+        kind: str,
+        name: str,
+        fingerprint: str,
+        made_from: Mapping[str, Any],
+        replace: bool = False,
+        expected: Mapping[str, str] | None = None,
     ) -> ArtifactRef:
-        """Store every file of `folder`, then its manifest.
+        """Store files, some at once, then their manifest.
 
         If another writer was first, its artifact is returned and this one's files are removed, unless `replace`.
+
+        Args:
+            files: A folder, all of it; or where each file lies here, by its path in the artifact.
+            kind: Such as `tokenized`.
+            name: Path below the kind.
+            fingerprint: Identity of the content.
+            made_from: What the manifest says about its origin.
+            replace: Publish over an artifact of that name.
+            expected: sha256 by path, where it is known what the files must be.
+
+        Raises:
+            StoreError: if there is nothing to publish, a file is a link out of the folder or changes meanwhile, or the
+                store cannot take it.
         """
+        if not replace and (found := self.find(kind, name)):
+            return found
+        sources = folder_files(files) if isinstance(files, Path) else dict(files)
+        if not sources:
+            raise StoreError(f"{files}: nothing to publish, the folder is empty")
+        prefix = self.prefix(kind, name)
         attempt = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
-        prefix = self._prefix(kind, name)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        if not files:
-            raise StoreError(f"{folder}: nothing to publish, the folder is empty")
-        entries = []
-        for path in files:
-            relative = path.relative_to(folder).as_posix()
-            obstore.put(self.objects, f"{prefix}/{attempt}/{relative}", path)
-            entries.append(FileEntry(relative, path.stat().st_size, sha256(path)))
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = Manifest(kind, fingerprint, attempt, tuple(entries), dict(made_from), created)
-        mode = "overwrite" if replace else "create"
+        keys = [f"{prefix}/{attempt}/{path}" for path in sources]
         try:
-            obstore.put(self.objects, f"{prefix}/{MANIFEST}", manifest.to_json(), mode=mode)
-        except AlreadyExistsError:
-            obstore.delete(self.objects, [f"{prefix}/{attempt}/{entry.path}" for entry in entries])
+            entries = self._upload(f"publishing {kind}/{name}", f"{prefix}/{attempt}", sources, expected or {})
+        except BaseException:
+            self._forget(keys)
+            raise
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = Manifest(kind, fingerprint, attempt, entries, created, dict(made_from))
+        # If this fails nobody knows whether the manifest is there, so the files stay; garbage collection knows later
+        if replace:
+            self.objects.put(f"{prefix}/{MANIFEST}", manifest.to_json())
+        elif not self.objects.create(f"{prefix}/{MANIFEST}", manifest.to_json()):
+            self._forget(keys)
             return self.resolve(kind, name, kind)
-        return self._ref(kind, name, manifest)
+        return self.ref(kind, name, manifest)
+
+    def _upload(
+        self, what: str, prefix: str, sources: Mapping[str, Path], expected: Mapping[str, str]
+    ) -> tuple[FileEntry, ...]:
+        sizes = {path: source.stat().st_size for path, source in sources.items()}
+        hashes: dict[str, str] = {}
+        with Progress(what, sum(sizes.values())) as progress:
+
+            def upload(path: str) -> None:
+                reader = _Reader(sources[path], progress)
+                self.objects.upload(f"{prefix}/{path}", sizes[path], reader.chunks)
+                if reader.size != sizes[path] or reader.sha256 != expected.get(path, reader.sha256):
+                    raise StoreError(f"{sources[path]}: changed while it was published; run its asset again")
+                hashes[path] = reader.sha256
+
+            in_parallel([lambda path=path: upload(path) for path in _largest_first(sizes)], progress)  # type: ignore[misc]
+        return tuple(FileEntry(path, sizes[path], hashes[path]) for path in sorted(sizes))
+
+    def _forget(self, keys: list[str]) -> None:
+        """Remove what a publication that came to nothing has stored; where that fails, garbage collection does it."""
+        with suppress(StoreError, OSError):
+            self.objects.delete(keys)
 
     def fetch(self, ref: ArtifactRef, only: Callable[[str], bool] = lambda path: True) -> Path:
         """A local folder with the artifact's files, verified while they were copied.
 
+        It stays in the cache while this process lives. What is here already costs no request to the store.
+
         Args:
             ref: The artifact.
-            only: Takes a file's path and says whether it is wanted. Files already here are not fetched again.
+            only: Takes a file's path and says whether it is wanted.
 
         Raises:
             ArtifactMissing: if it is not in the store (any more).
-            CorruptArtifact: if a file's size or sha256 is not what the manifest says.
+            CorruptArtifact: if a file's size or sha256 is not what the manifest says, even when fetched again.
+            StoreError: if the store does not answer, or the cache has no room.
         """
+        prefix = self.prefix(ref.kind, ref.name)
+        entry = self.cache.entry(prefix, ref.attempt)
+        entry.hold()
+        manifest = entry.manifest()
+        if manifest and entry.serves(manifest, only):
+            return entry.folder
+        with self.cache.filling(entry, f"fetches {ref.kind}/{ref.name}"):
+            manifest = entry.manifest() or self._manifest_of(ref)
+            if manifest.folder == ref.attempt:
+                self._fill(prefix, entry, manifest, only)
+                return entry.folder
+        return self.fetch(self.ref(ref.kind, ref.name, manifest), only)  # it was replaced since
+
+    def _manifest_of(self, ref: ArtifactRef) -> Manifest:
         manifest = self.manifest(ref.kind, ref.name)
         if manifest is None or manifest.fingerprint != ref.fingerprint:
             raise ArtifactMissing(f"{ref.uri}: no longer in the store; materialize it again")
-        prefix = f"{self._prefix(ref.kind, ref.name)}/{manifest.folder}"
-        target = self.cache / prefix
-        for entry in manifest.files:
-            local = target / entry.path
-            here = local.is_file() and local.stat().st_size == entry.size
-            if only(entry.path) and not here:
-                self._fetch_file(f"{prefix}/{entry.path}", entry, local)
-        return target
+        return manifest
 
-    def _fetch_file(self, key: str, entry: FileEntry, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        digest = hashlib.sha256()
+    def _fill(self, prefix: str, entry: Entry, manifest: Manifest, only: Callable[[str], bool]) -> None:
+        for path in entry.unexpected(manifest):
+            path.unlink()
+        absent = entry.missing(manifest, manifest.files)
+        missing = [file for file in absent if only(file.path)]
+        coming = sum(file.size for file in missing)
+        here = manifest.size - sum(file.size for file in absent)
+        self.cache.make_room(entry, here + coming, coming)
+        entry.folder.mkdir(parents=True, exist_ok=True)
+        entry.manifest_file.write_bytes(manifest.to_json())
+        with Progress(f"fetching {prefix}", coming) as progress:
+
+            def fetch(file: FileEntry) -> None:
+                partial = entry.partial / hashlib.sha256(file.path.encode()).hexdigest()
+                self._fetch_file(f"{prefix}/{manifest.folder}/{file.path}", file, partial, progress)
+                entry.accept(partial, file, manifest)
+
+            sizes = {file: file.size for file in missing}
+            in_parallel([lambda file=file: fetch(file) for file in _largest_first(sizes)], progress)  # type: ignore[misc]
+
+    def _fetch_file(self, key: str, entry: FileEntry, target: Path, progress: Progress) -> None:
+        for _ in range(2):  # a byte that flipped on the way is right the second time
+            if self.objects.persistently(key, lambda: self._copy(key, entry, target, progress)):
+                return
+        raise CorruptArtifact(
+            f"{self.url}/{key}: size or sha256 differs from its manifest; materialize its asset again with force to "
+            "replace it"
+        )
+
+    def _copy(self, key: str, entry: FileEntry, target: Path, progress: Progress) -> bool:
+        """Copy one file; whether it is what the manifest says."""
+        digest, size = hashlib.sha256(), 0
         try:
-            with open(partial, "wb") as out:
-                for chunk in obstore.get(self.objects, key).stream(min_chunk_size=CHUNK):
+            with open(target, "wb", buffering=0) as out:
+                for chunk in self.objects.stream(key):
+                    size += len(chunk)
+                    if size > entry.size:
+                        break
                     digest.update(chunk)
                     out.write(chunk)
-            if partial.stat().st_size != entry.size or digest.hexdigest() != entry.sha256:
-                raise CorruptArtifact(
-                    f"{self.url}/{key}: size or sha256 differs from its manifest; materialize its asset again with "
-                    "force to replace it"
-                )
-            partial.replace(target)
+                    progress.add(len(chunk))
         except FileNotFoundError as e:
-            raise CorruptArtifact(f"{self.url}/{key}: named by the manifest, missing in the store") from e
+            raise CorruptArtifact(
+                f"{self.url}/{key}: named by the manifest, missing in the store; materialize its asset again with force"
+            ) from e
         finally:
-            partial.unlink(missing_ok=True)
+            whole = size == entry.size and digest.hexdigest() == entry.sha256
+            if not whole:
+                progress.take_back(min(size, entry.size))
+        return whole
 
-    def _prefix(self, kind: str, name: str) -> str:
-        return f"{kind}/{name}" if kind in SHARED_KINDS else f"{self.namespace}/{kind}/{name}"
+    def verify(self, kind: str, name: str) -> list[str]:
+        """Read every file of an artifact from the store; the paths of those that are not what the manifest says.
 
-    def _ref(self, kind: str, name: str, manifest: Manifest) -> ArtifactRef:
-        uri = f"{self.url}/{self._prefix(kind, name)}/{manifest.folder}"
+        Raises:
+            ArtifactMissing: if there is no such artifact.
+        """
+        manifest = self.manifest(kind, name)
+        if manifest is None:
+            raise ArtifactMissing(f"{kind}/{name}: not in the store")
+        bad: list[str] = []
+        with Progress(f"verifying {kind}/{name}", manifest.size) as progress:
+
+            def read(file: FileEntry) -> None:
+                key = f"{self.prefix(kind, name)}/{manifest.folder}/{file.path}"
+                if not self.objects.persistently(key, lambda: self._is_whole(key, file, progress)):
+                    bad.append(file.path)
+
+            in_parallel([lambda file=file: read(file) for file in manifest.files], progress)  # type: ignore[misc]
+        return sorted(bad)
+
+    def _is_whole(self, key: str, entry: FileEntry, progress: Progress) -> bool:
+        digest, size = hashlib.sha256(), 0
+        try:
+            for chunk in self.objects.stream(key):
+                digest.update(chunk)
+                size += len(chunk)
+                progress.add(len(chunk))
+        except FileNotFoundError:
+            return False
+        return size == entry.size and digest.hexdigest() == entry.sha256
+
+    def prefix(self, kind: str, name: str) -> str:
+        """Where an artifact's manifest and attempts lie below the URL."""
+        return f"{kind}/{name}" if kind == BASE_MODELS else f"{self.namespace}/{kind}/{name}"
+
+    def ref(self, kind: str, name: str, manifest: Manifest) -> ArtifactRef:
+        uri = f"{self.url}/{self.prefix(kind, name)}/{manifest.folder}"
         return ArtifactRef(kind, name, manifest.fingerprint, uri, len(manifest.files), manifest.size)
+
+
+def open_store(
+    url: str, namespace: str, cache: Path, limit: int | None = None, connect: Callable[[], Any] = boto3_client
+) -> ArtifactStore:
+    """The artifacts behind a URL.
+
+    Args:
+        url: `file:///folder` or `s3://bucket/prefix`.
+        namespace: Keeps one developer's or branch's artifacts from another's.
+        cache: Node-local folder for fetched artifacts.
+        limit: Most bytes of artifacts that it keeps; None for no limit.
+        connect: Gives a boto3 client of S3.
+
+    Raises:
+        StoreError: if URL or namespace cannot be one.
+    """
+    return ArtifactStore(Objects(url, connect), namespace, NodeCache(cache, limit))
+
+
+class _Reader:
+    """Reads a file once, for the store and for its hash."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self.path, self.progress = path, progress
+        self.size, self._digest = 0, hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def chunks(self) -> Iterator[bytes]:
+        """The content from its beginning; what was counted of an earlier reading is taken back."""
+        self.progress.take_back(self.size)
+        self.size, self._digest = 0, hashlib.sha256()
+        with open(self.path, "rb", buffering=0) as file:
+            while chunk := file.read(CHUNK):
+                self._digest.update(chunk)
+                self.size += len(chunk)
+                self.progress.add(len(chunk))
+                yield chunk
+
+
+def _largest_first(sizes: Mapping[Any, int]) -> list[Any]:
+    return sorted(sizes, key=lambda item: sizes[item], reverse=True)
+
+
+def folder_files(folder: Path) -> dict[str, Path]:
+    """Every file below a folder, by its relative path.
+
+    Raises:
+        StoreError: if one is a link that leads out of the folder.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    for path in files.values():
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise StoreError(f"{path}: a link that leads out of its folder is not published")
+    return files
 
 
 def sha256(path: Path) -> str:
@@ -207,5 +366,4 @@ def sha256(path: Path) -> str:
 
 def folder_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder, by relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    return {name: sha256(path) for name, path in folder_files(folder).items()}

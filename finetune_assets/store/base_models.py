@@ -1,9 +1,8 @@
 """Where a base model comes from: the package, a local folder, or the Hub at a pinned commit."""
 
 import json
-import shutil
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,13 @@ class BaseModelSource:
         repo: `owner/name` on the Hub; `packaged/...` or `local/...` otherwise.
         revision: The commit; for a folder, a hash of its content.
         folder: Where its files lie on this machine; None for the Hub.
+        hashes: sha256 of a folder's files, which its revision stands for; empty for the Hub.
     """
 
     repo: str
     revision: str
     folder: Path | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
@@ -64,14 +65,22 @@ def is_tokenizer_file(path: str) -> bool:
     return _matches(path, TOKENIZER_FILES)
 
 
-def locate(base_model: str, revision: str, root: Path) -> BaseModelSource:
-    """Pin what `model.base_model` and `model.revision` mean right now.
+def ask_hub(base_model: str, revision: str) -> str:
+    """The commit that a revision means right now."""
+    return hub.commit_of(base_model, revision, "model")
+
+
+def locate(
+    base_model: str, revision: str, root: Path, commit_of: Callable[[str, str], str] = ask_hub
+) -> BaseModelSource:
+    """Pin what `model.base_model` and `model.revision` mean.
 
     Args:
         base_model: A packaged name, a folder (`./path`, `/path`, `~/path`), or a Hub id.
         revision: Branch, tag or commit on the Hub. A whole commit is not asked for, so that what the store has is used
             with the Hub down.
         root: What a relative folder is relative to.
+        commit_of: Says which commit a branch or tag of a repository is.
 
     Raises:
         BaseModelError: if there is no such model, or the Hub does not answer.
@@ -85,27 +94,27 @@ def locate(base_model: str, revision: str, root: Path) -> BaseModelSource:
         return _pin_folder(f"local/{folder.name}", folder)
     otherwise = f"For a folder write ./{base_model}; packaged: {suggest(base_model, PACKAGED)}"
     with hub.explained(BaseModelError, f"model.base_model: '{base_model}' at '{revision}'", base_model, otherwise):
-        return BaseModelSource(base_model, hub.commit_of(base_model, revision, "model"))
+        return BaseModelSource(base_model, revision if hub.is_commit(revision) else commit_of(base_model, revision))
 
 
-def collect(source: BaseModelSource, target: Path, trusted: bool = False) -> None:
-    """Copy the files that training needs into `target`: safetensors, configuration, tokenizer.
+def collect(source: BaseModelSource, trusted: bool = False) -> dict[str, Path]:
+    """Where the files that training needs lie on this machine, by name: safetensors, configuration, tokenizer.
 
     Args:
-        source: The model.
-        target: An empty folder.
+        source: The model; one of the Hub is downloaded.
         trusted: Take a model that brings its own code. Without it such a one is refused before its weights are fetched.
 
     Raises:
         BaseModelError: if files are missing or damaged, the weights are pickled, or the model needs code.
     """
     folder = source.folder or _from_hub(source, trusted)
-    for name in _wanted(folder, [path.name for path in folder.iterdir()], str(source.folder or source.repo)):
-        shutil.copyfile(folder / name, target / name)
+    names = _wanted(folder, [path.name for path in folder.iterdir()], str(source.folder or source.repo))
+    for name in names:
         if name.endswith(".safetensors"):
-            _check_weights(target / name, source.repo)
+            _check_weights(folder / name, source.repo)
     if source.folder:
-        _check_code(target, source, trusted)
+        _check_code(folder, source, trusted)
+    return {name: folder / name for name in names}
 
 
 def _from_hub(source: BaseModelSource, trusted: bool) -> Path:
@@ -193,7 +202,7 @@ def _pin_folder(repo: str, folder: Path) -> BaseModelSource:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     _check_files(names, str(folder))
     content = {name: sha256(folder / name) for name in _wanted(folder, names, str(folder))}
-    return BaseModelSource(repo, fingerprint(files=content)[:40], folder)
+    return BaseModelSource(repo, fingerprint(files=content)[:40], folder, content)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

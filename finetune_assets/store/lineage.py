@@ -19,11 +19,15 @@ from finetune_assets.config.fingerprint import (
 )
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.data import sources
 from finetune_assets.data.sources import Source, open_source
-from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, StoreError, folder_hashes
+from finetune_assets.store import base_models
+from finetune_assets.store.artifacts import BASE_MODELS, ArtifactRef, ArtifactStore, folder_hashes
 from finetune_assets.store.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
+from finetune_assets.store.errors import StoreError
+from finetune_assets.store.pins import Pins
 
-RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "tokenized", "adapters", "evaluations"
+RAW, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "tokenized", "adapters", "evaluations"
 IMPORTS = "imports"
 """Kind of adapters that were brought in from a folder to begin from."""
 
@@ -35,14 +39,21 @@ class RawLineage:
         store: Where artifacts lie.
         config: The deployment's raw data settings.
         root: What relative paths in settings are relative to.
+        asks_hub: Ask the Hub what a branch is now; otherwise go by what it said last.
     """
 
-    def __init__(self, store: ArtifactStore, config: RawDataConfig, root: Path) -> None:
-        self.store, self.config, self.root = store, config, root
+    def __init__(self, store: ArtifactStore, config: RawDataConfig, root: Path, asks_hub: bool = False) -> None:
+        self.store, self.config, self.root, self.asks_hub = store, config, root, asks_hub
 
     @cached_property
     def source(self) -> Source:
-        return open_source(self.config, self.root)
+        return open_source(self.config, self.root, self._commit_of)
+
+    def _commit_of(self, repo: str, revision: str) -> str:
+        pins = Pins(self.store, "dataset", made_by="dolly_raw")
+        if not self.asks_hub:
+            return pins.recorded(repo, revision)
+        return pins.asked(lambda: sources.ask_hub(repo, revision), repo, revision)
 
     @cached_property
     def content(self) -> Any:
@@ -64,10 +75,12 @@ class Lineage:
     Attributes:
         raw: The raw data.
         experiment: The experiment.
+        asks_hub: Ask the Hub what a branch of the base model is now; otherwise go by what it said last.
     """
 
     raw: RawLineage
     experiment: Experiment
+    asks_hub: bool = False
 
     @property
     def store(self) -> ArtifactStore:
@@ -76,7 +89,7 @@ class Lineage:
     def base_source(self) -> BaseModelSource:
         model = self.experiment.config.model
         try:
-            source = locate(model.base_model, model.revision, self.raw.root)
+            source = locate(model.base_model, model.revision, self.raw.root, self._commit_of)
         except BaseModelError as e:
             raise BaseModelError(f"experiment {self.experiment.name}: {e}") from e
         if model.trust_remote_code not in (None, source.version):
@@ -85,6 +98,12 @@ class Lineage:
                 f"is {source.version}; read the code of that version and name it, or remove the setting"
             )
         return source
+
+    def _commit_of(self, repo: str, revision: str) -> str:
+        pins = Pins(self.store, "model", made_by="cached_base_model")
+        if not self.asks_hub:
+            return pins.recorded(repo, revision)
+        return pins.asked(lambda: base_models.ask_hub(repo, revision), repo, revision)
 
     def base_name(self) -> str:
         source = self.base_source()

@@ -12,7 +12,7 @@ import pytest
 
 from finetune_assets.launch.job import JobFailed, JobSpec, read
 from finetune_assets.launch.local import LocalLauncher
-from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
+from finetune_assets.store.artifacts import ArtifactRef, open_store
 
 WORKER = """
 import os, pathlib, sys
@@ -46,7 +46,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpe
     modules.mkdir()
     (modules / "worker_main.py").write_text(WORKER)
     monkeypatch.setenv("PYTHONPATH", str(modules))
-    store = ArtifactStore(f"file://{tmp_path}/store", "me", tmp_path / "cache")
+    store = open_store(f"file://{tmp_path}/store", "me", tmp_path / "cache")
     data = tmp_path / "data"
     data.mkdir()
     (data / "in.txt").write_text("hello")
@@ -71,18 +71,18 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpe
 
 
 def adapters(tmp_path: Path) -> ArtifactRef | None:
-    return ArtifactStore(f"file://{tmp_path}/store", "me", tmp_path / "cache").find("adapters", "f1")
+    return open_store(f"file://{tmp_path}/store", "me", tmp_path / "cache").find("adapters", "f1")
 
 
 def nothing_left(tmp_path: Path) -> bool:
-    return adapters(tmp_path) is None and not list((tmp_path / "cache" / "jobs").glob("*"))
+    return adapters(tmp_path) is None and not list((tmp_path / "cache" / "work").glob("*"))
 
 
 @pytest.mark.parametrize("processes", [None, "1", "auto"])
 def test_job_ends_in_an_artifact(job: Callable[..., JobSpec], tmp_path: Path, processes: str | None) -> None:
     ref = LocalLauncher().run(job("good", processes), {})
     assert ref == adapters(tmp_path)
-    store = ArtifactStore(f"file://{tmp_path}/store", "me", tmp_path / "elsewhere")
+    store = open_store(f"file://{tmp_path}/store", "me", tmp_path / "elsewhere")
     assert (store.fetch(ref) / "x.txt").read_text() == "HELLO"
 
 
@@ -148,7 +148,7 @@ def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path:
         # A shell starts background jobs with SIGINT ignored, and the tests may run in one
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    worker = _wait_for(lambda: next(iter((tmp_path / "cache" / "jobs").glob("*/output/started")), None))
+    worker = _wait_for(lambda: next(iter((tmp_path / "cache" / "work").glob("*/output/started")), None))
     pid = int(_wait_for(worker.read_text))
     launcher.send_signal(how)
     launcher.wait(60)

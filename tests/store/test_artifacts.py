@@ -1,31 +1,28 @@
 """The store's promises: whole or not there, verified, first writer wins."""
 
-import json
 import multiprocessing
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from finetune_assets.store.artifacts import (
-    ArtifactMissing,
-    ArtifactStore,
-    CorruptArtifact,
-    StoreError,
-)
-from finetune_assets.store.manifest import ManifestError
+from finetune_assets.store.artifacts import ArtifactStore, open_store
+from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
+from finetune_assets.store.manifest import FileEntry, ManifestError
 
 KILLS = 60 if os.environ.get("SOAK") else 8
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
-    return ArtifactStore(f"file://{tmp_path}/store", "me", tmp_path / "cache")
+    return open_store(f"file://{tmp_path}/store", "me", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -120,14 +117,48 @@ def test_manifest_that_leads_outside_is_refused(
     store: ArtifactStore, folder: Path, tmp_path: Path, path: str, place: str
 ) -> None:
     ref = store.publish(folder, "raw", "f1", "f1", {})
-    manifest = json.loads(manifest_path(tmp_path).read_text())
-    if place == "file":
-        manifest["files"][0]["path"] = path
-    else:
-        manifest["folder"] = path
-    manifest_path(tmp_path).write_text(json.dumps(manifest))
+    manifest = store.manifest("raw", "f1")
+    assert manifest
+    first, *rest = manifest.files
+    bad = (
+        replace(manifest, files=(replace(first, path=path), *rest))
+        if place == "file"
+        else replace(manifest, folder=path)
+    )
+    manifest_path(tmp_path).write_bytes(bad.to_json())
     with pytest.raises(ManifestError, match="not a plain relative path"):
         store.fetch(ref)
+    assert not (tmp_path / "cache" / "artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "tokenized"}, "of another artifact"),
+        ({"fingerprint": "f2"}, "of another artifact"),
+        ({"folder": "a/b"}, "plain name"),
+        ({"created": "yesterday"}, "not a manifest"),
+        ({"files": (FileEntry("a.bin", -1, "0" * 64),)}, "cannot be"),
+        ({"files": (FileEntry("a.bin", 1, "no hash"),)}, "cannot be"),
+        ({"files": (FileEntry("a.bin", 1, "0" * 64),) * 2}, "twice"),
+    ],
+)
+def test_manifest_that_cannot_be_is_refused(
+    store: ArtifactStore, folder: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    store.publish(folder, "raw", "f1", "f1", {})
+    manifest = store.manifest("raw", "f1")
+    assert manifest
+    manifest_path(tmp_path).write_bytes(replace(manifest, **change).to_json())
+    with pytest.raises(ManifestError, match=words):
+        store.find("raw", "f1")
+
+
+def test_manifest_with_a_changed_bit_is_refused(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+    store.publish(folder, "raw", "f1", "f1", {"source": "this"})
+    manifest_path(tmp_path).write_text(manifest_path(tmp_path).read_text().replace("this", "that"))
+    with pytest.raises(ManifestError, match="not as it was written"):
+        store.find("raw", "f1")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1, "files": [{}]}', "null"])
@@ -139,7 +170,7 @@ def test_what_is_no_manifest_is_told(store: ArtifactStore, folder: Path, tmp_pat
 
 
 def test_namespaces_share_base_models_alone(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
-    other = ArtifactStore(store.url, "you", tmp_path / "cache")
+    other = open_store(store.url, "you", tmp_path / "cache")
     store.publish(folder, "raw", "f1", "f1", {})
     store.publish(folder, "base-models", "owner/name/commit", "f2", {})
     assert other.find("raw", "f1") is None
@@ -149,7 +180,7 @@ def test_namespaces_share_base_models_alone(store: ArtifactStore, folder: Path, 
 @pytest.mark.parametrize("url", ["", "store", "file://relative", "ftp://x/y", "file:/x"])
 def test_unusable_url_is_told(url: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="FINETUNE_STORE"):
-        ArtifactStore(url, "me", tmp_path)
+        open_store(url, "me", tmp_path)
 
 
 @pytest.mark.parametrize("place", ["file", "under a file"])
@@ -157,13 +188,13 @@ def test_store_that_cannot_be_a_folder_is_told(tmp_path: Path, place: str) -> No
     (tmp_path / "file").write_text("x")
     path = tmp_path / "file" / ("x" if place == "under a file" else "")
     with pytest.raises(StoreError, match="FINETUNE_STORE"):
-        ArtifactStore(f"file://{path}", "me", tmp_path).find("raw", "f1")
+        open_store(f"file://{path}", "me", tmp_path).find("raw", "f1")
 
 
 @pytest.mark.parametrize("namespace", ["", "my team", "a/b", "..", "é"])
 def test_unusable_namespace_is_told(tmp_path: Path, namespace: str) -> None:
     with pytest.raises(StoreError, match="FINETUNE_NAMESPACE"):
-        ArtifactStore(f"file://{tmp_path}/store", namespace, tmp_path)
+        open_store(f"file://{tmp_path}/store", namespace, tmp_path)
 
 
 def test_empty_folder_is_not_published(store: ArtifactStore, tmp_path: Path) -> None:
@@ -176,13 +207,13 @@ SPAWN = multiprocessing.get_context("spawn")  # the object store client's thread
 
 
 def _publish(ready: Event, url: str, folder: Path, cache: Path) -> None:
-    store = ArtifactStore(url, "me", cache)
+    store = open_store(url, "me", cache)
     ready.set()
     store.publish(folder, "raw", "f1", "f1", {"by": os.getpid()})
 
 
 def _fetch(ready: Event, url: str, cache: Path) -> None:
-    store = ArtifactStore(url, "me", cache)
+    store = open_store(url, "me", cache)
     ref = store.resolve("raw", "f1", "x")
     ready.set()
     store.fetch(ref)
@@ -205,7 +236,7 @@ def test_killed_publisher_and_reader_leave_no_half_artifact(tmp_path: Path, fold
     url, cache = f"file://{tmp_path}/store", tmp_path / "cache"
     for i in range(12):
         (folder / f"{i}.bin").write_bytes(rng.randbytes(1 << 20))
-    store = ArtifactStore(url, "me", cache)
+    store = open_store(url, "me", cache)
     _kill_after(_publish, (url, folder, cache), rng.uniform(0.0, 0.06))
     found = store.find("raw", "f1")
     assert found is None or contents(store.fetch(found)) == contents(folder)
@@ -223,7 +254,7 @@ def test_of_many_writers_one_wins(tmp_path: Path, folder: Path) -> None:
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0] * 8
-    store = ArtifactStore(url, "me", tmp_path / "cache")
+    store = open_store(url, "me", tmp_path / "cache")
     ref = store.resolve("raw", "f1", "x")
     assert contents(store.fetch(ref)) == contents(folder)
     assert len([path for path in (tmp_path / "store").rglob("a.bin") if path.is_file()]) == 1

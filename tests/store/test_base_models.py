@@ -9,7 +9,14 @@ from huggingface_hub import constants
 from servers.hub import TOKEN, Hub
 
 from finetune_assets.hub import DamagedDownload
-from finetune_assets.store.base_models import PACKAGED, BaseModelError, collect, is_tokenizer_file, locate
+from finetune_assets.store.base_models import (
+    PACKAGED,
+    BaseModelError,
+    BaseModelSource,
+    collect,
+    is_tokenizer_file,
+    locate,
+)
 
 NAMES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -18,10 +25,15 @@ def files(**more: bytes) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in PACKAGED["demo-base"].iterdir()} | more
 
 
+def collect_into(source: BaseModelSource, target: Path, trusted: bool = False) -> None:
+    for name, path in collect(source, trusted).items():
+        shutil.copyfile(path, target / name)
+
+
 def test_packaged_model(tmp_path: Path) -> None:
     source = locate("demo-base", "main", tmp_path)
     assert source.repo == "packaged/demo-base"
-    collect(source, tmp_path)
+    collect_into(source, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == NAMES
 
 
@@ -65,7 +77,7 @@ def test_hub_branch_is_pinned_to_its_commit(hub: Hub, tmp_path: Path) -> None:
     commit = hub.add("owner/model", files(**{"pytorch_model.bin": b"x", "onnx/model.onnx": b"x"}))
     source = locate("owner/model", "main", tmp_path)
     assert (source.repo, source.revision) == ("owner/model", commit)
-    collect(source, tmp_path)
+    collect_into(source, tmp_path)
     assert NAMES <= {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "model.safetensors").read_bytes() == files()["model.safetensors"]
     assert not any("pytorch_model.bin" in request or "onnx" in request for request in hub.requests)
@@ -91,7 +103,7 @@ def test_gated_model_says_what_to_do_and_opens_with_a_token(
     with pytest.raises(BaseModelError, match=r"gated.*owner/gated.*HF_TOKEN"):
         locate("owner/gated", "main", tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    collect(locate("owner/gated", "main", tmp_path), tmp_path)
+    collect_into(locate("owner/gated", "main", tmp_path), tmp_path)
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
@@ -115,7 +127,7 @@ def test_hub_with_pickled_weights_only_downloads_nothing(hub: Hub, tmp_path: Pat
     repo["pytorch_model.bin"] = repo.pop("model.safetensors")
     hub.add("owner/pickled", repo)
     with pytest.raises(BaseModelError, match="pickled weights"):
-        collect(locate("owner/pickled", "main", tmp_path), tmp_path)
+        collect_into(locate("owner/pickled", "main", tmp_path), tmp_path)
     assert not any("/resolve/" in request for request in hub.requests)
 
 
@@ -156,7 +168,7 @@ def test_sharded_model_is_fetched_whole_and_nothing_else(hub: Hub, tmp_path: Pat
     hub.add("owner/sharded", repo)
     out = tmp_path / "out"
     out.mkdir()
-    collect(locate("owner/sharded", "main", tmp_path), out)
+    collect_into(locate("owner/sharded", "main", tmp_path), out)
     assert {path.name for path in out.iterdir()} == (NAMES - {"model.safetensors"}) | shards | {
         "model.safetensors.index.json"
     }
@@ -170,7 +182,7 @@ def test_missing_shard_is_told_before_any_is_fetched(hub: Hub, tmp_path: Path) -
     del repo[gone]
     hub.add("owner/sharded", repo)
     with pytest.raises(BaseModelError, match=rf"names {gone}, which is missing \(1 of"):
-        collect(locate("owner/sharded", "main", tmp_path), tmp_path)
+        collect_into(locate("owner/sharded", "main", tmp_path), tmp_path)
     assert not any("model-0" in request for request in hub.requests)
 
 
@@ -178,7 +190,7 @@ def test_cut_download_goes_on_where_it_was_cut(hub: Hub, tmp_path: Path, monkeyp
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 18)  # the client keeps whole chunks, of 10 MiB
     hub.add("owner/model", files())
     hub.cut_after = 1_500_000
-    collect(locate("owner/model", "main", tmp_path), tmp_path)
+    collect_into(locate("owner/model", "main", tmp_path), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == files()["model.safetensors"]
     assert [r for r in hub.requests if "model.safetensors bytes=" in r], "by ranges"
 
@@ -187,23 +199,23 @@ def test_cut_download_goes_on_where_it_was_cut(hub: Hub, tmp_path: Path, monkeyp
 def test_damaged_file_is_fetched_again(hub: Hub, tmp_path: Path, name: str) -> None:
     hub.add("owner/model", files())
     hub.damaged[name] = 1
-    collect(locate("owner/model", "main", tmp_path), tmp_path)
+    collect_into(locate("owner/model", "main", tmp_path), tmp_path)
     assert (tmp_path / name).read_bytes() == files()[name]
     hub.add("owner/other", files())
     hub.damaged[name] = 10
     with pytest.raises(DamagedDownload, match=f"{name} arrives damaged"):
-        collect(locate("owner/other", "main", tmp_path), tmp_path)
+        collect_into(locate("owner/other", "main", tmp_path), tmp_path)
 
 
 def test_file_that_was_damaged_in_the_clients_cache_is_noticed(hub: Hub, tmp_path: Path) -> None:
     hub.add("owner/model", files())
     source = locate("owner/model", "main", tmp_path)
-    collect(source, tmp_path)
+    collect_into(source, tmp_path)
     (cached,) = (tmp_path / "hub_home").rglob("snapshots/*/model.safetensors")
     body = bytearray(cached.read_bytes())
     body[-1] ^= 1
     cached.resolve().write_bytes(body)
-    collect(source, tmp_path)
+    collect_into(source, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == files()["model.safetensors"]
 
 
@@ -211,7 +223,7 @@ def test_throttled_hub_is_waited_for_or_told(hub: Hub, tmp_path: Path) -> None:
     hub.add("owner/model", files())
     source = locate("owner/model", "main", tmp_path)
     hub.failing, hub.failures_left = 429, 2
-    collect(source, tmp_path)
+    collect_into(source, tmp_path)
     hub.failing, hub.failures_left = 429, None
     with pytest.raises(BaseModelError, match=r"slow down \(429\); wait some minutes, or set HF_TOKEN"):
         locate("owner/model", "main", tmp_path)
@@ -233,7 +245,7 @@ def test_branch_and_commit(hub: Hub, tmp_path: Path) -> None:
     other = hub.add("owner/model", files(**{"generation_config.json": b"{}"}), branch="try")
     assert locate("owner/model", "try", tmp_path).revision == other
     assert locate("owner/model", "main", tmp_path).revision == main
-    collect(locate("owner/model", other, tmp_path), tmp_path)
+    collect_into(locate("owner/model", other, tmp_path), tmp_path)
     assert (tmp_path / "generation_config.json").read_bytes() == b"{}"
 
 
@@ -251,9 +263,9 @@ def test_model_with_its_own_code_is_refused_until_this_version_is_trusted(hub: H
     with pytest.raises(
         BaseModelError, match=rf"modeling_new\.NewForCausalLM.*set model.trust_remote_code to owner/new@{commit}"
     ):
-        collect(source, tmp_path)
+        collect_into(source, tmp_path)
     assert not any("model.safetensors" in request for request in hub.requests), "refused before the weights"
-    collect(source, tmp_path, trusted=True)
+    collect_into(source, tmp_path, trusted=True)
     assert (tmp_path / "modeling_new.py").read_bytes() == b"x = 1"
 
 
@@ -261,12 +273,12 @@ def test_code_of_another_repository_is_refused_even_if_trusted(hub: Hub, tmp_pat
     elsewhere = {**OWN_CODE, "auto_map": {"AutoModelForCausalLM": "someone/else--modeling_new.NewForCausalLM"}}
     hub.add("owner/new", changed(elsewhere))
     with pytest.raises(BaseModelError, match=r"another repository \(someone/else--modeling_new"):
-        collect(locate("owner/new", "main", tmp_path), tmp_path, trusted=True)
+        collect_into(locate("owner/new", "main", tmp_path), tmp_path, trusted=True)
 
 
 def test_code_that_transformers_has_itself_is_neither_needed_nor_fetched(hub: Hub, tmp_path: Path) -> None:
     hub.add("owner/llama", changed({"auto_map": OWN_CODE["auto_map"]}, **{"modeling_new.py": b"x = 1"}))
-    collect(locate("owner/llama", "main", tmp_path), tmp_path)
+    collect_into(locate("owner/llama", "main", tmp_path), tmp_path)
     assert not (tmp_path / "modeling_new.py").exists()
 
 
@@ -278,7 +290,7 @@ def test_folder_with_its_own_code_is_named_by_its_content(tmp_path: Path) -> Non
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(BaseModelError, match=f"set model.trust_remote_code to local/mine@{source.revision}"):
-        collect(source, out)
+        collect_into(source, out)
     (folder / "modeling_new.py").write_text("x = 2")
     assert locate("./mine", "main", tmp_path).version != source.version, "other code is another version"
 
@@ -302,4 +314,4 @@ def test_unusable_repository_is_told(hub: Hub, tmp_path: Path, repo: dict[str, b
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(BaseModelError, match=words):
-        collect(locate("owner/odd", "main", tmp_path), out)
+        collect_into(locate("owner/odd", "main", tmp_path), out)

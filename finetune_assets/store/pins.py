@@ -1,0 +1,65 @@
+"""What a branch or tag of the Hub was found to mean when it was asked last.
+
+Only the asset that brings something from the Hub asks it. All others go by this record, so that the steps of a run
+agree while a branch moves, and what the store has stays usable while the Hub is down.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from urllib.parse import quote
+
+from finetune_assets import hub
+from finetune_assets.store.artifacts import ArtifactStore
+from finetune_assets.store.errors import ArtifactMissing
+
+logger = logging.getLogger(__name__)
+
+
+class Pins:
+    """One namespace's records, in the store.
+
+    Args:
+        store: The store.
+        repo_type: What the repositories are.
+        made_by: The asset that asks the Hub.
+    """
+
+    def __init__(self, store: ArtifactStore, repo_type: hub.RepoType, made_by: str) -> None:
+        self.store, self.repo_type, self.made_by = store, repo_type, made_by
+
+    def recorded(self, repo: str, revision: str) -> str:
+        """The commit on record.
+
+        Raises:
+            ArtifactMissing: if there is none.
+        """
+        if commit := self._read(repo, revision):
+            return commit
+        raise ArtifactMissing(f"materialize {self.made_by} first: it asks the Hub which commit {repo}@{revision} is")
+
+    def asked(self, ask: Callable[[], str], repo: str, revision: str) -> str:
+        """Ask the Hub and record what it says; if it is down, the commit on record."""
+        try:
+            commit = ask()
+        except Exception as e:
+            recorded = self._read(repo, revision) if hub.is_down(e) else None
+            if recorded is None:
+                raise
+            logger.warning("the Hub does not answer (%s); going on with %s@%s of the last time", e, repo, recorded)
+            return recorded
+        if commit != self._read(repo, revision):
+            record = {"commit": commit, "asked": datetime.now(UTC).isoformat(timespec="seconds")}
+            self.store.objects.put(self._key(repo, revision), json.dumps(record).encode())
+        return commit
+
+    def _read(self, repo: str, revision: str) -> str | None:
+        try:
+            commit = json.loads(self.store.objects.get(self._key(repo, revision)))["commit"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return commit if hub.is_commit(str(commit)) else None
+
+    def _key(self, repo: str, revision: str) -> str:
+        return f"{self.store.namespace}/pins/{self.repo_type}s/{repo}/{quote(revision, safe='')}.json"
