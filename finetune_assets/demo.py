@@ -54,8 +54,8 @@ def tell(console: Console, trained_before: bool, seconds: float) -> None:
     console.print(measurements(evaluation["metrics"]))
     if trained_before:
         console.print("[bold]Nothing was trained again[/bold]: data, settings and code are those of the last run.")
-    adapter = Path(lineage.adapter().uri.removeprefix("file://"))
-    shown = adapter.relative_to(Path.cwd()) if adapter.is_relative_to(Path.cwd()) else adapter
+    uri = lineage.adapter().uri
+    shown = uri.removeprefix("file://").removeprefix(f"{Path.cwd()}/")
     console.print(f"Done in {seconds:.0f} s. The adapter lies in\n  {shown}", highlight=False, soft_wrap=True)
     console.print(
         "\nSee it:   make ui   (then http://127.0.0.1:3000, Lineage)\n"

@@ -9,8 +9,7 @@ from finetune_assets.assets.partitions import experiments
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import ArtifactRef
-from finetune_assets.store.lineage import EVALUATIONS
+from finetune_assets.store.artifacts import EVALUATIONS, ArtifactRef
 
 EVALUATION = "evaluation.json"
 

@@ -9,8 +9,7 @@ import dagster as dg
 
 from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result, share_check
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import ArtifactRef
-from finetune_assets.store.lineage import RAW
+from finetune_assets.store.artifacts import RAW, ArtifactRef
 
 STATISTICS = "statistics.json"
 QUARANTINE_CHECK = "quarantine"

@@ -10,8 +10,8 @@ from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import ArtifactRef
-from finetune_assets.store.lineage import ADAPTERS, Lineage
+from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
+from finetune_assets.store.lineage import Lineage
 
 STATE = "trainer_state.json"
 

@@ -9,9 +9,8 @@ import dagster as dg
 from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result, share_check
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.artifacts import TOKENIZED, ArtifactRef
 from finetune_assets.store.base_models import is_tokenizer_file
-from finetune_assets.store.lineage import TOKENIZED
 
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
 REFUSED_CHECK = "refused_rows"

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune_assets.config.errors import ConfigError, suggest
-from finetune_assets.config.schema import ExperimentConfig, RawDataConfig
-from finetune_assets.config.validation import impossible_raw_settings, impossible_settings
+from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig
+from finetune_assets.config.validation import impossible_raw_settings, impossible_settings, impossible_store_settings
 
 OVERRIDE = "override"
 EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -90,6 +90,16 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
         layers.append(Layer("FINETUNE_RAW_DATA", OmegaConf.create({"source": source})))
     config = _merge(RawDataConfig, layers, path)
     for key, problem in impossible_raw_settings(config):
+        raise ConfigError(_who_set(key, layers, path), key, problem)
+    return config
+
+
+def load_store_config(configs: Path) -> StoreConfig:
+    """The deployment's settings of what the store keeps."""
+    path = configs / "store.yaml"
+    layers = [_read_layer(path)] if path.exists() else []
+    config = _merge(StoreConfig, layers, path)
+    for key, problem in impossible_store_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
     return config
 

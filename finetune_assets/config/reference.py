@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 from finetune_assets.config.loading import group_of
-from finetune_assets.config.schema import ExperimentConfig, RawDataConfig
+from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig
 
 TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Every setting
@@ -33,7 +33,8 @@ def reference() -> str:
     """The whole page in Markdown."""
     experiment = _tables(ExperimentConfig, "", "An experiment (`configs/experiments/NAME.yaml`)")
     raw = _tables(RawDataConfig, "", "Raw data (`configs/raw_data.yaml`)")
-    return "\n".join([HEAD, *experiment, *raw])
+    store = _tables(StoreConfig, "", "The store (`configs/store.yaml`)")
+    return "\n".join([HEAD, *experiment, *raw, *store])
 
 
 def _tables(schema: type, path: str, title: str) -> Iterator[str]:

@@ -142,6 +142,8 @@ class Training:
     """Report loss, gradient norm, learning rate and tokens per second every so many steps."""
     save_steps: int | None = field(default=200, metadata=NOT_IDENTITY)
     """Keep a checkpoint every so many steps, from which a run that died goes on; `null` keeps none."""
+    save_total_limit: int = not_identity(2)
+    """Newest checkpoints of a training to keep."""
     processes_per_node: str = not_identity("auto")
     """torchrun processes: `auto` (one a GPU, one without any) or a number."""
 
@@ -272,3 +274,16 @@ class RawDataConfig:
     """Share of bad rows over which the blocking check `quarantine` fails. Bad rows are set aside, never dropped."""
     split_salt: str = "finetune-assets"
     """Decides with a row's content which side of the split it falls on. Change it and every row is dealt anew."""
+
+
+@dataclass
+class StoreConfig:
+    """What `finetune-store gc` may remove: `configs/store.yaml`, or these defaults without it."""
+
+    keep_raw: int = 20
+    """Newest versions of the raw data to keep."""
+    keep_adapters: int = 20
+    """Newest adapters of each experiment to keep, with all that they were made from, and their evaluations. Champions
+    stay whatever their age."""
+    keep_days: float = 7.0
+    """Nothing younger is removed, so that what some run is about to publish or to use stays."""

@@ -15,6 +15,7 @@ from finetune_assets.config.schema import (
     Model,
     PromptTemplate,
     RawDataConfig,
+    StoreConfig,
     Tokenization,
     Training,
 )
@@ -60,6 +61,15 @@ def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
             yield f"columns.{field}", f"'{name}' is given twice; a column can be one thing only"
 
 
+def impossible_store_settings(config: StoreConfig) -> Iterator[Problem]:
+    """Everything that is wrong with the store's settings."""
+    for name in ("keep_raw", "keep_adapters"):
+        if getattr(config, name) < 1:
+            yield name, f"{getattr(config, name)} must be at least 1"
+    if not 0 <= config.keep_days < math.inf:
+        yield "keep_days", f"{config.keep_days} must be a number of days"
+
+
 def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
     tokens, training, lora = config.data.tokenization, config.training, config.lora
     at_least_one = {
@@ -71,6 +81,7 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "training.eval_steps": training.eval_steps,
         "training.logging_steps": training.logging_steps,
         "training.save_steps": training.save_steps,
+        "training.save_total_limit": training.save_total_limit,
         "lora.rank": lora.rank,
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
         **{f"lora.rank_pattern.{name}": rank for name, rank in lora.rank_pattern.items()},

@@ -43,7 +43,11 @@ def run(spec: JobSpec) -> ArtifactRef:
     cache = store.cache
     # Two attempts at one fingerprint would write over one another's checkpoints
     doing = f"makes {spec.kind}/{spec.fingerprint}"
-    with cache.alone(f"job-{spec.fingerprint}", doing), _scratch(spec) as scratch, cache.workspace("job") as folder:
+    with (
+        cache.alone(f"job-{spec.fingerprint}", doing),
+        _scratch(spec, cache.scratch(spec.fingerprint)) as scratch,
+        cache.workspace("job") as folder,
+    ):
         (folder / "config.yaml").write_text(spec.config, encoding="utf-8")
         (folder / "made_from.json").write_text(json.dumps(spec.made_from), encoding="utf-8")
         with in_dagster_run():
@@ -63,9 +67,8 @@ def run(spec: JobSpec) -> ArtifactRef:
 
 
 @contextmanager
-def _scratch(spec: JobSpec) -> Iterator[Path]:
-    """A folder by fingerprint that keeps what a job that fails has put there, and goes once it succeeds."""
-    folder = Path(spec.cache) / "scratch" / spec.fingerprint
+def _scratch(spec: JobSpec, folder: Path) -> Iterator[Path]:
+    """A folder that keeps what a job that fails has put there, and goes once it succeeds."""
     if spec.replace:
         shutil.rmtree(folder, ignore_errors=True)  # made anew, not gone on with
     _made(folder)

@@ -20,7 +20,9 @@ from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, p
 from finetune_assets.store.objects import CHUNK, Objects, boto3_client
 
 MANIFEST = "manifest.json"
-BASE_MODELS = "base-models"
+RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "tokenized", "adapters", "evaluations"
+IMPORTS = "imports"
+"""Kind of adapters that were brought in from a folder to begin from."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 

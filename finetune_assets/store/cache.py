@@ -3,6 +3,7 @@
 It is bounded: what was used least recently goes first, and never what some process is using.
 """
 
+import hashlib
 import logging
 import os
 import shutil
@@ -106,6 +107,15 @@ class Entry:
         return [
             path for path in self.folder.rglob("*") if path.is_symlink() or (path.is_file() and path not in expected)
         ]
+
+    def damaged(self) -> list[str]:
+        """Read every file that is here; the paths of those that are not what the manifest says."""
+        manifest = self.manifest()
+        if manifest is None:
+            return [self.manifest_file.name]
+        here = (entry for entry in manifest.files if (self.folder / entry.path).is_file())
+        bad = [entry.path for entry in here if _sha256(self.folder / entry.path) != entry.sha256]
+        return bad + [path.relative_to(self.folder).as_posix() for path in self.unexpected(manifest)]
 
     def size(self) -> int:
         """Bytes, with those that a fetch under way has yet to bring."""
@@ -229,6 +239,23 @@ class NodeCache:
             found.append(Cached(entry, entry.size(), used, not free))
         return found
 
+    def scratch(self, fingerprint: str) -> Path:
+        """A folder that outlives a job that fails, for the next attempt at the same fingerprint."""
+        return self.root / "scratch" / fingerprint
+
+    def old_scratch(self, before: datetime, dry_run: bool) -> list[Path]:
+        """Scratch folders that no job has written to since a moment; removed unless `dry_run`."""
+        old = []
+        for folder in self.root.glob("scratch/*/"):
+            touched = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+            lock = Lock(self.root / "locks" / f"job-{folder.name}.alone")
+            if touched < before.timestamp() and lock.acquire(blocking=False):
+                if not dry_run:
+                    shutil.rmtree(folder, ignore_errors=True)
+                lock.release(remove=True)
+                old.append(folder)
+        return old
+
     @contextmanager
     def workspace(self, prefix: str) -> Iterator[Path]:
         """A folder that goes when the context ends; if the process dies first, with the next one that is made."""
@@ -271,6 +298,11 @@ class NodeCache:
 def stamp(manifest: Manifest) -> int:
     """The time that verified files of an artifact bear (nanoseconds since 1970); writing to one changes it."""
     return int(datetime.fromisoformat(manifest.created).timestamp()) * 10**9
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -22,14 +22,20 @@ from finetune_assets.config.schema import RawDataConfig
 from finetune_assets.data import sources
 from finetune_assets.data.sources import Source, open_source
 from finetune_assets.store import base_models
-from finetune_assets.store.artifacts import BASE_MODELS, ArtifactRef, ArtifactStore, folder_hashes
+from finetune_assets.store.artifacts import (
+    ADAPTERS,
+    BASE_MODELS,
+    EVALUATIONS,
+    IMPORTS,
+    RAW,
+    TOKENIZED,
+    ArtifactRef,
+    ArtifactStore,
+    folder_hashes,
+)
 from finetune_assets.store.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.pins import Pins
-
-RAW, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "tokenized", "adapters", "evaluations"
-IMPORTS = "imports"
-"""Kind of adapters that were brought in from a folder to begin from."""
 
 
 class RawLineage:

@@ -18,18 +18,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 WEIGHTS, STATE, LOG = "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"
-KEPT = 2
 logger = logging.getLogger(__name__)
 
 
-def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, Any]) -> None:
-    """Write `folder/step-N` whole or not at all, and remove all but the newest `KEPT`.
+def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, Any], keep: int) -> None:
+    """Write `folder/step-N` whole or not at all, and remove all but the newest.
 
     Args:
         folder: Holds the checkpoints of one training.
         model: Its adapter is saved.
         parts: Whatever has a `state_dict`, by name.
         log: JSON; `log["step"]` is the number of steps done.
+        keep: How many checkpoints stay.
     """
     target = folder / f"step-{log['step']:08d}"
     partial = folder / f".{target.name}.{os.getpid()}"
@@ -39,7 +39,7 @@ def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, A
     (partial / LOG).write_text(json.dumps(log), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    for old in _checkpoints(folder)[:-KEPT]:
+    for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 

@@ -335,7 +335,8 @@ class LoraFinetune:
     def _save_checkpoint_if_due(self) -> None:
         if self._saves_at(self.log.step):
             if self.process.reports:
-                checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log))
+                keep = self.training.save_total_limit
+                checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log), keep)
             self.process.barrier()
 
     def _write_output(self) -> None:

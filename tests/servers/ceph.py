@@ -181,7 +181,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def main() -> None:
-    """Run one until Ctrl-C, and print what a client needs: `python -m tests.servers.ceph FOLDER`."""
+    """Run one until Ctrl-C, and print what a client needs: `python tests/servers/ceph.py FOLDER`."""
     import sys
 
     with running(Path(sys.argv[1]).resolve()) as server:
