@@ -1,7 +1,9 @@
 """What tests share: a project of their own, the real data beside the project, and the rule on skipping."""
 
+import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +11,12 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 from paths import ROOT, SHARED
 from projects import TestProject
+from servers import ceph as ceph_server
 from servers import hub as hub_server
+from servers import proxy as proxy_server
 from servers.hub import Hub
+from servers.proxy import Proxy
+from servers.s3 import Bucket
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +24,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test asks the real Hub; those that need one start their own."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    for name in ("FINETUNE_CONFIGS", "FINETUNE_STORE", "FINETUNE_CACHE", "FINETUNE_NAMESPACE", "FINETUNE_RAW_DATA"):
-        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith(("FINETUNE_", "AWS_")):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -61,6 +68,55 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         )
         HfFileSystem.clear_instance_cache()
         yield running
+
+
+@pytest.fixture(scope="session")
+def _moto() -> Iterator[str]:
+    """moto's S3 server: quick, and kind. What only a real server refuses is tested with `ceph`."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def _ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ceph_server.Ceph]:
+    if missing := ceph_server.missing():
+        pytest.skip(f"{missing} is not installed (Debian: radosgw ceph-mon ceph-osd ceph-common)")
+    with ceph_server.running(tmp_path_factory.mktemp("ceph")) as running:
+        yield running
+
+
+@pytest.fixture
+def moto(_moto: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket of moto's, which the environment points to."""
+    return _bucket(_moto, monkeypatch)
+
+
+@pytest.fixture
+def ceph(_ceph: ceph_server.Ceph, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket of a real S3 server, which the environment points to."""
+    return _bucket(_ceph.url, monkeypatch)
+
+
+@pytest.fixture
+def proxied(ceph: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before the real S3 server, which the environment points to instead; counts, and does what it is told."""
+    with proxy_server.running(ceph.endpoint) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", running.url)
+        yield running
+
+
+def _bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    for name, value in ceph_server.environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    bucket = Bucket(f"tests-{uuid.uuid4().hex[:12]}", endpoint)
+    bucket.client.create_bucket(Bucket=bucket.name)
+    return bucket
 
 
 @pytest.fixture(scope="session")

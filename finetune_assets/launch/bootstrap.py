@@ -41,10 +41,9 @@ def run(spec: JobSpec) -> ArtifactRef:
     """
     store = open_store(spec.store, spec.namespace, Path(spec.cache), spec.cache_limit)
     cache = store.cache
-    # Two attempts at one fingerprint would write over one another's checkpoints
     doing = f"makes {spec.kind}/{spec.fingerprint}"
     with (
-        cache.alone(f"job-{spec.fingerprint}", doing),
+        cache.alone(f"job-{spec.fingerprint}", doing),  # two would write over one another's checkpoints
         _scratch(spec, cache.scratch(spec.fingerprint)) as scratch,
         cache.workspace("job") as folder,
     ):

@@ -12,6 +12,7 @@ FINETUNE_RAW_DATA: wins over `source` in `configs/raw_data.yaml`.
 
 import getpass
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,15 @@ def cache_limit() -> int:
         raise StoreError(f"FINETUNE_CACHE_LIMIT: '{said}' is not a size; write it as 200GB") from e
 
 
-def store() -> ArtifactStore:
-    return open_store(store_url(), namespace(), cache(), cache_limit(), s3_client)
-
-
 def s3_client() -> Any:
     """boto3's client of S3, as Dagster's resource makes it from the environment."""
     from dagster_aws.s3 import S3Resource
 
     return S3Resource().get_client()
+
+
+def store(connect: Callable[[], Any] = s3_client) -> ArtifactStore:
+    return open_store(store_url(), namespace(), cache(), cache_limit(), connect)
 
 
 def raw_data() -> str | None:

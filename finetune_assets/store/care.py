@@ -157,12 +157,8 @@ def plan(found: Inventory, namespace: str, config: StoreConfig, now: datetime | 
     staying = _staying(found, namespace, config, limit)
     going = [artifact for artifact in found.artifacts if artifact.prefix not in staying]
     named = {(artifact.prefix, artifact.manifest.folder) for artifact in found.artifacts}
-    removals = [
-        _removal(
-            found, artifact.prefix, artifact.manifest.folder, f"{artifact.kind}: nothing that is kept refers to it"
-        )
-        for artifact in going
-    ]
+    why = "nothing that is kept refers to it"
+    removals = [_removal(found, artifact.prefix, artifact.manifest.folder, why) for artifact in going]
     for (prefix, attempt), files in found.attempts.items():
         ours = prefix.startswith((f"{namespace}/", f"{BASE_MODELS}/"))
         young = max(file.modified for file in files) >= limit

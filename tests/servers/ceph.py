@@ -64,7 +64,6 @@ rgw_data = {folder}/rgw
 rgw_frontends = beast endpoint=127.0.0.1:{port}
 rgw_thread_pool_size = 64
 rgw_enable_usage_log = false
-rgw_enable_gc_threads = true
 rgw_gc_obj_min_wait = 5
 rgw_gc_processor_period = 5
 """
@@ -84,14 +83,16 @@ class Ceph:
     folder: Path
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
-    def environment(self) -> dict[str, str]:
-        """What a client needs."""
-        return {
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_ENDPOINT_URL_S3": self.url,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+
+def environment(url: str) -> dict[str, str]:
+    """What a client needs of the environment."""
+    return {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_ENDPOINT_URL_S3": url,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
 
 
 def missing() -> str | None:
@@ -185,7 +186,7 @@ def main() -> None:
     import sys
 
     with running(Path(sys.argv[1]).resolve()) as server:
-        print(json.dumps(server.environment()), flush=True)
+        print(json.dumps(environment(server.url)), flush=True)
         signal.pause()
 
 
