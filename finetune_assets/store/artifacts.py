@@ -99,12 +99,18 @@ class ArtifactStore:
         """The manifest of that name, checked, or None."""
         key = f"{self.prefix(kind, name)}/{MANIFEST}"
         try:
-            manifest = parse(self.objects.get(key), f"{self.url}/{key}")
+            manifest = self._parsed(key)
         except FileNotFoundError:
             return None
         if manifest.kind != kind or (kind != BASE_MODELS and manifest.fingerprint != name):
             raise ManifestError(f"{self.url}/{key}: refused, it is of another artifact ({manifest.fingerprint})")
         return manifest
+
+    def _parsed(self, key: str) -> Manifest:
+        try:
+            return parse(self.objects.get(key), f"{self.url}/{key}")
+        except ManifestError:  # a byte that flipped on the way is right the second time
+            return parse(self.objects.get(key), f"{self.url}/{key}")
 
     def publish(
         self,
@@ -233,8 +239,14 @@ class ArtifactStore:
 
     def _fetch_file(self, key: str, entry: FileEntry, target: Path, progress: Progress) -> None:
         for _ in range(2):  # a byte that flipped on the way is right the second time
-            if self.objects.persistently(key, lambda: self._copy(key, entry, target, progress)):
-                return
+            try:
+                if self.objects.persistently(key, lambda: self._copy(key, entry, target, progress)):
+                    return
+            except FileNotFoundError as e:
+                raise CorruptArtifact(
+                    f"{self.url}/{key}: named by the manifest, missing in the store; materialize its asset again with "
+                    "force"
+                ) from e
         raise CorruptArtifact(
             f"{self.url}/{key}: size or sha256 differs from its manifest; materialize its asset again with force to "
             "replace it"
@@ -252,10 +264,6 @@ class ArtifactStore:
                     digest.update(chunk)
                     out.write(chunk)
                     progress.add(len(chunk))
-        except FileNotFoundError as e:
-            raise CorruptArtifact(
-                f"{self.url}/{key}: named by the manifest, missing in the store; materialize its asset again with force"
-            ) from e
         finally:
             whole = size == entry.size and digest.hexdigest() == entry.sha256
             if not whole:
@@ -276,7 +284,11 @@ class ArtifactStore:
 
             def read(file: FileEntry) -> None:
                 key = f"{self.prefix(kind, name)}/{manifest.folder}/{file.path}"
-                if not self.objects.persistently(key, lambda: self._is_whole(key, file, progress)):
+                try:
+                    whole = self.objects.persistently(key, lambda: self._is_whole(key, file, progress))
+                except FileNotFoundError:
+                    whole = False
+                if not whole:
                     bad.append(file.path)
 
             in_parallel([lambda file=file: read(file) for file in manifest.files], progress)  # type: ignore[misc]
@@ -284,13 +296,10 @@ class ArtifactStore:
 
     def _is_whole(self, key: str, entry: FileEntry, progress: Progress) -> bool:
         digest, size = hashlib.sha256(), 0
-        try:
-            for chunk in self.objects.stream(key):
-                digest.update(chunk)
-                size += len(chunk)
-                progress.add(len(chunk))
-        except FileNotFoundError:
-            return False
+        for chunk in self.objects.stream(key):
+            digest.update(chunk)
+            size += len(chunk)
+            progress.add(len(chunk))
         return size == entry.size and digest.hexdigest() == entry.sha256
 
     def prefix(self, kind: str, name: str) -> str:

@@ -95,7 +95,7 @@ def boto3_client() -> Any:
     """A client of S3 as the environment has it: AWS_* variables, profile, or the machine's role."""
     import boto3
 
-    return boto3.client("s3")
+    return boto3.Session().client("s3")
 
 
 class Objects:
@@ -208,7 +208,9 @@ class Objects:
             with self.explained(keys[0]):
                 try:
                     obstore.delete(self.backend, keys)
-                except FileNotFoundError:
+                except FileNotFoundError as e:
+                    if _code(e) == "NoSuchBucket":
+                        raise
                     for key in keys:
                         _delete_if_there(self.backend, key)
         if self.is_local:
@@ -353,8 +355,9 @@ def _remove_empty_folders(root: Path, keys: Iterable[str]) -> None:
 
 def _code(error: Exception) -> str:
     """S3's own name for what is wrong."""
-    found = re.search(r"<Code>(\w+)</Code>", str(error))
-    return found[1] if found else ""
+    if found := re.search(r"<Code>(\w+)</Code>", str(error)):
+        return found[1]
+    return "PermanentRedirect" if "redirect without LOCATION" in str(error) else ""
 
 
 def _kind(error: Exception) -> str:

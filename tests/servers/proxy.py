@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-What = Literal["delay", "throttle", "cut", "cut_request", "refuse", "flip", "flip_request", "wrong_length", "status"]
+What = Literal[
+    "delay", "throttle", "cut", "cut_request", "drop_answer", "refuse", "flip", "flip_request", "wrong_length", "status"
+]
 BLOCK = 64 << 10
 
 
@@ -24,9 +26,10 @@ class Fault:
     Attributes:
         match: Regular expression over `METHOD /path?query`.
         what: `delay` answers after `seconds`; `throttle` sends `rate` bytes a second; `cut` closes the connection after
-            `after` bytes of the answer's body, `cut_request` after as many of the request's; `refuse` closes it at
-            once; `flip` changes the byte at `after` of the answer's body, `flip_request` of the request's;
-            `wrong_length` promises more bytes than come; `status` answers with `status` and S3's XML of `code`.
+            `after` bytes of the answer's body, `cut_request` after as many of the request's, `drop_answer` before the
+            answer to a request that was carried out; `refuse` closes it at once; `flip` changes the byte at `after` of
+            the answer's body, `flip_request` of the request's; `wrong_length` promises more bytes than come; `status`
+            answers with `status` and S3's XML of `code`.
         times: To so many requests; None for all.
     """
 
@@ -129,7 +132,7 @@ def _exchange(proxy: Proxy, client: socket.socket, stream, head: bytes) -> None:
             upstream.sendall(block)
         answers = upstream.makefile("rb")
         answer = _head(answers)
-        if not answer:
+        if not answer or fault.what == "drop_answer":
             raise _Cut
         time.sleep(fault.seconds)
         length = _header(answer, "content-length")

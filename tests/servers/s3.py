@@ -27,7 +27,7 @@ class Bucket:
     def client(self) -> Any:
         return boto3.client("s3", endpoint_url=self.endpoint)
 
-    def keys(self) -> list[str]:
+    def listed(self) -> list[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
         return sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
 

@@ -1,0 +1,222 @@
+"""What networks and servers do to a transfer, on a real S3 server behind a proxy that does it.
+
+Whatever can be helped by trying again ends well; the rest ends in one clear error. Neither leaves a half artifact.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from servers import ceph as ceph_server
+from servers.proxy import Fault, Proxy
+from servers.s3 import Bucket
+from store.folders import contents, make_folder
+
+from finetune_assets.store import objects
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
+from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
+from finetune_assets.store.manifest import ManifestError
+
+MANIFEST, BODY = r"^GET .*manifest\.json", r"^GET .*big\.bin"
+PUT_SMALL, PUT_MANIFEST = r"^PUT .*small\.txt", r"^PUT .*manifest\.json"
+BEGIN, PART, END = r"^POST .*uploads", r"^PUT .*partNumber", r"^POST .*uploadId"
+READING, WRITING = {"manifest": MANIFEST, "body": BODY}, {"small": PUT_SMALL, "begin": BEGIN, "part": PART, "end": END}
+WRITING["manifest"] = PUT_MANIFEST
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same retries, sooner."""
+    monkeypatch.setattr(objects, "RETRIES", {**objects.RETRIES, "max_retries": 2})
+    monkeypatch.setattr(objects, "TIMEOUTS", {**objects.TIMEOUTS, "read_timeout": "1s"})
+    monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.05)
+    objects._s3_store.cache_clear()
+
+
+@pytest.fixture
+def store(proxied: Proxy, ceph: Bucket, tmp_path: Path) -> ArtifactStore:
+    return open_store(ceph.url, "me", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "made")
+
+
+@pytest.fixture
+def ref(store: ArtifactStore, folder: Path) -> ArtifactRef:
+    return store.publish(folder, "raw", "f1", "f1", {})
+
+
+def passing(match: str) -> dict[str, Fault]:
+    """Faults that trying again helps against."""
+    return {
+        "500 twice": Fault(match, "status", 2),
+        "503 twice": Fault(match, "status", 2, status=503, code="SlowDown"),
+        "429 twice": Fault(match, "status", 2, status=429, code="SlowDown"),
+        "500 five times": Fault(match, "status", 5),
+        "refused": Fault(match, "refuse", 2),
+        "stalled": Fault(match, "delay", 1, seconds=2.5),
+    }
+
+
+WHILE_READING = {
+    "cut": Fault(BODY, "cut", 2, after=5_000_000),
+    "cut in the head": Fault(BODY, "cut", 1, after=0),
+    "flipped": Fault(BODY, "flip", 1, after=7_000_000),
+    "longer than it says": Fault(BODY, "wrong_length", 1),
+    "slow": Fault(BODY, "throttle", 1, rate=40_000_000),
+    "manifest cut": Fault(MANIFEST, "cut", 2, after=20),
+    "manifest longer than it says": Fault(MANIFEST, "wrong_length", 1),
+    **{f"{part}: {name}": fault for part, match in READING.items() for name, fault in passing(match).items()},
+}
+WHILE_WRITING = {
+    "part cut": Fault(PART, "cut_request", 2, after=1_000_000),
+    "part flipped": Fault(PART, "flip_request", 1, after=1_000_000),
+    "small file flipped": Fault(PUT_SMALL, "flip_request", 1, after=2),
+    "manifest flipped": Fault(PUT_MANIFEST, "flip_request", 1, after=30),
+    "answer to a part lost": Fault(PART, "drop_answer", 1),
+    "answer to the end lost": Fault(END, "cut", 1, after=0),
+    "answer to the manifest lost": Fault(PUT_MANIFEST, "drop_answer", 1),
+    **{f"{part}: {name}": fault for part, match in WRITING.items() for name, fault in passing(match).items()},
+}
+
+
+@pytest.mark.parametrize("name", WHILE_READING)
+def test_reading_goes_on(store: ArtifactStore, ref: ArtifactRef, folder: Path, proxied: Proxy, name: str) -> None:
+    fault = WHILE_READING[name]
+    proxied.faults.append(Fault(**vars(fault)))
+    assert contents(store.fetch(ref)) == contents(folder)
+    assert proxied.faults[0].times == 0, "the fault has happened"
+
+
+@pytest.mark.parametrize("name", WHILE_WRITING)
+def test_writing_goes_on(
+    store: ArtifactStore, folder: Path, proxied: Proxy, ceph: Bucket, name: str, tmp_path: Path
+) -> None:
+    fault = WHILE_WRITING[name]
+    proxied.faults.append(Fault(**vars(fault)))
+    ref = store.publish(folder, "raw", "f1", "f1", {})
+    assert proxied.faults[0].times == 0, "the fault has happened"
+    assert contents(open_store(ceph.url, "me", tmp_path / "other").fetch(ref)) == contents(folder)
+    assert len(ceph.listed()) == 4
+    if name != "begin: stalled":  # then nobody knows the first upload's name; garbage collection ends it
+        assert "Uploads" not in ceph.client.list_multipart_uploads(Bucket=ceph.name)
+
+
+LASTING = [
+    ("500", (500, "InternalError"), r"500 .*try again later"),
+    ("503", (503, "SlowDown"), r"503.*try again later"),
+    ("expired", (400, "ExpiredToken"), r"credentials have expired; log in again"),
+    ("expired, as some say it", (403, "RequestExpired"), r"credentials have expired"),
+    ("wrong key", (403, "InvalidAccessKeyId"), r"does not know this access key"),
+    ("wrong secret", (403, "SignatureDoesNotMatch"), r"secret key is not the access key's"),
+    ("forbidden", (403, "AccessDenied"), r"not allowed; the credentials need s3:ListBucket"),
+    ("no bucket", (404, "NoSuchBucket"), r"no such bucket; create it, or correct FINETUNE_STORE"),
+    ("region", (301, "PermanentRedirect"), r"another region; set AWS_DEFAULT_REGION"),
+    ("clock", (403, "RequestTimeTooSkewed"), r"clock is wrong"),
+    ("quota", (403, "QuotaExceeded"), r"no space left; free some, or raise the quota"),
+]
+
+
+@pytest.mark.parametrize(("answer", "words"), [case[1:] for case in LASTING], ids=[case[0] for case in LASTING])
+@pytest.mark.parametrize("what", [*READING, *(f"write {name}" for name in WRITING)])
+def test_what_cannot_be_helped_is_one_clear_error(
+    store: ArtifactStore, folder: Path, proxied: Proxy, ceph: Bucket, what: str, answer: tuple[int, str], words: str
+) -> None:
+    writes = what.startswith("write ")
+    match = WRITING[what.removeprefix("write ")] if writes else READING[what]
+    kept = None if writes else store.publish(folder, "raw", "f1", "f1", {})
+    proxied.faults.append(Fault(match, "status", None, status=answer[0], code=answer[1]))
+    with pytest.raises(StoreError, match=words) as error:
+        store.fetch(kept) if kept else store.publish(folder, "raw", "f1", "f1", {})
+    told = str(error.value)
+    assert told.count("\n") == 0
+    assert told.startswith(ceph.url)
+    proxied.faults.clear()
+    if kept:
+        assert contents(store.fetch(kept)) == contents(folder), "nothing was lost"
+    else:
+        assert store.find("raw", "f1") is None, "nothing half is visible"
+        assert contents(store.fetch(store.publish(folder, "raw", "f1", "f1", {}))) == contents(folder)
+
+
+def test_byte_that_flips_each_time_is_never_read(
+    store: ArtifactStore, ref: ArtifactRef, folder: Path, proxied: Proxy, tmp_path: Path
+) -> None:
+    proxied.faults.append(Fault(BODY, "flip", None, after=9_000_000))
+    with pytest.raises(CorruptArtifact, match=r"big\.bin: size or sha256 differs"):
+        store.fetch(ref)
+    assert not list((tmp_path / "cache").rglob("big.bin"))
+    proxied.faults.clear()
+    assert contents(store.fetch(ref)) == contents(folder)
+
+
+def test_manifest_with_a_flipped_byte_is_refused(store: ArtifactStore, ref: ArtifactRef, proxied: Proxy) -> None:
+    proxied.faults.append(Fault(MANIFEST, "flip", None, after=100))
+    with pytest.raises(ManifestError, match=r"manifest\.json: not as it was written"):
+        store.fetch(ref)
+    proxied.faults[:] = [Fault(MANIFEST, "flip", 1, after=100)]
+    store.fetch(ref)
+
+
+def test_truncated_object_of_right_length_header_is_refused(
+    store: ArtifactStore, ref: ArtifactRef, ceph: Bucket
+) -> None:
+    (key,) = (key for key in ceph.listed() if key.endswith("small.txt"))
+    ceph.put(key, b"smal")
+    with pytest.raises(CorruptArtifact, match=r"small\.txt: size or sha256 differs"):
+        store.fetch(ref)
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_real_refusal_of_credentials(
+    ceph: Bucket, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, ceph_server.SECRET_KEY[::-1])
+    store = open_store(ceph.url, "me", tmp_path / "cache")
+    for act in (lambda: store.find("raw", "f1"), lambda: store.publish(folder, "raw", "f1", "f1", {})):
+        with pytest.raises(StoreError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") as error:
+            act()
+        assert ceph_server.SECRET_KEY[::-1] not in str(error.value) or name == "AWS_ACCESS_KEY_ID"
+
+
+def test_real_missing_bucket(ceph: Bucket, tmp_path: Path, folder: Path) -> None:
+    store = open_store("s3://nobody-made-this-one/prefix", "me", tmp_path / "cache")
+    acts: list[Callable[[], object]] = [
+        lambda: store.find("raw", "f1"),
+        lambda: store.publish(folder, "raw", "f1", "f1", {}),
+        lambda: store.objects.upload("x", 30 << 20, lambda: iter([b"x" * (30 << 20)])),
+        lambda: list(store.objects.listing()),
+        lambda: store.objects.delete(["x"]),
+    ]
+    for act in acts:
+        with pytest.raises(StoreError, match=r"no such bucket; create it, or correct FINETUNE_STORE"):
+            act()
+
+
+def test_artifact_that_was_removed_meanwhile_is_told(store: ArtifactStore, ref: ArtifactRef, ceph: Bucket) -> None:
+    for key in ceph.listed():
+        ceph.client.delete_object(Bucket=ceph.name, Key=key)
+    with pytest.raises(ArtifactMissing, match="no longer in the store; materialize it again"):
+        store.fetch(ref)
+
+
+def test_file_that_changes_while_it_is_published_is_refused(
+    store: ArtifactStore, folder: Path, ceph: Bucket, proxied: Proxy
+) -> None:
+    with pytest.raises(StoreError, match=r"small\.txt: changed while it was published"):
+        store.publish(folder, "raw", "f1", "f1", {}, expected={"sub/small.txt": "0" * 64})
+    assert ceph.listed() == [], "what was stored already is removed"
+
+
+def test_upload_that_died_is_found_and_ended(store: ArtifactStore, ceph: Bucket) -> None:
+    ceph.client.create_multipart_upload(Bucket=ceph.name, Key="some/prefix/me/raw/f9/x/big.bin")
+    ceph.client.create_multipart_upload(Bucket=ceph.name, Key="some/prefix/you/raw/f9/x/big.bin")
+    soon, before = datetime.now(UTC) + timedelta(minutes=1), datetime.now(UTC) - timedelta(minutes=1)
+    assert store.objects.abort_uploads("me/", before, dry_run=False) == []
+    assert store.objects.abort_uploads("me/", soon, dry_run=True) == ["me/raw/f9/x/big.bin"]
+    assert store.objects.abort_uploads("me/", soon, dry_run=False) == ["me/raw/f9/x/big.bin"]
+    (left,) = ceph.client.list_multipart_uploads(Bucket=ceph.name)["Uploads"]
+    assert left["Key"] == "some/prefix/you/raw/f9/x/big.bin"
