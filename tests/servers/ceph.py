@@ -61,7 +61,7 @@ osd_data = {folder}/osd
 
 [client.rgw]
 rgw_data = {folder}/rgw
-rgw_frontends = beast endpoint=127.0.0.1:{port}
+rgw_frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw_thread_pool_size = 64
 rgw_enable_usage_log = false
 rgw_gc_obj_min_wait = 5
