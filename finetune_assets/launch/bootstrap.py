@@ -120,7 +120,7 @@ def _run_worker(command: list[str], folder: Path, processes: int) -> None:
         **os.environ,
         ERROR_FILE: str(told),
         TORCHRUN_ERROR_FILE: str(crashed),
-        "HF_HUB_OFFLINE": "1",  # a worker reads folders; it never asks the Hub
+        "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }

@@ -29,12 +29,26 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def forbid_hub() -> None:
+    """See to it that this process reads folders and never asks the Hub.
+
+    Raises:
+        RuntimeError: if the Hub's client is loaded already and may ask.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from huggingface_hub import constants  # reads the variable when it is first imported
+
+    if not constants.HF_HUB_OFFLINE:
+        raise RuntimeError("a worker must not ask the Hub: huggingface_hub was imported before HF_HUB_OFFLINE was set")
+
+
 def run_worker(module: str) -> None:
     """Run `module.main()` as a worker: it ends with its parent, and leaves its error where the launcher looks.
 
     The module is imported here, so that an import that fails is told like any other error.
     """
     die_with_parent()
+    forbid_hub()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
     warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
     from torch.distributed.elastic.multiprocessing.errors import record

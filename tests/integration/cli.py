@@ -9,11 +9,17 @@ def materialize(
     select: str = "*", partition: str | None = "demo", overrides: list[str] | None = None, force: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run it and return exit code and output (stdout and stderr together, in `stdout`)."""
+    command = materialize_command(select, partition, overrides, force)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+
+
+def materialize_command(
+    select: str, partition: str | None = "demo", overrides: list[str] | None = None, force: bool = False
+) -> list[str]:
     config = {"resources": {"project": {"config": {"overrides": overrides or [], "force": force}}}}
     command = [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "finetune_assets.definitions"]
     command += ["--select", select, "--config-json", json.dumps(config)]
-    command += ["--partition", partition] if partition else []
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return command + (["--partition", partition] if partition else [])
 
 
 def reused(run: subprocess.CompletedProcess[str]) -> set[str]:

@@ -39,9 +39,42 @@ def test_gated_model_and_dataset_become_an_adapter_that_names_their_commits(
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
     assert TOKEN not in first.stdout
 
+    asked = [request for request in hub.requests if "/revision/main" in request]
+    assert len(asked) == 2, "each branch was asked for once, by the asset that brings it"
     hub.failing = 500
     shutil.rmtree(tmp_path / "hub_home")
-    monkeypatch.setenv("FINETUNE_RAW_DATA", f"hf://datasets/owner/rows@{rows}")
-    again = materialize(overrides=[*SHORT, f"model.revision={model}"])
+    again = materialize(overrides=SHORT)
     assert again.returncode == 0, again.stdout
     assert len(reused(again)) == 5
+    assert f"going on with owner/model@{model} of the last time" in again.stdout
+
+
+def test_moved_branch_makes_a_new_artifact_beside_the_old(project: TestProject, hub: Hub) -> None:
+    files = {p.name: p.read_bytes() for p in PACKAGED["demo-base"].iterdir()}
+    old = hub.add("owner/model", files)
+    demo = project.configs / "experiments" / "demo.yaml"
+    demo.write_text(demo.read_text().replace("base_model: demo-base", "base_model: owner/model"))
+    assert materialize("cached_base_model").returncode == 0
+    new = hub.add("owner/model", {**files, "generation_config.json": b"{}"})
+    raw = materialize("dolly_raw,tokenized_dataset")
+    assert raw.returncode == 0, raw.stdout
+    dataset = project.store.manifest("tokenized", project.published("tokenized")[0])
+    model = project.store.manifest("base-models", f"owner/model/{old}")
+    assert dataset
+    assert model
+    assert dataset.made_from["cached_base_model"] == model.fingerprint, "it goes on with what it began with"
+    assert materialize("cached_base_model").returncode == 0
+    for commit in (old, new):
+        assert project.store.verify("base-models", f"owner/model/{commit}") == []
+    pinned = project.store.objects.get("tests/pins/models/owner/model/main.json")
+    assert json.loads(pinned)["commit"] == new
+
+
+def test_what_was_never_asked_for_is_told(project: TestProject, hub: Hub) -> None:
+    demo = project.configs / "experiments" / "demo.yaml"
+    demo.write_text(demo.read_text().replace("base_model: demo-base", "base_model: owner/model"))
+    assert materialize("dolly_raw", partition=None).returncode == 0
+    run = materialize("tokenized_dataset")
+    assert run.returncode == 1
+    assert "materialize cached_base_model first: it asks the Hub which commit owner/model@main is" in run.stdout
+    assert hub.requests == []

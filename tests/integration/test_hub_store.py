@@ -1,0 +1,106 @@
+"""Many runs want one model of the Hub at once: it is downloaded once, whether they share a machine or only a store."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from integration.cli import materialize, materialize_command
+from projects import TestProject
+from servers import proxy as proxy_server
+from servers.hub import Hub
+from servers.proxy import Fault, Proxy
+from servers.s3 import Bucket
+
+from finetune_assets.store.artifacts import open_store
+from finetune_assets.store.base_models import PACKAGED
+
+PROCESSES = 8
+FILES = 5
+"""Of the model, those that training reads."""
+WEIGHTS = r"/resolve/.*model\.safetensors"
+
+ASK = """
+import logging
+import dagster as dg
+from finetune_assets.assets.cached_base_model import cached_base_model
+from finetune_assets.resources.project import Project
+from finetune_assets.store.io_manager import ArtifactIOManager
+project = Project()
+resources = {"project": project, "io_manager": ArtifactIOManager(project=project)}
+run = dg.materialize([cached_base_model], partition_key="demo", resources=resources)
+print(project.store().fetch(run.output_for_node("cached_base_model")))
+"""
+
+
+@pytest.fixture
+def commit(project: TestProject, hub: Hub) -> str:
+    demo = project.configs / "experiments" / "demo.yaml"
+    demo.write_text(demo.read_text().replace("base_model: demo-base", "base_model: owner/model"))
+    return hub.add("owner/model", {path.name: path.read_bytes() for path in PACKAGED["demo-base"].iterdir()})
+
+
+def environment(node: Path) -> dict[str, str]:
+    """Of a machine of its own."""
+    return {**os.environ, "FINETUNE_CACHE": str(node / "cache"), "HF_HOME": str(node / "hub")}
+
+
+def run_at_once(command: list[str], environments: list[dict[str, str]]) -> list[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command, env=one, **pipes) for one in environments]  # type: ignore[call-overload]
+    ended = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(ended)
+    return ended
+
+
+def downloads(hub: Hub) -> int:
+    return sum(request.startswith("GET") and "model.safetensors" in request for request in hub.requests)
+
+
+def same_as_packaged(folder: Path) -> bool:
+    names = [path.name for path in folder.iterdir()]
+    same = all((folder / name).read_bytes() == (PACKAGED["demo-base"] / name).read_bytes() for name in names)
+    return same and len(names) == FILES
+
+
+def test_processes_of_one_machine_share_one_download(
+    commit: str, hub: Hub, ceph: Bucket, proxied: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_STORE", ceph.url)
+    ended = run_at_once([sys.executable, "-c", ASK], [environment(tmp_path / "node")] * PROCESSES)
+    assert downloads(hub) == 1
+    assert proxied.count(r"^(PUT|POST) .*model\.safetensors") == 1, "published once"
+    assert proxied.count(r"^GET .*model\.safetensors") == 1, "one download from the store"
+    (where,) = {out.strip().splitlines()[-1] for out in ended}
+    assert same_as_packaged(Path(where))
+    print(sum("waiting for process" in out for out in ended), "were told whom they wait for")
+
+
+def test_machines_that_share_a_store_have_one_winner(
+    commit: str, hub: Hub, ceph: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_STORE", ceph.url)
+    nodes = [tmp_path / f"node{i}" for i in range(PROCESSES)]
+    ended = run_at_once([sys.executable, "-c", ASK], [environment(node) for node in nodes])
+    assert all(same_as_packaged(Path(out.strip().splitlines()[-1])) for out in ended)
+    store = open_store(ceph.url, "tests", tmp_path / "cache")
+    assert store.verify("base-models", f"owner/model/{commit}") == []
+    stored = [key for key in ceph.listed() if "/base-models/" in key]
+    assert len(stored) == 1 + FILES, "the losers have removed theirs"
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_pool_keeps_runs_from_downloading_the_same_model(
+    commit: str, hub: Hub, project: TestProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool
+) -> None:
+    if not limited:
+        settings = tmp_path / "dagster_home" / "dagster.yaml"
+        settings.write_text(settings.read_text().partition("concurrency:")[0])
+    # Several that make one empty Dagster home at the same moment trip over one another's tables
+    assert materialize("dolly_raw", partition=None).returncode == 0
+    with proxy_server.running(hub.url) as slow:
+        slow.faults.append(Fault(WEIGHTS, "throttle", None, rate=500_000))
+        monkeypatch.setenv("HF_ENDPOINT", slow.url)
+        run_at_once(materialize_command("cached_base_model"), [environment(tmp_path / f"node{i}") for i in range(3)])
+    assert downloads(hub) == (1 if limited else 3), "without the pool each machine downloads"
