@@ -1,6 +1,7 @@
 """The whole graph with its store on a real S3 server."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,8 +70,6 @@ def test_wrong_credentials_fail_the_run_with_one_clear_error(
 
 def test_worker_never_asks_the_hub(tmp_path: Path) -> None:
     """What a worker runs before anything else."""
-    import subprocess
-
     asserts = "from finetune_assets.launch.process import forbid_hub; forbid_hub()\n"
     asserts += "from huggingface_hub import constants; assert constants.HF_HUB_OFFLINE\n"
     environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
