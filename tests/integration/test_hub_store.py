@@ -1,12 +1,14 @@
 """Many runs want one model of the Hub at once: it is downloaded once, whether they share a machine or only a store."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from integration.cli import materialize, materialize_command
+from paths import ROOT
 from projects import TestProject
 from servers import proxy as proxy_server
 from servers.hub import Hub
@@ -94,9 +96,8 @@ def test_machines_that_share_a_store_have_one_winner(
 def test_pool_keeps_runs_from_downloading_the_same_model(
     commit: str, hub: Hub, project: TestProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool
 ) -> None:
-    if not limited:
-        settings = tmp_path / "dagster_home" / "dagster.yaml"
-        settings.write_text(settings.read_text().partition("concurrency:")[0])
+    if limited:
+        shutil.copy(ROOT / "deploy" / "dagster.yaml", tmp_path / "dagster_home")
     # Several that make one empty Dagster home at the same moment trip over one another's tables
     assert materialize("dolly_raw", partition=None).returncode == 0
     with proxy_server.running(hub.url) as slow:

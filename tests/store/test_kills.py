@@ -68,12 +68,11 @@ def act(what: str, url: str, cache: Path, made: Path, name: str, kill_after: flo
 
 def test_publishing_survives_kills(url: str, made: Path, tmp_path: Path) -> None:
     store, rng, content = open_store(url, "me", tmp_path / "cache"), random.Random(4), contents(made)
-    seconds = act("publish", url, tmp_path / "cache", made, "first")
-    assert seconds
+    seconds = min(act("publish", url, tmp_path / "cache", made, f"whole{i}") or 0 for i in range(3))
     visible = 0
     for i in range(KILLS):
         name = f"p{i}"
-        act("publish", url, tmp_path / "cache", made, name, kill_after=rng.uniform(0, seconds * 1.2))
+        act("publish", url, tmp_path / "cache", made, name, kill_after=rng.uniform(0, seconds))
         fresh = open_store(url, "me", tmp_path / f"fresh{i}")
         if ref := fresh.find("raw", name):
             visible += 1
@@ -87,11 +86,10 @@ def test_publishing_survives_kills(url: str, made: Path, tmp_path: Path) -> None
 def test_fetching_survives_kills(url: str, made: Path, tmp_path: Path) -> None:
     store, rng, content = open_store(url, "me", tmp_path / "cache"), random.Random(5), contents(made)
     ref = store.publish(made, "raw", "f", "f", {})
-    seconds = act("fetch", url, tmp_path / "first", made, "f")
-    assert seconds
+    seconds = min(act("fetch", url, tmp_path / f"whole{i}", made, "f") or 0 for i in range(3))
     for i in range(KILLS):
         cache = tmp_path / f"cache{i}"
-        act("fetch", url, cache, made, "f", kill_after=rng.uniform(0, seconds * 1.1))
+        act("fetch", url, cache, made, "f", kill_after=rng.uniform(0, seconds))
         for path in cache.glob("artifacts/*/*/**/*"):
             if path.is_file():
                 relative = path.relative_to(next(cache.glob("artifacts/*/*/"))).as_posix()
