@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks.harness import Runs, arguments, in_process, interleaved, median, report
+from finetune_assets.hashing import sha256
 
 FILES = 4
 SIDES = ("ours", "boto3", "boto3_tuned", "obstore_path", "s3fs")
@@ -33,11 +34,6 @@ def make_files(folder: Path, megabytes: int) -> None:
         with open(folder / f"model-{i + 1:05}-of-{FILES:05}.safetensors", "wb") as file:
             for _ in range(megabytes // FILES):
                 file.write(os.urandom(1_000_000))
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def ours(bucket: str, source: Path, target: Path, name: str) -> tuple[Callable[[], object], ...]:

@@ -25,6 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
 from finetune_assets.errors import UserError
+from finetune_assets.hashing import sha256
 from finetune_assets.progress import Progress
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -110,8 +111,7 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
     if path.stat().st_size != file.size:
         return False
     if file.lfs:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == file.lfs.sha256
+        return sha256(path) == file.lfs.sha256
     return hashlib.sha1(b"blob %d\0" % file.size + path.read_bytes()).hexdigest() == file.blob_id
 
 

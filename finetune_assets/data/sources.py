@@ -1,6 +1,5 @@
 """Where raw data comes from: the packaged sample, files of this machine, or a Hub dataset at a commit."""
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from finetune_assets import hub
 from finetune_assets.config.schema import HubDataset, RawDataConfig
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.readers import READERS
+from finetune_assets.hashing import sha256
 
 SAMPLE = Path(__file__).parent.parent / "sample" / "dolly_sample.jsonl"
 HUB = "hf://"
@@ -48,7 +48,7 @@ class LocalSource:
     found: Sequence[SourceFile]
 
     def content(self) -> Any:
-        return [[file.path.suffix.lower(), _sha256(file.path)] for file in self.found]
+        return [[file.path.suffix.lower(), _content_of(file.path)] for file in self.found]
 
     def files(self) -> Sequence[SourceFile]:
         return self.found
@@ -167,10 +167,8 @@ def _is_rows(file: Path, folder: Path) -> bool:
     return file.suffix.lower() in READERS and file.is_file() and not hidden
 
 
-def _sha256(path: Path) -> str:
-    """Of a file's content, 64 hex digits."""
+def _content_of(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e

@@ -4,6 +4,7 @@ Files go first, the manifest last and create-only: an artifact is either whole o
 """
 
 import hashlib
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.hashing import sha256
 from finetune_assets.progress import Progress, in_parallel
 from finetune_assets.store.cache import Entry, NodeCache
 from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
@@ -237,38 +239,40 @@ class ArtifactStore:
             sizes = {file: file.size for file in missing}
             in_parallel([lambda file=file: fetch(file) for file in _largest_first(sizes)], progress)  # type: ignore[misc]
 
-    def _fetch_file(self, key: str, entry: FileEntry, target: Path, progress: Progress) -> None:
-        for _ in range(2):  # a byte that flipped on the way is right the second time
-            try:
-                if self.objects.persistently(key, lambda: self._copy(key, entry, target, progress)):
-                    return
-            except FileNotFoundError as e:
-                raise CorruptArtifact(
-                    f"{self.url}/{key}: named by the manifest, missing in the store; materialize its asset again with "
-                    "force"
-                ) from e
-        raise CorruptArtifact(
-            f"{self.url}/{key}: size or sha256 differs from its manifest; materialize its asset again with force to "
-            "replace it"
-        )
+    def _fetch_file(self, key: str, file: FileEntry, target: Path, progress: Progress) -> None:
+        where, again = f"{self.url}/{key}", "materialize its asset again with force to replace it"
+        try:
+            if not self._read(key, file, progress, target):
+                raise CorruptArtifact(f"{where}: size or sha256 differs from its manifest; {again}")
+        except FileNotFoundError as e:
+            raise CorruptArtifact(f"{where}: named by the manifest, missing in the store; {again}") from e
 
-    def _copy(self, key: str, entry: FileEntry, target: Path, progress: Progress) -> bool:
-        """Copy one file; whether it is what the manifest says."""
-        digest, size = hashlib.sha256(), 0
+    def _read(self, key: str, file: FileEntry, progress: Progress, target: Path | str = os.devnull) -> bool:
+        """Read a file of the store into `target`; whether it is what the manifest says.
+
+        What is not is read once more: a byte that flipped on the way is right the second time.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        return any(self.objects.persistently(key, lambda: self._copy(key, file, progress, target)) for _ in range(2))
+
+    def _copy(self, key: str, file: FileEntry, progress: Progress, target: Path | str) -> bool:
+        digest, size, whole = hashlib.sha256(), 0, False
         try:
             with open(target, "wb", buffering=0) as out:
                 for chunk in self.objects.stream(key):
+                    if size + len(chunk) > file.size:
+                        return False
                     size += len(chunk)
-                    if size > entry.size:
-                        break
                     digest.update(chunk)
                     out.write(chunk)
                     progress.add(len(chunk))
+            whole = size == file.size and digest.hexdigest() == file.sha256
+            return whole
         finally:
-            whole = size == entry.size and digest.hexdigest() == entry.sha256
             if not whole:
-                progress.take_back(min(size, entry.size))
-        return whole
+                progress.take_back(size)
 
     def verify(self, kind: str, name: str) -> list[str]:
         """Read every file of an artifact from the store; the paths of those that are not what the manifest says.
@@ -285,7 +289,7 @@ class ArtifactStore:
             def read(file: FileEntry) -> None:
                 key = f"{self.prefix(kind, name)}/{manifest.folder}/{file.path}"
                 try:
-                    whole = self.objects.persistently(key, lambda: self._is_whole(key, file, progress))
+                    whole = self._read(key, file, progress)
                 except FileNotFoundError:
                     whole = False
                 if not whole:
@@ -293,14 +297,6 @@ class ArtifactStore:
 
             in_parallel([lambda file=file: read(file) for file in manifest.files], progress)  # type: ignore[misc]
         return sorted(bad)
-
-    def _is_whole(self, key: str, entry: FileEntry, progress: Progress) -> bool:
-        digest, size = hashlib.sha256(), 0
-        for chunk in self.objects.stream(key):
-            digest.update(chunk)
-            size += len(chunk)
-            progress.add(len(chunk))
-        return size == entry.size and digest.hexdigest() == entry.sha256
 
     def prefix(self, kind: str, name: str) -> str:
         """Where an artifact's manifest and attempts lie below the URL."""
@@ -367,12 +363,6 @@ def folder_files(folder: Path) -> dict[str, Path]:
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise StoreError(f"{path}: a link that leads out of its folder is not published")
     return files
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:

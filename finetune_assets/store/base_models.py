@@ -13,7 +13,7 @@ from finetune_assets import hub
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.errors import UserError
-from finetune_assets.store.artifacts import sha256
+from finetune_assets.hashing import sha256
 
 PACKAGED = {"demo-base": Path(__file__).parent.parent / "sample" / "base_model"}
 CONFIG, WEIGHTS, INDEX, CODE = "config.json", "model.safetensors", "model.safetensors.index.json", "*.py"

@@ -3,7 +3,6 @@
 It is bounded: what was used least recently goes first, and never what some process is using.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from finetune_assets.hashing import sha256
 from finetune_assets.progress import gigabytes
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.locks import Lock, alone
@@ -114,7 +114,7 @@ class Entry:
         if manifest is None:
             return [self.manifest_file.name]
         here = (entry for entry in manifest.files if (self.folder / entry.path).is_file())
-        bad = [entry.path for entry in here if _sha256(self.folder / entry.path) != entry.sha256]
+        bad = [entry.path for entry in here if sha256(self.folder / entry.path) != entry.sha256]
         return bad + [path.relative_to(self.folder).as_posix() for path in self.unexpected(manifest)]
 
     def size(self) -> int:
@@ -298,11 +298,6 @@ class NodeCache:
 def stamp(manifest: Manifest) -> int:
     """The time that verified files of an artifact bear (nanoseconds since 1970); writing to one changes it."""
     return int(datetime.fromisoformat(manifest.created).timestamp()) * 10**9
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_if_empty(folder: Path) -> None:
