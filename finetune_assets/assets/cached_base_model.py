@@ -34,4 +34,5 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
             )
 
         made = make_once(context, project, BASE_MODELS, name, make)
+        lineage.pins.record()
         return result(made, repo=source.repo, revision=source.revision)

@@ -43,7 +43,7 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
 
         def build(folder: Path) -> None:
             statistics = write_raw(lineage.source.files(), lineage.config.columns, folder)
-            if project.raw().fingerprint != lineage.fingerprint:
+            if not lineage.is_unchanged():
                 raise DataError(f"{lineage.config.source}: the rows changed while they were read; run dolly_raw again")
             (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
 
@@ -52,6 +52,7 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
             return publish_built(project, RAW, lineage.fingerprint, lineage.fingerprint, made_from, build)
 
         made = make_once(context, project, RAW, lineage.fingerprint, make)
+        lineage.pins.record()
         statistics = _statistics(project, made.ref)
         check = _quarantine_check(context, statistics, lineage.config.max_quarantine_share)
         return result(made, [check], source=lineage.config.source, **_describe(statistics))

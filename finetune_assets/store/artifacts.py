@@ -227,7 +227,6 @@ class ArtifactStore:
         coming = sum(file.size for file in missing)
         here = manifest.size - sum(file.size for file in absent)
         self.cache.make_room(entry, here + coming, coming)
-        entry.folder.mkdir(parents=True, exist_ok=True)
         entry.manifest_file.write_bytes(manifest.to_json())
         with Progress(f"fetching {prefix}", coming) as progress:
 

@@ -226,6 +226,7 @@ class NodeCache:
                     f"{gigabytes(max(free, 0))}. Free some, or set FINETUNE_CACHE to a folder on a larger disk"
                 )
             (entry.partial / RESERVED).write_text(str(total), encoding="utf-8")
+            entry.folder.mkdir(parents=True, exist_ok=True)  # from here on others count it
 
     def entries(self) -> list[Cached]:
         """Everything that is kept."""

@@ -20,7 +20,7 @@ from finetune_assets.config.fingerprint import (
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
 from finetune_assets.data import sources
-from finetune_assets.data.sources import Source, open_source
+from finetune_assets.data.sources import HubSource, Source, open_source
 from finetune_assets.store import base_models
 from finetune_assets.store.artifacts import (
     ADAPTERS,
@@ -50,16 +50,22 @@ class RawLineage:
 
     def __init__(self, store: ArtifactStore, config: RawDataConfig, root: Path, asks_hub: bool = False) -> None:
         self.store, self.config, self.root, self.asks_hub = store, config, root, asks_hub
+        self.pins = Pins(store, "dataset", made_by="dolly_raw")
 
     @cached_property
     def source(self) -> Source:
         return open_source(self.config, self.root, self._commit_of)
 
     def _commit_of(self, repo: str, revision: str) -> str:
-        pins = Pins(self.store, "dataset", made_by="dolly_raw")
         if not self.asks_hub:
-            return pins.recorded(repo, revision)
-        return pins.asked(lambda: sources.ask_hub(repo, revision), repo, revision)
+            return self.pins.recorded(repo, revision)
+        return self.pins.asked(lambda: sources.ask_hub(repo, revision), repo, revision)
+
+    def is_unchanged(self) -> bool:
+        """Whether files still are what they were when they were first looked at; a commit always is."""
+        source = self.source
+        again = source if isinstance(source, HubSource) else open_source(self.config, self.root)
+        return again.content() == self.content
 
     @cached_property
     def content(self) -> Any:
@@ -92,6 +98,10 @@ class Lineage:
     def store(self) -> ArtifactStore:
         return self.raw.store
 
+    @cached_property
+    def pins(self) -> Pins:
+        return Pins(self.store, "model", made_by="cached_base_model")
+
     def base_source(self) -> BaseModelSource:
         model = self.experiment.config.model
         try:
@@ -106,10 +116,9 @@ class Lineage:
         return source
 
     def _commit_of(self, repo: str, revision: str) -> str:
-        pins = Pins(self.store, "model", made_by="cached_base_model")
         if not self.asks_hub:
-            return pins.recorded(repo, revision)
-        return pins.asked(lambda: base_models.ask_hub(repo, revision), repo, revision)
+            return self.pins.recorded(repo, revision)
+        return self.pins.asked(lambda: base_models.ask_hub(repo, revision), repo, revision)
 
     def base_name(self) -> str:
         source = self.base_source()

@@ -135,8 +135,8 @@ class Objects:
             except (OSError, BaseError) as e:
                 said = str(e).splitlines()[0]
                 raise StoreError(f"FINETUNE_STORE: '{self.url}' cannot be used as a folder: {said}") from e
-        aws = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-        return _s3_store(self.bucket, self.path, self._connect, aws)
+        environment = hash(tuple(sorted((name, os.environ[name]) for name in os.environ if name.startswith("AWS_"))))
+        return _s3_store(self.bucket, self.path, self._connect, environment)
 
     def get(self, key: str) -> bytes:
         """An object's content.
@@ -310,8 +310,8 @@ class _Source:
 
 
 @lru_cache(maxsize=8)
-def _s3_store(bucket: str, prefix: str, connect: Callable[[], Any], aws: tuple[tuple[str, str], ...]) -> ObjectStore:
-    """One connection pool a process and environment; `aws` is what the environment says."""
+def _s3_store(bucket: str, prefix: str, connect: Callable[[], Any], environment: int) -> ObjectStore:
+    """One connection pool a process; another where the environment says something else (`environment` is its hash)."""
     import boto3
     from botocore.exceptions import BotoCoreError
     from obstore.auth.boto3 import Boto3CredentialProvider
@@ -327,7 +327,7 @@ def _s3_store(bucket: str, prefix: str, connect: Callable[[], Any], aws: tuple[t
             "AWS_PROFILE, or give this machine a role"
         ) from e
     region = meta.region_name if meta.region_name not in (None, "aws-global") else "us-east-1"
-    bundle = dict(aws).get("AWS_CA_BUNDLE")
+    bundle = os.environ.get("AWS_CA_BUNDLE")
     trust = {"root_certificate": Path(bundle).read_bytes()} if bundle else {}
     plain = meta.endpoint_url.startswith("http://")
     return S3Store(

@@ -28,6 +28,7 @@ class Pins:
 
     def __init__(self, store: ArtifactStore, repo_type: hub.RepoType, made_by: str) -> None:
         self.store, self.repo_type, self.made_by = store, repo_type, made_by
+        self._answer: tuple[str, str, str] | None = None
 
     def recorded(self, repo: str, revision: str) -> str:
         """The commit on record.
@@ -40,7 +41,7 @@ class Pins:
         raise ArtifactMissing(f"materialize {self.made_by} first: it asks the Hub which commit {repo}@{revision} is")
 
     def asked(self, ask: Callable[[], str], repo: str, revision: str) -> str:
-        """Ask the Hub and record what it says; if it is down, the commit on record."""
+        """What the Hub says; if it is down, the commit on record."""
         try:
             commit = ask()
         except Exception as e:
@@ -49,10 +50,17 @@ class Pins:
                 raise
             logger.warning("the Hub does not answer (%s); going on with %s@%s of the last time", e, repo, recorded)
             return recorded
+        self._answer = repo, revision, commit
+        return commit
+
+    def record(self) -> None:
+        """Record what the Hub has said, if it was asked: now that the store has what that stands for."""
+        if self._answer is None:
+            return
+        repo, revision, commit = self._answer
         if commit != self._read(repo, revision):
             record = {"commit": commit, "asked": datetime.now(UTC).isoformat(timespec="seconds")}
             self.store.objects.put(self._key(repo, revision), json.dumps(record).encode())
-        return commit
 
     def _read(self, repo: str, revision: str) -> str | None:
         try:

@@ -202,7 +202,6 @@ def test_what_a_fetch_under_way_has_reserved_is_not_given_away(tmp_path: Path) -
     first.hold()
     second.hold()
     with cache.filling(first, "fetches a"):
-        first.folder.mkdir(parents=True)
         cache.make_room(first, 20 * MB, 20 * MB)
         with cache.filling(second, "fetches b"), pytest.raises(StoreError, match="FINETUNE_CACHE_LIMIT"):
             cache.make_room(second, 10 * MB, 10 * MB)
