@@ -209,7 +209,12 @@ class ArtifactStore:
         with self.cache.filling(entry, f"fetches {ref.kind}/{ref.name}"):
             manifest = entry.manifest() or self._manifest_of(ref)
             if manifest.folder == ref.attempt:
-                self._fill(prefix, entry, manifest, only)
+                try:
+                    self._fill(prefix, entry, manifest, only)
+                except OSError as e:
+                    raise StoreError(
+                        f"{entry.folder}: cannot be written ({e.strerror or e}); see FINETUNE_CACHE and the space left"
+                    ) from e
                 return entry.folder
         return self.fetch(self.ref(ref.kind, ref.name, manifest), only)  # it was replaced since
 
@@ -259,7 +264,8 @@ class ArtifactStore:
     def _copy(self, key: str, file: FileEntry, progress: Progress, target: Path | str) -> bool:
         digest, size, whole = hashlib.sha256(), 0, False
         try:
-            with open(target, "wb", buffering=0) as out:
+            # Buffered: a raw write to a disk that is nearly full may write less, and only returns how much
+            with open(target, "wb") as out:
                 for chunk in self.objects.stream(key):
                     if size + len(chunk) > file.size:
                         return False

@@ -186,6 +186,35 @@ def test_full_disk_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatc
         store.fetch(ref)
 
 
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from finetune_assets.store.artifacts import open_store
+from finetune_assets.store.errors import StoreError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+size = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+store = open_store(sys.argv[1], "me", Path(sys.argv[2]))
+try:
+    print(store.fetch(store.find("raw", "a")))
+except StoreError as e:
+    print("told:", e)
+"""
+
+
+@pytest.mark.parametrize("short", [1, 100, 5 * MB])
+def test_file_that_cannot_be_written_to_its_end_is_told(tmp_path: Path, short: int) -> None:
+    """The kernel writes what fits and says how much; only the next write fails, and after the last there is none."""
+    store = store_at(tmp_path)
+    ref = publish(store, tmp_path, "a", 10 * MB)
+    command = [sys.executable, "-c", FULL, store.url, str(tmp_path / "cache"), str(10 * MB - short)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("told: ")
+    assert "cannot be written (File too large); see FINETUNE_CACHE" in told
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+    assert (store.fetch(ref) / "file.bin").stat().st_size == 10 * MB
+
+
 def test_room_is_made_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_at(tmp_path)
     refs = {name: publish(store, tmp_path, name, 10 * MB) for name in ("a", "b")}
