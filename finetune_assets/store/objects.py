@@ -68,6 +68,7 @@ ADVICE = {
 LOCAL_ADVICE = {
     "(os error 28)": FULL,
     "(os error 122)": FULL,
+    "(os error 27)": f"File too large: {FULL}",
     "(os error 13)": "permission denied; see who owns it, or correct FINETUNE_STORE",
     "(os error 30)": "the file system is read-only",
 }
