@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -109,18 +110,16 @@ class HubSource:
         return [file.removeprefix(prefix) for file in files]
 
 
-def ask_hub(repo: str, revision: str) -> str:
-    """The commit that a revision of a dataset means right now."""
-    return hub.commit_of(repo, revision, "dataset")
+ASK_HUB = partial(hub.commit_of, repo_type="dataset")
 
 
-def open_source(config: RawDataConfig, root: Path, commit_of: Callable[[str, str], str] = ask_hub) -> Source:
+def open_source(config: RawDataConfig, root: Path, commit_of: Callable[[str, str], str] = ASK_HUB) -> Source:
     """What `source` means.
 
     Args:
         config: The raw data's settings.
         root: What a relative path is relative to.
-        commit_of: Says which commit a branch or tag of a Hub dataset is.
+        commit_of: Says which commit a revision of a Hub dataset is.
 
     Raises:
         DataError: if there is nothing to read there.
@@ -141,7 +140,7 @@ def _hub_source(config: RawDataConfig, commit_of: Callable[[str, str], str]) -> 
     repo, revision = match["repo"], match["revision"] or "main"
     where = f"source: '{config.source}'"
     with hub.explained(DataError, where, f"datasets/{repo}", "Or name a file or folder"):
-        return HubSource(repo, revision if hub.is_commit(revision) else commit_of(repo, revision), config.hub)
+        return HubSource(repo, commit_of(repo, revision), config.hub)
 
 
 def _local_files(source: str, root: Path) -> list[SourceFile]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,11 @@ def is_tokenizer_file(path: str) -> bool:
     return _matches(path, TOKENIZER_FILES)
 
 
-def ask_hub(base_model: str, revision: str) -> str:
-    """The commit that a revision means right now."""
-    return hub.commit_of(base_model, revision, "model")
+ASK_HUB = partial(hub.commit_of, repo_type="model")
 
 
 def locate(
-    base_model: str, revision: str, root: Path, commit_of: Callable[[str, str], str] = ask_hub
+    base_model: str, revision: str, root: Path, commit_of: Callable[[str, str], str] = ASK_HUB
 ) -> BaseModelSource:
     """Pin what `model.base_model` and `model.revision` mean.
 
@@ -80,7 +79,7 @@ def locate(
         revision: Branch, tag or commit on the Hub. A whole commit is not asked for, so that what the store has is used
             with the Hub down.
         root: What a relative folder is relative to.
-        commit_of: Says which commit a branch or tag of a repository is.
+        commit_of: Says which commit a revision of a repository is.
 
     Raises:
         BaseModelError: if there is no such model, or the Hub does not answer.
@@ -94,7 +93,7 @@ def locate(
         return _pin_folder(f"local/{folder.name}", folder)
     otherwise = f"For a folder write ./{base_model}; packaged: {suggest(base_model, PACKAGED)}"
     with hub.explained(BaseModelError, f"model.base_model: '{base_model}' at '{revision}'", base_model, otherwise):
-        return BaseModelSource(base_model, revision if hub.is_commit(revision) else commit_of(base_model, revision))
+        return BaseModelSource(base_model, commit_of(base_model, revision))
 
 
 def collect(source: BaseModelSource, trusted: bool = False) -> dict[str, Path]:

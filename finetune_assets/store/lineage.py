@@ -19,9 +19,7 @@ from finetune_assets.config.fingerprint import (
 )
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
-from finetune_assets.data import sources
 from finetune_assets.data.sources import HubSource, Source, open_source
-from finetune_assets.store import base_models
 from finetune_assets.store.artifacts import (
     ADAPTERS,
     BASE_MODELS,
@@ -49,17 +47,12 @@ class RawLineage:
     """
 
     def __init__(self, store: ArtifactStore, config: RawDataConfig, root: Path, asks_hub: bool = False) -> None:
-        self.store, self.config, self.root, self.asks_hub = store, config, root, asks_hub
-        self.pins = Pins(store, "dataset", made_by="dolly_raw")
+        self.store, self.config, self.root = store, config, root
+        self.pins = Pins(store, "dataset", made_by="dolly_raw", asks_hub=asks_hub)
 
     @cached_property
     def source(self) -> Source:
-        return open_source(self.config, self.root, self._commit_of)
-
-    def _commit_of(self, repo: str, revision: str) -> str:
-        if not self.asks_hub:
-            return self.pins.recorded(repo, revision)
-        return self.pins.asked(lambda: sources.ask_hub(repo, revision), repo, revision)
+        return open_source(self.config, self.root, self.pins.commit_of)
 
     def is_unchanged(self) -> bool:
         """Whether files still are what they were when they were first looked at; a commit always is."""
@@ -100,12 +93,12 @@ class Lineage:
 
     @cached_property
     def pins(self) -> Pins:
-        return Pins(self.store, "model", made_by="cached_base_model")
+        return Pins(self.store, "model", made_by="cached_base_model", asks_hub=self.asks_hub)
 
     def base_source(self) -> BaseModelSource:
         model = self.experiment.config.model
         try:
-            source = locate(model.base_model, model.revision, self.raw.root, self._commit_of)
+            source = locate(model.base_model, model.revision, self.raw.root, self.pins.commit_of)
         except BaseModelError as e:
             raise BaseModelError(f"experiment {self.experiment.name}: {e}") from e
         if model.trust_remote_code not in (None, source.version):
@@ -114,11 +107,6 @@ class Lineage:
                 f"is {source.version}; read the code of that version and name it, or remove the setting"
             )
         return source
-
-    def _commit_of(self, repo: str, revision: str) -> str:
-        if not self.asks_hub:
-            return self.pins.recorded(repo, revision)
-        return self.pins.asked(lambda: base_models.ask_hub(repo, revision), repo, revision)
 
     def base_name(self) -> str:
         source = self.base_source()

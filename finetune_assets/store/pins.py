@@ -6,7 +6,6 @@ agree while a branch moves, and what the store has stays usable while the Hub is
 
 import json
 import logging
-from collections.abc import Callable
 from datetime import UTC, datetime
 from urllib.parse import quote
 
@@ -24,26 +23,32 @@ class Pins:
         store: The store.
         repo_type: What the repositories are.
         made_by: The asset that asks the Hub.
+        asks_hub: Be that asset; otherwise go by the record.
     """
 
-    def __init__(self, store: ArtifactStore, repo_type: hub.RepoType, made_by: str) -> None:
-        self.store, self.repo_type, self.made_by = store, repo_type, made_by
+    def __init__(self, store: ArtifactStore, repo_type: hub.RepoType, made_by: str, asks_hub: bool = False) -> None:
+        self.store, self.repo_type, self.made_by, self.asks_hub = store, repo_type, made_by, asks_hub
         self._answer: tuple[str, str, str] | None = None
 
-    def recorded(self, repo: str, revision: str) -> str:
-        """The commit on record.
+    def commit_of(self, repo: str, revision: str) -> str:
+        """The commit that a revision means; a whole commit means itself.
 
         Raises:
-            ArtifactMissing: if there is none.
+            ArtifactMissing: if the record has none, and it is not this one's to ask.
         """
+        if hub.is_commit(revision):
+            return revision
+        return self._asked(repo, revision) if self.asks_hub else self._recorded(repo, revision)
+
+    def _recorded(self, repo: str, revision: str) -> str:
         if commit := self._read(repo, revision):
             return commit
         raise ArtifactMissing(f"materialize {self.made_by} first: it asks the Hub which commit {repo}@{revision} is")
 
-    def asked(self, ask: Callable[[], str], repo: str, revision: str) -> str:
+    def _asked(self, repo: str, revision: str) -> str:
         """What the Hub says; if it is down, the commit on record."""
         try:
-            commit = ask()
+            commit = hub.commit_of(repo, revision, self.repo_type)
         except Exception as e:
             recorded = self._read(repo, revision) if hub.is_down(e) else None
             if recorded is None:

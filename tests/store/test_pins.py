@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from servers.hub import Hub
 
-from finetune_assets.data.sources import ask_hub
 from finetune_assets.hub import explained
 from finetune_assets.store.artifacts import ArtifactStore, open_store
 from finetune_assets.store.base_models import BaseModelError
@@ -19,8 +18,8 @@ def store(tmp_path: Path) -> ArtifactStore:
 
 
 def asked(store: ArtifactStore, record: bool = True, revision: str = "main") -> str:
-    pins = Pins(store, "dataset", made_by="dolly_raw")
-    commit = pins.asked(lambda: ask_hub("owner/rows", revision), "owner/rows", revision)
+    pins = Pins(store, "dataset", made_by="dolly_raw", asks_hub=True)
+    commit = pins.commit_of("owner/rows", revision)
     if record:
         pins.record()
     return commit
@@ -38,7 +37,7 @@ def test_last_answer_is_used_while_the_hub_is_down(
     hub.failing = None
     moved = hub.add("datasets/owner/rows", {"a.jsonl": b"{} "})
     assert asked(store) == moved != commit
-    assert Pins(store, "dataset", "dolly_raw").recorded("owner/rows", "main") == moved
+    assert Pins(store, "dataset", "dolly_raw").commit_of("owner/rows", "main") == moved
 
 
 def test_answer_counts_only_once_the_store_has_what_it_stands_for(hub: Hub, store: ArtifactStore) -> None:
@@ -64,15 +63,15 @@ def test_without_an_answer_the_hub_must_be_up(hub: Hub, store: ArtifactStore) ->
     with pytest.raises(BaseModelError, match="refused"), explained(BaseModelError, "it", "owner/rows", ""):
         asked(store)
     with pytest.raises(ArtifactMissing, match="materialize dolly_raw first"):
-        Pins(store, "dataset", "dolly_raw").recorded("owner/rows", "main")
+        Pins(store, "dataset", "dolly_raw").commit_of("owner/rows", "main")
 
 
 def test_branches_with_a_slash_and_namespaces_are_kept_apart(hub: Hub, store: ArtifactStore, tmp_path: Path) -> None:
     commit = hub.add("datasets/owner/rows", {"a.jsonl": b"{}"}, branch="v1")
     store.objects.put("me/pins/datasets/owner/rows/refs%2Fpr%2F1.json", b"not a record")
     with pytest.raises(ArtifactMissing):
-        Pins(store, "dataset", "dolly_raw").recorded("owner/rows", "refs/pr/1")
+        Pins(store, "dataset", "dolly_raw").commit_of("owner/rows", "refs/pr/1")
     assert asked(store, revision="v1") == commit
     yours = open_store(store.url, "you", tmp_path / "cache")
     with pytest.raises(ArtifactMissing):
-        Pins(yours, "dataset", "dolly_raw").recorded("owner/rows", "v1")
+        Pins(yours, "dataset", "dolly_raw").commit_of("owner/rows", "v1")
