@@ -110,7 +110,7 @@ def running(folder: Path) -> Iterator[Ceph]:
     ports = _free_ports(2)
     server = Ceph(f"http://127.0.0.1:{ports[1]}", folder)
     for name in ("mon", "osd", "rgw"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
     conf, fsid = folder / "ceph.conf", str(uuid.uuid4())
     conf.write_text(CONF.format(fsid=fsid, mon=ports[0], port=ports[1], folder=folder))
     try:
@@ -131,7 +131,7 @@ def _start(server: Ceph, conf: Path, fsid: str, port: int) -> None:
     _daemon(server, conf, "ceph-mon", "-i", "a")
     _run(conf, "ceph", "osd", "new", str(uuid.UUID(int=1)), deadline=deadline)
     _run(conf, "ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", str(uuid.UUID(int=1)))
-    _daemon(server, conf, "ceph-osd", "-i", "0")
+    _osd(server, conf, deadline)
     _daemon(server, conf, "radosgw", "-n", "client.rgw")
     user = ("user", "create", "--uid=tests", "--display-name=tests")
     keys = (f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}")
@@ -146,6 +146,23 @@ def _daemon(server: Ceph, conf: Path, *command: str) -> None:
     with open(server.folder / f"{command[0]}.out", "wb") as out:
         arguments = [*command, "-f", "--conf", str(conf)]
         server.processes.append(subprocess.Popen(arguments, stdout=out, stderr=subprocess.STDOUT))
+
+
+def _osd(server: Ceph, conf: Path, deadline: float) -> None:
+    """Start the OSD, again where it asks the monitor for its place before it has the monitor's map.
+
+    Then it is told "wrong fsid" and ends, about once in four starts.
+    """
+    log = server.folder / "osd.0.log"
+    while True:
+        _daemon(server, conf, "ceph-osd", "-i", "0")
+        while server.processes[-1].poll() is None:
+            if log.exists() and "done with init" in log.read_text(errors="replace"):
+                return
+            time.sleep(0.1)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ceph-osd did not start; see {server.folder}")
+        server.processes.pop()
 
 
 def _run(conf: Path, *command: str, deadline: float | None = None) -> None:
