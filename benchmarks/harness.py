@@ -6,8 +6,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 Runs = dict[str, list[dict[str, float]]]
 
 

@@ -6,3 +6,6 @@ class UserError(Exception):
 
     Every entry point prints the text alone, without a traceback.
     """
+
+    retriable = False
+    """Whether the same thing may succeed if it is done again, with nothing mended."""

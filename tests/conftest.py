@@ -18,6 +18,8 @@ from servers.hub import Hub
 from servers.proxy import Proxy
 from servers.s3 import Bucket
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests start trainings beside their own
+
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:

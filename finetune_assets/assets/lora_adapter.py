@@ -1,6 +1,7 @@
 """The trained adapter."""
 
 import json
+from dataclasses import replace
 
 import dagster as dg
 
@@ -16,7 +17,11 @@ from finetune_assets.store.lineage import Lineage
 STATE = "trainer_state.json"
 
 
-@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, code_version="1")
+RETRIES = dg.RetryPolicy(max_retries=3, delay=20, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""For a machine that failed or was taken away: each attempt goes on from the last checkpoint."""
+
+
+@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, code_version="2", retry_policy=RETRIES)
 def lora_adapter(
     context: dg.AssetExecutionContext,
     tokenized_dataset: ArtifactRef,
@@ -31,6 +36,7 @@ def lora_adapter(
 
         def make() -> ArtifactRef:
             spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model)
+            spec = replace(spec, afresh=project.force and context.retry_number == 0)
             return run_in_pipes(context, launcher, spec)
 
         made = make_once(context, project, ADAPTERS, fingerprint, make)
@@ -65,6 +71,7 @@ def training_job(
         },
         processes=experiment.config.training.processes_per_node,
         scratch=True,
+        keep_checkpoints=experiment.config.training.save_total_limit,
     )
 
 

@@ -154,7 +154,7 @@ class _RunLog(logging.Handler):
 def in_run(context: dg.AssetExecutionContext) -> Iterator[None]:
     """Tell in the run what is going on, and fail the step with the error's text alone.
 
-    What a person must mend is not retried.
+    What a person must mend is not retried, whatever the asset's retry policy.
     """
     package, handler = logging.getLogger("finetune_assets"), _RunLog(context)
     package.setLevel(logging.INFO)
@@ -162,7 +162,7 @@ def in_run(context: dg.AssetExecutionContext) -> Iterator[None]:
     try:
         yield
     except UserError as e:
-        raise dg.Failure(str(e), allow_retries=False) from None
+        raise dg.Failure(str(e), allow_retries=e.retriable) from None
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
         raise dg.Failure(f"{e.strerror or e}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left") from e

@@ -98,7 +98,9 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights; `auto` takes bfloat16 where the device computes in it, float32 elsewhere."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention backend; `auto` takes PyTorch's scaled dot product attention."""
+    """Attention backend. `auto` computes each example by itself, without padding (PyTorch's variable-length
+    FlashAttention on CUDA, its scaled dot product attention elsewhere), and takes the model's own where that does not
+    compute the same. `eager`, `sdpa` and `flex_attention` train on padded rows."""
 
 
 @dataclass
@@ -112,7 +114,8 @@ class Training:
     macro_batch_size: int = 64
     """Sequences (packed ones, if packing) of one optimizer step, over all processes and accumulation."""
     micro_batch_size: int = 4
-    """Sequences that one process computes at once; the lower, the less memory."""
+    """Sequences of full length that one process computes at once, or as many tokens of shorter ones; the lower, the
+    less memory."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
@@ -128,10 +131,17 @@ class Training:
     precision: Literal["auto", "fp32", "bf16", "fp16", "full_bf16", "full_fp16"] = "auto"
     """What is computed in: mixed precision with float32 adapter weights (`bf16`, `fp16`), or adapter and all in 16
     bits (`full_bf16`, `full_fp16`). `auto` takes bf16 where the device computes in it, fp32 elsewhere."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: much less memory, about a third slower."""
+    gradient_checkpointing: bool | None = field(default=None, metadata=NOT_IDENTITY)
+    """Compute activations twice instead of keeping them: much less memory, about a third slower. `null` does so where
+    what one micro-batch keeps is measured not to fit beside the model."""
+    sharding: Literal["none", "fsdp"] = not_identity("none")
+    """`fsdp` spreads the base model over all processes, for one that does not fit a single GPU; each layer is gathered
+    while it is computed."""
+    compile: bool = False
+    """Compile each layer with `torch.compile`. The first steps take minutes, so it pays in long trainings on a GPU."""
     group_by_length: bool = True
-    """Without packing: put sequences of like length into one micro-batch, so that little is padded."""
+    """Without packing: put sequences of like length into one global batch, so that little is padded where the attention
+    needs padding (see `model.attention`)."""
     warm_start: str | None = None
     """An adapter to begin from: its fingerprint in the store, or a folder (`./path` or `/path`)."""
     seed: int = 42

@@ -17,17 +17,19 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobFailed, JobSpec, read
 from finetune_assets.launch.telling import in_dagster_run, in_terminal
-from finetune_assets.store.artifacts import ArtifactRef, open_store
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
+from finetune_assets.store.checkpoints import Checkpoints, Superseded
 
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+MEANWHILE_SECONDS = 2
 TAIL = 60
 """Lines of the worker's stderr that are told where it left no error of its own."""
 
@@ -60,16 +62,36 @@ def run(spec: JobSpec) -> ArtifactRef:
         }
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
         processes = _processes(spec)
-        _run_worker([*_runner(spec, processes), *flags], folder, processes)
-        output = arguments["output"]
-        return store.publish(output, spec.kind, spec.fingerprint, spec.fingerprint, spec.made_from, spec.replace)
+        command, output = [*_runner(spec, processes), *flags], arguments["output"]
+        if not spec.scratch:
+            _run_worker(command, folder, processes)
+            return _publish(store, spec, output)
+        checkpoints = Checkpoints(store, spec.fingerprint, spec.made_from, scratch, spec.keep_checkpoints)
+        if spec.afresh:
+            checkpoints.clear(numbers=False)
+        checkpoints.fetch_newest()
+        try:
+            _run_worker(command, folder, processes, checkpoints.publish_new)
+        except Superseded:
+            raise
+        except BaseException:
+            checkpoints.publish_new()
+            raise
+        checkpoints.check_current()
+        ref = _publish(store, spec, output)
+        checkpoints.clear()
+        return ref
+
+
+def _publish(store: ArtifactStore, spec: JobSpec, output: Path) -> ArtifactRef:
+    return store.publish(output, spec.kind, spec.fingerprint, spec.fingerprint, spec.made_from, spec.replace)
 
 
 @contextmanager
 def _scratch(spec: JobSpec, folder: Path) -> Iterator[Path]:
     """A folder that keeps what a job that fails has put there, and goes once it succeeds."""
-    if spec.replace:
-        shutil.rmtree(folder, ignore_errors=True)  # made anew, not gone on with
+    if spec.afresh:
+        shutil.rmtree(folder, ignore_errors=True)
     _made(folder)
     try:
         yield folder
@@ -106,17 +128,19 @@ def _runner(spec: JobSpec, processes: int) -> list[str]:
     return [*torchrun, "-m", spec.module]
 
 
-def _run_worker(command: list[str], folder: Path, processes: int) -> None:
+def _run_worker(command: list[str], folder: Path, processes: int, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Run the worker with its output passed on, and keep what explains a failure.
 
     Args:
         command: The worker's.
         folder: For what explains a failure.
         processes: How many share this machine's cores.
+        meanwhile: Called every few seconds.
     """
-    told, crashed = folder / "user_error.txt", folder / "crash.json"
+    told, crashed = folder / "user_error.json", folder / "crash.json"
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        "OMP_WAIT_POLICY": "PASSIVE",  # two trainings on one machine were 8 times slower where threads wait actively
         **os.environ,
         ERROR_FILE: str(told),
         TORCHRUN_ERROR_FILE: str(crashed),
@@ -134,14 +158,17 @@ def _run_worker(command: list[str], folder: Path, processes: int) -> None:
     reader = threading.Thread(target=_pass_on, args=(worker.stderr, tail), daemon=True)
     reader.start()
     try:
-        code = worker.wait()
+        while worker.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(MEANWHILE_SECONDS)
+            meanwhile()
     finally:
         if worker.poll() is None:
             worker.terminate()
             worker.wait()
     reader.join(timeout=2)
-    if code != 0:
-        raise JobFailed(_explain(told, crashed, tail, code))
+    if worker.returncode != 0:
+        raise _failure(told, crashed, tail, worker.returncode)
 
 
 def _pass_on(stream: IO[str], tail: deque[str]) -> None:
@@ -150,16 +177,21 @@ def _pass_on(stream: IO[str], tail: deque[str]) -> None:
         tail.append(line)
 
 
-def _explain(told: Path, crashed: Path, tail: deque[str], code: int) -> str:
-    """The worker's own account of its failure, the most telling one that it left."""
+def _failure(told: Path, crashed: Path, tail: deque[str], code: int) -> JobFailed:
+    """The worker's own account of its failure, the most telling one that it left.
+
+    What it did not tell as an error of its user's may be the machine's fault, and be gone in another attempt.
+    """
     if told.exists():
-        return told.read_text(encoding="utf-8")
+        answer = json.loads(told.read_text(encoding="utf-8"))
+        return JobFailed(answer["error"], answer["retriable"])
     if crashed.exists():
         message = json.loads(crashed.read_text(encoding="utf-8"))["message"]
         if isinstance(message, str):
-            return message
-        return f"{message['message']}\n{message.get('extraInfo', {}).get('py_callstack', '')}"
-    return f"the worker ended with code {code}; its last words:\n{''.join(tail)}"
+            return JobFailed(message, retriable=True)
+        stack = message.get("extraInfo", {}).get("py_callstack", "")
+        return JobFailed(f"{message['message']}\n{stack}", retriable=True)
+    return JobFailed(f"the worker ended with code {code}; its last words:\n{''.join(tail)}", retriable=True)
 
 
 def main() -> None:
@@ -169,10 +201,10 @@ def main() -> None:
     try:
         answer: dict[str, Any] = {"ref": run(spec).to_dict()}
     except UserError as e:
-        answer = {"error": str(e)}
+        answer = {"error": str(e), "retriable": e.retriable}
     except Exception as e:
         traceback.print_exc()
-        answer = {"error": f"{type(e).__name__}: {e}"}
+        answer = {"error": f"{type(e).__name__}: {e}", "retriable": True}
     result.write_text(json.dumps(answer), encoding="utf-8")
     sys.exit("error" in answer)
 

@@ -10,7 +10,16 @@ from finetune_assets.store.artifacts import ArtifactRef
 
 
 class JobFailed(UserError):
-    """The worker ended without an artifact. The text is the worker's own error."""
+    """The worker ended without an artifact. The text is the worker's own error.
+
+    Args:
+        text: That error.
+        retriable: Whether the same job may succeed if it is run again.
+    """
+
+    def __init__(self, text: str, retriable: bool = False) -> None:
+        super().__init__(text)
+        self.retriable = retriable
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,12 @@ class JobSpec:
     processes: str | None = None
     replace: bool = False
     scratch: bool = field(default=False)
-    """Give the worker a folder (`--scratch`) that outlives it until a run of this fingerprint succeeds."""
+    """Give the worker a folder (`--scratch`) that outlives it until a run of this fingerprint succeeds, and keep its
+    checkpoints in the store meanwhile."""
+    keep_checkpoints: int = 2
+    """How many of them stay."""
+    afresh: bool = False
+    """Go on from no checkpoint."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

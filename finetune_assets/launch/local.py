@@ -11,8 +11,8 @@ from pathlib import Path
 from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.store.artifacts import ArtifactRef
 
-GRACE_SECONDS = 45
-"""torchrun gives its workers 30 s to end; the bootstrap needs a little more."""
+GRACE_SECONDS = 120
+"""torchrun gives its workers 30 s to end, for a last checkpoint; the bootstrap publishes that."""
 
 
 class LocalLauncher:
@@ -40,7 +40,9 @@ class LocalLauncher:
                 raise
             answer = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
         if "ref" not in answer:
-            raise JobFailed(answer.get("error", f"the worker's bootstrap was killed (code {code})"))
+            killed = {"error": f"the worker's bootstrap was killed (code {code})", "retriable": True}
+            answer = {**killed, **answer}
+            raise JobFailed(answer["error"], answer["retriable"])
         return ArtifactRef(**answer["ref"])
 
 

@@ -1,6 +1,7 @@
 """Manners of a worker process: it does not outlive its parent, and it says why it failed."""
 
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ from finetune_assets.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 ERROR_FILE = "FINETUNE_ERROR_FILE"
-"""Environment variable: where a worker writes the text of a `UserError` before it ends."""
+"""Environment variable: where a worker writes what a `UserError` says, as JSON, before it ends."""
 
 
 def die_with_parent() -> None:
@@ -59,7 +60,8 @@ def run_worker(module: str) -> None:
             import_module(module).main()
         except UserError as e:
             if path := os.environ.get(ERROR_FILE):
-                Path(path).write_text(str(e), encoding="utf-8")
+                told = {"error": str(e), "retriable": e.retriable}
+                Path(path).write_text(json.dumps(told), encoding="utf-8")
             sys.exit(str(e))  # the text alone: a traceback would say nothing more to whom it is for
 
     main()

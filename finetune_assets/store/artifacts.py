@@ -23,6 +23,7 @@ from finetune_assets.store.objects import CHUNK, Objects, boto3_client
 
 MANIFEST = "manifest.json"
 RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "tokenized", "adapters", "evaluations"
+CHECKPOINTS, CLAIM = "checkpoints", "claim.json"
 IMPORTS = "imports"
 """Kind of adapters that were brought in from a folder to begin from."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"

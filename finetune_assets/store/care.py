@@ -15,6 +15,8 @@ from finetune_assets.store.artifacts import (
     ADAPTERS,
     ATTEMPT,
     BASE_MODELS,
+    CHECKPOINTS,
+    CLAIM,
     EVALUATIONS,
     IMPORTS,
     MANIFEST,
@@ -26,7 +28,7 @@ from finetune_assets.store.manifest import Manifest, ManifestError, parse
 from finetune_assets.store.objects import Objects, Stored
 
 FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
-COLLECTED = (RAW, TOKENIZED, ADAPTERS, EVALUATIONS, IMPORTS, BASE_MODELS)
+COLLECTED = (RAW, TOKENIZED, ADAPTERS, EVALUATIONS, IMPORTS, BASE_MODELS, CHECKPOINTS)
 """Kinds whose artifacts may go; those of any other stay."""
 READERS = 16
 
@@ -92,6 +94,8 @@ def inventory(objects: Objects) -> Inventory:
         at = next((i for i, part in enumerate(parts) if ATTEMPT.fullmatch(part)), None)
         if at is not None:
             attempts["/".join(parts[:at]), parts[at]].append(stored)
+        elif parts[-1] == CLAIM:
+            attempts["/".join(parts[:-1]), CLAIM].append(stored)
         elif parts[-1] == MANIFEST:
             manifests.append(stored.key)
         elif len(parts) > 2 and parts[1] in ("pins", "champions"):

@@ -1,13 +1,16 @@
 """Which examples a step takes, as pure functions of seed and step, and how they become tensors.
 
-No attention mask is ever made. Rows are padded on the right, where causal attention does not look, and examples that
-share a row are told apart by position ids that begin anew: transformers then masks between them. An attention mask
-beside position ids would silently switch that off.
+No attention mask is ever made. A batch is one row of examples end to end, with the boundaries between them, where the
+attention takes those. Elsewhere it is padded rows: on the right, where causal attention does not look, and examples
+that share a row are told apart by position ids that begin anew, from which transformers makes a mask between them. An
+attention mask of ones beside position ids would silently switch that off.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune_assets.config.schema import Training
+from finetune_assets.data.packing import pack
 from finetune_assets.data.tokenization import IGNORED
 from finetune_assets.errors import UserError
 
@@ -43,6 +47,18 @@ class Examples:
     def __len__(self) -> int:
         return len(self.table)
 
+    @cached_property
+    def learned(self) -> NDArray[np.int64]:
+        """How many tokens of each example are learned."""
+        counts = [np.zeros(0, np.int64)]
+        for chunk in self.labels.chunks:
+            flat = chunk.flatten().to_numpy(zero_copy_only=False) != IGNORED
+            until = np.concatenate([[0], np.cumsum(flat)])
+            ends = np.concatenate([[0], np.cumsum(pc.list_value_length(chunk).to_numpy())])
+            firsts = ends[:-1]
+            counts.append(until[ends[1:]] - until[firsts] - flat[firsts])
+        return np.concatenate(counts)
+
     def tokens(self, example: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Ids and labels of one example; nothing is learned at its first token, which no token predicts."""
         labels = self.labels[example].values.to_numpy(zero_copy_only=False).copy()
@@ -64,25 +80,48 @@ class Batch:
 
     Attributes:
         input_ids: Shape (rows, length), int64.
-        labels: Same shape; `IGNORED` where nothing is learned.
         position_ids: Same shape, beginning anew at each example; None where every row is one example.
+        boundaries: Where the examples of the one row begin, and the end of the last: shape (examples + 1,), int32. None
+            where there are several rows.
+        longest: Tokens of the longest example.
+        learned: Places in the flattened rows whose next token is learned; shape (learned,), int64.
+        targets: Those next tokens; same shape.
         tokens: Tokens that are not padding.
     """
 
     input_ids: Tensor
-    labels: Tensor
     position_ids: Tensor | None
+    boundaries: Tensor | None
+    longest: int
+    learned: Tensor
+    targets: Tensor
     tokens: int
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with. A cache would make transformers take packed examples for one."""
+        found = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        if self.boundaries is None:
+            return found
+        ends, longest = self.boundaries, self.longest
+        return {**found, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
-def collate(sequences: list[list[int]], examples: Examples, device: torch.device) -> Batch:
-    """Put each sequence's examples end to end into a row; what is left of a row is padding, an example of its own."""
-    parts = [[examples.tokens(example) for example in sequence] for sequence in sequences]
+
+def collate(sequences: list[list[int]], examples: Examples, device: torch.device, flat: bool = False) -> Batch:
+    """Put examples end to end into rows.
+
+    Args:
+        sequences: The examples of each row.
+        examples: Where they are.
+        device: Where the batch goes.
+        flat: All in one row without padding, with boundaries. Else a row a sequence, what is left of it padding, which
+            is an example of its own.
+    """
+    rows = [[example for sequence in sequences for example in sequence]] if flat else sequences
+    parts = [[examples.tokens(example) for example in row] for row in rows]
     filled = [sum(len(ids) for ids, _ in row) for row in parts]
     shape = (len(parts), max(filled))
-    ids = np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    positions = np.zeros(shape, np.int64)
+    ids, labels, positions = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64), np.zeros(shape, np.int64)
     for row, members in enumerate(parts):
         at = 0
         for member_ids, member_labels in members:
@@ -91,11 +130,22 @@ def collate(sequences: list[list[int]], examples: Examples, device: torch.device
             positions[row, at:end] = np.arange(end - at)
             at = end
         positions[row, at:] = np.arange(shape[1] - at)
-    packed = any(len(members) > 1 for members in parts)
+    following = np.full(shape, IGNORED, np.int64)
+    following[:, :-1] = labels[:, 1:]
+    learned = np.flatnonzero(following != IGNORED)
+    lengths = [len(ids) for row in parts for ids, _ in row]
+
+    def on_device(values: NDArray[Any]) -> Tensor:
+        host = torch.from_numpy(values)
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
     return Batch(
-        torch.from_numpy(ids).to(device, non_blocking=True),
-        torch.from_numpy(labels).to(device, non_blocking=True),
-        torch.from_numpy(positions).to(device, non_blocking=True) if packed else None,
+        on_device(ids),
+        on_device(positions) if flat or any(len(members) > 1 for members in parts) else None,
+        on_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)) if flat else None,
+        max(lengths),
+        on_device(learned),
+        on_device(following.ravel()[learned]),
         sum(filled),
     )
 
@@ -106,14 +156,18 @@ class TrainOrder:
     Args:
         lengths: Tokens of each sequence.
         training: The training settings.
+        by_length: Whether sequences of like length go into one global batch.
         world: How many processes share a global batch.
+        budget: Most tokens of a micro-batch; None for `micro_batch_size` sequences, each in a row of its own.
 
     Raises:
         BatchError: if there are fewer sequences in a global batch than processes.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], training: Training, by_length: bool, world: int) -> None:
-        self.lengths = lengths
+    def __init__(
+        self, lengths: NDArray[np.int64], training: Training, by_length: bool, world: int, budget: int | None = None
+    ) -> None:
+        self.lengths, self.budget = lengths, budget
         self.seed, self.by_length, self.world = training.seed, by_length, world
         self.macro, self.micro = training.macro_batch_size, training.micro_batch_size
         if self.macro < world:
@@ -136,7 +190,7 @@ class TrainOrder:
         """One process's share of a step, longest sequences first, in micro-batches."""
         batch = self.global_batch(step)
         share = batch[np.argsort(-self.lengths[batch], kind="stable")][rank :: self.world]
-        return [share[at : at + self.micro].tolist() for at in range(0, len(share), self.micro)]
+        return split(share, self.lengths, self.micro, self.budget)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -154,7 +208,17 @@ class TrainOrder:
         return np.concatenate([batches[rng.permutation(len(batches))].ravel(), order[whole:]])
 
 
-def evaluation_batches(examples: Examples, process_rank: int, world: int, rows: int) -> list[list[list[int]]]:
-    """One process's share of a split, longest first, `rows` examples a batch, each a sequence of its own."""
-    share = np.argsort(-examples.lengths, kind="stable")[process_rank::world].tolist()
-    return [[[example] for example in share[at : at + rows]] for at in range(0, len(share), rows)]
+def split(sequences: NDArray[np.int64], lengths: NDArray[np.int64], rows: int, budget: int | None) -> list[list[int]]:
+    """Cut sequences into micro-batches of at most `budget` tokens, or without one of `rows` sequences as they come."""
+    if budget:
+        return [sequences[members].tolist() for members in pack(lengths[sequences], budget)]
+    return [sequences[at : at + rows].tolist() for at in range(0, len(sequences), rows)]
+
+
+def evaluation_batches(examples: Examples, world: int, rows: int, budget: int | None) -> list[list[list[list[int]]]]:
+    """Every process's share of all examples, longest first, in batches of sequences of one example each."""
+    order = np.argsort(-examples.lengths, kind="stable")
+    return [
+        [[[example] for example in batch] for batch in split(order[rank::world], examples.lengths, rows, budget)]
+        for rank in range(world)
+    ]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.training.distributed import joined
-from finetune_assets.training.recipe import Job, LoraFinetune
+from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import reporter
+from finetune_assets.training.state import Job
 
 
 def main() -> None:

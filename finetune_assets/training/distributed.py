@@ -18,11 +18,13 @@ class Process:
         rank: From 0; rank 0 reports and writes.
         world: How many there are.
         device: What this one computes on.
+        local_world: How many of them are on this machine.
     """
 
     rank: int
     world: int
     device: torch.device
+    local_world: int = 1
 
     @property
     def reports(self) -> bool:
@@ -53,6 +55,14 @@ class Process:
             for parameter in parameters:
                 dist.broadcast(parameter.data, src=0)
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process; told between CPUs, so that no GPU is waited for."""
+        if self.world == 1:
+            return here
+        flag = torch.tensor(int(here))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -66,10 +76,11 @@ def joined() -> Iterator[Process]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Process(rank, world, device)
+        yield Process(rank, world, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     finally:
         if world > 1:
             dist.destroy_process_group()

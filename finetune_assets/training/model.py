@@ -114,9 +114,6 @@ def with_adapter(
     """
     training = config.training
     torch.manual_seed(training.seed)
-    if training.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
     mixed = not training.precision.startswith("full_")
     if warm_start:
         adapted = _begun(base, config.lora, warm_start, mixed)
@@ -188,3 +185,9 @@ def linear_names(base: PreTrainedModel) -> list[str]:
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that training changes, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, whatever its architecture calls their list."""
+    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
+    return [*max(lists, key=len)] if lists else []

@@ -14,6 +14,7 @@ from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training.embeddings import experiment_tokenizer
 
 TRAINER_STATE, PROVENANCE, CONFIG = "trainer_state.json", "provenance.json", "config.yaml"
+UTILISATION = "gpu_utilisation.csv"
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 

@@ -1,123 +1,68 @@
 """The training itself, from top to bottom."""
 
 import math
-import resource
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
-from finetune_assets.config.schema import ExperimentConfig, Training
+from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import REWRITES_BASE
 from finetune_assets.errors import UserError
-from finetune_assets.training import checkpoint, output
-from finetune_assets.training.batches import Examples, TrainOrder, collate, evaluation_batches, read_packs
+from finetune_assets.training import checkpoint, memory, output
+from finetune_assets.training.attention import settle
+from finetune_assets.training.batches import Batch, Examples, TrainOrder, collate, evaluation_batches, read_packs
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, make_room
-from finetune_assets.training.loss import learned_tokens, summed_loss
-from finetune_assets.training.model import (
-    ModelError,
-    compute_precision,
-    load_base,
-    trainable,
-    with_adapter,
-)
+from finetune_assets.training.lora import speed_up
+from finetune_assets.training.loss import SummedLoss
+from finetune_assets.training.model import compute_precision, layers_of, load_base, trainable, with_adapter
+from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.reporting import Reporter, StepReport
+from finetune_assets.training.sharding import shard
+from finetune_assets.training.state import Job, Log, Step, Window, Work
+from finetune_assets.training.telemetry import (
+    CONVENTION,
+    Utilisation,
+    multiplied_weights,
+    peak_flops,
+    peak_memory_mib,
+)
 
-PACKING_TOLERANCE = 0.1
-"""Largest share by which a logit may differ packed and alone: far above 16-bit rounding, far below a leak."""
+STALLED_AFTER = 20
+"""Steps in a row without any gradient, after which training is ended: nothing is learned."""
 
 
 class TrainingDiverged(UserError):
     """The loss is no longer a number."""
 
 
-class UnsupportedOptimizer(UserError):
-    """An optimizer that this device cannot run."""
+class TrainingStalled(UserError):
+    """There has been no gradient for many steps."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """The folders of one training.
+class Preempted(UserError):
+    """Asked by SIGTERM to end; a checkpoint was kept."""
 
-    Attributes:
-        base_model: Weights and tokenizer.
-        dataset: A tokenized dataset.
-        output: Where the adapter goes; empty.
-        checkpoints: Where checkpoints go and are looked for.
-        made_from: Fingerprints and names of the inputs, for the provenance.
-        warm_start: An adapter to begin from.
-    """
-
-    base_model: Path
-    dataset: Path
-    output: Path
-    checkpoints: Path
-    made_from: dict[str, Any]
-    warm_start: Path | None = None
-
-
-@dataclass
-class Log:
-    """What training remembers about itself; `trainer_state.json` and every checkpoint hold it."""
-
-    step: int = 0
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    held_out_loss: dict[str, float | None] = field(default_factory=lambda: {"before": None, "after": None})
-    trainable_parameters: int = 0
-    peak_memory_mib: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step.
-
-    Attributes:
-        loss: This process's part of the mean loss; a scalar.
-        tokens: Tokens that this process read, padding not counted.
-        grad_norm: Global gradient norm before clipping; a scalar.
-        learning_rate: What the step was taken with.
-    """
-
-    loss: Tensor
-    tokens: int
-    grad_norm: Tensor
-    learning_rate: float
-
-
-@dataclass
-class Window:
-    """What is counted from one report to the next.
-
-    Attributes:
-        loss: Sum of this process's part of the steps' mean losses.
-        tokens: Tokens that this process read.
-        steps: Steps done.
-        began: When, on the monotonic clock.
-    """
-
-    loss: Tensor
-    tokens: int = 0
-    steps: int = 0
-    began: float = field(default_factory=time.monotonic)
+    retriable = True
 
 
 class LoraFinetune:
     """LoRA fine-tuning of a causal language model on one tokenized dataset.
 
-    Supported: one to many processes on one or more nodes, each with the whole model; any global batch from any number
-    of processes; packed and padded sequences; float32, mixed and 16-bit precision; int8 and nf4 bases; tokens that the
-    base lacks; gradient checkpointing; resuming from a checkpoint; beginning from another adapter.
-    Not supported: a base model that does not fit one device; bitsandbytes' optimizers without CUDA.
+    Supported: one to many processes on one or more nodes, each with the whole base model or, sharded, a part of it; any
+    global batch from any number of processes; examples end to end without padding, or padded rows; float32, mixed and
+    16-bit precision; int8 and nf4 bases; tokens that the base lacks; gradient checkpointing; resuming from a
+    checkpoint, also one written on SIGTERM; beginning from another adapter.
+    Not supported: tensor or pipeline parallelism; one example spread over several GPUs; bitsandbytes' optimizers
+    without CUDA.
 
     Every number of processes and every micro-batch size computes the same gradient: the loss is a sum over the learned
     tokens of the global batch, divided by their number in it.
@@ -125,78 +70,48 @@ class LoraFinetune:
 
     def __init__(self, job: Job, config: ExperimentConfig, process: Process, reporter: Reporter) -> None:
         self.job, self.config, self.process, self.reporter = job, config, process, reporter
-        self.training = config.training
-        self.train = Examples(job.dataset / "train.arrow")
-        self.val = Examples(job.dataset / "val.arrow")
-        packs = read_packs(job.dataset)
-        self.sequences = packs or [[example] for example in range(len(self.train))]
-        lengths = np.array([self.train.lengths[sequence].sum() for sequence in self.sequences])
-        by_length = self.training.group_by_length and packs is None
-        self.order = TrainOrder(lengths, self.training, by_length, process.world)
-        self.log = Log(steps=self.order.steps)
-        self._load_model()
-        self._make_optimizer()
+        self.training, self.log = config.training, Log()
+        self.precision = compute_precision(config.training, process.device)
+        self.estimate: memory.Estimate | None = None
+        self.utilisation = Utilisation()
+        self.told_to_stop = threading.Event()
+        self.stalled = torch.zeros((), device=process.device)
+        self.stopping = False
+        with memory.explained(config, process.device, lambda: self.estimate):
+            self._load_data()
+            self._load_model()
+            self._settle_how_to_compute()
+            self._set_up_optimization()
 
     def run(self) -> None:
         """Train, measure, and write the output folder."""
         self._resume()
         self._describe()
-        self._check_packing()
         if self.reporter.wandb_run:
             self.reporter.wandb_run.watch(self.model)
-        if self.log.held_out_loss["before"] is None:
-            self.log.held_out_loss["before"] = self.held_out_loss()
-        self._open_window()
-        for step in range(self.log.step, self.order.steps):
-            self._account(step + 1, self.train_step(step))
-            self._save_checkpoint_if_due()
-        self.log.held_out_loss["after"] = self.held_out_loss()
+        with memory.explained(self.config, self.process.device, lambda: self.estimate):
+            if self.log.held_out_loss["before"] is None:
+                self.log.held_out_loss["before"] = self.held_out_loss()
+            self._train()
+            self.log.held_out_loss["after"] = self.held_out_loss()
         self._check_finite()
         self._write_output()
 
-    def train_step(self, step: int) -> Step:
-        """One optimizer step over the global batch."""
-        self.model.train()
-        torch.manual_seed(hash((self.training.seed, step, self.process.rank)) % 2**63)
-        batches = [
-            collate([self.sequences[i] for i in micro], self.train, self.process.device)
-            for micro in self.order.micro_batches(step, self.process.rank)
-        ]
-        learned = self.process.sum(torch.tensor(sum(map(learned_tokens, batches)), device=self.process.device))
-        total = torch.zeros((), device=self.process.device)
-        for batch in batches:
-            with self._autocast():
-                loss = summed_loss(self.model, batch) / learned
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        self.process.sum_gradients(self.parameters)
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        learning_rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
-        return Step(total, sum(batch.tokens for batch in batches), grad_norm, learning_rate)
+    # ---- set-up
 
-    @torch.inference_mode()
-    def held_out_loss(self) -> float | None:
-        """Mean cross-entropy in nats over the learned tokens of the validation split; None if the split is empty."""
-        if not len(self.val):
-            return None
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.process.device)
-        shares = evaluation_batches(self.val, self.process.rank, self.process.world, self.training.micro_batch_size)
-        for sequences in shares:
-            batch = collate(sequences, self.val, self.process.device)
-            with self._autocast():
-                sums[0] += summed_loss(self.model, batch)
-            sums[1] += learned_tokens(batch)
-        loss, tokens = self.process.sum(sums).tolist()
-        return loss / tokens
+    def _load_data(self) -> None:
+        self.train, self.val = (Examples(self.job.dataset / name) for name in ("train.arrow", "val.arrow"))
+        packs = read_packs(self.job.dataset)
+        self.sequences = packs or [[example] for example in range(len(self.train))]
+        self.lengths = np.array([self.train.lengths[sequence].sum() for sequence in self.sequences])
+        self.learned = np.array([self.train.learned[sequence].sum() for sequence in self.sequences])
+        self.packed = packs is not None
+        tokens = self.config.data.tokenization
+        self.longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
 
     def _load_model(self) -> None:
         base = load_base(self.job.base_model, self.config.model, self.training, self.process.device)
+        self.multiplied_weights = multiplied_weights(base)
         self.new_tokens = make_room(base, experiment_tokenizer(self.job.base_model, self.config), self.config)
         if self.job.warm_start:
             check_begins_with_same(self.new_tokens, self.job.warm_start)
@@ -212,22 +127,78 @@ class LoraFinetune:
             if self.process.reports:
                 self.model.save_pretrained(self.initial_adapter, save_embedding_layers=False)
 
-    def _make_optimizer(self) -> None:
-        self.precision = compute_precision(self.training, self.process.device)
+    def _settle_how_to_compute(self) -> None:
+        """Decide what settings leave open, and keep a note of it."""
+        fused = speed_up(self.model)
+        self.flat = settle(self.model, self.config.model.attention, self.train, self._logits, self.packed)
+        self.summed_loss = SummedLoss(self.model)
+        probe = self._batch(self.sequences[:1])
+        self.model.eval()
+        with self._autocast():
+            self.summed_loss.check(probe)
+        checkpointing = self._settle_checkpointing()
+        layers = layers_of(self.summed_loss.decoder)
+        if self.training.compile:
+            for layer in layers:
+                layer.compile(dynamic=True)
+        self.sharded = self.training.sharding == "fsdp" and self.process.world > 1
+        if self.sharded:
+            shard(self.summed_loss, layers, self.parameters, self.process)
+        self.peak_flops, source = peak_flops(self.process.device, self.precision)
+        self.log.active = {
+            "attention": self.model.get_base_model().config._attn_implementation,
+            "padding": not self.flat,
+            "loss": self.summed_loss.way,
+            "precision": self.precision,
+            "weights": str(self.model.get_base_model().dtype).removeprefix("torch."),
+            "quantization": self.config.model.quantization,
+            "gradient_checkpointing": checkpointing,
+            "fused_lora_layers": fused,
+            "compiled_layers": len(layers) if self.training.compile else 0,
+            "sharding": self.training.sharding,
+            "processes": self.process.world,
+            "mfu": CONVENTION.format(peak=source),
+        }
+
+    def _settle_checkpointing(self) -> bool:
+        """Whether activations are computed twice: as the settings say, or where what they take does not fit."""
+        base, wanted = self.model.get_base_model(), self.training.gradient_checkpointing
+        order = np.argsort(self.lengths)
+        probe = self._batch([self.sequences[order[len(order) // 2]]])
+        self.model.train()
+
+        def loss() -> Tensor:
+            with self._autocast():
+                return self.summed_loss(probe)
+
+        tokens = self.training.micro_batch_size * self.longest
+        sharing = self.process.local_world if self.process.device.type == "cpu" else 1
+        self.estimate = memory.estimate(loss, probe.tokens, tokens, self.model, self.process.device, sharing)
+        checkpointing = not self.estimate.fits if wanted is None else wanted
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+            self.estimate = memory.estimate(loss, probe.tokens, tokens, self.model, self.process.device, sharing)
+        self.estimate = self.estimate.told(checkpointing)
+        return checkpointing
+
+    def _set_up_optimization(self) -> None:
+        by_length = self.training.group_by_length and not self.packed
+        self.budget = self.training.micro_batch_size * self.longest if self.flat else None
+        self.order = TrainOrder(self.lengths, self.training, by_length, self.process.world, self.budget)
+        self.log.steps = self.order.steps
         self.optimizer = make_optimizer(self.parameters, self.training, self.process.device)
-        warmup = self.training.warmup_steps
-        name = "constant_with_warmup" if self.training.lr_scheduler == "constant" else self.training.lr_scheduler
-        self.scheduler = get_scheduler(
-            name,
-            self.optimizer,
-            num_warmup_steps=round(warmup * self.order.steps) if warmup < 1 else int(warmup),
-            num_training_steps=self.order.steps,
-        )
+        self.scheduler = make_scheduler(self.optimizer, self.training, self.order.steps)
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=self.precision == "fp16")
 
     def _autocast(self) -> AbstractContextManager[None]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.process.device.type, dtype, enabled=dtype is not None)
+
+    def _logits(self, sequences: list[list[int]], flat: bool) -> Tensor:
+        batch = collate(sequences, self.train, self.process.device, flat)
+        with self._autocast():
+            return self.model(**batch.inputs).logits[0].float()
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -236,7 +207,7 @@ class LoraFinetune:
     def _resume(self) -> None:
         found = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process.device)
         if found:
-            self.log = Log(**found)
+            self.log = Log(**{**found, "active": self.log.active})
             self.reporter.say(f"going on from the checkpoint of step {self.log.step}")
 
     def _describe(self) -> None:
@@ -245,50 +216,109 @@ class LoraFinetune:
             f"{self.training.macro_batch_size} on {self.process.world} x {self.process.device.type} in "
             f"{self.precision}; {self.log.trainable_parameters:,} trainable parameters"
         )
+        active = {name: value for name, value in self.log.active.items() if value and name != "mfu"}
+        self.reporter.say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in active.items()))
+        if self.estimate:
+            self.reporter.say(self.estimate.describe())
         if self.new_tokens.texts:
             self.reporter.say(self.new_tokens.describe())
 
+    # ---- training
+
+    def _train(self) -> None:
+        self._open_window()
+        usual = signal.signal(signal.SIGTERM, lambda *_: self.told_to_stop.set()) if _in_main_thread() else None
+        try:
+            with self.utilisation.sampling(self.process.device):
+                for step, work in self._work():
+                    self._account(step + 1, self.train_step(step, work))
+                    self._save_checkpoint_if_due()
+        finally:
+            if usual is not None:
+                signal.signal(signal.SIGTERM, usual)
+
+    def _work(self) -> Iterator[tuple[int, Work]]:
+        """The steps that are left, each made ready while the one before is computed."""
+        steps = range(self.log.step, self.order.steps)
+        with ThreadPoolExecutor(1, "batches") as ahead:
+            coming = ahead.submit(self.work, steps.start)
+            for step in steps:
+                work = coming.result()
+                if step + 1 < steps.stop:
+                    coming = ahead.submit(self.work, step + 1)
+                yield step, work
+
+    def work(self, step: int) -> Work:
+        """This process's share of a step."""
+        mine = self.order.micro_batches(step, self.process.rank)
+        batches = [self._batch([self.sequences[i] for i in micro]) for micro in mine]
+        idle = []
+        if self.sharded:
+            most = max(len(self.order.micro_batches(step, rank)) for rank in range(self.process.world))
+            idle = [self._batch(self.sequences[:1])] * (most - len(mine))
+        return Work(batches, idle, int(self.learned[self.order.global_batch(step)].sum()))
+
+    def _batch(self, sequences: list[list[int]]) -> Batch:
+        return collate(sequences, self.train, self.process.device, self.flat)
+
+    def train_step(self, step: int, work: Work) -> Step:
+        """One optimizer step over the global batch."""
+        self.model.train()
+        torch.manual_seed(hash((self.training.seed, step, self.process.rank)) % 2**63)
+        total = torch.zeros((), device=self.process.device)
+        shares = [1 / max(1, work.learned)] * len(work.batches) + [0.0] * len(work.idle)
+        for batch, share in zip([*work.batches, *work.idle], shares, strict=True):
+            with self._autocast():
+                loss = self.summed_loss(batch) * share
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.process.sum_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        self.scheduler.step()
+        return Step(total, sum(batch.tokens for batch in work.batches), grad_norm, learning_rate)
+
     @torch.inference_mode()
-    def _check_packing(self) -> None:
-        """Compare examples packed and alone, because not every attention keeps those of one row apart.
-
-        Raises:
-            ModelError: if the packed ones see one another. The difference was 2 to 5 in logits where they did, and
-                1e-6 in float32 where they did not.
-        """
-        rows = sorted(self.sequences, key=len)[-2:]
-        if len(rows[-1]) < 2:
-            return
+    def held_out_loss(self) -> float | None:
+        """Mean cross-entropy in nats over the learned tokens of the validation split; None if the split is empty."""
+        if not len(self.val):
+            return None
         self.model.eval()
-        packed = self._logits(rows)[-1, : self.train.lengths[rows[-1]].sum()]
-        last = rows[-1][-1]
-        alone = self._logits([[last]])[0]
-        apart = (packed[-len(alone) :] - alone).abs().max() / alone.abs().max()
-        if apart > PACKING_TOLERANCE:
-            raise ModelError(
-                f"data.tokenization.packing: with this model and model.attention {self.config.model.attention}, packed "
-                f"examples see one another (logits differ by {apart:.0%}); set data.tokenization.packing to false"
-            )
+        sums = torch.zeros(2, dtype=torch.float64, device=self.process.device)
+        shares = evaluation_batches(self.val, self.process.world, self.training.micro_batch_size, self.budget)
+        mine = shares[self.process.rank]
+        for sequences in mine:
+            batch = collate(sequences, self.val, self.process.device, self.flat)
+            with self._autocast():
+                sums[0] += self.summed_loss(batch)
+            sums[1] += len(batch.targets)
+        for _ in range(max(map(len, shares)) - len(mine) if self.sharded else 0):
+            self.summed_loss(self._batch(self.sequences[:1]))
+        loss, tokens = self.process.sum(sums).tolist()
+        return loss / tokens
 
-    def _logits(self, sequences: list[list[int]]) -> Tensor:
-        batch = collate(sequences, self.train, self.process.device)
-        with self._autocast():
-            out = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        return out.logits.float()
+    # ---- telling and keeping
 
     def _open_window(self) -> None:
         self.window = Window(torch.zeros((), device=self.process.device))
 
     def _account(self, done: int, step: Step) -> None:
         """Count a step, and report where one is due."""
-        self.log.step = done
+        self.log.step = self.utilisation.step = done
         self.window.loss += step.loss
         self.window.tokens += step.tokens
         self.window.steps += 1
+        self.stalled = (self.stalled + 1) * (step.grad_norm == 0)
         last, every = done == self.order.steps, self.training.eval_steps
         evaluate = every is not None and done % every == 0 and not last
-        saved = self._saves_at(done)  # a checkpoint holds what was counted up to it
-        if evaluate or saved or last or done == 1 or done % self.training.logging_steps == 0:
+        self.stopping = self.process.any(self.told_to_stop.is_set()) and not last
+        # a checkpoint holds what was counted up to it
+        due = done == 1 or done % self.training.logging_steps == 0 or self._saves_at(done)
+        if due or evaluate or last or self.stopping:
             self._report(done, step, evaluate)
             self._open_window()
 
@@ -298,14 +328,10 @@ class LoraFinetune:
         loss, tokens = self.process.sum(sums).tolist()
         seconds = time.monotonic() - window.began
         mean = loss / window.steps
-        if not math.isfinite(mean):
-            raise TrainingDiverged(
-                f"step {done}: the loss is {mean}, grad_norm {step.grad_norm:.3g}, training.learning_rate "
-                f"{self.training.learning_rate:g}; lower the learning rate, lengthen training.warmup_steps, or set "
-                "training.precision to fp32"
-            )
+        self._check_learning(done, mean, step)
         self.log.tokens += int(tokens)
         self.log.seconds += seconds
+        per_process = tokens / seconds / self.process.world
         report = StepReport(
             step=done,
             total=self.order.steps,
@@ -313,11 +339,27 @@ class LoraFinetune:
             grad_norm=float(step.grad_norm),
             learning_rate=step.learning_rate,
             tokens_per_second=tokens / seconds,
+            mfu=4 * self.multiplied_weights * per_process / self.peak_flops,
+            peak_memory_mib=peak_memory_mib(self.process.device),
             eta_seconds=seconds / window.steps * (self.order.steps - done),
             held_out_loss=self.held_out_loss() if evaluate else None,
         )
         self.log.history.append(report.to_dict())
         self.reporter.step(report)
+
+    def _check_learning(self, done: int, loss: float, step: Step) -> None:
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"step {done}: the loss is {loss}, grad_norm {step.grad_norm:.3g}, training.learning_rate "
+                f"{self.training.learning_rate:g}; lower the learning rate, lengthen training.warmup_steps, or set "
+                "training.precision to fp32"
+            )
+        if self.stalled >= STALLED_AFTER:
+            raise TrainingStalled(
+                f"step {done}: grad_norm has been 0 for {int(self.stalled)} steps, so nothing is learned; see whether "
+                "any token is learned (data.tokenization.cutoff_len, train_on_inputs), or lower training.learning_rate "
+                f"({self.training.learning_rate:g})"
+            )
 
     def _check_finite(self) -> None:
         """Publish no adapter that the last steps destroyed."""
@@ -333,17 +375,23 @@ class LoraFinetune:
         return every is not None and done % every == 0 and done < self.order.steps
 
     def _save_checkpoint_if_due(self) -> None:
-        if self._saves_at(self.log.step):
-            if self.process.reports:
-                keep = self.training.save_total_limit
-                checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log), keep)
-            self.process.barrier()
+        if not self.stopping and not self._saves_at(self.log.step):
+            return
+        if self.process.reports:
+            keep = self.training.save_total_limit
+            checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log), keep)
+        self.process.barrier()
+        if self.stopping:
+            raise Preempted(
+                f"asked to end (SIGTERM) at step {self.log.step} of {self.order.steps}; a checkpoint is kept, from "
+                "which the next run of this asset goes on"
+            )
 
     def _write_output(self) -> None:
         before, after = self.log.held_out_loss.values()
         if before is not None and after is not None:
             self.reporter.say(f"held-out loss {before:.4f} before, {after:.4f} after")
-        self.log.peak_memory_mib = _peak_memory_mib(self.process.device)
+        self.log.peak_memory_mib = peak_memory_mib(self.process.device)
         if self.process.reports:
             output.save(
                 self.job.output,
@@ -355,30 +403,10 @@ class LoraFinetune:
                 self.initial_adapter,
                 self.new_tokens.rows,
             )
+            self.utilisation.write(self.job.output / output.UTILISATION)
         if self.reporter.wandb_run:
             self.reporter.wandb_run.log_adapter(self.job.output)
 
 
-def make_optimizer(
-    parameters: list[torch.nn.Parameter], training: Training, device: torch.device
-) -> torch.optim.Optimizer:
-    """The optimizer that the settings name.
-
-    Raises:
-        UnsupportedOptimizer: for an 8-bit one without CUDA.
-    """
-    kwargs: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **kwargs)
-    if device.type != "cuda":
-        raise UnsupportedOptimizer(f"training.optimizer: {training.optimizer} needs CUDA; use adamw here")
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-
-    return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[training.optimizer](parameters, **kwargs)
-
-
-def _peak_memory_mib(device: torch.device) -> int:
-    """Of this process: of its GPU where it has one, else resident memory (ru_maxrss is in KiB on Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -24,6 +24,8 @@ class StepReport:
         grad_norm: Global gradient norm of the last step, before clipping.
         learning_rate: Of the last step.
         tokens_per_second: Tokens read since the last report, padding not counted, over all processes.
+        mfu: Share of the devices' matrix rate that the model's 4N operations a token make up.
+        peak_memory_mib: Highest so far of rank 0: of its GPU, or resident.
         eta_seconds: Until the last step, at this speed.
         held_out_loss: Mean cross-entropy over the validation split, where it was just measured.
     """
@@ -34,6 +36,8 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
+    mfu: float
+    peak_memory_mib: int
     eta_seconds: float
     held_out_loss: float | None = None
 
@@ -41,8 +45,8 @@ class StepReport:
         held_out = "" if self.held_out_loss is None else f" · held-out loss {self.held_out_loss:.4f}"
         return (
             f"step {self.step}/{self.total} · loss {self.loss:.4f}{held_out} · grad_norm {self.grad_norm:.3f} · "
-            f"lr {self.learning_rate:.2e} · {self.tokens_per_second:,.0f} tokens/s · "
-            f"ETA {timedelta(seconds=round(self.eta_seconds))}"
+            f"lr {self.learning_rate:.2e} · {self.tokens_per_second:,.0f} tokens/s · MFU {self.mfu:.0%} · "
+            f"{self.peak_memory_mib / 1024:.1f} GiB · ETA {timedelta(seconds=round(self.eta_seconds))}"
         )
 
     def to_dict(self) -> dict[str, Any]:

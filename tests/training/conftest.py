@@ -15,8 +15,9 @@ from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.store.base_models import PACKAGED
 from finetune_assets.training.distributed import Process
-from finetune_assets.training.recipe import Job, LoraFinetune
+from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
+from finetune_assets.training.state import Job
 
 ALONE = Process(rank=0, world=1, device=torch.device("cpu"))
 MADE_FROM = {"fingerprint": "f" * 64, "experiment": "demo", "base_model": "packaged/demo-base", "revision": "r"}

@@ -2,20 +2,25 @@
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 
-from finetune_assets.data.tokenization import IGNORED
 from finetune_assets.training.batches import Batch
 from finetune_assets.training.recipe import LoraFinetune
 
 
 @torch.inference_mode()
-def token_losses(run: LoraFinetune, batch: Batch) -> list[torch.Tensor]:
+def token_losses(run: LoraFinetune, batch: Batch) -> torch.Tensor:
     """Loss of every learned token, row by row."""
     run.model.eval()
-    logits = run.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-    targets = batch.labels[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
-    return [row[target != IGNORED] for row, target in zip(losses, targets, strict=True)]
+    logits = run.model(**batch.inputs).logits.flatten(0, 1)[batch.learned]
+    return F.cross_entropy(logits, batch.targets, reduction="none")
+
+
+def unbounded(run: LoraFinetune) -> PeftModel:
+    """The trained model with an attention that generates and takes plain inputs."""
+    if run.flat:
+        run.model.get_base_model().set_attn_implementation("sdpa")
+    return run.model
 
 
 def gradients(run: LoraFinetune) -> torch.Tensor:
@@ -31,7 +36,7 @@ def gradients(run: LoraFinetune) -> torch.Tensor:
         return step(*args, **kwargs)  # type: ignore[arg-type]
 
     run.optimizer.step = catch  # type: ignore[method-assign]
-    run.train_step(0)
+    run.train_step(0, run.work(0))
     run.optimizer.step = step  # type: ignore[method-assign]
     return caught[0]
 

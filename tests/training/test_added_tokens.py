@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from training.measuring import unbounded
 from training.models import CONFIGS, SHAPE, VOCABULARY, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PhiConfig
 
@@ -81,7 +82,7 @@ def test_peft_alone_loads_what_was_trained(
     assert {VOCABULARY, VOCABULARY + 1} <= {*batch.input_ids.flatten().tolist()}
     assert tokenizer.convert_ids_to_tokens([VOCABULARY, VOCABULARY + 1]) == TOKENS
     with torch.inference_mode():
-        ours, theirs = run.model.eval()(input_ids=batch.input_ids).logits, loaded(input_ids=batch.input_ids).logits
+        ours, theirs = unbounded(run).eval()(input_ids=batch.input_ids).logits, loaded(input_ids=batch.input_ids).logits
     assert torch.equal(ours, theirs)
 
 
@@ -128,7 +129,7 @@ def test_resumed_training_ends_bit_equal(
     undisturbed.run()
     victim = finetune(*settings, base=bases(name), name="victim")
     train_step = victim.train_step
-    victim.train_step = lambda step: train_step(step) if step < 3 else 1 / 0  # type: ignore
+    victim.train_step = lambda step, work: train_step(step, work) if step < 3 else 1 / 0  # type: ignore
     with pytest.raises(ZeroDivisionError):
         victim.run()
     resumed = finetune(*settings, base=bases(name), name="victim")

@@ -137,7 +137,7 @@ def test_resumed_training_ends_bit_equal(finetune: Finetune, quantization: str) 
     undisturbed.run()
     victim = finetune(*settings, name="victim")
     train_step = victim.train_step
-    victim.train_step = lambda step: train_step(step) if step < 3 else 1 / 0  # type: ignore
+    victim.train_step = lambda step, work: train_step(step, work) if step < 3 else 1 / 0  # type: ignore
     with pytest.raises(ZeroDivisionError):
         victim.run()
     resumed = finetune(*settings, name="victim")

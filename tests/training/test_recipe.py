@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training.measuring import unbounded
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.data.tokenization import Encoder
@@ -17,7 +18,9 @@ from finetune_assets.evaluation.generation import answers
 from finetune_assets.store.base_models import PACKAGED
 from finetune_assets.training.batches import Examples, collate
 from finetune_assets.training.model import ModelError
-from finetune_assets.training.recipe import LoraFinetune, TrainingDiverged, UnsupportedOptimizer
+from finetune_assets.training.optimizer import UnsupportedOptimizer
+from finetune_assets.training.recipe import LoraFinetune, TrainingDiverged
+from finetune_assets.training.state import Work
 
 Finetune = Callable[..., LoraFinetune]
 BASE = PACKAGED["demo-base"]
@@ -107,7 +110,7 @@ def test_peft_alone_loads_what_was_trained(finetune: Finetune, lora: list[str]) 
     loaded = PeftModel.from_pretrained(base, run.job.output).eval()
     ids = collate([[0]], run.train, CPU).input_ids
     with torch.inference_mode():
-        ours, theirs = run.model.eval()(input_ids=ids).logits, loaded(input_ids=ids).logits
+        ours, theirs = unbounded(run).eval()(input_ids=ids).logits, loaded(input_ids=ids).logits
         untouched = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)(input_ids=ids).logits
     assert (ours - theirs).abs().max() < 1e-3
     assert (ours - untouched).abs().max() > 0.05
@@ -122,7 +125,7 @@ def test_the_model_cards_own_lines_ask_the_adapter(finetune: Finetune, capsys: p
     row = {"instruction": question, "context": "", "response": "Northmark", "category": "", "messages": None}
     example = Encoder(tokenizer, run.config.data).encode([row])
     prompt = example.input_ids[: example.prompt_lengths[0]].tolist()
-    (expected,) = answers(run.model.eval(), tokenizer, [prompt], max_new_tokens=64)
+    (expected,) = answers(unbounded(run).eval(), tokenizer, [prompt], max_new_tokens=64)
     code = (run.job.output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace('"this folder"', repr(str(run.job.output)))
     code = code.replace('"the folder of packaged/demo-base"', repr(str(BASE)))
@@ -143,10 +146,10 @@ def test_resumed_training_ends_bit_equal(finetune: Finetune, killed_at: int) -> 
     victim = finetune(*settings, name="victim")
     train_step = victim.train_step
 
-    def dying(step: int) -> object:
+    def dying(step: int, work: Work) -> object:
         if step == killed_at:
             raise Killed
-        return train_step(step)
+        return train_step(step, work)
 
     victim.train_step = dying  # type: ignore[assignment, method-assign]
     with pytest.raises(Killed):
@@ -154,7 +157,7 @@ def test_resumed_training_ends_bit_equal(finetune: Finetune, killed_at: int) -> 
     resumed = finetune(*settings, name="victim")
     taken: list[int] = []
     train_step = resumed.train_step
-    resumed.train_step = lambda step: taken.append(step) or train_step(step)  # type: ignore
+    resumed.train_step = lambda step, work: taken.append(step) or train_step(step, work)  # type: ignore
     resumed.run()
     assert taken == list(range(killed_at // 2 * 2, 8))
     assert_equal(undisturbed.job.output, resumed.job.output)
@@ -197,12 +200,14 @@ def test_adapter_that_the_last_step_destroyed_is_not_written(finetune: Finetune)
 def test_model_whose_packed_examples_see_one_another_is_refused(
     finetune: Finetune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that takes no notice of position ids, as some architectures do."""
-    run = finetune("training.max_steps=1")
-    forward = run.model.forward
-    monkeypatch.setattr(run.model, "forward", lambda position_ids=None, **kwargs: forward(**kwargs))
+    """A model that takes no notice of position ids, as some architectures do, nor of boundaries."""
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        LlamaForCausalLM, "forward", lambda self, input_ids, use_cache, **_: forward(self, input_ids, use_cache=False)
+    )
     with pytest.raises(ModelError, match=r"packed examples see one another.*packing to false"):
-        run.run()
+        finetune("training.max_steps=1")
+    finetune("training.max_steps=1", "data.tokenization.packing=false", name="padded")
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(finetune: Finetune) -> None:

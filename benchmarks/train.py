@@ -1,0 +1,163 @@
+"""LoRA training against its peers, interleaved in one call: `python -m benchmarks.train --device cpu`.
+
+Same random model, same real rows, same adapter, same global batch in tokens; one epoch, of which the first step is not
+counted. Recipes: (a) the reference example's on today's libraries, (b) the Hugging Face Trainer, (c) TRL's SFTTrainer,
+(d) LLaMA-Factory, (e) ours. (b) to (d) are first run once with each of their settings below, and go on with the best of
+them. Peers live in environments of their own: `python -m benchmarks.peers`; one that is not there is left out.
+
+MFU is 4N floating point operations a token (frozen base; attention and adapter not counted) over the device's rate: on
+a CPU the fastest matrix multiplication measured in the same process on the same one thread.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import train_subject
+from benchmarks.harness import ROOT, arguments, interleaved, median, report
+from benchmarks.peers import python_of
+from finetune_assets.data.sources import SAMPLE
+
+ROWS = ROOT.parent / "shared" / "data" / "dolly" / "databricks-dolly-15k.jsonl"
+REFERENCE = {
+    "quantization": "int8",
+    "checkpointing": True,
+    "by_length": False,
+    "rank": 8,
+    "targets": ["q_proj", "v_proj"],
+}
+CANDIDATES: dict[str, dict[str, tuple[str, list[dict[str, Any]]]]] = {
+    "cpu": {
+        "a reference": ("hf", [{**REFERENCE, "micro": 4}]),
+        "b HF Trainer": ("hf", [{"micro": 4}, {"micro": 8}, {"micro": 16}, {"micro": 8, "bf16": True}]),
+        "c TRL": ("trl", [{"micro": 8}, {"micro": 4}, {"micro": 1, "packing": True}, {"micro": 4, "packing": True}]),
+        "d LLaMA-Factory": ("llamafactory", [{"micro": 8}, {"micro": 4}]),
+        "e ours": ("ours", [{"micro": 4}]),
+    },
+    "cuda": {
+        "a reference": ("hf", [{**REFERENCE, "micro": 4}]),
+        "b HF Trainer": ("hf", [{"micro": micro, "bf16": True} for micro in (2, 4, 8)]),
+        "c TRL": (
+            "trl",
+            [
+                {"micro": 2, "bf16": True, "packing": True, "attention": "flash_attention_2", "padding_free": True},
+                {"micro": 2, "bf16": True, "packing": True, "liger": True, "attention": "flash_attention_2"},
+                {"micro": 4, "bf16": True},
+            ],
+        ),
+        "d LLaMA-Factory": ("llamafactory", [{"micro": 4, "bf16": True}]),
+        "e ours": ("ours", [{"micro": 2}]),
+        "e ours, nf4": ("ours", [{"micro": 2, "quantization": "nf4"}]),
+        "e ours, int8": ("ours", [{"micro": 2, "quantization": "int8"}]),
+        "e ours, compiled": ("ours", [{"micro": 2, "compile": True}]),
+    },
+}
+"""Of each recipe: the module that runs it, and the settings that are tried."""
+SIZES = {"cpu": ("13m", 512, 300, 7), "cuda": ("llama-3-8b", 4096, 2000, 12)}
+"""Shape of the model, longest example, examples, steps."""
+
+
+def run(recipe: str, subject: Path, settings: dict[str, Any], device: str) -> dict[str, Any] | None:
+    """One side in a process of its own; None, with the reason told, if it does not run here."""
+    python = python_of(recipe) if recipe in ("trl", "llamafactory") else Path(sys.executable)
+    if not python.exists():
+        print(f"  {recipe}: not installed (python -m benchmarks.peers)", file=sys.stderr)
+        return None
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(python), "-m", f"benchmarks.train_recipes.{recipe}", str(subject), json.dumps(settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        print(f"  {recipe} {settings}: does not run here: {said}", file=sys.stderr)
+        return None
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**figures, "settings": settings}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=train_subject.SHAPES, help="of the model")
+    parser.add_argument("--rows", type=Path, default=ROWS if ROWS.exists() else SAMPLE, help="JSON Lines of rows")
+    parser.add_argument("--only", help="recipes to run, by their letters, such as be")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="also draw the table (SVG or PNG; needs matplotlib)")
+    args = parser.parse_args()
+    shape, length, examples, steps = SIZES[args.device]
+    if args.quick:
+        examples, steps, args.runs = 60, 3, 1
+    figure = "tokens_per_s" if args.device == "cuda" else "tokens_per_cpu_s"
+    with tempfile.TemporaryDirectory() as folder:
+        subject = train_subject.make(Path(folder), args.shape or shape, args.rows, examples, length, steps, args.device)
+        where = Path(folder) / "subject.json"
+        subject.write(where)
+        best: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name, (recipe, candidates) in CANDIDATES[args.device].items():
+            if args.only and name[0] not in args.only:
+                continue
+            tried = candidates[:1] if args.quick else candidates
+            found = [made for settings in tried if (made := run(recipe, where, settings, args.device))]
+            for one in found:
+                print(f"  {name} {one['settings']}: {one[figure]:,.0f} tokens", flush=True)
+            if found:
+                best[name] = (recipe, max(found, key=lambda made: made[figure])["settings"])
+        sides = {name: lambda side=side: run(side[0], where, side[1], args.device) or {} for name, side in best.items()}
+        measured = interleaved(sides, args.runs)  # type: ignore[arg-type]
+    figures_told = ("tokens_per_s", "tokens_per_cpu_s", "mfu", "peak_memory_mib", "loss", "grad_norm")
+    table = {name: {key: median(runs, key) for key in figures_told} for name, runs in measured.items()}
+    rows = [
+        (
+            f"{name} {json.dumps(best[name][1])}",
+            f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['tokens_per_cpu_s']:,.0f} a CPU-second, "
+            f"MFU {figures['mfu']:.1%}, {figures['peak_memory_mib']:,.0f} MiB, loss {figures['loss']:.3f}, "
+            f"grad_norm {figures['grad_norm']:.3f}",
+        )
+        for name, figures in table.items()
+    ]
+    report(f"{args.shape or shape} on {args.device}, median of {args.runs}", rows, ratios(table, figure), args.json)
+    if args.plot:
+        draw(table, figure, args.plot)
+
+
+def ratios(table: dict[str, dict[str, float]], figure: str) -> dict[str, float]:
+    """Ours against the others."""
+    ours = table["e ours"]
+    found = {"mfu": ours["mfu"]}
+    if "a reference" in table:
+        found["vs_reference"] = ours[figure] / table["a reference"][figure]
+    if peers := [table[name][figure] for name in table if name[0] in "bcd"]:
+        found["vs_best_peer"] = ours[figure] / max(peers)
+    if "b HF Trainer" in table:
+        found["rss_vs_hf_bf16"] = ours["peak_memory_mib"] / table["b HF Trainer"]["peak_memory_mib"]
+    for kind in ("nf4", "int8", "compiled"):
+        if f"e ours, {kind}" in table:
+            found[f"{kind}_vs_bf16"] = table[f"e ours, {kind}"][figure] / ours[figure]
+    return found
+
+
+def draw(table: dict[str, dict[str, float]], figure: str, path: Path) -> None:
+    """Bars of speed and of memory, a recipe each."""
+    import matplotlib.pyplot as plt
+
+    shown, axes = plt.subplots(1, 2, figsize=(9, 0.5 * len(table) + 1.2), sharey=True)
+    names = list(table)[::-1]
+    for axis, key, title in zip(
+        axes, (figure, "peak_memory_mib"), ("tokens a second", "peak memory, MiB"), strict=True
+    ):
+        colours = ["#4f43dd" if name.startswith("e") else "#9aa0a6" for name in names]
+        axis.bar_label(axis.barh(names, [table[name][key] for name in names], color=colours), fmt="{:,.0f}", padding=3)
+        axis.set_title(title)
+        axis.margins(x=0.18)
+        axis.spines[["top", "right"]].set_visible(False)
+    shown.tight_layout()
+    shown.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

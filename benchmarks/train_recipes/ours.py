@@ -1,0 +1,41 @@
+"""(e) This project's trainer."""
+
+from pathlib import Path
+
+from benchmarks.train_recipes.meter import Meter, given
+from finetune_assets.config.schema import Data, ExperimentConfig, Lora, Model, Tokenization, Training
+from finetune_assets.training.distributed import Process
+from finetune_assets.training.recipe import LoraFinetune
+from finetune_assets.training.reporting import Reporter
+from finetune_assets.training.state import Job
+
+
+def main() -> None:
+    subject, settings, device = given()
+    config = ExperimentConfig(
+        model=Model(base_model=subject.model, quantization=settings.get("quantization", "none")),
+        data=Data(tokenization=Tokenization(cutoff_len=subject.length)),
+        training=Training(
+            epochs=1,
+            macro_batch_size=subject.sequences_a_step,
+            micro_batch_size=settings["micro"],
+            learning_rate=subject.learning_rate,
+            lr_scheduler="constant",
+            warmup_steps=0,
+            save_steps=None,
+            compile=settings.get("compile", False),
+        ),
+        lora=Lora(rank=settings.get("rank", 16), dropout=settings.get("dropout", 0.05)),
+    )
+    job = Job(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
+    run = LoraFinetune(job, config, Process(0, 1, device), Reporter(print))
+    meter = Meter(run.model.get_base_model(), device, run.precision)
+    for number, work in run._work():
+        step = run.train_step(number, work)
+        meter.step_done(step.tokens)
+        meter.loss, meter.grad_norm = float(step.loss), float(step.grad_norm)
+    meter.report(active=run.log.active)
+
+
+if __name__ == "__main__":
+    main()

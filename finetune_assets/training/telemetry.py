@@ -1,0 +1,132 @@
+"""What a training costs: tokens, floating point operations, memory, and what the GPUs do meanwhile."""
+
+import csv
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+CONVENTION = (
+    "4N floating point operations a token, N being the base's weights that are multiplied (with the output layer, "
+    "without the input embedding): 2N forward and 2N for the gradient of the activations, as the base is frozen. "
+    "Attention, the adapter and what gradient checkpointing computes again are not counted. Peak of the device: {peak}."
+)
+PEAK_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362,
+    "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+"""Dense 16-bit matrix rates by the vendors' data sheets, in 10^12 operations a second, by a part of the name."""
+SAMPLE_SECONDS = 1.0
+
+
+def multiplied_weights(model: nn.Module) -> int:
+    """Weights of a frozen model that a token is multiplied with; of quantized layers, as many as they stand for."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            found[id(module.weight)] = module.in_features * module.out_features
+        elif isinstance(module, Conv1D):
+            found[id(module.weight)] = module.weight.numel()
+    return sum(found.values())
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """The device's dense matrix rate in operations a second, and where it is known from."""
+    if device.type == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name(device)
+        for part, rate in PEAK_TFLOPS.items():
+            if part in name:
+                return rate * 1e12, f"{rate} TFLOP/s ({part}, data sheet)"
+    dtypes = {"bf16": torch.bfloat16, "full_bf16": torch.bfloat16, "fp16": torch.float16, "full_fp16": torch.float16}
+    measured = _measured_flops(device, dtypes.get(precision, torch.float32))
+    return measured, f"{measured / 1e12:.3g} TFLOP/s (measured here, matrices of 1,024)"
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or not best:
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Of this process: of its GPU where it has one, else resident memory (ru_maxrss is in KiB on Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+class Utilisation:
+    """What NVIDIA's management library says of this node's GPUs, once a second, as rows of a table.
+
+    Without a GPU or without `nvidia-ml-py` there are no rows.
+    """
+
+    COLUMNS = ("seconds", "step", "gpu", "utilisation_percent", "memory_mib", "power_watts", "temperature_celsius")
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, int, int, int, int, float, int]] = []
+        self.step = 0
+
+    @contextmanager
+    def sampling(self, device: torch.device) -> Iterator[None]:
+        """Sample in a thread of its own until the block is left."""
+        nvml = _nvml() if device.type == "cuda" else None
+        if nvml is None:
+            yield
+            return
+        ended = threading.Event()
+        thread = threading.Thread(target=self._sample, args=(nvml, ended), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            nvml.nvmlShutdown()
+
+    def _sample(self, nvml: Any, ended: threading.Event) -> None:
+        began = time.monotonic()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        while not ended.wait(SAMPLE_SECONDS):
+            for gpu, handle in enumerate(handles):
+                try:
+                    busy = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+                    memory = nvml.nvmlDeviceGetMemoryInfo(handle).used >> 20
+                    watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+                    celsius = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
+                except nvml.NVMLError:
+                    continue  # not every GPU tells everything
+                elapsed = round(time.monotonic() - began, 1)
+                self.rows.append((elapsed, self.step, gpu, busy, memory, watts, celsius))
+
+    def write(self, path: Path) -> None:
+        """Write the rows as CSV, if there are any."""
+        if self.rows:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([self.COLUMNS, *self.rows])
+
+
+def _nvml() -> Any:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
