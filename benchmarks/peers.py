@@ -33,6 +33,8 @@ def main() -> None:
         for wanted in ([TORCH], [TORCH, *packages, "omegaconf", "pyarrow"]):
             if subprocess.run([*pip, *wanted], check=False).returncode:
                 print(f"{peer} does not install here; it is left out")
+        # Of another build than the torch above, and then nothing of transformers can be imported
+        subprocess.run([*pip[:3], "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"], check=False)
 
 
 if __name__ == "__main__":

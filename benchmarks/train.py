@@ -127,6 +127,8 @@ def main() -> None:
 
 def ratios(table: dict[str, dict[str, float]], figure: str) -> dict[str, float]:
     """Ours against the others."""
+    if "e ours" not in table:
+        return {}
     ours = table["e ours"]
     found = {"mfu": ours["mfu"]}
     if "a reference" in table:

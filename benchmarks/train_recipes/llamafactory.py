@@ -1,7 +1,10 @@
 """(d) LLaMA-Factory; runs in an environment of its own (`python -m benchmarks.peers`)."""
 
+import sys
 import tempfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -12,6 +15,10 @@ from benchmarks.train_recipes.meter import Meter, given, plain_rows
 
 
 def main() -> None:
+    # It is imported for audio models only; the builds that pip finds fit another torch
+    audio = ModuleType("torchaudio")
+    audio.__spec__ = ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = audio
     from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
     from llamafactory.train.tuner import run_exp
 
@@ -37,6 +44,7 @@ def main() -> None:
                 "do_train": True,
                 "model_name_or_path": subject.model,
                 "tokenized_path": str(Path(folder, "rows")),
+                "dataset": "rows",  # asked for, not read
                 "template": "default",
                 "finetuning_type": "lora",
                 "lora_target": "all",
@@ -50,7 +58,7 @@ def main() -> None:
                 "learning_rate": subject.learning_rate,
                 "lr_scheduler_type": "constant",
                 "disable_gradient_checkpointing": not settings.get("checkpointing", False),
-                "group_by_length": True,
+                "train_sampling_strategy": "group_by_length",
                 "bf16": bf16,
                 "pure_bf16": False,
                 "logging_steps": 1,

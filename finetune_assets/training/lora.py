@@ -59,7 +59,7 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
         kept = kept_by_dropout(x, dropout) if dropout else None
-        inner = (x if kept is None else x * kept).flatten(0, -2) @ a.t()
+        inner = _dropped(x, kept).flatten(0, -2) @ a.t()
         scaling = scaling / (1 - dropout)
         result.flatten(0, -2).addmm_(inner, b.t(), alpha=scaling)
         ctx.mark_dirty(result)
@@ -72,14 +72,16 @@ class _Update(torch.autograd.Function):
         x, a, b, inner, kept = ctx.saved_tensors
         flat = gradients[0].flatten(0, -2)
         of_inner = (flat @ b).mul_(ctx.scaling)
-        of_a = of_inner.t() @ (x if kept is None else x * kept).flatten(0, -2)
+        of_a = of_inner.t() @ _dropped(x, kept).flatten(0, -2)
         of_b = (flat.t() @ inner).mul_(ctx.scaling)
         of_x = None
         if ctx.needs_input_grad[1]:
-            of_x = (of_inner @ a).view_as(x)
-            if kept is not None:
-                of_x.mul_(kept)
+            of_x = _dropped((of_inner @ a).view_as(x), kept)
         return gradients[0], of_x, of_a, of_b, None, None
+
+
+def _dropped(x: Tensor, kept: Tensor | None) -> Tensor:
+    return x if kept is None else torch.where(kept, x, x.new_zeros(()))
 
 
 def kept_by_dropout(x: Tensor, share: float) -> Tensor:
