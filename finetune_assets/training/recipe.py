@@ -282,7 +282,7 @@ class LoraFinetune:
         self.scheduler.step()
         return Step(total, sum(batch.tokens for batch in work.batches), grad_norm, learning_rate)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: FSDP keeps what it gathers in it for the steps that follow
     def held_out_loss(self) -> float | None:
         """Mean cross-entropy in nats over the learned tokens of the validation split; None if the split is empty."""
         if not len(self.val):

@@ -78,7 +78,7 @@ class Utilisation:
     COLUMNS = ("seconds", "step", "gpu", "utilisation_percent", "memory_mib", "power_watts", "temperature_celsius")
 
     def __init__(self) -> None:
-        self.rows: list[tuple[float, int, int, int, int, float, int]] = []
+        self.rows: list[tuple[Any, ...]] = []
         self.step = 0
 
     @contextmanager
@@ -103,15 +103,22 @@ class Utilisation:
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         while not ended.wait(SAMPLE_SECONDS):
             for gpu, handle in enumerate(handles):
-                try:
-                    busy = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-                    memory = nvml.nvmlDeviceGetMemoryInfo(handle).used >> 20
-                    watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-                    celsius = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
-                except nvml.NVMLError:
-                    continue  # not every GPU tells everything
-                elapsed = round(time.monotonic() - began, 1)
-                self.rows.append((elapsed, self.step, gpu, busy, memory, watts, celsius))
+                self.rows.append((round(time.monotonic() - began, 1), self.step, gpu, *self._ask(nvml, handle)))
+
+    def _ask(self, nvml: Any, handle: Any) -> list[Any]:
+        """What a GPU tells; None for what it does not."""
+        answers: list[Any] = []
+        for question in (
+            lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+            lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used >> 20,
+            lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+        ):
+            try:
+                answers.append(question())
+            except nvml.NVMLError:
+                answers.append(None)
+        return answers
 
     def write(self, path: Path) -> None:
         """Write the rows as CSV, if there are any."""

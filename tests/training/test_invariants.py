@@ -1,13 +1,17 @@
 """Settings that must not change what is computed do not."""
 
+import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from training.measuring import gradients, relative, token_losses, unbounded
+from training.models import CONFIGS, save_model
 from transformers import LlamaForCausalLM
 
 from finetune_assets.training import lora
@@ -208,3 +212,17 @@ def test_clipping_bounds_the_gradient_and_tells_the_norm_before(finetune: Finetu
     assert free.norm() > 0.01
     assert float(clipped.norm()) == pytest.approx(0.001, rel=1e-3)
     assert relative(clipped / clipped.norm(), free / free.norm()) < 1e-4
+
+
+def test_compiled_equals_eager(finetune: Finetune, tmp_path: Path) -> None:
+    """With a model of one layer, as compiling takes its time."""
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
+    one = copy.copy(CONFIGS["llama"])
+    one.num_hidden_layers = 1
+    base = save_model(one, tmp_path / "model")
+    same = ("training.max_grad_norm=0", "lora.dropout=0")
+    eager = gradients(finetune(*same, base=base, name="eager"))
+    run = finetune(*same, "training.compile=true", base=base, name="compiled")
+    assert run.log.active["compiled_layers"] == 1
+    assert relative(gradients(run), eager) < 1e-5

@@ -1,0 +1,77 @@
+"""What training needs of memory, and what is said where there is not enough."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from finetune_assets.training import memory
+from finetune_assets.training.memory import OutOfMemory
+from finetune_assets.training.recipe import LoraFinetune
+
+Finetune = Callable[..., LoraFinetune]
+
+
+def test_what_a_token_keeps_is_the_same_in_any_batch(finetune: Finetune) -> None:
+    run = finetune()
+    found = []
+    for sequences in (run.sequences[:1], run.sequences[:6]):
+        batch = run._batch(sequences)
+        loss = lambda batch=batch: run.summed_loss(batch)  # noqa: E731
+        run.model.train()
+        found.append(memory.estimate(loss, batch.tokens, 1_000, run.model, run.process.device, 1).activations)
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+    width, layers = run.model.config.hidden_size, run.model.config.num_hidden_layers
+    assert found[0] > 4 * width * layers * 5, "at least five activations of a layer's width"
+
+
+def test_activations_are_computed_twice_where_they_do_not_fit(
+    finetune: Finetune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plenty = finetune(name="plenty")
+    assert plenty.estimate
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(plenty.estimate.needed / memory.RESERVE) - 1)
+    little = finetune("training.max_steps=1", name="little")
+    assert little.estimate
+    assert little.estimate.activations < plenty.estimate.activations / 3
+    assert (plenty.log.active["gradient_checkpointing"], little.log.active["gradient_checkpointing"]) == (False, True)
+    asked = finetune("training.gradient_checkpointing=false", name="asked")
+    assert not asked.log.active["gradient_checkpointing"]
+    little.run()
+    assert "gradient checkpointing True" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_told_with_settings_that_would_fit(
+    finetune: Finetune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finetune("training.micro_batch_size=8", "training.macro_batch_size=8")
+    assert run.estimate
+    room = run.estimate.fixed + 3.5 * run.estimate.activations * run.longest
+    run.estimate = memory.replace(run.estimate, free=int(room / memory.RESERVE))
+    forward = run.summed_loss.forward
+
+    def too_much(batch: object) -> torch.Tensor:
+        torch.empty(1 << 60)
+        return forward(batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run.summed_loss, "forward", too_much)
+    with pytest.raises(OutOfMemory) as error:
+        run.run()
+    text = str(error.value)
+    assert "out of memory on cpu, peak" in text
+    assert "micro_batch_size to 3, or training.gradient_checkpointing to true" in text
+    assert "model.quantization to nf4" in text
+    assert not list(run.job.output.iterdir())
+
+
+def test_model_that_does_not_fit_is_told(finetune: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoraFinetune, "_load_model", lambda self: torch.empty(1 << 60))
+    with pytest.raises(OutOfMemory, match=r"the model itself does not fit; set model\.quantization to nf4 or .*fsdp"):
+        finetune()
+
+
+def test_other_errors_stay_what_they_are(finetune: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finetune()
+    monkeypatch.setattr(run.summed_loss, "forward", lambda batch: torch.ones(2, 3) @ torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run.run()

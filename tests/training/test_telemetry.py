@@ -1,0 +1,114 @@
+"""What is measured and recorded of a training."""
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from finetune_assets.training.recipe import LoraFinetune, TrainingStalled
+from finetune_assets.training.telemetry import Utilisation, multiplied_weights, peak_flops
+
+Finetune = Callable[..., LoraFinetune]
+CPU = torch.device("cpu")
+
+
+def test_weights_that_a_token_is_multiplied_with(finetune: Finetune) -> None:
+    """The output layer counts, also where it shares its weights with the embedding, which does not count beside it."""
+    run = finetune()
+    config = run.model.config
+    width, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    layer = width * config.num_attention_heads * config.head_dim * 2 + 2 * width * kv + 3 * width * inner
+    assert run.multiplied_weights == config.num_hidden_layers * layer + config.vocab_size * width
+    quantized = finetune("model.quantization=nf4", name="nf4")
+    assert quantized.multiplied_weights == run.multiplied_weights
+
+
+def test_shared_weights_count_once() -> None:
+    one = nn.Linear(3, 5)
+    assert multiplied_weights(nn.ModuleList([one, one, nn.Linear(2, 2), nn.Embedding(9, 9)])) == 15 + 4
+
+
+def test_peak_is_about_what_a_multiplication_reaches() -> None:
+    rate, source = peak_flops(CPU, "fp32")
+    a = torch.randn(512, 512)
+    began = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    assert rate > 0.3 * 20 * 2 * 512**3 / (time.perf_counter() - began)
+    assert "measured here" in source
+
+
+def test_each_line_and_the_record_hold_what_was_promised(
+    finetune: Finetune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finetune("training.max_steps=4", "training.logging_steps=1", "training.eval_steps=2")
+    run.run()
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4
+    assert all(word in line for line in lines for word in ("loss", "grad_norm", "lr", "tokens/s", "MFU", "GiB", "ETA"))
+    assert "held-out loss" in lines[1]
+    assert "attention varlen" in out
+    state = json.loads((run.job.output / "trainer_state.json").read_text())
+    assert state["active"]["attention"] == "varlen"
+    assert state["active"]["loss"] == "fused"
+    assert "4N floating point operations a token" in state["active"]["mfu"]
+    for entry in state["history"]:
+        expected = 4 * run.multiplied_weights * entry["tokens_per_second"] / run.peak_flops
+        assert entry["mfu"] == pytest.approx(expected)
+        assert entry["peak_memory_mib"] > 50
+    assert not (run.job.output / "gpu_utilisation.csv").exists(), "no GPU here, no table"
+
+
+def test_training_without_any_gradient_is_ended(finetune: Finetune) -> None:
+    run = finetune("training.max_steps=60", "training.logging_steps=5", "training.macro_batch_size=1",
+                   "training.micro_batch_size=1")  # fmt: skip
+    for parameter in run.parameters:
+        parameter.data.zero_()  # with both halves of the adapter zero neither has a gradient
+    with pytest.raises(TrainingStalled, match=r"step 20: grad_norm has been 0 for 20 steps"):
+        run.run()
+    assert not list(run.job.output.iterdir())
+
+
+def test_what_the_gpus_did_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's library stood for, as there is no GPU: one that tells all, and one that does not know its power."""
+
+    class NVMLError(Exception):
+        pass
+
+    def power(gpu: int) -> int:
+        if gpu:
+            raise NVMLError
+        return 345_600
+
+    fake = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda gpu: gpu,
+        nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=97),
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=70 << 30),
+        nvmlDeviceGetPowerUsage=power,
+        nvmlDeviceGetTemperature=lambda gpu, kind: 61,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr("finetune_assets.training.telemetry.SAMPLE_SECONDS", 0.02)
+    utilisation = Utilisation()
+    utilisation.step = 7
+    with utilisation.sampling(torch.device("cuda", 0)):
+        time.sleep(0.3)
+    utilisation.write(tmp_path / "gpu.csv")
+    header, *rows = csv.reader((tmp_path / "gpu.csv").open())
+    assert tuple(header) == Utilisation.COLUMNS
+    assert len(rows) > 3
+    assert rows[0][1:] == ["7", "0", "97", str(70 << 10), "345.6", "61"]
+    assert rows[1][1:] == ["7", "1", "97", str(70 << 10), "", "61"]
