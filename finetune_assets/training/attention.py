@@ -5,6 +5,7 @@ call of PyTorch's variable-length FlashAttention; elsewhere one call of its scal
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -110,18 +111,13 @@ def _on_cuda(
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    seen: Any = varlen_attn(
-        q,
-        k,
-        v,
-        boundaries,
-        boundaries,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=window,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    more: dict[str, Any] = {"scale": scaling, "window_size": window}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in signature(varlen_attn).parameters:  # PyTorch 2.12
+            more["enable_gqa"] = True
+        else:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    seen: Any = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **more)
     return seen[None]
 
 
@@ -131,7 +127,7 @@ Logits = Callable[[list[list[int]], bool], Tensor]
 """Computes the first row's logits, (tokens, vocabulary), of sequences of examples; in one flat row if so asked."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: see LoraFinetune.held_out_loss
 def settle(model: PeftModel, wanted: str, examples: Examples, logits: Logits, packed: bool) -> bool:
     """Give the model the attention that was asked for, or `varlen` where that computes what the model's own does.
 

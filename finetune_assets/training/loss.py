@@ -44,7 +44,7 @@ class SummedLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """A scalar in float32; zero where nothing is learned."""
         if self.way == "whole":
-            logits = self.model(**batch.inputs).logits.flatten(0, 1)[batch.learned]
+            logits = self.logits(batch).flatten(0, 1)[batch.learned]
             return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
         hidden = self.decoder(**batch.inputs).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.learned]
@@ -54,6 +54,10 @@ class SummedLoss(nn.Module):
         chunks = zip(hidden.split(rows), batch.targets.split(rows), strict=True)
         losses = [checkpoint(self._loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() if losses else hidden.float().sum()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's own logits; shape (rows, length, vocabulary)."""
+        return self.model(**batch.inputs).logits
 
     def _chunk(self, hidden: Tensor) -> int:
         size = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])

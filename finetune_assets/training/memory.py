@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.errors import UserError
+from finetune_assets.training.batches import Batch
 from finetune_assets.training.telemetry import peak_memory_mib
 
 GIB = 1 << 30
@@ -60,35 +61,42 @@ class Estimate:
 
 
 def estimate(
-    loss: Callable[[], Tensor], measured_tokens: int, tokens: int, model: nn.Module, device: torch.device, sharing: int
+    loss: Callable[[Batch], Tensor],
+    batches: tuple[Batch, Batch],
+    tokens: int,
+    model: nn.Module,
+    device: torch.device,
+    sharing: int,
 ) -> Estimate:
-    """Measure what a token keeps.
+    """Measure what a token keeps, as the difference that more tokens make; weights that are kept too cancel out.
 
     Args:
         loss: Computes the loss of a micro-batch.
-        measured_tokens: Tokens of that micro-batch.
+        batches: Two micro-batches, the second with more tokens.
         tokens: Tokens of the largest micro-batch there will be.
-        model: The model; its weights are kept anyway.
+        model: The model.
         device: Where it computes.
         sharing: Processes that share the memory.
     """
+    fewer, more = (_kept(loss, batch) for batch in batches)
+    a_token = (more - fewer) / (batches[1].input_ids.numel() - batches[0].input_ids.numel())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Estimate(a_token, trained * TRAINED_BYTES, free_bytes(device) // sharing, tokens)
+
+
+def _kept(loss: Callable[[Batch], Tensor], batch: Batch) -> int:
+    """Bytes that the forward pass keeps for the backward pass."""
     kept: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = loss()  # the graph lives until all is counted: no address is given out twice
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    found = Estimate(
-        sum(kept.values()) / measured_tokens, trained * TRAINED_BYTES, free_bytes(device) // sharing, tokens
-    )
+        held = loss(batch)  # the graph lives until all is counted: no address is given out twice
     del held
-    return found
+    return sum(kept.values())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -26,7 +26,7 @@ from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import compute_precision, layers_of, load_base, trainable, with_adapter
 from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.reporting import Reporter, StepReport
-from finetune_assets.training.sharding import shard
+from finetune_assets.training.sharding import resident_bytes, shard
 from finetune_assets.training.state import Job, Log, Step, Window, Work
 from finetune_assets.training.telemetry import (
     CONVENTION,
@@ -72,6 +72,7 @@ class LoraFinetune:
         self.job, self.config, self.process, self.reporter = job, config, process, reporter
         self.training, self.log = config.training, Log()
         self.precision = compute_precision(config.training, process.device)
+        self.sharded = config.training.sharding == "fsdp" and process.world > 1
         self.estimate: memory.Estimate | None = None
         self.utilisation = Utilisation()
         self.told_to_stop = threading.Event()
@@ -110,7 +111,11 @@ class LoraFinetune:
         self.longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
 
     def _load_model(self) -> None:
-        base = load_base(self.job.base_model, self.config.model, self.training, self.process.device)
+        # One that is to be spread over GPUs may fit none of them
+        where = (
+            torch.device("cpu") if self.sharded and self.config.model.quantization == "none" else self.process.device
+        )
+        base = load_base(self.job.base_model, self.config.model, self.training, where)
         self.multiplied_weights = multiplied_weights(base)
         self.new_tokens = make_room(base, experiment_tokenizer(self.job.base_model, self.config), self.config)
         if self.job.warm_start:
@@ -130,20 +135,18 @@ class LoraFinetune:
     def _settle_how_to_compute(self) -> None:
         """Decide what settings leave open, and keep a note of it."""
         fused = speed_up(self.model)
-        self.flat = settle(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.summed_loss = SummedLoss(self.model)
-        probe = self._batch(self.sequences[:1])
+        layers = layers_of(self.summed_loss.decoder)
+        if self.sharded:
+            shard(self.summed_loss, layers, self.parameters, self.process)
+        self.flat = settle(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.model.eval()
         with self._autocast():
-            self.summed_loss.check(probe)
+            self.summed_loss.check(self._batch(self.sequences[:1]))
         checkpointing = self._settle_checkpointing()
-        layers = layers_of(self.summed_loss.decoder)
         if self.training.compile:
             for layer in layers:
                 layer.compile(dynamic=True)
-        self.sharded = self.training.sharding == "fsdp" and self.process.world > 1
-        if self.sharded:
-            shard(self.summed_loss, layers, self.parameters, self.process)
         self.peak_flops, source = peak_flops(self.process.device, self.precision)
         self.log.active = {
             "attention": self.model.get_base_model().config._attn_implementation,
@@ -155,7 +158,8 @@ class LoraFinetune:
             "gradient_checkpointing": checkpointing,
             "fused_lora_layers": fused,
             "compiled_layers": len(layers) if self.training.compile else 0,
-            "sharding": self.training.sharding,
+            "sharding": self.training.sharding if self.sharded else "none",
+            "weights_mib": round(resident_bytes(self.model) / 2**20, 1),
             "processes": self.process.world,
             "mfu": CONVENTION.format(peak=source),
         }
@@ -163,22 +167,26 @@ class LoraFinetune:
     def _settle_checkpointing(self) -> bool:
         """Whether activations are computed twice: as the settings say, or where what they take does not fit."""
         base, wanted = self.model.get_base_model(), self.training.gradient_checkpointing
-        order = np.argsort(self.lengths)
-        probe = self._batch([self.sequences[order[len(order) // 2]]])
-        self.model.train()
-
-        def loss() -> Tensor:
-            with self._autocast():
-                return self.summed_loss(probe)
-
+        median = self.sequences[np.argsort(self.lengths)[len(self.lengths) // 2]]
+        batches = self._batch([median]), self._batch([median, median])
         tokens = self.training.micro_batch_size * self.longest
         sharing = self.process.local_world if self.process.device.type == "cpu" else 1
-        self.estimate = memory.estimate(loss, probe.tokens, tokens, self.model, self.process.device, sharing)
+        self.model.train()
+
+        def loss(batch: Batch) -> Tensor:
+            with self._autocast():
+                return self.summed_loss(batch)
+
+        def estimate() -> memory.Estimate:
+            return memory.estimate(loss, batches, tokens, self.model, self.process.device, sharing)
+
+        self.estimate = estimate()
         checkpointing = not self.estimate.fits if wanted is None else wanted
-        if checkpointing:
+        if self.process.any(checkpointing):
+            checkpointing = True
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
-            self.estimate = memory.estimate(loss, probe.tokens, tokens, self.model, self.process.device, sharing)
+            self.estimate = estimate()
         self.estimate = self.estimate.told(checkpointing)
         return checkpointing
 
@@ -198,7 +206,7 @@ class LoraFinetune:
     def _logits(self, sequences: list[list[int]], flat: bool) -> Tensor:
         batch = collate(sequences, self.train, self.process.device, flat)
         with self._autocast():
-            return self.model(**batch.inputs).logits[0].float()
+            return self.summed_loss.logits(batch)[0].float()
 
     @property
     def _parts(self) -> dict[str, Any]:

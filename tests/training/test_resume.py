@@ -1,5 +1,6 @@
 """Trainings in real processes that are killed and go on: the adapter is, to the bit, that of one left in peace."""
 
+import json
 import os
 import random
 import re
@@ -68,10 +69,17 @@ class Machine:
         assert process.returncode == 0, err[-3000:]
         return out
 
-    def adapter(self) -> bytes:
-        """The weights that were published."""
+    def published(self, name: str) -> bytes:
+        """A file of the adapter."""
         ref = self.store.resolve(self.spec.kind, self.spec.fingerprint, "lora_adapter")
-        return (self.store.fetch(ref) / "adapter_model.safetensors").read_bytes()
+        return (self.store.fetch(ref) / name).read_bytes()
+
+    def adapter(self) -> bytes:
+        return self.published("adapter_model.safetensors")
+
+    def weights_mib(self) -> float:
+        """What each process kept of the weights, the adapter's among them."""
+        return json.loads(self.published("trainer_state.json"))["active"]["weights_mib"]
 
 
 @pytest.fixture
@@ -223,3 +231,5 @@ def test_sharded_base_trains_the_same_adapter(machine: Callable[..., Machine], q
     ours, theirs = (load(one.adapter()) for one in (sharded, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+    adapter = len(sharded.adapter()) / 2**20
+    assert sharded.weights_mib() - adapter < 0.6 * (whole.weights_mib() - adapter)
