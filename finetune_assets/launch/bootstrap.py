@@ -72,10 +72,10 @@ def run(spec: JobSpec) -> ArtifactRef:
         checkpoints.fetch_newest()
         try:
             _run_worker(command, folder, processes, checkpoints.publish_new)
-        except Superseded:
-            raise
-        except BaseException:
-            checkpoints.publish_new()
+        except BaseException as e:
+            if not isinstance(e, Superseded):
+                checkpoints.publish_new()
+            checkpoints.give_up()
             raise
         checkpoints.check_current()
         ref = _publish(store, spec, output)

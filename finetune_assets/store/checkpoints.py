@@ -115,6 +115,11 @@ class Checkpoints:
         except (UserError, OSError) as e:
             logger.warning("checkpoint %s is not in the store: %s", newest.name, e)
 
+    def give_up(self) -> None:
+        """End an attempt that failed: if it published nothing, nothing is left of it."""
+        if not self.published:
+            self._remove(f"{self.prefix}/{self.attempt:06d}", numbers=True)
+
     def clear(self, numbers: bool = True) -> None:
         """Remove the checkpoints of all attempts, and free their numbers unless this one still goes on."""
         self._remove(self.prefix, numbers)

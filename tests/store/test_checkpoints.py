@@ -88,6 +88,18 @@ def test_attempt_that_was_given_up_publishes_nothing(store: ArtifactStore, tmp_p
     second.check_current()
 
 
+def test_attempt_that_fails_leaves_its_checkpoints_or_nothing(store: ArtifactStore, tmp_path: Path) -> None:
+    first = begun(store, tmp_path / "one")
+    first.give_up()
+    assert not list(store.objects.listing())
+    second = begun(store, tmp_path / "one")
+    write(second.local, 5)
+    second.publish_new()
+    second.give_up()
+    assert len(stored(store)) == 1
+    assert begun(store, tmp_path / "two").attempt == 2
+
+
 def test_store_that_does_not_answer_ends_no_training(
     store: ArtifactStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
