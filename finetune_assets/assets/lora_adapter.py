@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from statistics import median
 
 import dagster as dg
 
@@ -85,7 +86,9 @@ def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
         "training_seconds": round(state["seconds"], 1),
         "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
         "trainable_parameters": state["trainable_parameters"],
+        "mfu": round(median(entry["mfu"] for entry in state["history"]), 3),
         "peak_memory_mib": state["peak_memory_mib"],
+        "computed_by": dg.MetadataValue.json(state["active"]),
         "train_loss": round(last["loss"], 4),
         "grad_norm": round(last["grad_norm"], 4),
         **{f"held_out_loss_{when}": round(loss, 4) for when, loss in held_out.items() if loss is not None},
