@@ -31,6 +31,7 @@ bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.data_prep
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.store
+	$(BIN)/python -m benchmarks.train
 
 docs: $(VENV)/installed  ## write the generated chapters
 	$(BIN)/python -m finetune_assets.config.reference

@@ -37,9 +37,9 @@ BF16 = [{"micro": 8, "bf16": True}] if torch.cpu.get_capabilities().get("avx512_
 CANDIDATES: dict[str, dict[str, tuple[str, list[dict[str, Any]]]]] = {
     "cpu": {
         "a reference": ("hf", [{**REFERENCE, "micro": 4}]),
-        "b HF Trainer": ("hf", [{"micro": 4}, {"micro": 8}, {"micro": 16}, *BF16]),
-        "c TRL": ("trl", [{"micro": 8}, {"micro": 4}, {"micro": 4, "packing": True}]),
-        "d LLaMA-Factory": ("llamafactory", [{"micro": 8}, {"micro": 4}]),
+        "b HF Trainer": ("hf", [{"micro": 2}, {"micro": 4}, {"micro": 8}, *BF16]),
+        "c TRL": ("trl", [{"micro": 2}, {"micro": 4}, {"micro": 8}, {"micro": 4, "packing": True}]),
+        "d LLaMA-Factory": ("llamafactory", [{"micro": 2}, {"micro": 4}, {"micro": 8}]),
         "e ours": ("ours", [{"micro": 4}]),
     },
     "cuda": {
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS if ROWS.exists() else SAMPLE, help="JSON Lines of rows")
     parser.add_argument("--only", help="recipes to run, by their letters, such as be")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--plot", type=Path, help="also draw the table (SVG or PNG; needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="also draw the table, as SVG or PNG (pip install matplotlib)")
     args = parser.parse_args()
     shape, length, examples, steps = SIZES[args.device]
     if args.quick:

@@ -272,7 +272,8 @@ def test_optimizer_without_its_device_is_told(finetune: Finetune) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "full_bf16"])
 def test_lower_precisions_train(finetune: Finetune, precision: str) -> None:
     dtype = ["model.dtype=bfloat16"] if precision == "full_bf16" else []
-    run = finetune(f"training.precision={precision}", "training.max_steps=6", *dtype)
+    small = ("training.max_steps=6", "training.macro_batch_size=2", "training.micro_batch_size=2")
+    run = finetune(f"training.precision={precision}", *small, *dtype)
     run.run()
     assert run.log.held_out_loss["after"] < 0.9 * run.log.held_out_loss["before"]  # type: ignore[operator]
     adapter = {tensor.dtype for tensor in weights(run.job.output).values()}
