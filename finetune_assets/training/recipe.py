@@ -173,12 +173,8 @@ class LoraFinetune:
         sharing = self.process.local_world if self.process.device.type == "cpu" else 1
         self.model.train()
 
-        def loss(batch: Batch) -> Tensor:
-            with self._autocast():
-                return self.summed_loss(batch)
-
         def estimate() -> memory.Estimate:
-            return memory.estimate(loss, batches, tokens, self.model, self.process.device, sharing)
+            return memory.estimate(self._loss, batches, tokens, self.model, self.process.device, sharing)
 
         self.estimate = estimate()
         checkpointing = not self.estimate.fits if wanted is None else wanted
@@ -202,6 +198,10 @@ class LoraFinetune:
     def _autocast(self) -> AbstractContextManager[None]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.process.device.type, dtype, enabled=dtype is not None)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            return self.summed_loss(batch)
 
     def _logits(self, sequences: list[list[int]], flat: bool) -> Tensor:
         batch = collate(sequences, self.train, self.process.device, flat)
@@ -276,8 +276,7 @@ class LoraFinetune:
         total = torch.zeros((), device=self.process.device)
         shares = [1 / max(1, work.learned)] * len(work.batches) + [0.0] * len(work.idle)
         for batch, share in zip([*work.batches, *work.idle], shares, strict=True):
-            with self._autocast():
-                loss = self.summed_loss(batch) * share
+            loss = self._loss(batch) * share
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.process.sum_gradients(self.parameters)
@@ -301,11 +300,10 @@ class LoraFinetune:
         mine = shares[self.process.rank]
         for sequences in mine:
             batch = collate(sequences, self.val, self.process.device, self.flat)
-            with self._autocast():
-                sums[0] += self.summed_loss(batch)
+            sums[0] += self._loss(batch)
             sums[1] += len(batch.targets)
         for _ in range(max(map(len, shares)) - len(mine) if self.sharded else 0):
-            self.summed_loss(self._batch(self.sequences[:1]))
+            self._loss(self._batch(self.sequences[:1]))
         loss, tokens = self.process.sum(sums).tolist()
         return loss / tokens
 
