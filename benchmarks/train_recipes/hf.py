@@ -45,6 +45,26 @@ def counting(trainer_class: type, measured: Measured) -> type:
     return Counting
 
 
+def loop(subject: Any, settings: dict[str, Any], device: torch.device, a_step: int) -> dict[str, Any]:
+    """What every Trainer is told alike, with `a_step` rows in a global batch."""
+    return {
+        "output_dir": "/tmp/finetune-benchmark",
+        "per_device_train_batch_size": settings["micro"],
+        "gradient_accumulation_steps": max(1, round(a_step / settings["micro"])),
+        "num_train_epochs": 1,
+        "learning_rate": subject.learning_rate,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": settings.get("checkpointing", False),
+        "bf16": settings.get("bf16", False),
+        "optim": "adamw_torch_fused",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": device.type == "cpu",
+    }
+
+
 def main() -> None:
     subject, settings, device = given()
     int8, bf16 = settings.get("quantization") == "int8", settings.get("bf16", False)
@@ -66,24 +86,11 @@ def main() -> None:
         return pad([{"input_ids": example["input_ids"], "labels": example["labels"]} for example in examples])
 
     arguments = TrainingArguments(
-        output_dir="/tmp/finetune-benchmark",
-        per_device_train_batch_size=settings["micro"],
-        gradient_accumulation_steps=max(1, round(subject.examples_a_step / settings["micro"])),
-        num_train_epochs=1,
-        learning_rate=subject.learning_rate,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=settings.get("checkpointing", False),
+        **loop(subject, settings, device, subject.examples_a_step),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="group_by_length" if settings.get("by_length", True) else "random",
         length_column_name="length",
-        bf16=bf16,
-        optim="adamw_torch_fused",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
         remove_unused_columns=False,
-        use_cpu=device.type == "cpu",
     )
     measured = Measured(meter)
     trainer = counting(Trainer, measured)(

@@ -5,7 +5,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.train_recipes.hf import Measured, counting
+from benchmarks.train_recipes.hf import Measured, counting, loop
 from benchmarks.train_recipes.meter import Meter, given, lora_settings, plain_rows
 
 
@@ -25,26 +25,13 @@ def main() -> None:
     rows = Dataset.from_list(plain_rows(subject))
     a_step = subject.sequences_a_step if packing else subject.examples_a_step
     arguments = SFTConfig(
-        output_dir="/tmp/finetune-benchmark",
+        **loop(subject, settings, device, a_step),
         max_length=subject.length,
         packing=packing,
         packing_strategy="bfd",
         padding_free=settings.get("padding_free", False),
-        per_device_train_batch_size=settings["micro"],
-        gradient_accumulation_steps=max(1, round(a_step / settings["micro"])),
-        num_train_epochs=1,
-        learning_rate=subject.learning_rate,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=settings.get("checkpointing", False),
         train_sampling_strategy="random" if packing else "group_by_length",
         use_liger_kernel=settings.get("liger", False),
-        bf16=bf16,
-        optim="adamw_torch_fused",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
     )
     measured = Measured(meter)
     trainer = counting(SFTTrainer, measured)(
