@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -10,11 +11,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/python -m finetune_assets.demo
 
-test: $(VENV)/installed  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/installed  ## all tests, in JOBS processes
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 soak: $(VENV)/installed  ## all tests at their full counts
-	SOAK=1 $(BIN)/python -m pytest $(ARGS)
+	SOAK=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/installed  ## style, import rules, types, definitions
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ from servers.proxy import Proxy
 from servers.s3 import Bucket
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests start trainings beside their own
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of the test processes has one core
 
 
 @pytest.fixture(autouse=True)

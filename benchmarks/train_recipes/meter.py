@@ -46,7 +46,8 @@ class Meter:
         figures = {
             "tokens_per_s": self.tokens / wall,
             "tokens_per_cpu_s": self.tokens / cpu,
-            "mfu": self.flops_a_token * per_second / self.peak,
+            "flops": self.flops_a_token * per_second,
+            "peak_flops": self.peak,
             "peak_memory_mib": peak_memory_mib(self.device),
             "loss": self.loss,
             "grad_norm": self.grad_norm,

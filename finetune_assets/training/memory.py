@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,6 @@ class Estimate:
     tokens: int
     checkpointing: bool = False
 
-    def told(self, checkpointing: bool) -> "Estimate":
-        return replace(self, checkpointing=checkpointing)
-
     @property
     def needed(self) -> float:
         return self.fixed + self.activations * self.tokens
@@ -67,6 +64,7 @@ def estimate(
     model: nn.Module,
     device: torch.device,
     sharing: int,
+    checkpointing: bool,
 ) -> Estimate:
     """Measure what a token keeps, as the difference that more tokens make; weights that are kept too cancel out.
 
@@ -77,11 +75,12 @@ def estimate(
         model: The model.
         device: Where it computes.
         sharing: Processes that share the memory.
+        checkpointing: Whether the model computes activations twice.
     """
     fewer, more = (_kept(loss, batch) for batch in batches)
     a_token = (more - fewer) / (batches[1].input_ids.numel() - batches[0].input_ids.numel())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Estimate(a_token, trained * TRAINED_BYTES, free_bytes(device) // sharing, tokens)
+    return Estimate(a_token, trained * TRAINED_BYTES, free_bytes(device) // sharing, tokens, checkpointing)
 
 
 def _kept(loss: Callable[[Batch], Tensor], batch: Batch) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from projects import TestProject
 from transformers import AutoModelForCausalLM
 
 import finetune_assets.sample
+from finetune_assets.resources.project import Project
 
 SHORT = ["training.max_steps=2", "evaluation.generated_rows=4"]
 EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"}
@@ -55,6 +57,10 @@ def test_what_re_runs_when(project: TestProject) -> None:
     assert reused(forced) == set()
     assert not project.leftovers_of_builds()
 
+    without_overrides = materialize("adapter_evaluation")
+    assert without_overrides.returncode == 1, "an adapter of an override run leaked into the next"
+    assert "materialize lora_adapter first" in without_overrides.stdout
+
 
 def test_assets_one_by_one_on_an_empty_instance(
     project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -73,13 +79,6 @@ def test_asset_whose_input_was_not_made_says_which(project: TestProject) -> None
     run = materialize("tokenized_dataset")
     assert run.returncode == 1
     assert "materialize dolly_raw first" in run.stdout or "materialize cached_base_model first" in run.stdout
-
-
-def test_override_run_does_not_leak_into_the_next(project: TestProject) -> None:
-    assert materialize(overrides=SHORT).returncode == 0
-    evaluation = materialize("adapter_evaluation")
-    assert evaluation.returncode == 1
-    assert "materialize lora_adapter first" in evaluation.stdout
 
 
 def test_two_processes_give_the_adapter_of_one(project: TestProject) -> None:
@@ -127,16 +126,17 @@ def test_own_folder_of_rows_and_model(project: TestProject, monkeypatch: pytest.
     assert PeftModel.from_pretrained(base, folder).peft_config["default"].r == 16
 
 
-def test_warm_start_from_the_store_and_from_a_folder(project: TestProject, tmp_path: Path) -> None:
+def test_warm_start_from_the_store_and_from_a_folder(project: TestProject) -> None:
     assert materialize("*lora_adapter", overrides=SHORT).returncode == 0
     (first,) = project.published("adapters")
+    run = materialize("lora_adapter", overrides=[*SHORT, f"training.warm_start={first}"])
+    assert run.returncode == 0, run.stdout
+    assert len(project.published("adapters")) == 2
     folder = project.store.fetch(project.store.resolve("adapters", first, "lora_adapter"))
-    begun = []
-    for start in (first, str(folder)):
-        run = materialize("lora_adapter", overrides=[*SHORT, f"training.warm_start={start}"])
-        assert run.returncode == 0, run.stdout
-        begun.append(set(project.published("adapters")))
-    assert len(begun[0]) == 2
+    begun = Project(overrides=[f"training.warm_start={folder}"]).lineage("demo").warm_start()
+    assert begun
+    imported = {path.name: path.read_bytes() for path in project.store.fetch(begun).iterdir() if path.is_file()}
+    assert imported == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     missing = materialize("lora_adapter", overrides=[*SHORT, "training.warm_start=./gone"])
     assert missing.returncode == 1
     assert "training.warm_start" in missing.stdout
@@ -161,6 +161,9 @@ def test_wandb_offline_writes_a_run_and_no_key(
 
 def test_workspace_loads_and_definitions_validate() -> None:
     run = subprocess.run(
-        ["dagster", "definitions", "validate", "-w", "workspace.yaml"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr

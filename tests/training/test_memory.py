@@ -18,7 +18,9 @@ def test_what_a_token_keeps_is_the_same_in_any_batch(finetune: Finetune) -> None
     found = []
     for few, many in ((1, 2), (2, 6)):
         batches = run._batch(run.sequences[:few]), run._batch(run.sequences[:many])
-        found.append(memory.estimate(run.summed_loss, batches, 1_000, run.model, run.process.device, 1).activations)
+        found.append(
+            memory.estimate(run.summed_loss, batches, 1_000, run.model, run.process.device, 1, False).activations
+        )
     assert found[0] == pytest.approx(found[1], rel=0.15)
     width, layers = run.model.config.hidden_size, run.model.config.num_hidden_layers
     assert found[0] > 4 * width * layers * 5, "at least five activations of a layer's width"

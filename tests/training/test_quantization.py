@@ -17,8 +17,9 @@ from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.store.base_models import PACKAGED
 from finetune_assets.training.model import load_base
-from finetune_assets.training.recipe import Job, LoraFinetune
+from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
+from finetune_assets.training.state import Job
 
 Finetune = Callable[..., LoraFinetune]
 KINDS = ("int8", "nf4")

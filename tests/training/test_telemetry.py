@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune_assets.training.recipe import LoraFinetune, TrainingStalled
+from finetune_assets.training.health import TrainingStalled
+from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.telemetry import Utilisation, multiplied_weights, peak_flops
 
 Finetune = Callable[..., LoraFinetune]

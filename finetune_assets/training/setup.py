@@ -1,0 +1,147 @@
+"""What a training computes with, and how: everything before its first step."""
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.config.validation import REWRITES_BASE
+from finetune_assets.training import memory
+from finetune_assets.training.attention import settle
+from finetune_assets.training.batches import Batch, Examples, collate, read_packs
+from finetune_assets.training.distributed import Process
+from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, make_room
+from finetune_assets.training.lora import speed_up
+from finetune_assets.training.loss import SummedLoss
+from finetune_assets.training.model import compute_precision, layers_of, load_base, trainable, with_adapter
+from finetune_assets.training.sharding import resident_bytes, shard
+from finetune_assets.training.state import Job, Log
+from finetune_assets.training.telemetry import CONVENTION, multiplied_weights, peak_flops
+
+
+class Prepared:
+    """Examples, a model with an adapter, its loss, and the decisions that settings leave open.
+
+    Attributes:
+        sequences: Which train examples make up each sequence.
+        lengths: Tokens of each sequence.
+        learned: Learned tokens of each sequence.
+        model: The base with its adapter.
+        parameters: What is trained.
+        summed_loss: The model's loss.
+        flat: Whether batches are one row with boundaries.
+        log: With `active`, what was decided.
+    """
+
+    def __init__(self, job: Job, config: ExperimentConfig, process: Process) -> None:
+        self.job, self.config, self.process = job, config, process
+        self.training, self.log = config.training, Log()
+        self.precision = compute_precision(config.training, process.device)
+        self.sharded = config.training.sharding == "fsdp" and process.world > 1
+        self.estimate: memory.Estimate | None = None
+        with memory.explained(config, process.device, lambda: self.estimate):
+            self._load_data()
+            self._load_model()
+            self._settle_how_to_compute()
+
+    def _load_data(self) -> None:
+        self.train, self.val = (Examples(self.job.dataset / name) for name in ("train.arrow", "val.arrow"))
+        packs = read_packs(self.job.dataset)
+        self.sequences = packs or [[example] for example in range(len(self.train))]
+        self.lengths = np.array([self.train.lengths[sequence].sum() for sequence in self.sequences])
+        self.learned = np.array([self.train.learned[sequence].sum() for sequence in self.sequences])
+        self.packed = packs is not None
+        tokens = self.config.data.tokenization
+        self.longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
+
+    def _load_model(self) -> None:
+        # One that is to be spread over GPUs may fit none of them
+        where = (
+            torch.device("cpu") if self.sharded and self.config.model.quantization == "none" else self.process.device
+        )
+        base = load_base(self.job.base_model, self.config.model, self.training, where)
+        self.multiplied_weights = multiplied_weights(base)
+        self.new_tokens = make_room(base, experiment_tokenizer(self.job.base_model, self.config), self.config)
+        if self.job.warm_start:
+            check_begins_with_same(self.new_tokens, self.job.warm_start)
+        self.model = with_adapter(base, self.config, self.job.warm_start, self.new_tokens.indices)
+        self.parameters = trainable(self.model)
+        self.process.share_weights(self.parameters)
+        self.log.trainable_parameters = sum(parameter.numel() for parameter in self.parameters)
+        self.initial_adapter = None
+        scheme = self.config.lora.init_lora_weights
+        if isinstance(scheme, str) and scheme.startswith(REWRITES_BASE) and not self.job.warm_start:
+            self.model.peft_config["default"].init_lora_weights = True
+            self.initial_adapter = self.job.checkpoints / "initial"
+            if self.process.reports:
+                self.model.save_pretrained(self.initial_adapter, save_embedding_layers=False)
+
+    def _settle_how_to_compute(self) -> None:
+        """Decide what settings leave open, and keep a note of it."""
+        fused = speed_up(self.model)
+        self.summed_loss = SummedLoss(self.model)
+        layers = layers_of(self.summed_loss.decoder)
+        if self.sharded:
+            shard(self.summed_loss, layers, self.parameters, self.process)
+        self.flat = settle(self.model, self.config.model.attention, self.train, self._logits, self.packed)
+        self.model.eval()
+        with self._autocast():
+            self.summed_loss.check(self._batch(self.sequences[:1]))
+        checkpointing = self._settle_checkpointing()
+        if self.training.compile:
+            for layer in layers:
+                layer.compile(dynamic=True)
+        self.peak_flops, source = peak_flops(self.process.device, self.precision)
+        self.log.active = {
+            "attention": self.model.get_base_model().config._attn_implementation,
+            "padding": not self.flat,
+            "loss": self.summed_loss.way,
+            "precision": self.precision,
+            "weights": str(self.model.get_base_model().dtype).removeprefix("torch."),
+            "quantization": self.config.model.quantization,
+            "gradient_checkpointing": checkpointing,
+            "fused_lora_layers": fused,
+            "compiled_layers": len(layers) if self.training.compile else 0,
+            "sharding": self.training.sharding if self.sharded else "none",
+            "weights_mib": round(resident_bytes(self.model) / 2**20, 1),
+            "processes": self.process.world,
+            "mfu": CONVENTION.format(peak=source),
+        }
+
+    def _settle_checkpointing(self) -> bool:
+        """Whether activations are computed twice: as the settings say, or where what they take does not fit."""
+        base, wanted = self.model.get_base_model(), self.training.gradient_checkpointing
+        median = self.sequences[np.argsort(self.lengths)[len(self.lengths) // 2]]
+        batches = self._batch([median]), self._batch([median, median])
+        tokens = self.training.micro_batch_size * self.longest
+        sharing = self.process.local_world if self.process.device.type == "cpu" else 1
+        self.model.train()
+
+        def estimate(checkpointing: bool) -> memory.Estimate:
+            device = self.process.device
+            return memory.estimate(self._loss, batches, tokens, self.model, device, sharing, checkpointing)
+
+        self.estimate = estimate(False)
+        if self.process.any(not self.estimate.fits if wanted is None else wanted):
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+            self.estimate = estimate(True)
+        return self.estimate.checkpointing
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.process.device.type, dtype, enabled=dtype is not None)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            return self.summed_loss(batch)
+
+    def _logits(self, sequences: list[list[int]], flat: bool) -> Tensor:
+        batch = collate(sequences, self.train, self.process.device, flat)
+        with self._autocast():
+            return self.summed_loss.logits(batch)[0].float()
+
+    def _batch(self, sequences: list[list[int]]) -> Batch:
+        return collate(sequences, self.train, self.process.device, self.flat)
