@@ -90,7 +90,7 @@ def _kept(loss: Callable[[Batch], Tensor], batch: Batch) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that holds its own output is never freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         held = loss(batch)  # the graph lives until all is counted: no address is given out twice

@@ -1,6 +1,8 @@
 """What training needs of memory, and what is said where there is not enough."""
 
+import gc
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +28,14 @@ def test_what_a_token_keeps_is_the_same_in_any_batch(finetune: Finetune) -> None
     assert found[0] > 4 * width * layers * 5, "at least five activations of a layer's width"
 
 
+def test_what_was_measured_is_freed(finetune: Finetune) -> None:
+    run = finetune()
+    gc.collect()
+    parameters = {parameter.data_ptr() for parameter in run.model.parameters()}
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and found.grad_fn is not None]
+    assert not [found.shape for found in tensors if found.data_ptr() not in parameters]
+
+
 def test_activations_are_computed_twice_where_they_do_not_fit(
     finetune: Finetune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,7 +58,7 @@ def test_out_of_memory_is_told_with_settings_that_would_fit(
     run = finetune("training.micro_batch_size=8", "training.macro_batch_size=8")
     assert run.estimate
     room = run.estimate.fixed + 3.5 * run.estimate.activations * run.longest
-    run.estimate = memory.replace(run.estimate, free=int(room / memory.RESERVE))
+    run.estimate = replace(run.estimate, free=int(room / memory.RESERVE))
     forward = run.summed_loss.forward
 
     def too_much(batch: object) -> torch.Tensor:
