@@ -40,7 +40,7 @@ CANDIDATES: dict[str, dict[str, tuple[str, list[dict[str, Any]]]]] = {
         "b HF Trainer": ("hf", [{"micro": 2}, {"micro": 4}, {"micro": 8}, *BF16]),
         "c TRL": ("trl", [{"micro": 2}, {"micro": 4}, {"micro": 8}, {"micro": 4, "packing": True}]),
         "d LLaMA-Factory": ("llamafactory", [{"micro": 2}, {"micro": 4}, {"micro": 8}]),
-        "e ours": ("ours", [{"micro": 2}, {"micro": 4}, {"micro": 8}]),
+        "e ours": ("ours", [{"micro": 2}]),
     },
     "cuda": {
         "a reference": ("hf", [{**REFERENCE, "micro": 4}]),

