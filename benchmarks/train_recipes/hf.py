@@ -33,16 +33,16 @@ class Measured(TrainerCallback):
         self.meter.grad_norm = logs.get("grad_norm", self.meter.grad_norm)
 
 
-def counting(trainer_class: type, measured: Measured) -> type:
-    """A Trainer that also counts the tokens which are not padding."""
+def count_tokens(trainer_class: Any, measured: Measured) -> None:
+    """Have a class of Trainers also count the tokens which are not padding."""
+    step = trainer_class.training_step
 
-    class Counting(trainer_class):  # type: ignore[misc]
-        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            mask = inputs.get("attention_mask")
-            measured.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-            return super().training_step(model, inputs, *args, **kwargs)
+    def counted(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        measured.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        return step(self, model, inputs, *args, **kwargs)
 
-    return Counting
+    trainer_class.training_step = counted
 
 
 def loop(subject: Any, settings: dict[str, Any], device: torch.device, a_step: int) -> dict[str, Any]:
@@ -93,9 +93,8 @@ def main() -> None:
         remove_unused_columns=False,
     )
     measured = Measured(meter)
-    trainer = counting(Trainer, measured)(
-        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[measured]
-    )
+    count_tokens(Trainer, measured)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[measured])
     trainer.train()
     meter.report()
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.train_recipes.hf import Measured
+from benchmarks.train_recipes.hf import Measured, count_tokens
 from benchmarks.train_recipes.meter import Meter, given, plain_rows
 
 
@@ -29,13 +29,7 @@ def main() -> None:
         shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(subject.model))
     meter = Meter(shape, device, "bf16" if bf16 else "fp32")
     measured = Measured(meter)
-    step = CustomSeq2SeqTrainer.training_step
-
-    def counted(self, model, inputs, *args, **kwargs):  # type: ignore[no-untyped-def]
-        measured.tokens += int(inputs["attention_mask"].sum())
-        return step(self, model, inputs, *args, **kwargs)
-
-    CustomSeq2SeqTrainer.training_step = counted
+    count_tokens(CustomSeq2SeqTrainer, measured)
     with tempfile.TemporaryDirectory() as folder:
         DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(Path(folder, "rows"))
         run_exp(

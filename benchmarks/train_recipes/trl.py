@@ -5,7 +5,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.train_recipes.hf import Measured, counting, loop
+from benchmarks.train_recipes.hf import Measured, count_tokens, loop
 from benchmarks.train_recipes.meter import Meter, given, lora_settings, plain_rows
 
 
@@ -34,7 +34,8 @@ def main() -> None:
         use_liger_kernel=settings.get("liger", False),
     )
     measured = Measured(meter)
-    trainer = counting(SFTTrainer, measured)(
+    count_tokens(SFTTrainer, measured)
+    trainer = SFTTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
