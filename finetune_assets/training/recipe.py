@@ -19,10 +19,7 @@ from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.reporting import Reporter, StepReport
 from finetune_assets.training.setup import Prepared
 from finetune_assets.training.state import Job, Log, Step, Window, Work
-from finetune_assets.training.telemetry import (
-    Utilisation,
-    peak_memory_mib,
-)
+from finetune_assets.training.telemetry import Utilisation, peak_memory_mib
 
 
 class Preempted(UserError):
