@@ -113,8 +113,9 @@ def main() -> None:
                 best[name] = (recipe, max(found, key=lambda made: made[figure])["settings"])
         sides = {name: lambda side=side: run(side[0], where, side[1], args.device) or {} for name, side in best.items()}
         measured = interleaved(sides, args.runs)  # type: ignore[arg-type]
-    peak = max(made["peak_flops"] for runs in measured.values() for made in runs)
-    for made in (made for runs in measured.values() for made in runs):
+    every = [made for runs in measured.values() for made in runs]
+    peak = max(made["peak_flops"] for made in every)
+    for made in every:
         made["mfu"] = made["flops"] / peak
     figures_told = ("tokens_per_s", "tokens_per_cpu_s", "mfu", "peak_memory_mib", "loss", "grad_norm")
     table = {name: {key: median(runs, key) for key in figures_told} for name, runs in measured.items()}
