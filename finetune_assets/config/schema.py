@@ -62,6 +62,18 @@ class Tokenization:
 
 
 @dataclass
+class DataChecks:
+    """What the checks of `tokenized_dataset` let pass, as shares from 0 to 1; each is a blocking check."""
+
+    max_truncated_share: float = 0.2
+    """Train examples that `cutoff_len` cuts (`truncated`)."""
+    max_unlabelled_share: float = 0.05
+    """Rows without a token to learn, most often as the prompt alone fills `cutoff_len` (`unlabelled`)."""
+    max_overlap_share: float = 0.01
+    """Held-out rows whose prompt is also trained on, but for case, spaces and punctuation (`overlap`)."""
+
+
+@dataclass
 class Data:
     """Which rows of the raw data an experiment takes, and how they are prepared."""
 
@@ -78,6 +90,8 @@ class Data:
     max_refused_share: float = not_identity(0.01)
     """Share of the rows that this experiment's template may refuse (a conversation where `prompt_input` is used, a
     system turn where the chat template has none) before the blocking check `refused_rows` fails."""
+    checks: DataChecks = field(default_factory=DataChecks, metadata=NOT_IDENTITY)
+    """What the other checks let pass."""
     tokenization: Tokenization = field(default_factory=Tokenization)
     """How text becomes training examples."""
 
@@ -270,18 +284,56 @@ class HubDataset:
 
 
 @dataclass
+class Arrivals:
+    """When new raw data is read by itself (`raw_data_sensor`), and how much may be trained on it."""
+
+    quiet_seconds: float = 5.0
+    """Read it when it has not changed for so long: files that arrive together are read together, and none while it is
+    still written. A writer that pauses for longer gives its file a name that begins with a dot until it is whole."""
+    min_new_rows: int = 0
+    """Wait for so many rows more (or fewer) than were read last."""
+    max_wait_seconds: float = 3600.0
+    """Read a change of fewer rows after so long."""
+    gpu_hours_a_day: float | None = None
+    """Start no training by itself when today's (UTC) have taken so many GPU-hours; what waits is trained tomorrow.
+    `null` sets no limit."""
+
+
+@dataclass
+class RawChecks:
+    """What the checks of `dolly_raw` let pass. A share is one of all rows, from 0 to 1."""
+
+    max_duplicate_share: float = 0.05
+    """Rows that repeat another one exactly; above it, the blocking check `duplicates` fails."""
+    max_near_duplicate_share: float = 0.1
+    """Rows that repeat another one but for case, spaces and punctuation; above it, the check `near_duplicates` warns."""
+    max_leakage_share: float = 0.01
+    """Rows whose response stands word for word in the instruction; above it, the blocking check `leakage` fails."""
+    max_row_fall: float = 0.5
+    """Share of the rows of the last good version that may be gone before the blocking check `row_count` fails."""
+    max_drift: float = 0.2
+    """Distance (total variation, from 0 to 1) of categories or of lengths from the last good version, above which the
+    check `drift` warns."""
+
+
+@dataclass
 class RawDataConfig:
     """The deployment's one stream of raw data: `configs/raw_data.yaml`."""
 
     source: str = "sample"
-    """`sample` (the packaged rows); a file or a folder of `.jsonl`, `.json`, `.csv` and `.parquet` files; or
-    `hf://datasets/owner/name@revision` (branch, tag or commit; `main` without). `FINETUNE_RAW_DATA` wins over it."""
+    """`sample` (the packaged rows); a file or a folder of `.jsonl`, `.json`, `.csv` and `.parquet` files, also
+    `s3://bucket/prefix`; or `hf://datasets/owner/name@revision` (branch, tag or commit; `main` without).
+    `FINETUNE_RAW_DATA` wins over it."""
     columns: Columns = field(default_factory=Columns)
     """The source's names of columns."""
     hub: HubDataset = field(default_factory=HubDataset)
     """Which part of a Hub dataset is read."""
     max_quarantine_share: float = not_identity(0.01)
     """Share of bad rows over which the blocking check `quarantine` fails. Bad rows are set aside, never dropped."""
+    checks: RawChecks = field(default_factory=RawChecks, metadata=NOT_IDENTITY)
+    """What the other checks let pass."""
+    arrivals: Arrivals = field(default_factory=Arrivals, metadata=NOT_IDENTITY)
+    """When new data is read by itself."""
     split_salt: str = "finetune-assets"
     """Decides with a row's content which side of the split it falls on. Change it and every row is dealt anew."""
 

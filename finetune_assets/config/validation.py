@@ -6,6 +6,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.schema import (
@@ -51,14 +52,27 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
 
 def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
     """Everything that is wrong with the raw data's settings."""
-    if not 0 <= config.max_quarantine_share <= 1:
-        yield "max_quarantine_share", f"{config.max_quarantine_share} must be a share from 0 to 1"
+    yield from _shares({"max_quarantine_share": config.max_quarantine_share, **_named("checks", config.checks)})
+    arrivals = _named("arrivals", config.arrivals)
+    for key, number in arrivals.items():
+        if number is not None and not 0 <= number < math.inf:
+            yield key, f"{number} must be 0 or more"
     named = {field: name for field, name in asdict(config.columns).items() if name is not None}
     for field, name in named.items():
         if not name.strip():
             yield f"columns.{field}", f"{name!r} names no column; use null to take the usual name"
         elif Counter(named.values())[name] > 1:
             yield f"columns.{field}", f"'{name}' is given twice; a column can be one thing only"
+
+
+def _named(group: str, settings: Any) -> dict[str, Any]:
+    return {f"{group}.{name}": value for name, value in asdict(settings).items()}
+
+
+def _shares(shares: dict[str, float]) -> Iterator[Problem]:
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            yield key, f"{share} must be a share from 0 to 1"
 
 
 def impossible_store_settings(config: StoreConfig) -> Iterator[Problem]:
@@ -127,8 +141,7 @@ def _split(data: Data) -> Iterator[Problem]:
     if data.val_fraction + data.gate_fraction >= 1:
         total = data.val_fraction + data.gate_fraction
         yield "data.val_fraction", f"with gate_fraction it takes {total:g} of the rows and leaves none to train on"
-    if not 0 <= data.max_refused_share <= 1:
-        yield "data.max_refused_share", f"{data.max_refused_share} must be a share from 0 to 1"
+    yield from _shares({"data.max_refused_share": data.max_refused_share, **_named("data.checks", data.checks)})
     if data.categories == []:
         yield "data.categories", "an empty list takes no rows; use null to take all"
 

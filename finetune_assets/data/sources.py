@@ -1,20 +1,22 @@
-"""Where raw data comes from: the packaged sample, files of this machine, or a Hub dataset at a commit."""
+"""Where raw data comes from: the packaged sample, files of this machine or of S3, or a Hub dataset at a commit."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
+from uuid import uuid4
 
 from finetune_assets import hub
+from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.schema import HubDataset, RawDataConfig
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.readers import READERS
+from finetune_assets.data.readers import READERS, read_records
 from finetune_assets.hashing import sha256
 
 SAMPLE = Path(__file__).parent.parent / "sample" / "dolly_sample.jsonl"
-HUB = "hf://"
+HUB, S3 = "hf://", "s3://"
 HUB_DATASET = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+|[^/@]+)(@(?P<revision>[^@]+))?/?")
 ENDINGS = ", ".join(READERS)
 
@@ -38,6 +40,12 @@ class Source(Protocol):
     def content(self) -> Any:
         """Plain data that pins every byte; asked anew each time, so a change while reading is seen."""
 
+    def glance(self) -> Any:
+        """Plain data that changes whenever the content may have; nothing is read."""
+
+    def remembered(self) -> Any:
+        """`content`, but what has not changed by the looks of it since this process read it is not read again."""
+
     def files(self) -> Sequence[SourceFile]:
         """The files, in reading order, on this machine."""
 
@@ -50,6 +58,12 @@ class LocalSource:
 
     def content(self) -> Any:
         return [[file.path.suffix.lower(), _content_of(file.path)] for file in self.found]
+
+    def glance(self) -> Any:
+        return [[file.name, *_stamp(file.path)] for file in self.found]
+
+    def remembered(self) -> Any:
+        return [[file.path.suffix.lower(), _known_content(file.path, *_stamp(file.path))] for file in self.found]
 
     def files(self) -> Sequence[SourceFile]:
         return self.found
@@ -66,6 +80,12 @@ class HubSource:
 
     def content(self) -> Any:
         return {"repo": self.repo, "commit": self.commit, "subset": self.part.subset, "split": self.part.split}
+
+    def glance(self) -> Any:
+        return self.content()
+
+    def remembered(self) -> Any:
+        return self.content()
 
     def files(self) -> Sequence[SourceFile]:
         """Download the split's files.
@@ -110,16 +130,111 @@ class HubSource:
         return [file.removeprefix(prefix) for file in files]
 
 
+@dataclass(frozen=True)
+class S3Source:
+    """The objects below a prefix, downloaded once each for a version of theirs.
+
+    What pins the bytes is their hash, as everywhere: an ETag depends on how they were uploaded.
+
+    Attributes:
+        url: `s3://bucket/prefix`.
+        connect: Makes boto3's client.
+        folder: Where downloads are kept.
+    """
+
+    url: str
+    connect: Callable[[], Any]
+    folder: Path
+
+    def content(self) -> Any:
+        return LocalSource(self.files()).content()
+
+    def glance(self) -> Any:
+        return [[key, size, etag] for key, size, etag in self._objects]
+
+    def remembered(self) -> Any:
+        return LocalSource(self.files()).remembered()
+
+    def files(self) -> Sequence[SourceFile]:
+        """Download the objects.
+
+        Raises:
+            DataError: if one cannot be read, or is another one by now.
+        """
+        bucket, prefix = self._place
+        found = []
+        for key, size, etag in self._objects:
+            version = fingerprint(bucket=bucket, key=key, etag=etag)
+            path = self.folder / version / PurePosixPath(key).name
+            if not path.exists():
+                self._download(key, etag, path)
+            found.append(SourceFile(key.removeprefix(prefix).lstrip("/") or PurePosixPath(key).name, path))
+        return found
+
+    def _download(self, key: str, etag: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = path.with_name(f".{uuid4().hex}")
+        try:
+            body = self._client.get_object(Bucket=self._place[0], Key=key, IfMatch=etag)["Body"]
+            with partial_file.open("wb") as file:
+                for part in body.iter_chunks(1 << 20):
+                    file.write(part)
+            partial_file.replace(path)
+        except _s3_errors() as e:
+            raise self._unreadable(e, key) from e
+        finally:
+            partial_file.unlink(missing_ok=True)
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        bucket, _, prefix = self.url.removeprefix(S3).partition("/")
+        return bucket, prefix
+
+    @cached_property
+    def _client(self) -> Any:
+        return self.connect()
+
+    @cached_property
+    def _objects(self) -> list[tuple[str, int, str]]:
+        """Key, size and ETag of each object that holds rows, by key."""
+        bucket, prefix = self._place
+        try:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            listed = [entry for page in pages for entry in page.get("Contents", ())]
+        except _s3_errors() as e:
+            raise self._unreadable(e) from e
+        kept = [entry for entry in listed if self._holds_rows(entry["Key"])]
+        if not kept:
+            raise DataError(f"source: '{self.url}' holds no object that ends in {ENDINGS}")
+        return sorted((entry["Key"], entry["Size"], entry["ETag"]) for entry in kept)
+
+    def _holds_rows(self, key: str) -> bool:
+        path = PurePosixPath(key)
+        return path.suffix.lower() in READERS and not any(part.startswith(".") for part in path.parts)
+
+    def _unreadable(self, error: Exception, key: str = "") -> DataError:
+        where = f"{S3}{self._place[0]}/{key}" if key else self.url
+        return DataError(f"source: {where} cannot be read: {error}; see AWS_ENDPOINT_URL_S3 and the credentials")
+
+
 ASK_HUB = partial(hub.commit_of, repo_type="dataset")
 
 
-def open_source(config: RawDataConfig, root: Path, commit_of: Callable[[str, str], str] = ASK_HUB) -> Source:
+def open_source(
+    config: RawDataConfig,
+    root: Path,
+    commit_of: Callable[[str, str], str] = ASK_HUB,
+    connect: Callable[[], Any] | None = None,
+    downloads: Path | None = None,
+) -> Source:
     """What `source` means.
 
     Args:
         config: The raw data's settings.
         root: What a relative path is relative to.
         commit_of: Says which commit a revision of a Hub dataset is.
+        connect: Makes boto3's client, for a source on S3.
+        downloads: Where objects of S3 are kept.
 
     Raises:
         DataError: if there is nothing to read there.
@@ -128,6 +243,10 @@ def open_source(config: RawDataConfig, root: Path, commit_of: Callable[[str, str
         return LocalSource([SourceFile(SAMPLE.name, SAMPLE)])
     if config.source.startswith(HUB):
         return _hub_source(config, commit_of)
+    if config.source.startswith(S3):
+        if connect is None or downloads is None:
+            raise DataError(f"source: '{config.source}': S3 is not read here")
+        return S3Source(config.source, connect, downloads)
     return LocalSource(_local_files(config.source, root))
 
 
@@ -153,7 +272,7 @@ def _local_files(source: str, root: Path) -> list[SourceFile]:
     if not path.is_file():
         raise DataError(
             f"{path}: does not exist; `source` in raw_data.yaml, or FINETUNE_RAW_DATA, is '{source}': "
-            "name a file, a folder, hf://datasets/owner/name, or 'sample'"
+            "name a file, a folder, s3://bucket/prefix, hf://datasets/owner/name, or 'sample'"
         )
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path}: rows are read from files that end in {ENDINGS}")
@@ -171,3 +290,37 @@ def _content_of(path: Path) -> str:
         return sha256(path)
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
+
+
+def _stamp(path: Path) -> tuple[int, int, int, int]:
+    """Size, times and inode: what changes with a file's bytes, as far as one can tell from outside.
+
+    Raises:
+        DataError: if the file has gone.
+    """
+    try:
+        status = path.stat()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+@lru_cache(maxsize=100_000)
+def _known_content(path: Path, *stamp: int) -> str:
+    return _content_of(path)
+
+
+@lru_cache(maxsize=100_000)
+def _known_rows(path: Path, *stamp: int) -> int:
+    return sum(1 for _ in read_records(path))
+
+
+def count_rows(file: SourceFile) -> int:
+    """Rows of a file, good and bad; one that has not changed by the looks of it is not read again."""
+    return _known_rows(file.path, *_stamp(file.path))
+
+
+def _s3_errors() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import BotoCoreError, ClientError  # takes a fifth of a second
+
+    return BotoCoreError, ClientError

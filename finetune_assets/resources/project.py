@@ -1,12 +1,19 @@
 """What every asset is given: the configuration of this run, and the lineage that follows from it."""
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
 from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.lineage import Lineage, RawLineage
+
+
+DATA_VERSION_TAG = "dagster/data_version"
+OVERRIDES_TAG = "finetune/overrides"
+"""On a materialization: the settings that its run alone had. Nothing that happens by itself goes by it."""
+BY_ITSELF_TAG = "finetune/by_itself"
+"""On a run: no human started it."""
 
 
 class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -17,12 +24,26 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     )
     force: bool = Field(default=False, description="Make artifacts anew even if the store has them.")
 
+    _raw_version: str | None = PrivateAttr(default=None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """A run that no human started takes the raw data that `dolly_raw` read last, whatever its source is by now.
+
+        So all its steps agree, and data that arrives while it waits is left to the run that follows.
+        """
+        if context.run and BY_ITSELF_TAG in context.run.tags and context.instance:
+            last = context.instance.get_latest_materialization_event(dg.AssetKey("dolly_raw"))
+            if last and last.asset_materialization:
+                self._raw_version = (last.asset_materialization.tags or {}).get(DATA_VERSION_TAG)
+
     def store(self) -> ArtifactStore:
         return deployment.store()
 
     def raw(self, asks_hub: bool = False) -> RawLineage:
+        """The raw data; with `asks_hub`, as its source is now."""
         config = load_raw_data_config(deployment.configs(), deployment.raw_data())
-        return RawLineage(self.store(), config, deployment.root(), asks_hub)
+        version = None if asks_hub else self._raw_version
+        return RawLineage(self.store(), config, deployment.root(), asks_hub, version, deployment.s3_client)
 
     def experiment(self, name: str) -> Experiment:
         return load_experiment(deployment.configs(), name, self.overrides)

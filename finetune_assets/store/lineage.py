@@ -5,7 +5,8 @@ CI on an empty instance, and in production.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from finetune_assets.config.fingerprint import (
     adapter_fingerprint,
     evaluation_fingerprint,
     fingerprint,
+    identity,
     raw_fingerprint,
     tokenized_fingerprint,
 )
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
-from finetune_assets.data.sources import HubSource, Source, open_source
+from finetune_assets.data.sources import HubSource, Source, count_rows, open_source
 from finetune_assets.store.artifacts import (
     ADAPTERS,
     BASE_MODELS,
@@ -44,20 +46,34 @@ class RawLineage:
         config: The deployment's raw data settings.
         root: What relative paths in settings are relative to.
         asks_hub: Ask the Hub what a branch is now; otherwise go by what it said last.
+        version: Fingerprint of the raw data, where it is given and not found by reading the source.
+        connect: Makes boto3's client, for a source on S3.
     """
 
-    def __init__(self, store: ArtifactStore, config: RawDataConfig, root: Path, asks_hub: bool = False) -> None:
-        self.store, self.config, self.root = store, config, root
+    def __init__(
+        self,
+        store: ArtifactStore,
+        config: RawDataConfig,
+        root: Path,
+        asks_hub: bool = False,
+        version: str | None = None,
+        connect: Callable[[], Any] | None = None,
+    ) -> None:
+        self.store, self.config, self.root, self.given, self.connect = store, config, root, version, connect
         self.pins = Pins(store, "dataset", made_by="dolly_raw", asks_hub=asks_hub)
 
     @cached_property
     def source(self) -> Source:
-        return open_source(self.config, self.root, self.pins.commit_of)
+        return self._open()
+
+    def _open(self) -> Source:
+        downloads = self.store.cache.root / "downloads"
+        return open_source(self.config, self.root, self.pins.commit_of, self.connect, downloads)
 
     def is_unchanged(self) -> bool:
         """Whether files still are what they were when they were first looked at; a commit always is."""
         source = self.source
-        again = source if isinstance(source, HubSource) else open_source(self.config, self.root)
+        again = source if isinstance(source, HubSource) else self._open()
         return again.content() == self.content
 
     @cached_property
@@ -67,7 +83,25 @@ class RawLineage:
 
     @cached_property
     def fingerprint(self) -> str:
-        return raw_fingerprint(self.config.columns, self.content)
+        return self.given or raw_fingerprint(self.config.columns, self.content)
+
+    def glance(self) -> str:
+        """Changes whenever the raw data, or what its checks let pass, may have; reads nothing."""
+        return fingerprint(settings=self._settings, glance=self.source.glance())
+
+    def version(self) -> str:
+        """Changes if and only if the raw data, or what its checks let pass, does; reads what is new."""
+        return fingerprint(settings=self._settings, content=self.source.remembered())
+
+    def rows(self) -> int:
+        """Rows of the source, good and bad; reads what is new."""
+        return sum(count_rows(file) for file in self.source.files())
+
+    @property
+    def _settings(self) -> Any:
+        config = self.config
+        allowed = [config.max_quarantine_share, asdict(config.checks)]
+        return {"columns": identity(config.columns), "allowed": allowed}
 
     def raw(self) -> ArtifactRef:
         return self.store.resolve(RAW, self.fingerprint, made_by="dolly_raw")

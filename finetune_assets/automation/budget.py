@@ -1,0 +1,50 @@
+"""How many GPU-hours automatic trainings may take a day."""
+
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from finetune_assets.config.loading import load_raw_data_config
+from finetune_assets.resources import deployment
+
+GPU_HOURS = "gpu_hours"
+"""Metadata of a `lora_adapter` that was trained: seconds of training times processes, in hours."""
+PAGE = 1_000
+
+
+def used_today(instance: dg.DagsterInstance, now: datetime) -> float:
+    """GPU-hours of the adapters trained since midnight, UTC. A training that failed is not counted."""
+    midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("lora_adapter"), after_timestamp=midnight.timestamp())
+    hours, cursor = 0.0, None
+    while True:
+        page = instance.fetch_materializations(wanted, limit=PAGE, cursor=cursor)
+        for record in page.records:
+            made = record.asset_materialization
+            if made is not None and GPU_HOURS in made.metadata:
+                hours += float(made.metadata[GPU_HOURS].value)  # type: ignore[arg-type]
+        if not page.has_more:
+            return hours
+        cursor = page.cursor
+
+
+def allowed() -> float | None:
+    """GPU-hours a day; None for any."""
+    return load_raw_data_config(deployment.configs(), deployment.raw_data()).arrivals.gpu_hours_a_day
+
+
+class WithinBudget(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True while today's trainings have taken less than the budget. What waits for it is trained tomorrow."""
+
+    @property
+    def description(self) -> str:
+        return "today's trainings have taken less than arrivals.gpu_hours_a_day of raw_data.yaml"
+
+    def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
+        budget, subset = allowed(), context.candidate_subset
+        if budget is not None and not subset.is_empty:
+            used = used_today(context.asset_graph_view.instance, context.evaluation_time)
+            if used >= budget:
+                context.log.warning(f"{used:.2f} of {budget:g} GPU-hours are used today; training waits for tomorrow")
+                subset = context.get_empty_subset()
+        return dg.AutomationResult(context, subset)

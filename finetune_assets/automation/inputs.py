@@ -1,0 +1,80 @@
+"""The part of an experiment's settings that each of its assets reads, as one hash."""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from finetune_assets.config.errors import ConfigError
+from finetune_assets.config.fingerprint import (
+    adapter_fingerprint,
+    evaluation_fingerprint,
+    fingerprint,
+    tokenized_fingerprint,
+)
+from finetune_assets.config.loading import Experiment, experiment_names, load_experiment, load_raw_data_config
+from finetune_assets.resources import deployment
+
+logger = logging.getLogger(__name__)
+
+
+def _base_model(experiment: Experiment, split_salt: str) -> str:
+    model = experiment.config.model
+    return fingerprint(base_model=model.base_model, revision=model.revision)
+
+
+def _tokenized(experiment: Experiment, split_salt: str) -> str:
+    # A threshold changes no bytes, and may change whether a check lets them through
+    return fingerprint(
+        identity=tokenized_fingerprint(experiment, split_salt, raw="", tokenizer_files={}),
+        allowed=experiment.config.data.max_refused_share,
+    )
+
+
+def _adapter(experiment: Experiment, split_salt: str) -> str:
+    return adapter_fingerprint(experiment, "", "", experiment.config.training.warm_start)
+
+
+def _evaluation(experiment: Experiment, split_salt: str) -> str:
+    return evaluation_fingerprint(experiment, "")
+
+
+SETTINGS: dict[str, Callable[[Experiment, str], str]] = {
+    "cached_base_model": _base_model,
+    "tokenized_dataset": _tokenized,
+    "lora_adapter": _adapter,
+    "adapter_evaluation": _evaluation,
+}
+"""Hash of the settings that an asset reads, by its name."""
+
+
+def settings_of(asset: str) -> dict[str, str]:
+    """The hash of an asset's settings for each subscribed experiment; those that cannot be loaded are left out."""
+    configs = deployment.configs()
+    salt = load_raw_data_config(configs, deployment.raw_data()).split_salt
+    base = _stamp(configs / "base.yaml")
+    found = {}
+    for name in experiment_names(configs):
+        experiment = _loaded(configs, name, base, _stamp(configs / "experiments" / f"{name}.yaml"))
+        if experiment and experiment.config.subscribed:
+            found[name] = SETTINGS[asset](experiment, salt)
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """A hint that a file has changed."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=10_000)
+def _loaded(configs: Path, name: str, *stamps: tuple[int, int]) -> Experiment | None:
+    """An experiment as it was when its files had these stamps; None if it cannot be loaded."""
+    try:
+        return load_experiment(configs, name)
+    except ConfigError as e:
+        logger.error("experiment %s does not train by itself: %s", name, e)
+        return None

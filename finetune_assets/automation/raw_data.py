@@ -1,0 +1,56 @@
+"""New raw data starts `dolly_raw` by itself: a sensor that looks, and a schedule for sources that are better asked at
+fixed hours."""
+
+import time
+from typing import Any
+
+import dagster as dg
+
+from finetune_assets.automation.arrivals import Look, Seen, look
+from finetune_assets.errors import UserError
+from finetune_assets.resources.project import Project
+
+DOLLY_RAW = dg.AssetSelection.assets("dolly_raw")
+VERSION_TAG = "finetune/raw_version"
+
+
+@dg.sensor(
+    target=DOLLY_RAW,
+    minimum_interval_seconds=5,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Looks at the source of raw data (configs/raw_data.yaml) every five seconds, and starts `dolly_raw` "
+    "once for each new version of it, when it has stopped changing. Subscribed experiments follow. What it found "
+    "stands beside each tick; how long it waits, and for how much, is `arrivals` in raw_data.yaml.",
+)
+def raw_data_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    seen = Seen.read(context.cursor)
+    try:
+        found = look_at_source(seen)
+    except UserError as e:
+        context.log.warning(str(e))
+        return dg.SensorResult(skip_reason=f"nothing was started: {e}", cursor=seen.write())
+    return _answer(found)
+
+
+def look_at_source(seen: Seen) -> Look:
+    raw = Project().raw(asks_hub=True)
+    return look(raw, seen, raw.config.arrivals, time.time())
+
+
+def _answer(found: Look) -> dg.SensorResult:
+    cursor = found.seen.write()
+    if not found.starts:
+        return dg.SensorResult(skip_reason=found.told, cursor=cursor)
+    version = found.seen.version
+    request: Any = dg.RunRequest(run_key=f"{found.seen.number}-{version}", tags={VERSION_TAG: version[:12]})
+    return dg.SensorResult(run_requests=[request], cursor=cursor)
+
+
+@dg.schedule(
+    cron_schedule="0 * * * *",
+    target=DOLLY_RAW,
+    description="Reads the raw data every hour, whether or not it seems to have changed; nothing follows where it has "
+    "not. For a source that the sensor cannot watch. Off until it is switched on.",
+)
+def raw_data_schedule() -> dg.RunRequest:
+    return dg.RunRequest()

@@ -1,0 +1,64 @@
+"""Sensors that tell a person: of runs that failed, of a budget that is used up, of sensors that have stopped."""
+
+import json
+import time
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from finetune_assets.automation import budget, heartbeat
+from finetune_assets.automation.alerts import AlertError, configured, link, tell
+
+STATUS = dg.DefaultSensorStatus.RUNNING if configured() else dg.DefaultSensorStatus.STOPPED
+
+
+@dg.run_failure_sensor(
+    name="alert_on_failure",
+    minimum_interval_seconds=10,
+    default_status=STATUS,
+    description="Tells a person of each run that failed, with the worker's own error: a training that failed, or a "
+    "blocking check. Runs by itself once FINETUNE_ALERT_WEBHOOK or FINETUNE_ALERT_EMAIL is set.",
+)
+def alert_on_failure(context: dg.RunFailureSensorContext) -> None:
+    run = context.dagster_run
+    partition = run.tags.get("dagster/partition")
+    assets = ", ".join(sorted(key.to_user_string() for key in run.asset_selection or ())) or run.job_name
+    tell(f"failed: {assets}{f' for {partition}' if partition else ''}", f"{_why(context)}\n{link(run.run_id)}".strip())
+
+
+def _why(context: dg.RunFailureSensorContext) -> str:
+    """Of each step that failed, the error's first cause and no stack trace."""
+    told = []
+    for event in context.get_step_failure_events():
+        data = event.step_failure_data
+        if data.user_failure_data and data.user_failure_data.description:
+            told.append(f"{event.step_key}: {data.user_failure_data.description}")
+        elif data.error:
+            told.append(f"{event.step_key}: {data.error.message.strip()}")
+    return "\n".join(told) or context.failure_event.message or "no step says why"
+
+
+@dg.sensor(
+    minimum_interval_seconds=60,
+    default_status=STATUS,
+    description="Tells a person, once each time, when the day's GPU-hours are used up and when a sensor that feeds the "
+    "graph has not ticked for five minutes. Runs by itself once an alert is configured.",
+)
+def alert_on_standstill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    told = set(json.loads(context.cursor or "[]"))
+    found = {**_empty_budget(context.instance), **heartbeat.silent(time.time())}
+    for title in found.keys() - told:
+        try:
+            tell(title, found[title])
+        except AlertError as e:
+            context.log.error(str(e))
+            del found[title]  # tried again at the next tick
+    return dg.SensorResult(skip_reason="; ".join(sorted(found)) or "all is well", cursor=json.dumps(sorted(found)))
+
+
+def _empty_budget(instance: dg.DagsterInstance) -> dict[str, str]:
+    allowed, now = budget.allowed(), datetime.now(UTC)
+    if allowed is None or (used := budget.used_today(instance, now)) < allowed:
+        return {}
+    title = f"the GPU-hours of {now:%d %B} are used up"
+    return {title: f"{used:.2f} of {allowed:g} (arrivals.gpu_hours_a_day). New data is trained on tomorrow."}
