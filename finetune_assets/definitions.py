@@ -7,6 +7,9 @@ from finetune_assets.assets.cached_base_model import cached_base_model
 from finetune_assets.assets.dolly_raw import dolly_raw
 from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
+from finetune_assets.automation.experiments import experiments_sensor
+from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
+from finetune_assets.automation.watch import alert_on_failure, alert_on_standstill
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.resources.project import Project
 from finetune_assets.store.io_manager import ArtifactIOManager
@@ -15,6 +18,8 @@ project = Project.configure_at_launch()
 
 defs = dg.Definitions(
     assets=[dolly_raw, cached_base_model, tokenized_dataset, lora_adapter, adapter_evaluation],
+    sensors=[raw_data_sensor, experiments_sensor, alert_on_failure, alert_on_standstill],
+    schedules=[raw_data_schedule],
     resources={
         "project": project,
         "io_manager": ArtifactIOManager(project=project),

@@ -4,8 +4,9 @@ import json
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, in_run, job, make_once, result
+from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
+from finetune_assets.automation.conditions import by_itself
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
@@ -14,7 +15,13 @@ from finetune_assets.store.artifacts import EVALUATIONS, ArtifactRef
 EVALUATION = "evaluation.json"
 
 
-@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, code_version="1")
+@dg.asset(
+    group_name=GROUP,
+    kinds={"pytorch"},
+    partitions_def=experiments,
+    code_version="1",
+    automation_condition=by_itself("lora_adapter"),
+)
 def adapter_evaluation(
     context: dg.AssetExecutionContext,
     lora_adapter: ArtifactRef,
@@ -41,7 +48,7 @@ def adapter_evaluation(
             return run_in_pipes(context, launcher, spec)
 
         made = make_once(context, project, EVALUATIONS, fingerprint, make)
-        return result(made, **_describe(project, made.ref))
+        return result(made, tags=overridden(lineage.experiment), **_describe(project, made.ref))
 
 
 def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:

@@ -2,13 +2,21 @@
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, in_run, make_once, result
+from finetune_assets.assets.making import GROUP, in_run, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
+from finetune_assets.automation.conditions import by_itself
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import BASE_MODELS, ArtifactRef
 
 
-@dg.asset(group_name=GROUP, kinds={"huggingface"}, partitions_def=experiments, code_version="1", pool="hub")
+@dg.asset(
+    group_name=GROUP,
+    kinds={"huggingface"},
+    partitions_def=experiments,
+    code_version="1",
+    pool="hub",
+    automation_condition=by_itself(),
+)
 def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
     """Safetensors and tokenizer of the experiment's base model, from the package, a folder, or the Hub at a commit.
 
@@ -35,4 +43,4 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
 
         made = make_once(context, project, BASE_MODELS, name, make)
         lineage.pins.record()
-        return result(made, repo=source.repo, revision=source.revision)
+        return result(made, tags=overridden(lineage.experiment), repo=source.repo, revision=source.revision)

@@ -7,27 +7,20 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result, share_check
+from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result
+from finetune_assets.assets.raw_checks import BLOCKING, GOOD_TAG, PROFILE, SPECS, Profile, last_good, raw_checks
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import RAW, ArtifactRef
 
 STATISTICS = "statistics.json"
-QUARANTINE_CHECK = "quarantine"
 
 
 @dg.asset(
     group_name=GROUP,
     kinds={"parquet"},
-    code_version="2",
+    code_version="3",
     dagster_type=ARTIFACT,
-    check_specs=[
-        dg.AssetCheckSpec(
-            QUARANTINE_CHECK,
-            asset="dolly_raw",
-            blocking=True,
-            description="The share of bad rows is at most max_quarantine_share (configs/raw_data.yaml).",
-        )
-    ],
+    check_specs=SPECS,
 )
 def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:
     """The deployment's instruction data (`configs/raw_data.yaml`), read row by row and stored as Parquet.
@@ -54,33 +47,17 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
         made = make_once(context, project, RAW, lineage.fingerprint, make)
         lineage.pins.record()
         statistics = _statistics(project, made.ref)
-        check = _quarantine_check(context, statistics, lineage.config.max_quarantine_share)
-        return result(made, [check], source=lineage.config.source, **_describe(statistics))
+        before = last_good(context.instance, lineage.fingerprint)
+        checks = raw_checks(context, statistics, lineage.config, before)
+        good = all(check.passed for check in checks if check.check_name in BLOCKING)
+        profile = {PROFILE: dg.MetadataValue.json(Profile.of(statistics).to_dict())}
+        tags = {GOOD_TAG: "true"} if good else {}
+        return result(made, checks, tags, source=lineage.config.source, **_describe(statistics), **profile)
 
 
 def _statistics(project: Project, ref: ArtifactRef) -> dict[str, Any]:
     folder = project.store().fetch(ref, lambda path: path == STATISTICS)
     return json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
-
-
-def _quarantine_check(
-    context: dg.AssetExecutionContext, statistics: dict[str, Any], most: float
-) -> dg.AssetCheckResult:
-    from finetune_assets.data.preview import rows_table
-
-    first = statistics["first_quarantined"]
-    told = "{file}:{line}: {reason}".format(**first[0]) if first else ""
-    reasons = [{"reason": reason, "rows": rows} for reason, rows in statistics["reasons"].items()]
-    return share_check(
-        context,
-        QUARANTINE_CHECK,
-        statistics["quarantined"],
-        statistics["rows"] + statistics["quarantined"],
-        most,
-        f"are bad and set aside, max_quarantine_share is {most:g}. The first: {told}",
-        reasons=dg.MetadataValue.md(rows_table(reasons, ["rows", "reason"])),
-        first_rows=dg.MetadataValue.md(rows_table(first, ["file", "line", "reason", "text"])),
-    )
 
 
 def _describe(statistics: dict[str, Any]) -> dict[str, object]:

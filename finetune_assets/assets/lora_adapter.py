@@ -6,8 +6,10 @@ from statistics import median
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, in_run, job, make_once, result
+from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
+from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
+from finetune_assets.automation.conditions import by_itself
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
@@ -22,7 +24,15 @@ RETRIES = dg.RetryPolicy(max_retries=3, delay=20, backoff=dg.Backoff.EXPONENTIAL
 """For a machine that failed or was taken away: each attempt goes on from the last checkpoint."""
 
 
-@dg.asset(group_name=GROUP, kinds={"pytorch"}, partitions_def=experiments, code_version="2", retry_policy=RETRIES)
+@dg.asset(
+    group_name=GROUP,
+    kinds={"pytorch"},
+    partitions_def=experiments,
+    code_version="2",
+    pool="gpu",
+    retry_policy=RETRIES,
+    automation_condition=by_itself("tokenized_dataset", "cached_base_model") & WithinBudget(),
+)
 def lora_adapter(
     context: dg.AssetExecutionContext,
     tokenized_dataset: ArtifactRef,
@@ -41,7 +51,10 @@ def lora_adapter(
             return run_in_pipes(context, launcher, spec)
 
         made = make_once(context, project, ADAPTERS, fingerprint, make)
-        return result(made, **_describe(project, made.ref))
+        described = _describe(project, made.ref)
+        if not made.hit:
+            described[GPU_HOURS] = described["device_hours"]
+        return result(made, tags=overridden(lineage.experiment), **described)
 
 
 def training_job(
@@ -84,6 +97,7 @@ def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
         "steps": state["steps"],
         "tokens": state["tokens"],
         "training_seconds": round(state["seconds"], 1),
+        "device_hours": round(state["seconds"] * state["active"]["processes"] / 3600, 4),
         "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
         "trainable_parameters": state["trainable_parameters"],
         "mfu": round(median(entry["mfu"] for entry in state["history"]), 3),

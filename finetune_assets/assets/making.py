@@ -13,7 +13,7 @@ import dagster as dg
 from finetune_assets.config.loading import Experiment, dump
 from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobSpec
-from finetune_assets.resources.project import Project
+from finetune_assets.resources.project import OVERRIDES_TAG, Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 GROUP = "finetune"
@@ -93,7 +93,7 @@ def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
 
 
 def result(
-    made: Made, checks: Sequence[dg.AssetCheckResult] = (), **metadata: Any
+    made: Made, checks: Sequence[dg.AssetCheckResult] = (), tags: Mapping[str, str] | None = None, **metadata: Any
 ) -> dg.MaterializeResult[ArtifactRef]:
     """What an asset returns: the reference, its fingerprint as data version, its checks, and what there is to see."""
     uri = made.ref.uri
@@ -110,13 +110,26 @@ def result(
         data_version=dg.DataVersion(made.ref.fingerprint),
         metadata={**metadata, **common},
         check_results=list(checks),
+        tags=tags,
     )
 
 
+def overridden(experiment: Experiment) -> dict[str, str]:
+    """Tags of what was made with settings of one run alone: nothing that happens by itself goes by it."""
+    return {OVERRIDES_TAG: str(len(experiment.overrides))} if experiment.overrides else {}
+
+
 def share_check(
-    context: dg.AssetExecutionContext, name: str, count: int, total: int, most: float, problem: str, **metadata: Any
+    context: dg.AssetExecutionContext,
+    name: str,
+    count: int,
+    total: int,
+    most: float,
+    problem: str,
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+    **metadata: Any,
 ) -> dg.AssetCheckResult:
-    """A blocking check that fails where more than a share of the rows is bad, and names the first of them.
+    """A check that fails where more than a share of the rows is bad, and names the first of them.
 
     Args:
         context: Of the asset; a failure is told in its log.
@@ -125,15 +138,18 @@ def share_check(
         total: All rows.
         most: Largest share that passes.
         problem: What is wrong with the bad rows, the setting of `most`, and the first of them.
+        severity: A failure with WARN is told, and stops nothing.
         metadata: More to see.
     """
     share = count / total if total else 0.0
     told = f"{count:,} of {total:,} rows ({share:.2%}) {problem}" if count else "none"
     if share > most:
-        context.log.error(f"check {name} failed: {told}")
+        tell = context.log.error if severity is dg.AssetCheckSeverity.ERROR else context.log.warning
+        tell(f"check {name} failed: {told}")
     return dg.AssetCheckResult(
         passed=share <= most,
         check_name=name,
+        severity=severity,
         description=told,
         metadata={"rows": count, "share": share, "allowed_share": most, **metadata},
     )

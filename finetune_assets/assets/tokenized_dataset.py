@@ -6,31 +6,25 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result, share_check
+from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
+from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, overridden, publish_built, result
 from finetune_assets.assets.partitions import experiments
+from finetune_assets.automation.conditions import by_itself
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import TOKENIZED, ArtifactRef
 from finetune_assets.store.base_models import is_tokenizer_file
 
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
-REFUSED_CHECK = "refused_rows"
 
 
 @dg.asset(
     group_name=GROUP,
     kinds={"arrow"},
     partitions_def=experiments,
-    code_version="2",
+    code_version="3",
     dagster_type=ARTIFACT,
-    check_specs=[
-        dg.AssetCheckSpec(
-            REFUSED_CHECK,
-            asset="tokenized_dataset",
-            blocking=True,
-            partitions_def=experiments,
-            description="The share of rows that the experiment's template refuses is at most data.max_refused_share.",
-        )
-    ],
+    check_specs=SPECS,
+    automation_condition=by_itself("dolly_raw", "cached_base_model"),
 )
 def tokenized_dataset(
     context: dg.AssetExecutionContext, dolly_raw: ArtifactRef, cached_base_model: ArtifactRef, project: Project
@@ -68,25 +62,16 @@ def tokenized_dataset(
         made = make_once(context, project, TOKENIZED, fingerprint, make)
         folder = project.store().fetch(made.ref, lambda path: path in (STATISTICS, PREVIEW))
         statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
-        check = _refused_check(context, statistics, config.data.max_refused_share)
-        return result(made, [check], **_describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8")))
-
-
-def _refused_check(context: dg.AssetExecutionContext, statistics: dict[str, Any], most: float) -> dg.AssetCheckResult:
-    taken = sum(statistics["examples"].values()) + statistics["without_label"] + statistics["refused"]
-    return share_check(
-        context,
-        REFUSED_CHECK,
-        statistics["refused"],
-        taken,
-        most,
-        f"are refused by the template, data.max_refused_share is {most:g}. The first: {statistics['first_refused']}",
-    )
+        checks = dataset_checks(context, statistics, config.data)
+        described = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
+        return result(made, checks, overridden(lineage.experiment), **described)
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
     counts = dict(statistics)
     examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")
+    for name in ("first_without_label", "first_truncated", "first_overlap"):
+        del counts[name]  # the checks name them
     return {
         "dagster/row_count": sum(examples.values()),
         **{f"{split}_examples": count for split, count in examples.items()},

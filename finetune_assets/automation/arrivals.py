@@ -100,4 +100,6 @@ def _waits_for_more(rows: int | None, seen: Seen, settings: Arrivals, now: float
     if now >= (until := seen.first + settings.max_wait_seconds):
         return None
     at = datetime.fromtimestamp(until, UTC)
-    return f"{rows - seen.rows:+,} rows of min_new_rows {settings.min_new_rows:,}; read at {at:%H:%M:%S} UTC at the latest"
+    return (
+        f"{rows - seen.rows:+,} rows of min_new_rows {settings.min_new_rows:,}; read at {at:%H:%M:%S} UTC at the latest"
+    )

@@ -73,9 +73,7 @@ class Memory:
         return Memory(**json.loads(cursor)) if cursor else Memory()
 
     def write(self) -> str:
-        return json.dumps(
-            {"asked": self.asked, "seen": self.seen, "versions": self.versions, "read": self.read_to}
-        )
+        return json.dumps({"asked": self.asked, "seen": self.seen, "versions": self.versions, "read": self.read_to})
 
     def count_requested(self, experiments: Set[str]) -> None:
         """What was requested at the last evaluation was asked for with what was seen then."""
@@ -103,9 +101,7 @@ class Memory:
         return {"settings": settings} | {name: found.get(experiment, found.get("")) for name, found in versions}
 
 
-def _materializations(
-    instance: dg.DagsterInstance, asset: str, after: int | None
-) -> Iterator[dg.EventLogRecord]:
+def _materializations(instance: dg.DagsterInstance, asset: str, after: int | None) -> Iterator[dg.EventLogRecord]:
     """Oldest first."""
     cursor = None
     wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), after_storage_id=after)

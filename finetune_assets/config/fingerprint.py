@@ -12,9 +12,9 @@ from typing import Any
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import Columns
 
-RAW_CODE = "2"
+RAW_CODE = "3"
 BASE_MODEL_CODE = "1"
-TOKENIZED_CODE = "2"
+TOKENIZED_CODE = "3"
 ADAPTER_CODE = "2"
 EVALUATION_CODE = "2"
 

@@ -306,7 +306,7 @@ class RawChecks:
     max_duplicate_share: float = 0.05
     """Rows that repeat another one exactly; above it, the blocking check `duplicates` fails."""
     max_near_duplicate_share: float = 0.1
-    """Rows that repeat another one but for case, spaces and punctuation; above it, the check `near_duplicates` warns."""
+    """Rows that repeat another one but for case, spaces and punctuation; above it, `near_duplicates` warns."""
     max_leakage_share: float = 0.01
     """Rows whose response stands word for word in the instruction; above it, the blocking check `leakage` fails."""
     max_row_fall: float = 0.5

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from finetune_assets.config.schema import Columns
 from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.layouts import row_reader
+from finetune_assets.data.quality import Inspector, Quality, rows_by_number
 from finetune_assets.data.readers import Record, Unreadable, kept, read_records
 from finetune_assets.data.rows import RAW_SCHEMA, Row
 from finetune_assets.data.sources import SourceFile
@@ -40,6 +41,9 @@ class RawStatistics:
         preview: The first good rows that are no conversations.
         conversation_preview: The first conversations.
         first_quarantined: The first bad rows: file, line, reason, text.
+        files_without_rows: Files none of whose rows is good.
+        quality: What is wrong with good rows.
+        shown: Rows that `quality` names, by their number.
     """
 
     rows: int = 0
@@ -51,6 +55,9 @@ class RawStatistics:
     preview: list[Row] = field(default_factory=list)
     conversation_preview: list[Row] = field(default_factory=list)
     first_quarantined: list[dict[str, Any]] = field(default_factory=list)
+    files_without_rows: list[str] = field(default_factory=list)
+    quality: Quality = field(default_factory=Quality)
+    shown: dict[str, Row] = field(default_factory=dict)
 
     @property
     def quarantine_share(self) -> float:
@@ -65,6 +72,7 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
     """
     counts = RawStatistics()
     categories: Counter[str] = Counter()
+    inspector = Inspector()
     with (
         open(out / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as bad,
         pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer,
@@ -73,12 +81,25 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
         rows = (row for file in files for row in _good_rows(file, columns, quarantine))
         while batch := list(islice(rows, ROWS_PER_BATCH)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
+            for row in batch:
+                inspector.look(row)
             categories.update(row["category"] for row in batch)
             _count(batch, counts)
     if not counts.rows + counts.quarantined:
         raise DataError(f"{', '.join(str(file.path) for file in files)}: no rows; the file is empty")
     counts.categories = dict(categories.most_common())
+    counts.quality = inspector.sum_up()
+    counts.shown = _shown(out / PARQUET, counts.quality)
     return counts
+
+
+def _shown(parquet: Path, quality: Quality) -> dict[str, Row]:
+    pairs = [*quality.first_duplicates, *quality.first_near_duplicates]
+    numbers = {number for pair in pairs for number in pair} | {*quality.first_leaked}
+    if not numbers:
+        return {}
+    found = rows_by_number(pq.ParquetFile(parquet).iter_batches(ROWS_PER_BATCH), numbers)
+    return {str(number): {**row, "messages": None} for number, row in found.items()}
 
 
 def _count(batch: list[Row], counts: RawStatistics) -> None:
@@ -109,7 +130,7 @@ class _Quarantine:
 
 
 def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> Iterator[Row]:
-    read = row_reader(columns)
+    read, good = row_reader(columns), 0
     for record in read_records(file.path):
         if isinstance(record, Unreadable):
             quarantine.take(file.name, record)
@@ -119,7 +140,10 @@ def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> I
         except BadRow as e:
             quarantine.take(file.name, Unreadable(record.line, str(e), _as_it_stands(record)))
             continue
+        good += 1
         yield row
+    if not good:
+        quarantine.counts.files_without_rows.append(file.name)
 
 
 def _as_it_stands(record: Record) -> str:

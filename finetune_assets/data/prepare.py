@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune_assets.config.schema import Data
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.packing import pack
+from finetune_assets.data.quality import SHOWN, folded, hashed
 from finetune_assets.data.rows import Draw, Row, Split, draw, side_of
 from finetune_assets.data.tokenization import IGNORED, Encoder, Examples
 
@@ -43,11 +44,13 @@ class Rows(NamedTuple):
     Attributes:
         sides: As of `Draw`; shape (n,).
         ranks: As of `Draw`; shape (n,).
+        prompts: A hash of the folded prompt; shape (n,).
         categories: Shape (n,), each text once in memory.
     """
 
     sides: NDArray[np.float64]
     ranks: NDArray[np.float64]
+    prompts: NDArray[np.uint64]
     categories: NDArray[np.object_]
 
     def side_of(self, row: int, data: Data) -> Split:
@@ -59,6 +62,8 @@ class Statistics:
     """What came out. Token counts are of the train split unless named otherwise.
 
     `refused` rows have no words in the experiment's template; `first_refused` says which was the first, and why.
+    `overlap` is of held-out rows whose prompt is also trained on, but for case, spaces and punctuation. Rows are named
+    by their numbers in the raw data, from 0.
     """
 
     rows_read: int = 0
@@ -68,7 +73,11 @@ class Statistics:
     refused: int = 0
     first_refused: str = ""
     without_label: int = 0
+    first_without_label: list[int] = field(default_factory=list)
     truncated: int = 0
+    first_truncated: list[int] = field(default_factory=list)
+    overlap: int = 0
+    first_overlap: list[int] = field(default_factory=list)
     tokens: int = 0
     labelled_tokens: int = 0
     length_quantiles: dict[str, int] = field(default_factory=dict)
@@ -99,15 +108,16 @@ def prepare_dataset(
 
 
 def _draw_rows(rows: Path, salt: str) -> Rows:
-    sides, ranks, categories = array("d"), array("d"), list[str]()
+    sides, ranks, prompts, categories = array("d"), array("d"), array("Q"), list[str]()
     for batch in pq.ParquetFile(rows).iter_batches(10_000, columns=["instruction", "context", "category"]):
         columns = batch.to_pydict()
         for instruction, context in zip(columns["instruction"], columns["context"], strict=True):
             side, rank = draw(instruction, context, salt)
             sides.append(side)
             ranks.append(rank)
+            prompts.append(hashed(folded(instruction), folded(context)))
         categories += map(sys.intern, columns["category"])
-    return Rows(np.array(sides), np.array(ranks), np.array(categories, object))
+    return Rows(np.array(sides), np.array(ranks), np.array(prompts), np.array(categories, object))
 
 
 def _select(rows: Rows, data: Data, statistics: Statistics) -> NDArray[np.bool_]:
@@ -140,6 +150,7 @@ def _write_examples(
 ) -> NDArray[np.int64]:
     """Write one Arrow stream a split; returns the train examples' lengths."""
     lengths: list[NDArray[np.int64]] = []
+    written: dict[Split, list[NDArray[np.int64]]] = {split: [] for split in Split}
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), EXAMPLE_SCHEMA))
@@ -155,16 +166,35 @@ def _write_examples(
             columns = _columns(examples, indices, drawn.categories[indices])
             labelled = _labelled_tokens(examples)
             statistics.without_label += int((labelled == 0).sum())
+            _name_first(statistics.first_without_label, indices[labelled == 0])
             for split, writer in writers.items():
                 kept = np.flatnonzero((sides == split) & (labelled > 0))
                 if len(kept):
                     writer.write_batch(columns.take(pa.array(kept)))
                 statistics.examples[split] += len(kept)
+                written[split].append(indices[kept])
                 if split is Split.TRAIN:
                     lengths.append(examples.lengths[kept])
                     statistics.truncated += int(examples.truncated[kept].sum())
+                    _name_first(statistics.first_truncated, indices[kept][examples.truncated[kept]])
                     statistics.labelled_tokens += int(labelled[kept].sum())
-    return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
+    _count_overlap({split: _joined(rows) for split, rows in written.items()}, drawn, statistics)
+    return _joined(lengths)
+
+
+def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _name_first(names: list[int], rows: NDArray[np.int64]) -> None:
+    names += map(int, rows[: SHOWN - len(names)])
+
+
+def _count_overlap(written: dict[Split, NDArray[np.int64]], drawn: Rows, statistics: Statistics) -> None:
+    held_out = np.sort(np.concatenate([written[Split.VAL], written[Split.GATE]]))
+    both = held_out[np.isin(drawn.prompts[held_out], drawn.prompts[written[Split.TRAIN]])]
+    statistics.overlap = len(both)
+    _name_first(statistics.first_overlap, both)
 
 
 def _count_refused(examples: Examples, chosen: NDArray[np.int64], statistics: Statistics) -> None:

@@ -163,7 +163,7 @@ class S3Source:
         """
         bucket, prefix = self._place
         found = []
-        for key, size, etag in self._objects:
+        for key, _, etag in self._objects:
             version = fingerprint(bucket=bucket, key=key, etag=etag)
             path = self.folder / version / PurePosixPath(key).name
             if not path.exists():

@@ -8,7 +8,6 @@ from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.lineage import Lineage, RawLineage
 
-
 DATA_VERSION_TAG = "dagster/data_version"
 OVERRIDES_TAG = "finetune/overrides"
 """On a materialization: the settings that its run alone had. Nothing that happens by itself goes by it."""

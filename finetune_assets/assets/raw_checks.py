@@ -1,0 +1,207 @@
+"""What must hold of raw data before anything is made of it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import dagster as dg
+
+from finetune_assets.assets.making import share_check
+from finetune_assets.config.schema import RawChecks, RawDataConfig
+from finetune_assets.resources.project import DATA_VERSION_TAG
+
+GOOD_TAG = "finetune/good"
+"""On a materialization of `dolly_raw` whose blocking checks passed: later versions are compared with it."""
+PROFILE = "profile"
+"""Its metadata: what a later version is compared with."""
+LOOKED_BACK = 50
+"""Materializations among which the last good version is looked for."""
+CATEGORIES = 100
+
+
+def _spec(name: str, description: str, blocking: bool = True) -> dg.AssetCheckSpec:
+    return dg.AssetCheckSpec(name, asset="dolly_raw", blocking=blocking, description=description)
+
+
+SPECS = [
+    _spec("schema", "Each file holds rows that can be used; one that has none has other columns, or another format."),
+    _spec("quarantine", "The share of bad rows is at most max_quarantine_share (configs/raw_data.yaml)."),
+    _spec("duplicates", "The share of rows that repeat another is at most checks.max_duplicate_share."),
+    _spec(
+        "near_duplicates",
+        "The share of rows that repeat another but for case, spaces and punctuation is at most "
+        "checks.max_near_duplicate_share. Warns only.",
+        blocking=False,
+    ),
+    _spec(
+        "leakage", "The share of rows whose response stands in their instruction is at most checks.max_leakage_share."
+    ),
+    _spec("row_count", "Of the last good version's rows at most checks.max_row_fall are gone."),
+    _spec(
+        "drift",
+        "Categories and lengths are distributed as in the last good version, to checks.max_drift. Warns only.",
+        blocking=False,
+    ),
+]
+BLOCKING = {spec.name for spec in SPECS if spec.blocking}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What two versions are compared by."""
+
+    rows: int
+    categories: dict[str, int]
+    lengths: dict[str, int]
+
+    @staticmethod
+    def of(statistics: dict[str, Any]) -> "Profile":
+        most = dict(list(statistics["categories"].items())[:CATEGORIES])
+        return Profile(statistics["rows"], most, statistics["quality"]["lengths"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def last_good(instance: dg.DagsterInstance, version: str) -> Profile | None:
+    """The newest other version whose blocking checks passed; None on an instance that has seen none."""
+    found = instance.fetch_materializations(dg.AssetKey("dolly_raw"), limit=LOOKED_BACK)
+    for record in found.records:
+        made = record.asset_materialization
+        tags = (made.tags if made else None) or {}
+        if made and GOOD_TAG in tags and tags.get(DATA_VERSION_TAG) != version and PROFILE in made.metadata:
+            return Profile(**made.metadata[PROFILE].value)  # type: ignore[arg-type]
+    return None
+
+
+def raw_checks(
+    context: dg.AssetExecutionContext, statistics: dict[str, Any], config: RawDataConfig, before: Profile | None
+) -> list[dg.AssetCheckResult]:
+    """The results of all SPECS.
+
+    Args:
+        context: Of the asset; a failure is told in its log.
+        statistics: Of this version.
+        config: What is let pass.
+        before: The last good version.
+    """
+    now = Profile.of(statistics)
+    return [
+        _schema(context, statistics["files_without_rows"]),
+        _quarantine(context, statistics, config.max_quarantine_share),
+        *_repeats(context, statistics, config.checks),
+        _leakage(context, statistics, config.checks.max_leakage_share),
+        _row_count(context, now, before, config.checks.max_row_fall),
+        _drift(now, before, config.checks.max_drift),
+    ]
+
+
+def _schema(context: dg.AssetExecutionContext, files: list[str]) -> dg.AssetCheckResult:
+    told = f"no row of {', '.join(files[:5])} can be used: see its reasons in the check quarantine" if files else "all"
+    if files:
+        context.log.error(f"check schema failed: {told}")
+    return dg.AssetCheckResult(passed=not files, check_name="schema", description=told, metadata={"files": len(files)})
+
+
+def _quarantine(context: dg.AssetExecutionContext, statistics: dict[str, Any], most: float) -> dg.AssetCheckResult:
+    from finetune_assets.data.preview import rows_table
+
+    first = statistics["first_quarantined"]
+    told = "{file}:{line}: {reason}".format(**first[0]) if first else ""
+    reasons = [{"reason": reason, "rows": rows} for reason, rows in statistics["reasons"].items()]
+    return share_check(
+        context,
+        "quarantine",
+        statistics["quarantined"],
+        statistics["rows"] + statistics["quarantined"],
+        most,
+        f"are bad and set aside, max_quarantine_share is {most:g}. The first: {told}",
+        reasons=dg.MetadataValue.md(rows_table(reasons, ["rows", "reason"])),
+        first_rows=dg.MetadataValue.md(rows_table(first, ["file", "line", "reason", "text"])),
+    )
+
+
+def _repeats(
+    context: dg.AssetExecutionContext, statistics: dict[str, Any], allowed: RawChecks
+) -> list[dg.AssetCheckResult]:
+    quality, results = statistics["quality"], []
+    for name, most, severity, how in (
+        ("duplicates", allowed.max_duplicate_share, dg.AssetCheckSeverity.ERROR, ""),
+        (
+            "near_duplicates",
+            allowed.max_near_duplicate_share,
+            dg.AssetCheckSeverity.WARN,
+            " but for case, spaces and punctuation",
+        ),
+    ):
+        pairs = quality[f"first_{name}"]
+        first = "row {} is row {} again".format(*pairs[0]) if pairs else ""
+        setting = f"checks.max_{name.removesuffix('s')}_share"
+        problem = f"repeat another{how}, {setting} is {most:g}. The first: {first}"
+        shown = _rows(statistics, [row for row, _ in pairs], ["repeats"], [[f"row {other}"] for _, other in pairs])
+        results.append(
+            share_check(
+                context, name, quality[name], statistics["rows"], most, problem, severity=severity, first_rows=shown
+            )
+        )
+    return results
+
+
+def _leakage(context: dg.AssetExecutionContext, statistics: dict[str, Any], most: float) -> dg.AssetCheckResult:
+    rows = statistics["quality"]["first_leaked"]
+    problem = (
+        f"have their response in their instruction, checks.max_leakage_share is {most:g}. The first: row {rows[:1]}"
+    )
+    shown = _rows(statistics, rows)
+    return share_check(
+        context, "leakage", statistics["quality"]["leaked"], statistics["rows"], most, problem, first_rows=shown
+    )
+
+
+def _rows(
+    statistics: dict[str, Any], numbers: list[int], more: list[str] | None = None, cells: list[list[str]] | None = None
+) -> dg.MarkdownMetadataValue:
+    from finetune_assets.data.preview import rows_table
+
+    more, cells = more or [], cells or [[]] * len(numbers)
+    rows = [
+        {"row": number, **statistics["shown"][str(number)], **dict(zip(more, own, strict=True))}
+        for number, own in zip(numbers, cells, strict=True)
+    ]
+    return dg.MetadataValue.md(rows_table(rows, ["row", *more, "instruction", "context", "response", "category"]))
+
+
+def _row_count(
+    context: dg.AssetExecutionContext, now: Profile, before: Profile | None, most: float
+) -> dg.AssetCheckResult:
+    rows = before.rows if before else now.rows
+    fall = max(0.0, 1 - now.rows / rows) if rows else 0.0
+    told = (
+        f"{now.rows:,} rows, {rows:,} in the last good version" if before else f"{now.rows:,} rows, the first version"
+    )
+    if fall > most:
+        told += f": {fall:.0%} are gone, checks.max_row_fall is {most:g}"
+        context.log.error(f"check row_count failed: {told}")
+    metadata = {"rows": now.rows, "rows_before": rows, "share_gone": fall, "allowed_share": most}
+    return dg.AssetCheckResult(passed=fall <= most, check_name="row_count", description=told, metadata=metadata)
+
+
+def _drift(now: Profile, before: Profile | None, most: float) -> dg.AssetCheckResult:
+    from finetune_assets.data.quality import distance
+
+    by = {
+        "categories": distance(now.categories, before.categories) if before else 0.0,
+        "lengths": distance(now.lengths, before.lengths) if before else 0.0,
+    }
+    farthest = max(by, key=lambda name: by[name])
+    told = (
+        f"{farthest} differ most, by {by[farthest]:.3f}; checks.max_drift is {most:g}"
+        if before
+        else "the first version"
+    )
+    return dg.AssetCheckResult(
+        passed=by[farthest] <= most,
+        check_name="drift",
+        severity=dg.AssetCheckSeverity.WARN,
+        description=told,
+        metadata={**{f"{name}_distance": value for name, value in by.items()}, "allowed_distance": most},
+    )
