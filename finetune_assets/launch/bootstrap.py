@@ -9,7 +9,6 @@ die_with_parent()
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,10 +18,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from finetune_assets.errors import UserError
+from finetune_assets.launch import gpus
 from finetune_assets.launch.job import JobFailed, JobSpec, read
 from finetune_assets.launch.telling import in_dagster_run, in_terminal
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
@@ -48,6 +49,7 @@ def run(spec: JobSpec) -> ArtifactRef:
         cache.alone(f"job-{spec.fingerprint}", doing),  # two would write over one another's checkpoints
         _scratch(spec, cache.scratch(spec.fingerprint)) as scratch,
         cache.workspace("job") as folder,
+        gpus.held(spec.processes) as devices,
     ):
         (folder / "config.yaml").write_text(spec.config, encoding="utf-8")
         (folder / "made_from.json").write_text(json.dumps(spec.made_from), encoding="utf-8")
@@ -61,17 +63,18 @@ def run(spec: JobSpec) -> ArtifactRef:
             **({"scratch": scratch} if spec.scratch else {}),
         }
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
-        processes = _processes(spec)
-        command, output = [*_runner(spec, processes), *flags], arguments["output"]
+        processes = _processes(spec, devices)
+        worker = Worker([*_runner(spec, processes), *flags], folder, devices, processes)
+        output = arguments["output"]
         if not spec.scratch:
-            _run_worker(command, folder, processes)
+            _run_worker(worker)
             return _publish(store, spec, output)
         checkpoints = Checkpoints(store, spec.fingerprint, spec.made_from, scratch, spec.keep_checkpoints)
         if spec.afresh:
             checkpoints.clear(numbers=False)
         checkpoints.fetch_newest()
         try:
-            _run_worker(command, folder, processes, checkpoints.publish_new)
+            _run_worker(worker, checkpoints.publish_new)
         except BaseException as e:
             if not isinstance(e, Superseded):
                 checkpoints.publish_new()
@@ -107,18 +110,28 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _processes(spec: JobSpec) -> int:
+@dataclass(frozen=True)
+class Worker:
+    """What computes.
+
+    Attributes:
+        command: How it is started.
+        folder: For what explains a failure.
+        gpus: Those that are its own; empty where it computes on the CPU.
+        processes: How many share this machine's cores.
+    """
+
+    command: list[str]
+    folder: Path
+    gpus: list[str]
+    processes: int
+
+
+def _processes(spec: JobSpec, gpus: list[str]) -> int:
     """How many processes to start: `auto` is one a GPU, or one where there is none."""
-    if spec.processes not in (None, "auto"):
-        return int(spec.processes)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if spec.processes is None or visible == "" or not shutil.which("nvidia-smi"):
-        return 1
-    if visible:
-        return len(visible.split(","))
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    gpus = re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE) if listed.returncode == 0 else []
-    return max(1, len(gpus))
+    if spec.processes in (None, "auto"):
+        return max(1, len(gpus))
+    return int(spec.processes)
 
 
 def _runner(spec: JobSpec, processes: int) -> list[str]:
@@ -128,18 +141,11 @@ def _runner(spec: JobSpec, processes: int) -> list[str]:
     return [*torchrun, "-m", spec.module]
 
 
-def _run_worker(command: list[str], folder: Path, processes: int, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Run the worker with its output passed on, and keep what explains a failure.
-
-    Args:
-        command: The worker's.
-        folder: For what explains a failure.
-        processes: How many share this machine's cores.
-        meanwhile: Called every few seconds.
-    """
-    told, crashed = folder / "user_error.json", folder / "crash.json"
+def _run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Run the worker with its output passed on, and keep what explains a failure; `meanwhile` every few seconds."""
+    told, crashed = worker.folder / "user_error.json", worker.folder / "crash.json"
     environment = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // worker.processes)),
         "OMP_WAIT_POLICY": "PASSIVE",  # two trainings on one machine were 8 times slower where threads wait actively
         **os.environ,
         ERROR_FILE: str(told),
@@ -150,25 +156,27 @@ def _run_worker(command: list[str], folder: Path, processes: int, meanwhile: Cal
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)  # of a job around this one
-    worker = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=die_with_parent
+    if worker.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(worker.gpus)
+    process = subprocess.Popen(
+        worker.command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=die_with_parent
     )
     tail: deque[str] = deque(maxlen=TAIL)
     # Read aside: something that the worker started may hold its stderr open after it has ended
-    reader = threading.Thread(target=_pass_on, args=(worker.stderr, tail), daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(process.stderr, tail), daemon=True)
     reader.start()
     try:
-        while worker.poll() is None:
+        while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
-                worker.wait(MEANWHILE_SECONDS)
+                process.wait(MEANWHILE_SECONDS)
             meanwhile()
     finally:
-        if worker.poll() is None:
-            worker.terminate()
-            worker.wait()
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
     reader.join(timeout=2)
-    if worker.returncode != 0:
-        raise _failure(told, crashed, tail, worker.returncode)
+    if process.returncode != 0:
+        raise _failure(told, crashed, tail, process.returncode)
 
 
 def _pass_on(stream: IO[str], tail: deque[str]) -> None:

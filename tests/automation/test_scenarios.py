@@ -1,0 +1,394 @@
+"""What is requested when: the conditions of the real assets, on a graph of the same shape whose steps cost nothing."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+import pytest
+from projects import TestProject
+
+from finetune_assets.assets.adapter_evaluation import adapter_evaluation
+from finetune_assets.assets.cached_base_model import cached_base_model
+from finetune_assets.assets.lora_adapter import lora_adapter
+from finetune_assets.assets.tokenized_dataset import tokenized_dataset
+from finetune_assets.automation.inputs import settings_of
+from finetune_assets.config.fingerprint import fingerprint
+from finetune_assets.resources.project import BY_ITSELF_TAG, OVERRIDES_TAG
+
+REAL = {
+    asset.key.to_user_string(): asset
+    for asset in (cached_base_model, tokenized_dataset, lora_adapter, adapter_evaluation)
+}
+UPSTREAM = {name: sorted(key.to_user_string() for key in asset.dependency_keys) for name, asset in REAL.items()}
+ALL = set(REAL)
+DATA_VERSION_TAG = "dagster/data_version"
+EXPERIMENT = "model: {base_model: demo-base}\nsubscribed: true\n"
+
+
+@dataclass
+class World:
+    """A deployment: its files, its Dagster instance, and what its steps would do.
+
+    Attributes:
+        configs: Its configuration.
+        raw: Version of the raw data that its source holds.
+        bases: Version of each experiment's base model on the Hub.
+        failing: Assets whose step fails, by experiment.
+        failing_checks: Experiments whose dataset fails its blocking check.
+        raw_is_bad: Whether raw data fails its blocking check.
+    """
+
+    project: TestProject
+    instance: dg.DagsterInstance = field(default_factory=dg.DagsterInstance.ephemeral)
+    raw: str = ""
+    raw_is_bad: bool = False
+    bases: dict[str, str] = field(default_factory=dict)
+    failing: dict[str, set[str]] = field(default_factory=dict)
+    failing_checks: set[str] = field(default_factory=set)
+    cursor: Any = None
+
+    def experiments(self) -> list[str]:
+        return sorted(path.stem for path in (self.project.configs / "experiments").glob("*.yaml"))
+
+    def write(self, name: str, more: str = "", text: str = EXPERIMENT) -> None:
+        self.project.write_experiment(name, text + more)
+
+    def assets(self) -> list[dg.AssetsDefinition]:
+        partitions = dg.StaticPartitionsDefinition(self.experiments())
+        return [self._raw(), *(self._like(asset, partitions) for asset in REAL)]
+
+    def _raw(self) -> dg.AssetsDefinition:
+        @dg.asset(name="dolly_raw", check_specs=[dg.AssetCheckSpec("good", asset="dolly_raw", blocking=True)])
+        def made() -> dg.MaterializeResult:  # type: ignore[type-arg]
+            check = dg.AssetCheckResult(check_name="good", passed=not self.raw_is_bad)
+            return dg.MaterializeResult(data_version=dg.DataVersion(self.raw), check_results=[check])
+
+        return made
+
+    def _like(self, name: str, partitions: dg.PartitionsDefinition) -> dg.AssetsDefinition:
+        specs = []
+        if name == "tokenized_dataset":
+            specs = [dg.AssetCheckSpec("good", asset=name, blocking=True, partitions_def=partitions)]
+
+        @dg.asset(
+            name=name,
+            deps=UPSTREAM[name],
+            partitions_def=partitions,
+            check_specs=specs,
+            automation_condition=REAL[name].automation_conditions_by_key[dg.AssetKey(name)],
+        )
+        def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:  # type: ignore[type-arg]
+            experiment = context.partition_key
+            if name in self.failing.get(experiment, ()):
+                raise dg.Failure("as the test wants it", allow_retries=False)
+            results = [dg.AssetCheckResult(check_name="good", passed=experiment not in self.failing_checks)]
+            tags = {OVERRIDES_TAG: "1"} if context.has_tag(OVERRIDES_TAG) else {}
+            version = self.version_of(name, experiment) + ("-overridden" if tags else "")
+            return dg.MaterializeResult(
+                data_version=dg.DataVersion(version), check_results=results if specs else [], tags=tags
+            )
+
+        return made
+
+    def version_of(self, name: str, experiment: str) -> str:
+        """What a step makes: a function of settings and inputs, as in the real graph."""
+        settings = settings_of(name).get(experiment, "unsubscribed")
+        if name == "cached_base_model":
+            return fingerprint(settings=settings, found=self.bases.get(experiment, ""))
+        inputs = [self.last(upstream, experiment) for upstream in UPSTREAM[name]]
+        return fingerprint(settings=settings, inputs=inputs)
+
+    def last(self, name: str, experiment: str) -> str | None:
+        key = dg.AssetKey(name)
+        partitions = None if name == "dolly_raw" else [experiment]
+        wanted = dg.AssetRecordsFilter(asset_key=key, asset_partitions=partitions)
+        found = self.instance.fetch_materializations(wanted, limit=1).records
+        return found[0].asset_materialization.tags[DATA_VERSION_TAG] if found else None  # type: ignore[union-attr,index]
+
+    def run(self, assets: set[str], experiment: str | None = None, **tags: str) -> bool:
+        """Materialize as one run; whether it succeeded."""
+        selection = dg.AssetSelection.assets(*assets)
+        done = dg.materialize(
+            self.assets(),
+            selection=selection,
+            partition_key=experiment,
+            instance=self.instance,
+            tags=tags,
+            raise_on_error=False,
+        )
+        return done.success
+
+    def new_data(self, version: str, bad: bool = False) -> None:
+        self.raw, self.raw_is_bad = version, bad
+        self.run({"dolly_raw"})
+
+    def look(self) -> dict[str, set[str]]:
+        """What one look requests, by experiment."""
+        defs = dg.Definitions(assets=self.assets())
+        result = dg.evaluate_automation_conditions(defs, self.instance, cursor=self.cursor)
+        self.cursor = result.cursor
+        found: dict[str, set[str]] = {}
+        for name in REAL:
+            for experiment in result.get_requested_partitions(dg.AssetKey(name)):
+                found.setdefault(str(experiment), set()).add(name)
+        return found
+
+    def tick(self) -> dict[str, set[str]]:
+        """Look, and run what is requested."""
+        requested = self.look()
+        for experiment, assets in requested.items():
+            self.run(assets, experiment, **{BY_ITSELF_TAG: "true"})
+        return requested
+
+    def settle(self) -> list[dict[str, set[str]]]:
+        """Ticks until nothing is requested."""
+        ticks = []
+        while requested := self.tick():
+            ticks.append(requested)
+            assert len(ticks) < 5, f"it never ends: {ticks}"
+        return ticks
+
+
+@pytest.fixture
+def world(project: TestProject) -> World:
+    """Two subscribed experiments, a and b, and one that is not."""
+    for path in (project.configs / "experiments").glob("*.yaml"):
+        path.unlink()
+    made = World(project)
+    for name in ("a", "b"):
+        made.write(name)
+    made.write("not", text=EXPERIMENT.replace("true", "false"))
+    return made
+
+
+@pytest.fixture
+def trained(world: World) -> World:
+    """The same, after its first data."""
+    world.new_data("v1")
+    world.settle()
+    return world
+
+
+def test_no_data(world: World) -> None:
+    """A base model needs none; what needs rows waits for them."""
+    assert world.settle() == [{"a": {"cached_base_model"}, "b": {"cached_base_model"}}]
+
+
+def test_first_data(world: World) -> None:
+    world.new_data("v1")
+    assert world.settle() == [{"a": ALL, "b": ALL}]
+
+
+def test_first_data_after_the_base_model(world: World) -> None:
+    world.settle()
+    world.new_data("v1")
+    assert world.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+
+
+def test_same_data(trained: World) -> None:
+    trained.new_data("v1")
+    assert trained.settle() == []
+
+
+def test_new_data(trained: World) -> None:
+    trained.new_data("v2")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+
+
+def test_back_to_an_earlier_version(trained: World) -> None:
+    trained.new_data("v2")
+    trained.settle()
+    trained.new_data("v1")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+
+
+def test_bad_data_then_good(trained: World) -> None:
+    trained.new_data("v2", bad=True)
+    assert trained.settle() == []
+    trained.new_data("v3")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+
+
+def test_bad_data_that_is_let_pass_after_all(trained: World) -> None:
+    """A threshold was raised, and the same version read again."""
+    trained.new_data("v2", bad=True)
+    assert trained.settle() == []
+    trained.new_data("v2")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+
+
+def test_check_of_one_experiment_fails_then_all_pass(trained: World) -> None:
+    trained.failing_checks = {"a"}
+    adapter = trained.last("lora_adapter", "a")
+    trained.new_data("v2")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+    assert trained.last("lora_adapter", "a") == adapter, "trained although its dataset's check failed"
+    assert trained.last("lora_adapter", "b") != trained.last("lora_adapter", "a")
+    trained.failing_checks = set()
+    assert trained.settle() == []
+    trained.new_data("v3")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+    assert trained.last("lora_adapter", "a") != adapter
+
+
+def test_threshold_of_a_failed_check_is_raised(trained: World) -> None:
+    trained.failing_checks = {"a"}
+    trained.new_data("v2")
+    trained.settle()
+    adapter = trained.last("lora_adapter", "a")
+    trained.failing_checks = set()
+    trained.write("a", "data: {max_refused_share: 0.5}")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}}]
+    assert trained.last("lora_adapter", "a") != adapter
+
+
+def test_failed_training_waits_for_new_inputs(trained: World) -> None:
+    trained.failing = {"a": {"lora_adapter"}}
+    adapter = trained.last("lora_adapter", "a")
+    trained.new_data("v2")
+    trained.settle()
+    trained.failing = {}
+    assert trained.settle() == [], "the same inputs were tried again"
+    trained.new_data("v3")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+    assert trained.last("lora_adapter", "a") != adapter
+
+
+def test_failed_training_that_a_person_repeats(trained: World) -> None:
+    trained.failing = {"a": {"lora_adapter"}}
+    trained.new_data("v2")
+    trained.settle()
+    trained.failing = {}
+    trained.run({"lora_adapter"}, "a")
+    assert trained.settle() == [{"a": {"adapter_evaluation"}}], "what follows a manual run follows by itself"
+
+
+def test_experiment_is_added(trained: World) -> None:
+    trained.write("c")
+    assert trained.settle() == [{"c": ALL}]
+
+
+def test_experiment_is_removed_and_comes_back(trained: World) -> None:
+    path = trained.project.configs / "experiments" / "b.yaml"
+    text = path.read_text()
+    path.unlink()
+    trained.new_data("v2")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}}]
+    path.write_text(text)
+    assert trained.settle() == [{"b": ALL - {"cached_base_model"}}]
+
+
+def test_experiment_is_subscribed_later(trained: World) -> None:
+    trained.write("not")
+    assert trained.settle() == [{"not": ALL}]
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        ("training: {learning_rate: 1.0e-5}", {"lora_adapter", "adapter_evaluation"}),
+        ("lora: {rank: 4}", {"lora_adapter", "adapter_evaluation"}),
+        ("data: {tokenization: {cutoff_len: 100}}", ALL - {"cached_base_model"}),
+        ("evaluation: {samples: 1}", {"adapter_evaluation"}),
+        ("# a comment", set()),
+        ("description: words", set()),
+        ("training: {logging_steps: 3}", set()),
+    ],
+)
+def test_experiment_is_edited(trained: World, edit: str, expected: set[str]) -> None:
+    trained.write("a", edit)
+    assert trained.settle() == ([{"a": expected}] if expected else [])
+
+
+def test_another_base_model(trained: World) -> None:
+    trained.write("a", text=EXPERIMENT.replace("demo-base", "./other"))
+    assert trained.settle() == [{"a": ALL}]
+
+
+def test_base_model_has_moved(trained: World) -> None:
+    """Whoever asks the Hub again finds another commit behind the branch."""
+    trained.bases = {"a": "moved"}
+    trained.run({"cached_base_model"}, "a")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}}]
+    trained.run({"cached_base_model"}, "a")
+    assert trained.settle() == [], "the same commit again"
+
+
+def test_broken_file_stops_itself_alone(trained: World) -> None:
+    trained.write("a", "trainig: {}")
+    trained.new_data("v2")
+    assert trained.settle() == [{"b": ALL - {"cached_base_model"}}]
+    trained.write("a")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}}]
+
+
+def test_override_run_moves_nothing(trained: World) -> None:
+    trained.run({"tokenized_dataset", "lora_adapter"}, "a", **{OVERRIDES_TAG: "1"})
+    assert trained.settle() == []
+
+
+def test_manual_run_with_nothing_new_is_left_alone(trained: World) -> None:
+    trained.run(ALL, "a")
+    assert trained.settle() == []
+
+
+def test_data_that_lands_while_training_runs(trained: World) -> None:
+    """Two versions in quick succession: what has begun goes on, and the older one is not trained twice."""
+    trained.new_data("v2")
+    requested = trained.look()
+    assert requested.keys() == {"a", "b"}
+    trained.new_data("v3")  # after the request, before its run
+    for experiment, assets in requested.items():
+        trained.run(assets, experiment)
+    third = {name: trained.last("lora_adapter", name) for name in ("a", "b")}
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+    assert {name: trained.last("lora_adapter", name) for name in ("a", "b")} == third
+
+
+def test_two_versions_between_two_looks(trained: World) -> None:
+    trained.new_data("v2")
+    trained.new_data("v3")
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+
+
+def test_upstream_in_progress(trained: World) -> None:
+    """While a run that makes an input is going on, nothing is requested on top of it."""
+    trained.new_data("v2")
+    job = dg.define_asset_job("raw", selection=["dolly_raw"])
+    defs = dg.Definitions(assets=trained.assets(), jobs=[job])
+    run = trained.instance.create_run_for_job(
+        defs.get_job_def("raw"), asset_selection=frozenset({dg.AssetKey("dolly_raw")})
+    )
+    _start(trained.instance, run)
+    assert trained.look() == {}
+    trained.instance.report_run_canceled(run)
+    assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+
+
+def _start(instance: dg.DagsterInstance, run: Any) -> None:
+    from dagster import DagsterEvent, DagsterEventType
+
+    planned = DagsterEvent(
+        event_type_value=DagsterEventType.RUN_START.value, job_name=run.job_name, message="as the test wants it"
+    )
+    instance.report_dagster_event(planned, run.run_id)
+
+
+def test_daemon_that_starts_anew(trained: World) -> None:
+    """Without its memory everything is asked for once, and made from nothing new: the store has it all."""
+    versions = {name: trained.last(name, "a") for name in REAL}
+    trained.cursor = None
+    assert trained.settle() == [{"a": ALL, "b": ALL}]
+    assert {name: trained.last(name, "a") for name in REAL} == versions
+
+
+def test_budget_is_used_up(trained: World) -> None:
+    """Datasets are made, training waits for tomorrow, and nothing is lost."""
+    raw = trained.project.configs / "raw_data.yaml"
+    text = raw.read_text()
+    raw.write_text(text + "\narrivals: {gpu_hours_a_day: 0}\n")
+    trained.new_data("v2")
+    assert trained.settle() == [{"a": {"tokenized_dataset"}, "b": {"tokenized_dataset"}}]
+    raw.write_text(text)
+    training = {"lora_adapter", "adapter_evaluation"}
+    assert trained.settle() == [{"a": training, "b": training}]
