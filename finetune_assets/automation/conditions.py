@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.automation import heartbeat
 from finetune_assets.automation.inputs import settings_of
 from finetune_assets.resources.project import DATA_VERSION_TAG, OVERRIDES_TAG
 
@@ -46,6 +47,7 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
         memory.seen = {name: memory.inputs_of(name, now[name], self.inputs) for name in now if name in known}
         changed = {name for name, inputs in memory.seen.items() if memory.asked.get(name) != inputs}
         subset = context.candidate_subset.compute_intersection_with_partition_keys(changed)
+        heartbeat.beat("experiments_sensor")
         return dg.AutomationResult(context, subset, cursor=memory.write())
 
 

@@ -1,4 +1,4 @@
-"""When each sensor ticked last, so that another one can tell that it has stopped."""
+"""When each sensor did its work last, so that another one can tell that it has stopped."""
 
 import time
 from pathlib import Path
@@ -13,19 +13,19 @@ def _folder() -> Path:
 
 
 def beat(sensor: str) -> None:
-    """Note that a sensor ticks."""
+    """Note that a sensor has done its work."""
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / sensor).touch()
 
 
 def silent(now: float | None = None) -> dict[str, str]:
-    """Sensors that have ticked once, and not for five minutes; what to say of each, by its title."""
+    """Sensors that have worked once, and not for five minutes; what to say of each, by its title."""
     now, found = now or time.time(), {}
     for path in sorted(_folder().glob("*")):
         if (seconds := now - path.stat().st_mtime) > SILENT_SECONDS:
             found[f"{path.name} has stopped"] = (
-                f"Its last tick was {seconds / 60:.0f} minutes ago. Automation in Dagster's UI shows whether it was "
-                "switched off, and why its last tick failed; `dagster-daemon` may not run."
+                f"It did its work last {seconds / 60:.0f} minutes ago. Automation in Dagster's UI shows whether it was "
+                "switched off, and what its last ticks say."
             )
     return found

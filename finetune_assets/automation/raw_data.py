@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.automation import heartbeat
 from finetune_assets.automation.arrivals import Look, Seen, look
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
@@ -29,6 +30,7 @@ def raw_data_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     except UserError as e:
         context.log.warning(str(e))
         return dg.SensorResult(skip_reason=f"nothing was started: {e}", cursor=seen.write())
+    heartbeat.beat("raw_data_sensor")
     return _answer(found)
 
 

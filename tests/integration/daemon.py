@@ -1,0 +1,112 @@
+"""A real Dagster daemon on a project of a test's own, and what happens under it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dagster as dg
+from projects import TestProject
+
+T = TypeVar("T")
+SECONDS = 240
+
+
+@dataclass
+class Daemon:
+    """A running daemon.
+
+    Attributes:
+        process: Its first process, leader of a session.
+        project: The project it serves.
+        log: What it says.
+    """
+
+    process: "subprocess.Popen[bytes]"
+    project: TestProject
+    log: Path
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        return dg.DagsterInstance.from_config(str(self.project.root / "dagster_home"))
+
+    def runs(self) -> list[Any]:
+        """Newest first."""
+        with self.instance as instance:
+            return list(instance.get_run_records(limit=100))
+
+    def made(self, asset: str) -> list[Any]:
+        """Materialization records of an asset, oldest first."""
+        with self.instance as instance:
+            return list(instance.fetch_materializations(dg.AssetKey(asset), limit=100, ascending=True).records)
+
+    def wait_for(self, what: str, condition: Callable[[], T], seconds: float = SECONDS) -> T:
+        """What `condition` finds, as soon as it finds something."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := condition():
+                return found
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            time.sleep(0.5)
+        runs = [(record.dagster_run.status, record.dagster_run.asset_selection) for record in self.runs()]
+        raise AssertionError(f"not within {seconds} s: {what}; runs {runs}; {self.log.read_text()[-5000:]}")
+
+    def quiet(self) -> bool:
+        """Whether no run is going on."""
+        return all(record.dagster_run.is_finished for record in self.runs())
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """The daemon alone, or with SIGTERM, all in good order."""
+        self.process.send_signal(how)
+        self.process.wait(60)
+
+
+@contextmanager
+def running(project: TestProject) -> Iterator[Daemon]:
+    """`dagster-daemon run` in an environment that points to the project, until the block is left."""
+    log = project.root / f"daemon-{time.time_ns()}.log"
+    command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "finetune_assets.definitions"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    daemon = Daemon(process, project, log)
+    try:
+        yield daemon
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                pass
+        for pid in _session(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """Processes that are left of a session."""
+    listed = subprocess.run(["ps", "-o", "pid=", "-s", str(leader)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in listed.split()]
+
+
+def processes_of(project: TestProject, *words: str) -> list[int]:
+    """Processes whose command line names the project's folder or one of `words`, and whose environment is the project's."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            environment = (folder / "environ").read_bytes().decode(errors="replace")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        mine = f"DAGSTER_HOME={project.root}/" in environment
+        if mine and state != "Z" and int(folder.name) != os.getpid() and any(word in command for word in words):
+            found.append(int(folder.name))
+    return found
