@@ -42,7 +42,7 @@ def _why(context: dg.RunFailureSensorContext) -> str:
     minimum_interval_seconds=60,
     default_status=STATUS,
     description="Tells a person, once each time, when the day's GPU-hours are used up and when a sensor that feeds the "
-    "graph has not ticked for five minutes. Runs by itself once an alert is configured.",
+    "graph has not done its work for five minutes. Runs by itself once an alert is configured.",
 )
 def alert_on_standstill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     told = set(json.loads(context.cursor or "[]"))

@@ -12,8 +12,8 @@ from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.store.artifacts import ArtifactRef
 
 GRACE_SECONDS = 12
-"""For a last checkpoint, when a person ends a run and looks on. Where a step takes longer, the checkpoint before counts;
-a scheduler that takes the machine away tells the bootstrap itself, and gives the time that it has."""
+"""For a last checkpoint, when a person ends a run and looks on. Where a step takes longer, the one before counts; a
+scheduler that takes the machine away tells the bootstrap itself, and gives the time that it has."""
 
 
 class LocalLauncher:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,10 +81,8 @@ def running(project: TestProject) -> Iterator[Daemon]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
         for pid in _session(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -97,7 +95,7 @@ def _session(leader: int) -> list[int]:
 
 
 def processes_of(project: TestProject, *words: str) -> list[int]:
-    """Processes whose command line names the project's folder or one of `words`, and whose environment is the project's."""
+    """Processes whose command line has one of `words`, and whose environment is the project's."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

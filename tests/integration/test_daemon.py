@@ -1,4 +1,4 @@
-"""New data under a real daemon: a file lands, and subscribed experiments have adapters; or it is bad, and nothing trains."""
+"""New data under a real daemon: subscribed experiments have adapters; or it is bad, and nothing trains."""
 
 import json
 import os
