@@ -6,7 +6,7 @@ from statistics import median
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, result
+from finetune_assets.assets.making import GROUP, RETRIES, in_run, job, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
@@ -18,10 +18,6 @@ from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
 from finetune_assets.store.lineage import Lineage
 
 STATE = "trainer_state.json"
-
-
-RETRIES = dg.RetryPolicy(max_retries=3, delay=20, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
-"""For a machine that failed or was taken away: each attempt goes on from the last checkpoint."""
 
 
 @dg.asset(

@@ -18,6 +18,8 @@ from finetune_assets.store.artifacts import ArtifactRef
 
 GROUP = "finetune"
 """One group: with several, Dagster's global lineage opens as closed boxes."""
+RETRIES = dg.RetryPolicy(max_retries=3, delay=20, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""For a machine that failed or was taken away, and a server that does not answer; `in_run` says what is not retried."""
 ARTIFACT = dg.PythonObjectDagsterType(ArtifactRef)
 """Type of an asset that has checks: Dagster 1.13 reads it from `MaterializeResult[...]` where there are none only."""
 
@@ -181,6 +183,9 @@ def in_run(context: dg.AssetExecutionContext) -> Iterator[None]:
         raise dg.Failure(str(e), allow_retries=e.retriable) from None
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
-        raise dg.Failure(f"{e.strerror or e}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left") from e
+        raise dg.Failure(
+            f"{e.strerror or e}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left",
+            allow_retries=isinstance(e, ConnectionError | TimeoutError),
+        ) from e
     finally:
         package.removeHandler(handler)

@@ -117,7 +117,7 @@ def _materializations(instance: dg.DagsterInstance, asset: str, after: int | Non
 
 def _was_to_make(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) -> bool:
     run = instance.get_run_by_id(run_id)
-    return run is not None and (run.asset_selection is None or asset in run.asset_selection)
+    return run is not None and (not run.asset_selection or asset in run.asset_selection)
 
 
 def _partitions(subset: Any) -> Set[str]:
@@ -131,7 +131,8 @@ def by_itself(*inputs: str) -> dg.AutomationCondition:  # type: ignore[type-arg]
         inputs: Names of the assets whose data versions count.
     """
     condition = dg.AutomationCondition
-    asked = InputsChanged(*inputs) | condition.any_deps_match(condition.will_be_requested())
+    counted = dg.AssetSelection.assets(*inputs) if inputs else dg.AssetSelection.empty()
+    asked = InputsChanged(*inputs) | condition.any_deps_match(condition.will_be_requested()).allow(counted)
     ready = (
         ~condition.any_deps_missing()
         & ~condition.any_deps_in_progress()

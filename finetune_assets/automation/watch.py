@@ -3,6 +3,7 @@
 import json
 import time
 from datetime import UTC, datetime
+from typing import Any
 
 import dagster as dg
 
@@ -35,7 +36,18 @@ def _why(context: dg.RunFailureSensorContext) -> str:
             told.append(f"{event.step_key}: {data.user_failure_data.description}")
         elif data.error:
             told.append(f"{event.step_key}: {data.error.message.strip()}")
+    told += [
+        f"check {check.check_name} of {check.asset_key.to_user_string()}: {check.description}"
+        for check in _failed_checks(context)
+    ]
     return "\n".join(told) or context.failure_event.message or "no step says why"
+
+
+def _failed_checks(context: dg.RunFailureSensorContext) -> list[Any]:
+    """Evaluations of the checks that failed in the run."""
+    logs = context.instance.all_logs(context.dagster_run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+    found = [entry.get_dagster_event().asset_check_evaluation_data for entry in logs]
+    return [evaluation for evaluation in found if not evaluation.passed]
 
 
 @dg.sensor(

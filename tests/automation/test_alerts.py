@@ -1,6 +1,7 @@
 """Alerts reach a real web server and a real mail server, and hold no secret."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -33,9 +34,11 @@ class Inbox(MessageHandler):
 def inbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Message]]:
     """What a mail server receives, to which the environment points."""
     handler = Inbox()
-    server = Controller(handler, hostname="127.0.0.1", port=0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Controller(handler, hostname="127.0.0.1", port=port)
     server.start()
-    port = server.server.sockets[0].getsockname()[1]
     monkeypatch.setenv("FINETUNE_SMTP", f"smtp://127.0.0.1:{port}")
     monkeypatch.setenv("FINETUNE_ALERT_EMAIL", "on-call@example.org,team@example.org")
     yield handler.mails
@@ -103,7 +106,10 @@ def test_failed_run_is_told_with_its_own_error(hook: list[dict[str, Any]], monke
     def fails() -> None:
         raise dg.Failure("rank 1: no such target module 'q_prj'", allow_retries=False)
 
-    done = dg.materialize([fails], partition_key="demo", instance=instance, raise_on_error=False)
+    job = dg.Definitions(assets=[fails]).resolve_implicit_global_asset_job_def()
+    done = job.execute_in_process(
+        asset_selection=[fails.key], partition_key="demo", instance=instance, raise_on_error=False
+    )
     failure = done.get_run_failure_event()
     context = dg.build_run_status_sensor_context(
         "alert_on_failure", failure, instance, dagster_run=done.dagster_run
