@@ -183,9 +183,7 @@ def in_run(context: dg.AssetExecutionContext) -> Iterator[None]:
         raise dg.Failure(str(e), allow_retries=e.retriable) from None
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
-        raise dg.Failure(
-            f"{e.strerror or e}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left",
-            allow_retries=isinstance(e, ConnectionError | TimeoutError),
-        ) from e
+        told = f"{e.strerror or e}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left"
+        raise dg.Failure(told, allow_retries=isinstance(e, ConnectionError | TimeoutError)) from e
     finally:
         package.removeHandler(handler)

@@ -131,7 +131,7 @@ def by_itself(*inputs: str) -> dg.AutomationCondition:  # type: ignore[type-arg]
         inputs: Names of the assets whose data versions count.
     """
     condition = dg.AutomationCondition
-    counted = dg.AssetSelection.assets(*inputs) if inputs else dg.AssetSelection.empty()
+    counted = dg.AssetSelection.assets(*inputs)
     asked = InputsChanged(*inputs) | condition.any_deps_match(condition.will_be_requested()).allow(counted)
     ready = (
         ~condition.any_deps_missing()

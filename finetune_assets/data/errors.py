@@ -7,6 +7,12 @@ class DataError(UserError):
     """Data that cannot be used, named by file and line."""
 
 
+class Unreachable(DataError):
+    """A source that did not answer, and may the next time."""
+
+    retriable = True
+
+
 class BadRow(Exception):
     """A row that is set aside. Its text is the reason, without file and line."""
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 from finetune_assets import hub
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.schema import HubDataset, RawDataConfig
-from finetune_assets.data.errors import DataError
+from finetune_assets.data.errors import DataError, Unreachable
 from finetune_assets.data.readers import READERS, read_records
 from finetune_assets.hashing import sha256
 
@@ -212,9 +212,9 @@ class S3Source:
         path = PurePosixPath(key)
         return path.suffix.lower() in READERS and not any(part.startswith(".") for part in path.parts)
 
-    def _unreadable(self, error: Exception, key: str = "") -> DataError:
+    def _unreadable(self, error: Exception, key: str = "") -> Unreachable:
         where = f"{S3}{self._place[0]}/{key}" if key else self.url
-        return DataError(f"source: {where} cannot be read: {error}; see AWS_ENDPOINT_URL_S3 and the credentials")
+        return Unreachable(f"source: {where} cannot be read: {error}; see AWS_ENDPOINT_URL_S3 and the credentials")
 
 
 ASK_HUB = partial(hub.commit_of, repo_type="dataset")
