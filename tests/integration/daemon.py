@@ -46,15 +46,17 @@ class Daemon:
         with self.instance as instance:
             return list(instance.fetch_materializations(dg.AssetKey(asset), limit=100, ascending=True).records)
 
-    def wait_for(self, what: str, condition: Callable[[], T], seconds: float = SECONDS) -> T:
-        """What `condition` finds, as soon as it finds something."""
+    def wait_for(self, what: str, condition: Callable[[], T], seconds: float = SECONDS, asks: bool = True) -> T:
+        """What `condition` finds, as soon as it finds something; with `asks`, the runs are told where it does not."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := condition():
                 return found
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             time.sleep(0.5)
-        runs = [(record.dagster_run.status, record.dagster_run.asset_selection) for record in self.runs()]
+        runs = (
+            [(record.dagster_run.status, record.dagster_run.asset_selection) for record in self.runs()] if asks else []
+        )
         raise AssertionError(f"not within {seconds} s: {what}; runs {runs}; {self.log.read_text()[-5000:]}")
 
     def quiet(self) -> bool:
@@ -76,6 +78,7 @@ def running(project: TestProject) -> Iterator[Daemon]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
     daemon = Daemon(process, project, log)
+    daemon.wait_for("the daemon", lambda: "Instance is configured" in log.read_text(), asks=False)
     try:
         yield daemon
     finally:
