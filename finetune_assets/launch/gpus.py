@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune_assets.errors import UserError
@@ -51,7 +51,7 @@ def held(processes: str | None, folder: Path = FOLDER) -> Iterator[list[str]]:
     """
     there = visible()
     count = _wanted(processes, there)
-    locks = {gpu: Lock(folder / f"{gpu}.lock") for gpu in there}
+    locks = {gpu: Lock(_for_all(folder / f"{gpu}.lock")) for gpu in there}
     told = False
     while True:
         mine = [gpu for gpu, lock in locks.items() if lock.acquire(blocking=False)]
@@ -70,6 +70,16 @@ def held(processes: str | None, folder: Path = FOLDER) -> Iterator[list[str]]:
     finally:
         for gpu in mine[:count]:
             locks[gpu].release()
+
+
+def _for_all(path: Path) -> Path:
+    """A file that any user of the machine may lock, whoever was first."""
+    with suppress(PermissionError):  # another user has made it, for all
+        path.parent.mkdir(exist_ok=True)
+        path.parent.chmod(0o777)
+        path.touch()
+        path.chmod(0o666)
+    return path
 
 
 def _wanted(processes: str | None, there: list[str]) -> int:

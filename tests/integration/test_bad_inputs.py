@@ -139,8 +139,17 @@ def line(**row: object) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def conversation(*roles: str) -> bytes:
-    return line(messages=[{"role": role, "content": f"says {role}"} for role in roles])
+def lines(count: int, **row: str) -> bytes:
+    """Rows that differ, as rows do that are not repeats of one another."""
+    return b"".join(line(**{name: f"{text} {number}" for name, text in row.items()}) for number in range(count))
+
+
+def conversation(*roles: str, number: int = 0) -> bytes:
+    return line(messages=[{"role": role, "content": f"says {role} {number}"} for role in roles])
+
+
+def conversations(count: int, *roles: str) -> bytes:
+    return b"".join(conversation(*roles, number=number) for number in range(count))
 
 
 def parquet() -> bytes:
@@ -223,7 +232,7 @@ ROWS = {
     "broken last line": Case(
         "dolly_raw",
         ["1 of 11 rows (9.09%)", "rows.jsonl:11", "not JSON"],
-        rows(line(instruction="i", response="r") * 10 + b'{"instr'),
+        rows(lines(10, instruction="i", response="r") + b'{"instr'),
         True,
     ),
     "not an object": Case("dolly_raw", ["rows.jsonl:1", "expected a JSON object, found 3"], rows(b"3\n"), True),
@@ -343,7 +352,7 @@ DATASET = {
     "conversations alone where a prompt is used": Case(
         "tokenized_dataset",
         ["nothing to train on", "10 refused by the template (row 0 of dolly_raw"],
-        rows(conversation("user", "assistant", "user", "assistant") * 10),
+        rows(conversations(10, "user", "assistant", "user", "assistant")),
     ),
     "chat template that is not there": Case(
         "tokenized_dataset",
@@ -356,7 +365,7 @@ DATASET = {
         ["nothing to train on", "no system here"],
         lambda project, monkeypatch, hub: (
             model(with_text("chat_template.jinja", SYSTEM_REFUSED))(project, monkeypatch, hub),
-            rows(conversation("system", "user", "assistant") * 10)(project, monkeypatch, hub),
+            rows(conversations(10, "system", "user", "assistant"))(project, monkeypatch, hub),
         )[1],
         overrides=["data.prompt_template.chat_template=true"],
     ),
@@ -393,7 +402,7 @@ DATASET = {
         overrides=["data.tokenization.cutoff_len=4"],
     ),
     "too few rows to hold any out": Case(
-        "tokenized_dataset", ["no validation example"], rows(line(instruction="Why?", response="So.") * 3)
+        "tokenized_dataset", ["no validation example"], rows(lines(3, instruction="Why", response="So"))
     ),
 }
 TRAINING = {

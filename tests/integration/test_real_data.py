@@ -12,6 +12,7 @@ model: {{base_model: {model}, dtype: float32}}
 data:
   val_fraction: 0.02
   tokenization: {{cutoff_len: 512, packing: false}}
+  checks: {{max_truncated_share: 1.0, max_unlabelled_share: 1.0}} # a vocabulary of 512 makes long rows
   prompt_template:
     prompt_input: "### Instruction:\\n{{instruction}}\\n\\n### Input:\\n{{context}}\\n\\n### Response:\\n"
     prompt_no_input: "### Instruction:\\n{{instruction}}\\n\\n### Response:\\n"

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,16 +15,31 @@ from finetune_assets.launch.gpus import TooFewGPUs, held, visible
 
 
 @pytest.fixture
-def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine that shows four GPUs; the folder of its locks."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    program = programs / "nvidia-smi"
-    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: Some Card (UUID: GPU-$i)"; done\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return tmp_path / "locks"
+def four(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A machine that shows four GPUs; the folder of its locks, where any user gets to."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        program = Path(folder) / "nvidia-smi"
+        program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: Some Card (UUID: GPU-$i)"; done\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        yield Path(folder) / "locks"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can play another user")
+def test_users_share_them(four: Path) -> None:
+    """What one user's job holds, another user's does not get, whoever made the locks."""
+    ask = f"""
+import os, pathlib
+from finetune_assets.launch import gpus
+os.setuid(65534)
+with gpus.held('2', pathlib.Path({str(four)!r})) as mine:
+    print(*mine)
+"""
+    with held("2", four):
+        other = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    assert other.stdout.split() == ["2", "3"], other.stderr
 
 
 def test_none_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
