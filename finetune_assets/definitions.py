@@ -7,6 +7,7 @@ from finetune_assets.assets.cached_base_model import cached_base_model
 from finetune_assets.assets.dolly_raw import dolly_raw
 from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
+from finetune_assets.automation.dead_runs import dead_runs_sensor
 from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
 from finetune_assets.automation.watch import alert_on_failure, alert_on_standstill
@@ -18,7 +19,7 @@ project = Project.configure_at_launch()
 
 defs = dg.Definitions(
     assets=[dolly_raw, cached_base_model, tokenized_dataset, lora_adapter, adapter_evaluation],
-    sensors=[raw_data_sensor, experiments_sensor, alert_on_failure, alert_on_standstill],
+    sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
     schedules=[raw_data_schedule],
     resources={
         "project": project,

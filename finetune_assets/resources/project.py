@@ -4,9 +4,10 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
-from finetune_assets.resources import deployment
+from finetune_assets.resources import alive, deployment
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.lineage import Lineage, RawLineage
+from finetune_assets.store.locks import Lock
 
 DATA_VERSION_TAG = "dagster/data_version"
 OVERRIDES_TAG = "finetune/overrides"
@@ -24,16 +25,23 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     force: bool = Field(default=False, description="Make artifacts anew even if the store has them.")
 
     _raw_version: str | None = PrivateAttr(default=None)
+    _alive: Lock | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """A run that no human started takes the raw data that `dolly_raw` read last, whatever its source is by now.
 
         So all its steps agree, and data that arrives while it waits is left to the run that follows.
         """
+        if context.run:
+            self._alive = alive.hold(context.run.run_id)
         if context.run and BY_ITSELF_TAG in context.run.tags and context.instance:
             last = context.instance.get_latest_materialization_event(dg.AssetKey("dolly_raw"))
             if last and last.asset_materialization:
                 self._raw_version = (last.asset_materialization.tags or {}).get(DATA_VERSION_TAG)
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        if context.run and self._alive:
+            alive.release(self._alive)
 
     def store(self) -> ArtifactStore:
         return deployment.store()

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
+from paths import ROOT
 from projects import TestProject
 
 T = TypeVar("T")
@@ -69,16 +70,29 @@ class Daemon:
         self.process.wait(60)
 
 
+DAEMON = ["dagster-daemon", "run", "-m", "finetune_assets.definitions"]
+
+
 @contextmanager
-def running(project: TestProject) -> Iterator[Daemon]:
-    """`dagster-daemon run` in an environment that points to the project, until the block is left."""
+def running(
+    project: TestProject, command: Sequence[str] = DAEMON, ready: str = "Instance is configured"
+) -> Iterator[Daemon]:
+    """A daemon in an environment that points to the project, until the block is left.
+
+    Args:
+        project: The project.
+        command: A program beside this Python, and its arguments.
+        ready: What it says once it works.
+    """
     log = project.root / f"daemon-{time.time_ns()}.log"
-    command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "finetune_assets.definitions"]
+    program = Path(sys.executable).with_name(command[0])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            [program, *command[1:]], env=environment, cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+        )
     daemon = Daemon(process, project, log)
-    daemon.wait_for("the daemon", lambda: "Instance is configured" in log.read_text(), asks=False)
+    daemon.wait_for("the daemon", lambda: ready in log.read_text(), asks=False)
     try:
         yield daemon
     finally:

@@ -20,8 +20,10 @@ data:
 training: {max_steps: 2, macro_batch_size: 8, micro_batch_size: 8, precision: fp32, learning_rate: 1.0e-3}
 evaluation: {generated_rows: 4, max_new_tokens: 4}
 """
-LONG = QUICK.replace("max_steps: 2", "max_steps: 4000, save_steps: 5, logging_steps: 1")
-WORKERS = ("finetune_assets.launch.bootstrap", "torch.distributed.run", "finetune_assets.training")
+LONG = QUICK.replace("max_steps: 2", "max_steps: 20000, save_steps: 5, logging_steps: 1")
+JOB, RANK = "finetune_assets.launch.bootstrap", "finetune_assets.training"
+RUN = "the process of the run"
+WORKERS = (JOB, "torch.distributed.run", RANK)
 ROUNDS = 5 if os.environ.get("SOAK") else 1
 
 
@@ -91,56 +93,59 @@ def test_file_lands_and_two_experiments_train(daemon: Daemon, inbox: Path, rows:
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("victim", ["step worker", "run worker", "daemon"])
-def test_what_is_killed_leaves_nothing_behind_and_goes_on(
-    project: TestProject, inbox: Path, rows: list[str], victim: str
-) -> None:
-    for round_ in range(ROUNDS):
-        name = f"long{round_}"
-        project.write_experiment(name, LONG.replace("seed: 0", "") + f"lora: {{rank: {round_ + 2}}}\n")
-        drop(inbox, "a.jsonl", rows[:100])
+def test_what_is_killed_leaves_nothing_behind_and_goes_on(project: TestProject, inbox: Path, rows: list[str]) -> None:
+    """Kill -9 of a rank, of the job, of the run, of the daemon, and of all at once, as when the machine goes."""
+    drop(inbox, "a.jsonl", rows[:100])
+    for number in range(ROUNDS):
+        project.write_experiment("long", LONG + f"lora: {{rank: {number + 2}}}\n")
         with running(project) as daemon:
-            first = daemon.wait_for("a first checkpoint", lambda: _checkpoints(project))
-            if victim == "daemon":
-                daemon.kill()
-                for pid in processes_of(project, "dagster", *WORKERS):
+            daemon.wait_for("a checkpoint", lambda: checkpoints(project))
+            for victim in (RANK, RUN, JOB):
+                kill_and_see_it_go_on(daemon, victim)
+            (job,) = processes_of(project, JOB)
+            daemon.kill()
+            with running(project):
+                time.sleep(25)  # by when the code server of the killed one has noticed
+                assert processes_of(project, JOB) == [job], "the run needs no daemon, and a new one starts no second"
+                for pid in processes_of(project, *WORKERS, "dagster"):
                     os.kill(pid, signal.SIGKILL)
-            else:
-                word = WORKERS[0] if victim == "step worker" else "execute_run"
-                (pid, *_) = processes_of(project, word)
-                os.kill(pid, signal.SIGKILL)
-            end = time.monotonic() + 5
-            while processes_of(project, WORKERS[2]) and time.monotonic() < end and victim != "step worker":
-                time.sleep(0.2)
-            if victim == "run worker":
-                assert not [pid for pid in processes_of(project, *WORKERS) if _older(pid, 5)], "orphans"
-            if victim != "daemon":
-                daemon.wait_for("training that goes on", lambda: _went_on(daemon))
-        if victim == "daemon":
-            with running(project) as again:
-                again.wait_for("training that goes on", lambda: _went_on(again))
-        assert first
-        (project.configs / "experiments" / f"{name}.yaml").unlink()
+        with running(project) as daemon:
+            daemon.wait_for("training that goes on", lambda: times_gone_on(daemon))
+            terminate(daemon)
+            daemon.wait_for("no process", lambda: not processes_of(project, *WORKERS), 20)
 
 
-def _older(pid: int, seconds: float) -> bool:
-    try:
-        started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return False
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return uptime - started / os.sysconf("SC_CLK_TCK") > seconds
+def kill_and_see_it_go_on(daemon: Daemon, victim: str) -> None:
+    before = times_gone_on(daemon)
+    (job,) = processes_of(daemon.project, JOB)
+    all_of_it = processes_of(daemon.project, *WORKERS)
+    pid = parent(job) if victim == RUN else processes_of(daemon.project, victim)[0]
+    os.kill(pid, signal.SIGKILL)
+    daemon.wait_for(f"the end of all below {victim}", lambda: not set(all_of_it) & set(alive(daemon)), 5)
+    daemon.wait_for(f"training that goes on after {victim}", lambda: times_gone_on(daemon) > before)
 
 
-def _checkpoints(project: TestProject) -> list[Path]:
-    return list(project.store_root.rglob("checkpoints/*/*/*/manifest.json")) or list(
-        project.store_root.rglob("checkpoints/**/manifest.json")
-    )
+def alive(daemon: Daemon) -> list[int]:
+    return processes_of(daemon.project, *WORKERS)
 
 
-def _went_on(daemon: Daemon) -> bool:
-    said = [path.read_text(errors="replace") for path in (daemon.project.root / "dagster_home").rglob("*.out")]
-    return any("going on from the checkpoint of step" in text for text in said)
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def checkpoints(project: TestProject) -> list[Path]:
+    return list(project.store_root.rglob("checkpoints/**/manifest.json"))
+
+
+def times_gone_on(daemon: Daemon) -> int:
+    return daemon.log.read_text(errors="replace").count("going on from the checkpoint of step")
+
+
+def terminate(daemon: Daemon) -> None:
+    """As the UI does."""
+    record = next(record for record in daemon.runs() if not record.dagster_run.is_finished)
+    with daemon.instance as instance:
+        instance.run_coordinator.cancel_run(record.dagster_run.run_id)
 
 
 @pytest.mark.real_data
@@ -152,12 +157,10 @@ def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
     with running(project) as daemon:
         for _ in range(ROUNDS):
             daemon.wait_for("a training process", lambda: processes_of(project, WORKERS[2]))
-            daemon.wait_for("a checkpoint", lambda: _checkpoints(project))
-            record = next(record for record in daemon.runs() if not record.dagster_run.is_finished)
-            with daemon.instance as instance:
-                began = time.monotonic()
-                instance.run_coordinator.cancel_run(record.dagster_run.run_id)
+            daemon.wait_for("a checkpoint", lambda: checkpoints(project))
+            began = time.monotonic()
+            terminate(daemon)
             daemon.wait_for("no process", lambda: not processes_of(project, *WORKERS), 20)
             assert time.monotonic() - began <= 15
-            assert _checkpoints(project)
-            assert json.loads(_checkpoints(project)[0].read_text())
+            assert checkpoints(project)
+            assert json.loads(checkpoints(project)[0].read_text())
