@@ -1,7 +1,7 @@
 """Which runs of this machine have lost their process.
 
-Each run holds a lock in FINETUNE_CACHE as long as it lives. The kernel frees it however the process ends, so a lock that
-can be taken tells of a run that died: by kill -9, for want of memory, with the machine.
+Each run holds a lock in FINETUNE_CACHE as long as it lives. The kernel frees it however the process ends, so a lock
+that can be taken tells of a run that died: by kill -9, for want of memory, with the machine.
 """
 
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""What a person does in Dagster's UI, in a real browser: look at the lineage, materialize, watch, open a failed check."""
+"""What a person does in Dagster's UI, in a real browser: see the lineage, materialize, watch, open a check."""
 
 import os
 import shutil
