@@ -1,5 +1,6 @@
 """What must hold of an experiment's dataset before it is trained on."""
 
+import warnings
 from typing import Any
 
 import dagster as dg
@@ -10,9 +11,11 @@ from finetune_assets.config.schema import Data
 
 
 def _spec(name: str, description: str) -> dg.AssetCheckSpec:
-    return dg.AssetCheckSpec(
-        name, asset="tokenized_dataset", blocking=True, partitions_def=experiments, description=description
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.PreviewWarning)  # of partitions_def, on which the automation stands
+        return dg.AssetCheckSpec(
+            name, asset="tokenized_dataset", blocking=True, partitions_def=experiments, description=description
+        )
 
 
 SPECS = [

@@ -27,7 +27,7 @@ STATE = "trainer_state.json"
     code_version="2",
     pool="gpu",
     retry_policy=RETRIES,
-    automation_condition=by_itself("tokenized_dataset", "cached_base_model") & WithinBudget(),
+    automation_condition=by_itself("tokenized_dataset", "cached_base_model", only_while=WithinBudget()),
 )
 def lora_adapter(
     context: dg.AssetExecutionContext,

@@ -124,11 +124,15 @@ def _partitions(subset: Any) -> Set[str]:
     return subset.expensively_compute_partition_keys() if subset else set()
 
 
-def by_itself(*inputs: str) -> dg.AutomationCondition:  # type: ignore[type-arg]
+def by_itself(
+    *inputs: str,
+    only_while: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
+) -> dg.AutomationCondition:  # type: ignore[type-arg]
     """The condition of an asset: something changed, or will in the same run, and what is before it is whole and good.
 
     Args:
         inputs: Names of the assets whose data versions count.
+        only_while: What must hold besides.
     """
     condition = dg.AutomationCondition
     counted = dg.AssetSelection.assets(*inputs)
@@ -139,6 +143,5 @@ def by_itself(*inputs: str) -> dg.AutomationCondition:  # type: ignore[type-arg]
         & ~condition.in_progress()
         & condition.all_deps_blocking_checks_passed()
     )
-    return (asked.with_label("there is something to do") & ready.with_label("all that it needs is there")).with_label(
-        "by itself"
-    )
+    both = asked.with_label("there is something to do") & ready.with_label("all that it needs is there")
+    return (both & only_while if only_while else both).with_label("by itself")

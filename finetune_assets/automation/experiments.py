@@ -1,17 +1,24 @@
 """Asks every five seconds whether an asset of a subscribed experiment is to be made."""
 
+import warnings
+
 import dagster as dg
 
 from finetune_assets.resources.project import BY_ITSELF_TAG
 
-experiments_sensor = dg.AutomationConditionSensorDefinition(
-    "experiments_sensor",
-    target=dg.AssetSelection.all() - dg.AssetSelection.assets("dolly_raw"),
-    minimum_interval_seconds=5,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    run_tags={BY_ITSELF_TAG: "true"},
-    emit_backfills=False,
-    use_user_code_server=True,
-    description="Starts what subscribed experiments need: everything after new raw data, and what an edited or a new "
-    "file in configs/experiments/ changes. The tab Automation of an asset shows what each look found.",
-)
+EACH_TIME = 3
+"""Dagster's daemon comes by every five seconds; a sensor with an interval of five misses every other time."""
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", dg.BetaWarning)  # of use_user_code_server, which conditions of one's own need
+    experiments_sensor = dg.AutomationConditionSensorDefinition(
+        "experiments_sensor",
+        target=dg.AssetSelection.all() - dg.AssetSelection.assets("dolly_raw"),
+        minimum_interval_seconds=EACH_TIME,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        run_tags={BY_ITSELF_TAG: "true"},
+        emit_backfills=False,
+        use_user_code_server=True,
+        description="Starts what subscribed experiments need: everything after new raw data, and what an edited or a "
+        "new file in configs/experiments/ changes. The tab Automation of an asset shows what each look found.",
+    )

@@ -8,6 +8,7 @@ import dagster as dg
 
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.arrivals import Look, Seen, look
+from finetune_assets.automation.experiments import EACH_TIME
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 
@@ -17,7 +18,7 @@ VERSION_TAG = "finetune/raw_version"
 
 @dg.sensor(
     target=DOLLY_RAW,
-    minimum_interval_seconds=5,
+    minimum_interval_seconds=EACH_TIME,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Looks at the source of raw data (configs/raw_data.yaml) every five seconds, and starts `dolly_raw` "
     "once for each new version of it, when it has stopped changing. Subscribed experiments follow. What it found "

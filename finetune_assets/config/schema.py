@@ -287,7 +287,7 @@ class HubDataset:
 class Arrivals:
     """When new raw data is read by itself (`raw_data_sensor`), and how much may be trained on it."""
 
-    quiet_seconds: float = 5.0
+    quiet_seconds: float = 4.0
     """Read it when it has not changed for so long: files that arrive together are read together, and none while it is
     still written. A writer that pauses for longer gives its file a name that begins with a dot until it is whole."""
     min_new_rows: int = 0

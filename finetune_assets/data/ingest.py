@@ -1,6 +1,7 @@
 """From the source's files to the artifact of raw data: rows as Parquet, bad rows in a quarantine beside them."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ SHOWN = 5
 """Rows, good and bad, that are shown to people."""
 REASONS = 50
 """Different reasons that are counted by name."""
+WHERE = re.compile(r" at column \d+")
+"""Part of a reason that tells rows apart, not reasons."""
 
 
 @dataclass
@@ -123,7 +126,8 @@ class _Quarantine:
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.counts.quarantined += 1
         reasons = self.counts.reasons
-        reason = bad.reason if bad.reason in reasons or len(reasons) < REASONS else "other reasons"
+        reason = WHERE.sub("", bad.reason)
+        reason = reason if reason in reasons or len(reasons) < REASONS else "other reasons"
         reasons[reason] = reasons.get(reason, 0) + 1
         if len(self.counts.first_quarantined) < SHOWN:
             self.counts.first_quarantined.append({**entry, "text": bad.text[:500]})

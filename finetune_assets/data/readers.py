@@ -136,7 +136,7 @@ def _parsed(line: bytes, number: int) -> Record | Unreadable:
     except UnicodeDecodeError as e:
         reason = f"not UTF-8 at byte {e.start} of the line; save the file as UTF-8"
     except json.JSONDecodeError as e:
-        reason = f"not JSON: {e.msg} at column {e.colno}; one JSON object a line is expected"
+        reason = f"not JSON: {e.msg.removesuffix(' at')} at column {e.colno}; one JSON object a line is expected"
     except (ValueError, RecursionError) as e:
         reason = f"cannot be read: {e}"
     return Unreadable(number, reason, kept(line))

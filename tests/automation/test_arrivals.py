@@ -56,7 +56,7 @@ def clock() -> Clock:
 def test_first_data_is_read_once_it_is_still(clock: Clock) -> None:
     first = clock.look()
     assert not first.starts
-    assert "unchanged for 5 s" in first.told
+    assert "unchanged for 4 s" in first.told
     assert clock.folder.read == 0, "nothing is read while it may still grow"
     assert clock.look().starts
     assert not clock.until_start()

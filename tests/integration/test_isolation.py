@@ -1,0 +1,74 @@
+"""Two people and production work on one bucket at once: base models are shared, nothing else is touched."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from integration.cli import materialize_command
+from projects import TestProject
+from servers.proxy import Proxy
+from servers.s3 import Bucket
+
+SHORT = ["training.max_steps=1", "evaluation.generated_rows=2", "evaluation.max_new_tokens=2"]
+PEOPLE = ("alice", "bob", "production")
+PREFIX = "some/prefix"
+
+
+@pytest.fixture
+def environments(
+    project: TestProject, ceph: Bucket, proxied: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, dict[str, str]]:
+    """Each on a machine of their own."""
+    monkeypatch.setenv("FINETUNE_STORE", ceph.url)
+    found = {}
+    for name in PEOPLE:
+        home = tmp_path / name / "dagster_home"
+        home.mkdir(parents=True)
+        (home / "dagster.yaml").write_bytes((tmp_path / "dagster_home" / "dagster.yaml").read_bytes())
+        own = {"FINETUNE_NAMESPACE": name, "FINETUNE_CACHE": str(tmp_path / name), "DAGSTER_HOME": str(home)}
+        found[name] = {**os.environ, **own}
+    return found
+
+
+def owned(ceph: Bucket, name: str) -> dict[str, bytes]:
+    """Everything below one name, by key."""
+    return {key: ceph.get(key) for key in ceph.listed() if key.startswith(f"{PREFIX}/{name}/")}
+
+
+def test_each_has_their_own_and_all_share_the_base_model(
+    environments: dict[str, dict[str, str]], ceph: Bucket, proxied: Proxy
+) -> None:
+    run("production", environments)
+    of_production, shared = owned(ceph, "production"), owned(ceph, "base-models")
+    assert {key.split("/")[3] for key in of_production} >= {"raw", "tokenized", "adapters", "evaluations"}
+    uploads = proxied.count(r"^(PUT|POST) .*base-models")
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [
+        subprocess.Popen(materialize_command("*", overrides=SHORT), env=environments[name], **pipes)  # type: ignore[call-overload]
+        for name in ("alice", "bob")
+    ]
+    for process in both:
+        out = process.communicate()[0]
+        assert process.returncode == 0, out
+        assert "nothing to do: the store has base-models/" in out
+        assert "nothing to do: the store has adapters/" not in out, "trained for themselves"
+    assert proxied.count(r"^(PUT|POST) .*base-models") == uploads
+    assert {key.split("/")[2] for key in ceph.listed()} == {*PEOPLE, "base-models"}
+
+    collect = [sys.executable, "-m", "finetune_assets.store.cli", "gc", "--older-than", "0", "--delete"]
+    of_bob = owned(ceph, "bob")
+    subprocess.run(collect, env=environments["alice"], check=True, capture_output=True)
+    assert (owned(ceph, "bob"), owned(ceph, "production"), owned(ceph, "base-models")) == (
+        of_bob,
+        of_production,
+        shared,
+    )
+
+
+def run(name: str, environments: dict[str, dict[str, str]]) -> None:
+    command = materialize_command("*", overrides=SHORT)
+    ended = subprocess.run(command, env=environments[name], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
