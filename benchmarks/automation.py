@@ -9,6 +9,7 @@ until all stand in the queue.
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -168,24 +169,40 @@ def definitions(count: int) -> dict[str, float]:
         return loading("import finetune_assets.definitions")
 
 
-def main() -> None:
-    args = arguments(__doc__).parse_args()
-    many, times = (50, 3) if args.quick else (1000, 10)
+def measure_definitions(many: int, rows: list[tuple[str, str]]) -> float:
     loads = interleaved({str(n): lambda n=n: definitions(n) for n in (1, many)}, 3)
     one, all_of_them = (median(loads[str(n)], "seconds") for n in (1, many))
-    waited = drops(times)
-    parts = {part: median(waited, part) for part in PARTS}
-    waits = [sum(seconds for part, seconds in one.items() if part.startswith("wait")) for one in waited]
-    launched = launching(many)
-    ratios = {
-        "definitions_more_s": all_of_them - one,
-        "drop_wait_s": sorted(waits)[len(waits) // 2],
-        "launch_s": launched,
-    }
-    rows = [(f"{part.strip()}, median of {times} drops", f"{seconds:.1f} s") for part, seconds in parts.items()]
-    rows += [("all waiting of a drop, longest", f"{max(waits):.1f} s")]
     rows += [(f"definitions of {n} experiments", f"{s:.2f} s") for n, s in ((1, one), (many, all_of_them))]
-    rows += [(f"runs of {many} experiments asked for, beside a training", f"{launched:.0f} s")]
+    return all_of_them - one
+
+
+def measure_drops(times: int, rows: list[tuple[str, str]]) -> float:
+    measured = drops(times)
+    rows += [(f"{part.strip()}, median of {times} drops", f"{median(measured, part):.1f} s") for part in PARTS]
+    waits = [sum(seconds for part, seconds in one.items() if part.startswith("wait")) for one in measured]
+    rows += [("all waiting of a drop, longest", f"{max(waits):.1f} s")]
+    return statistics.median(waits)
+
+
+def measure_launching(many: int, rows: list[tuple[str, str]]) -> float:
+    seconds = launching(many)
+    rows += [(f"runs of {many} experiments asked for, beside trainings", f"{seconds:.0f} s")]
+    return seconds
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--only", choices=["definitions", "drops", "launching"], help="one of the three alone")
+    args = parser.parse_args()
+    many, times = (50, 3) if args.quick else (1000, 10)
+    rows: list[tuple[str, str]] = []
+    ratios = {}
+    if args.only in (None, "definitions"):
+        ratios["definitions_more_s"] = measure_definitions(many, rows)
+    if args.only in (None, "drops"):
+        ratios["drop_wait_s"] = measure_drops(times, rows)
+    if args.only in (None, "launching"):
+        ratios["launch_s"] = measure_launching(many, rows)
     report("New data, and many experiments", rows, ratios, args.json)
 
 

@@ -4,7 +4,7 @@ import dagster as dg
 
 from finetune_assets.assets.making import GROUP, in_run, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
-from finetune_assets.automation.conditions import by_itself
+from finetune_assets.automation.conditions import GoodRows, by_itself
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import BASE_MODELS, ArtifactRef
 
@@ -15,7 +15,7 @@ from finetune_assets.store.artifacts import BASE_MODELS, ArtifactRef
     partitions_def=experiments,
     code_version="1",
     pool="hub",
-    automation_condition=by_itself(),
+    automation_condition=by_itself(only_while=GoodRows()),
 )
 def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
     """Safetensors and tokenizer of the experiment's base model, from the package, a folder, or the Hub at a commit.

@@ -8,8 +8,8 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.making import ARTIFACT, GROUP, RETRIES, in_run, make_once, publish_built, result
-from finetune_assets.assets.raw_checks import BLOCKING, GOOD_TAG, PROFILE, SPECS, Profile, last_good, raw_checks
-from finetune_assets.resources.project import Project
+from finetune_assets.assets.raw_checks import BLOCKING, PROFILE, SPECS, Profile, last_good, raw_checks
+from finetune_assets.resources.project import GOOD_TAG, Project
 from finetune_assets.store.artifacts import RAW, ArtifactRef
 
 STATISTICS = "statistics.json"

@@ -7,10 +7,8 @@ import dagster as dg
 
 from finetune_assets.assets.making import share_check
 from finetune_assets.config.schema import RawChecks, RawDataConfig
-from finetune_assets.resources.project import DATA_VERSION_TAG
+from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG
 
-GOOD_TAG = "finetune/good"
-"""On a materialization of `dolly_raw` whose blocking checks passed: later versions are compared with it."""
 PROFILE = "profile"
 """Its metadata: what a later version is compared with."""
 LOOKED_BACK = 50

@@ -13,7 +13,7 @@ import dagster as dg
 
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.inputs import settings_of
-from finetune_assets.resources.project import DATA_VERSION_TAG, OVERRIDES_TAG
+from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG, OVERRIDES_TAG
 
 PAGE = 1_000
 Asked = dict[str, str | None]
@@ -122,6 +122,25 @@ def _was_to_make(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) 
 
 def _partitions(subset: Any) -> Set[str]:
     return subset.expensively_compute_partition_keys() if subset else set()
+
+
+class GoodRows(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True while the newest raw data is good: a base model is then fetched in the run that trains on it.
+
+    Asked for before, each experiment's would be a run of its own, and a hundred experiments' runs would stand in the
+    queue before the first training.
+    """
+
+    @property
+    def description(self) -> str:
+        return "the newest raw data passed its blocking checks"
+
+    def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
+        instance = context.asset_graph_view.instance
+        last = instance.get_latest_materialization_event(dg.AssetKey("dolly_raw"))
+        tags = (last.asset_materialization.tags if last and last.asset_materialization else None) or {}
+        good = GOOD_TAG in tags
+        return dg.AutomationResult(context, context.candidate_subset if good else context.get_empty_subset())
 
 
 def by_itself(

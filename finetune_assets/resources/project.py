@@ -12,6 +12,8 @@ from finetune_assets.store.locks import Lock
 DATA_VERSION_TAG = "dagster/data_version"
 OVERRIDES_TAG = "finetune/overrides"
 """On a materialization: the settings that its run alone had. Nothing that happens by itself goes by it."""
+GOOD_TAG = "finetune/good"
+"""On a materialization of `dolly_raw`: its blocking checks passed. Later versions are compared with it."""
 BY_ITSELF_TAG = "finetune/by_itself"
 """On a run: no human started it."""
 

@@ -13,7 +13,7 @@ from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.automation.inputs import settings_of
 from finetune_assets.config.fingerprint import fingerprint
-from finetune_assets.resources.project import BY_ITSELF_TAG, OVERRIDES_TAG
+from finetune_assets.resources.project import BY_ITSELF_TAG, GOOD_TAG, OVERRIDES_TAG
 
 REAL = {
     asset.key.to_user_string(): asset
@@ -61,7 +61,8 @@ class World:
         @dg.asset(name="dolly_raw", check_specs=[dg.AssetCheckSpec("good", asset="dolly_raw", blocking=True)])
         def made() -> dg.MaterializeResult:  # type: ignore[type-arg]
             check = dg.AssetCheckResult(check_name="good", passed=not self.raw_is_bad)
-            return dg.MaterializeResult(data_version=dg.DataVersion(self.raw), check_results=[check])
+            tags = {} if self.raw_is_bad else {GOOD_TAG: "true"}
+            return dg.MaterializeResult(data_version=dg.DataVersion(self.raw), check_results=[check], tags=tags)
 
         return made
 
@@ -170,8 +171,8 @@ def trained(world: World) -> World:
 
 
 def test_no_data(world: World) -> None:
-    """A base model needs none; what needs rows waits for them."""
-    assert world.settle() == [{"a": {"cached_base_model"}, "b": {"cached_base_model"}}]
+    """A base model alone would be of no use, and a run of its own for each experiment."""
+    assert world.settle() == []
 
 
 def test_first_data(world: World) -> None:
@@ -179,10 +180,17 @@ def test_first_data(world: World) -> None:
     assert world.settle() == [{"a": ALL, "b": ALL}]
 
 
-def test_first_data_after_the_base_model(world: World) -> None:
-    world.settle()
+def test_first_data_is_bad(world: World) -> None:
+    world.new_data("v1", bad=True)
+    assert world.settle() == []
+    world.new_data("v2")
+    assert world.settle() == [{"a": ALL, "b": ALL}]
+
+
+def test_base_model_that_a_person_fetched_before(world: World) -> None:
+    world.run({"cached_base_model"}, "a")
     world.new_data("v1")
-    assert world.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
+    assert world.settle() == [{"a": ALL, "b": ALL}]
 
 
 def test_same_data(trained: World) -> None:
