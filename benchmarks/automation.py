@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
-from benchmarks.harness import arguments, interleaved, median, report
+from benchmarks.harness import ROOT, arguments, interleaved, median, report
 from benchmarks.startup import loading
 
-ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "finetune_assets" / "sample" / "dolly_sample.jsonl"
 EXPERIMENT = """
 subscribed: true
@@ -35,10 +34,10 @@ evaluation: {generated_rows: 2, max_new_tokens: 2}
 """
 PARTS = {
     "wait: until a tick has seen it, and one finds it still": ("dropped", "raw asked for"),
-    "wait: in the queue": ("raw asked for", "raw launched"),
+    "wait: in the queue, to be read": ("raw asked for", "raw launched"),
     "work: process, dolly_raw, its checks": ("raw launched", "raw made"),
     "wait: until the experiments are looked at": ("raw made", "training asked for"),
-    "wait: in the queue ": ("training asked for", "training launched"),
+    "wait: in the queue, to be trained on": ("training asked for", "training launched"),
     "work: process, tokenized_dataset, torchrun": ("training launched", "first step"),
 }
 ADAPTER, SUCCESS = dg.AssetKey("lora_adapter"), dg.DagsterRunStatus.SUCCESS
@@ -178,7 +177,7 @@ def measure_definitions(many: int, rows: list[tuple[str, str]]) -> float:
 
 def measure_drops(times: int, rows: list[tuple[str, str]]) -> float:
     measured = drops(times)
-    rows += [(f"{part.strip()}, median of {times} drops", f"{median(measured, part):.1f} s") for part in PARTS]
+    rows += [(f"{part}, median of {times} drops", f"{median(measured, part):.1f} s") for part in PARTS]
     waits = [sum(seconds for part, seconds in one.items() if part.startswith("wait")) for one in measured]
     rows += [("all waiting of a drop, longest", f"{max(waits):.1f} s")]
     return statistics.median(waits)

@@ -13,7 +13,7 @@ import dagster as dg
 
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.inputs import settings_of
-from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG, OVERRIDES_TAG
+from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG, OVERRIDES_TAG, newest_raw_tags
 
 PAGE = 1_000
 Asked = dict[str, str | None]
@@ -136,11 +136,10 @@ class GoodRows(dg.AutomationCondition):  # type: ignore[type-arg]
         return "the newest raw data passed its blocking checks"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
-        instance = context.asset_graph_view.instance
-        last = instance.get_latest_materialization_event(dg.AssetKey("dolly_raw"))
-        tags = (last.asset_materialization.tags if last and last.asset_materialization else None) or {}
-        good = GOOD_TAG in tags
-        return dg.AutomationResult(context, context.candidate_subset if good else context.get_empty_subset())
+        subset = context.candidate_subset
+        if not subset.is_empty and GOOD_TAG not in newest_raw_tags(context.asset_graph_view.instance):
+            subset = context.get_empty_subset()
+        return dg.AutomationResult(context, subset)
 
 
 def by_itself(

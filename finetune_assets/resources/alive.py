@@ -4,7 +4,6 @@ Each run holds a lock in FINETUNE_CACHE as long as it lives. The kernel frees it
 that can be taken tells of a run that died: by kill -9, for want of memory, with the machine.
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 from finetune_assets.resources import deployment
@@ -25,8 +24,7 @@ def hold(run_id: str) -> Lock:
 def release(lock: Lock) -> None:
     """Give back what `hold` gave; the last process of a run takes the file away."""
     lock.release()
-    if lock.acquire(blocking=False):
-        lock.release(remove=True)
+    forget(lock.path.name)
 
 
 def died() -> list[str]:
@@ -41,6 +39,7 @@ def died() -> list[str]:
 
 
 def forget(run_id: str) -> None:
-    """Remove the lock of a run that has ended."""
-    with suppress(FileNotFoundError):
-        (_folder() / run_id).unlink()
+    """Remove the lock of a run, unless a process holds it."""
+    lock = Lock(_folder() / run_id)
+    if lock.acquire(blocking=False):
+        lock.release(remove=True)

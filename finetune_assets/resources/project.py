@@ -1,5 +1,7 @@
 """What every asset is given: the configuration of this run, and the lineage that follows from it."""
 
+from collections.abc import Mapping
+
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
@@ -18,6 +20,12 @@ BY_ITSELF_TAG = "finetune/by_itself"
 """On a run: no human started it."""
 
 
+def newest_raw_tags(instance: dg.DagsterInstance) -> Mapping[str, str]:
+    """Tags of the newest materialization of `dolly_raw`; none where there is none."""
+    last = instance.get_latest_materialization_event(dg.AssetKey("dolly_raw"))
+    return (last.asset_materialization.tags if last and last.asset_materialization else None) or {}
+
+
 class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     """One run's view of configuration and store; every asset of the run sees the same."""
 
@@ -30,19 +38,19 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     _alive: Lock | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """A run that no human started takes the raw data that `dolly_raw` read last, whatever its source is by now.
+        """Show that the run lives, and settle on its raw data.
 
-        So all its steps agree, and data that arrives while it waits is left to the run that follows.
+        A run that no human started takes the raw data that `dolly_raw` read last, whatever its source is by now. So all
+        its steps agree, and data that arrives while it waits is left to the run that follows.
         """
-        if context.run:
-            self._alive = alive.hold(context.run.run_id)
-        if context.run and BY_ITSELF_TAG in context.run.tags and context.instance:
-            last = context.instance.get_latest_materialization_event(dg.AssetKey("dolly_raw"))
-            if last and last.asset_materialization:
-                self._raw_version = (last.asset_materialization.tags or {}).get(DATA_VERSION_TAG)
+        if not context.run:
+            return
+        self._alive = alive.hold(context.run.run_id)
+        if BY_ITSELF_TAG in context.run.tags and context.instance:
+            self._raw_version = newest_raw_tags(context.instance).get(DATA_VERSION_TAG)
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        if context.run and self._alive:
+        if self._alive:
             alive.release(self._alive)
 
     def store(self) -> ArtifactStore:

@@ -22,6 +22,15 @@ def materialize_command(
     return command + (["--partition", partition] if partition else [])
 
 
+def run_at_once(command: list[str], environments: list[dict[str, str]]) -> list[str]:
+    """Run a command in each of the environments at the same time; all must succeed. What each said."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command, env=one, **pipes) for one in environments]  # type: ignore[call-overload]
+    ended = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(ended)
+    return ended
+
+
 def reused(run: subprocess.CompletedProcess[str]) -> set[str]:
     """Assets that said there was nothing to do."""
     lines = (line for line in run.stdout.splitlines() if "nothing to do" in line)

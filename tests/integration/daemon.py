@@ -64,9 +64,9 @@ class Daemon:
         """Whether no run is going on."""
         return all(record.dagster_run.is_finished for record in self.runs())
 
-    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
-        """The daemon alone, or with SIGTERM, all in good order."""
-        self.process.send_signal(how)
+    def kill(self) -> None:
+        """The daemon alone; what it has started is left."""
+        self.process.kill()
         self.process.wait(60)
 
 

@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from integration.cli import materialize, materialize_command
+from integration.cli import materialize, materialize_command, run_at_once
 from paths import ROOT
 from projects import TestProject
 from servers import proxy as proxy_server
@@ -46,14 +45,6 @@ def commit(project: TestProject, hub: Hub) -> str:
 def environment(node: Path) -> dict[str, str]:
     """Of a machine of its own."""
     return {**os.environ, "FINETUNE_CACHE": str(node / "cache"), "HF_HOME": str(node / "hub")}
-
-
-def run_at_once(command: list[str], environments: list[dict[str, str]]) -> list[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = [subprocess.Popen(command, env=one, **pipes) for one in environments]  # type: ignore[call-overload]
-    ended = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), "\n".join(ended)
-    return ended
 
 
 def downloads(hub: Hub) -> int:

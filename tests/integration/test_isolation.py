@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from integration.cli import materialize_command
+from integration.cli import materialize_command, run_at_once
 from projects import TestProject
 from servers.proxy import Proxy
 from servers.s3 import Bucket
@@ -40,19 +40,13 @@ def owned(ceph: Bucket, name: str) -> dict[str, bytes]:
 def test_each_has_their_own_and_all_share_the_base_model(
     environments: dict[str, dict[str, str]], ceph: Bucket, proxied: Proxy
 ) -> None:
-    run("production", environments)
+    command = materialize_command("*", overrides=SHORT)
+    run_at_once(command, [environments["production"]])
     of_production, shared = owned(ceph, "production"), owned(ceph, "base-models")
     assert {key.split("/")[3] for key in of_production} >= {"raw", "tokenized", "adapters", "evaluations"}
     uploads = proxied.count(r"^(PUT|POST) .*base-models")
 
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [
-        subprocess.Popen(materialize_command("*", overrides=SHORT), env=environments[name], **pipes)  # type: ignore[call-overload]
-        for name in ("alice", "bob")
-    ]
-    for process in both:
-        out = process.communicate()[0]
-        assert process.returncode == 0, out
+    for out in run_at_once(command, [environments["alice"], environments["bob"]]):
         assert "nothing to do: the store has base-models/" in out
         assert "nothing to do: the store has adapters/" not in out, "trained for themselves"
     assert proxied.count(r"^(PUT|POST) .*base-models") == uploads
@@ -66,9 +60,3 @@ def test_each_has_their_own_and_all_share_the_base_model(
         of_production,
         shared,
     )
-
-
-def run(name: str, environments: dict[str, dict[str, str]]) -> None:
-    command = materialize_command("*", overrides=SHORT)
-    ended = subprocess.run(command, env=environments[name], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
