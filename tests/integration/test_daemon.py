@@ -98,8 +98,9 @@ def test_what_is_killed_leaves_nothing_behind_and_goes_on(project: TestProject, 
     drop(inbox, "a.jsonl", rows[:100])
     for number in range(ROUNDS):
         project.write_experiment("long", LONG + f"lora: {{rank: {number + 2}}}\n")
+        of_earlier_rounds = checkpoints(project)
         with running(project) as daemon:
-            daemon.wait_for("a checkpoint", lambda: checkpoints(project))
+            daemon.wait_for("a checkpoint", lambda: checkpoints(project) - of_earlier_rounds)  # noqa: B023
             for victim in (RANK, RUN, JOB):
                 kill_and_see_it_go_on(daemon, victim)
             (job,) = processes_of(project, JOB)
@@ -133,8 +134,8 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def checkpoints(project: TestProject) -> list[Path]:
-    return list(project.store_root.rglob("checkpoints/**/manifest.json"))
+def checkpoints(project: TestProject) -> set[Path]:
+    return set(project.store_root.rglob("checkpoints/**/manifest.json"))
 
 
 def times_gone_on(daemon: Daemon) -> int:
@@ -162,5 +163,5 @@ def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
             terminate(daemon)
             daemon.wait_for("no process", lambda: not processes_of(project, *WORKERS), 20)
             assert time.monotonic() - began <= 15
+            assert all(json.loads(manifest.read_text()) for manifest in checkpoints(project))
             assert checkpoints(project)
-            assert json.loads(checkpoints(project)[0].read_text())
