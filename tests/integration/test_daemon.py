@@ -153,15 +153,20 @@ def terminate(daemon: Daemon) -> None:
 def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
     project: TestProject, inbox: Path, rows: list[str]
 ) -> None:
-    project.write_experiment("long", LONG)
     drop(inbox, "a.jsonl", rows[:100])
+    project.write_experiment("long", LONG)  # before the daemon starts, which then knows its name
     with running(project) as daemon:
-        for _ in range(ROUNDS):
-            daemon.wait_for("a training process", lambda: processes_of(project, WORKERS[2]))
-            daemon.wait_for("a checkpoint", lambda: checkpoints(project))
+        for number in range(ROUNDS):
+            of_earlier_rounds = checkpoints(project)
+            if number:
+                project.write_experiment("long", LONG + f"lora: {{rank: {number + 2}}}\n")
+            daemon.wait_for("a checkpoint", lambda: checkpoints(project) - of_earlier_rounds)  # noqa: B023
+            daemon.wait_for("a training process", lambda: processes_of(project, RANK))
             began = time.monotonic()
             terminate(daemon)
             daemon.wait_for("no process", lambda: not processes_of(project, *WORKERS), 20)
             assert time.monotonic() - began <= 15
-            assert all(json.loads(manifest.read_text()) for manifest in checkpoints(project))
-            assert checkpoints(project)
+            kept = checkpoints(project) - of_earlier_rounds
+            assert kept
+            assert all(json.loads(manifest.read_text()) for manifest in kept)
+            daemon.wait_for("no run", daemon.quiet)
