@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.making import ARTIFACT, GROUP, RETRIES, in_run, make_once, publish_built, result
+from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result
 from finetune_assets.assets.raw_checks import BLOCKING, PROFILE, SPECS, Profile, last_good, raw_checks
 from finetune_assets.resources.project import GOOD_TAG, Project
 from finetune_assets.store.artifacts import RAW, ArtifactRef
@@ -21,7 +21,6 @@ STATISTICS = "statistics.json"
     code_version="3",
     dagster_type=ARTIFACT,
     check_specs=SPECS,
-    retry_policy=RETRIES,
 )
 def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:
     """The deployment's instruction data (`configs/raw_data.yaml`), read row by row and stored as Parquet.
@@ -32,7 +31,7 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
     from finetune_assets.data.ingest import write_raw
     from finetune_assets.data.sources import DataError
 
-    with in_run(context):
+    with in_run(context, retried=True):
         lineage = project.raw(asks_hub=True)
 
         def build(folder: Path) -> None:

@@ -6,7 +6,7 @@ from statistics import median
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, RETRIES, in_run, job, make_once, overridden, result
+from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
@@ -26,7 +26,6 @@ STATE = "trainer_state.json"
     partitions_def=experiments,
     code_version="2",
     pool="gpu",
-    retry_policy=RETRIES,
     automation_condition=by_itself("tokenized_dataset", "cached_base_model", only_while=WithinBudget()),
 )
 def lora_adapter(
@@ -37,7 +36,7 @@ def lora_adapter(
     launcher: dg.ResourceParam[LocalLauncher],
 ) -> dg.MaterializeResult[ArtifactRef]:
     """A LoRA adapter in safetensors, trained by `torchrun`, with tokenizer, settings, log and provenance."""
-    with in_run(context):
+    with in_run(context, retried=True):
         lineage = project.lineage(context.partition_key)
         fingerprint = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
 

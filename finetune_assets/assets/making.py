@@ -1,6 +1,7 @@
 """What every asset does around its own work: make an artifact unless it is there, and tell of it."""
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from finetune_assets.store.artifacts import ArtifactRef
 
 GROUP = "finetune"
 """One group: with several, Dagster's global lineage opens as closed boxes."""
-RETRIES = dg.RetryPolicy(max_retries=3, delay=20, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
-"""For a machine that failed or was taken away, and a server that does not answer; `in_run` says what is not retried."""
+RETRIES, RETRY_SECONDS = 3, 20
+"""How often a step is tried again, and after how long at first; each time twice as long."""
 ARTIFACT = dg.PythonObjectDagsterType(ArtifactRef)
 """Type of an asset that has checks: Dagster 1.13 reads it from `MaterializeResult[...]` where there are none only."""
 
@@ -169,21 +170,47 @@ class _RunLog(logging.Handler):
 
 
 @contextmanager
-def in_run(context: dg.AssetExecutionContext) -> Iterator[None]:
+def in_run(context: dg.AssetExecutionContext, retried: bool = False) -> Iterator[None]:
     """Tell in the run what is going on, and fail the step with the error's text alone.
 
-    What a person must mend is not retried, whatever the asset's retry policy.
+    Args:
+        context: Of the asset.
+        retried: Try the step again where a machine failed or was taken away, or a server did not answer; not where a
+            person must mend something, or has ended the run. Dagster's own retry policy starts a run again that a
+            person terminated, so no asset has one.
     """
     package, handler = logging.getLogger("finetune_assets"), _RunLog(context)
     package.setLevel(logging.INFO)
     package.addHandler(handler)
     try:
         yield
-    except UserError as e:
-        raise dg.Failure(str(e), allow_retries=e.retriable) from None
-    except OSError as e:
-        where = f" ({e.filename})" if e.filename else ""
-        told = f"{e.strerror or e}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left"
-        raise dg.Failure(told, allow_retries=isinstance(e, ConnectionError | TimeoutError)) from e
+    except (dg.Failure, dg.RetryRequested):
+        raise
+    except Exception as e:
+        failure = _told(e)
+        if retried and _may_pass(e):
+            pause = RETRY_SECONDS * 2**context.retry_number * random.uniform(0.5, 1.5)
+            raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=pause) from failure
+        if failure is e:
+            raise
+        raise failure from (None if isinstance(e, UserError) else e)
     finally:
         package.removeHandler(handler)
+
+
+def _told(error: Exception) -> Exception:
+    """What a step fails with: one line that says what to do, where that is known."""
+    if isinstance(error, UserError):
+        return dg.Failure(str(error), allow_retries=False)
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        told = f"{error.strerror or error}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left"
+        return dg.Failure(told, allow_retries=False)
+    return error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same may succeed with nothing mended."""
+    if isinstance(error, UserError):
+        return error.retriable
+    return not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from integration.daemon import Daemon, processes_of, running
 from projects import TestProject
@@ -169,4 +170,8 @@ def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
             kept = checkpoints(project) - of_earlier_rounds
             assert kept
             assert all(json.loads(manifest.read_text()) for manifest in kept)
-            daemon.wait_for("no run", daemon.quiet)
+            daemon.wait_for("the end of the run", daemon.quiet)
+            assert daemon.runs()[0].dagster_run.status is dg.DagsterRunStatus.CANCELED
+        time.sleep(35)  # Dagster's retry policy starts a terminated step again after its delay
+        assert not processes_of(project, *WORKERS)
+        assert daemon.quiet()
