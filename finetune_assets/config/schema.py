@@ -204,14 +204,39 @@ class Lora:
 
 @dataclass
 class Evaluation:
-    """How base and adapter are compared after training. Changing it re-runs the evaluation alone."""
+    """How base, champion and challenger are compared. Changing it re-runs the evaluation alone."""
 
     generated_rows: int = 200
-    """Held-out rows answered by base and adapter, for exact match; 0 generates none."""
+    """Rows of the gate that each of them answers, for exact match and ROUGE-L; 0 generates none."""
     max_new_tokens: int = 64
     """Longest generated answer in tokens."""
+    max_generation_seconds: float = 900.0
+    """Stop generating after so long; what all of them have answered by then is compared."""
     samples: int = 5
     """Answers shown side by side."""
+    prompts: list[str] = field(default_factory=list)
+    """Questions of your own that all of them answer in every evaluation, shown beside the samples."""
+    general_text: str = "general"
+    """Text that no adapter is trained on, by which forgetting is measured: `general` (packaged English prose and code),
+    `demo-prose` (what the packaged base has read), or a file `./path` of paragraphs (.txt) or of `{"text": ...}` (.jsonl).
+    """
+    general_tokens: int = 20_000
+    """Read at most so many tokens of it; 0 reads none."""
+
+
+@dataclass
+class Gate:
+    """When a challenger takes the champion's place (`champion_adapter`). Changing it makes nothing anew."""
+
+    min_gain: float = 0.0
+    """By how many nats a token the challenger must beat the champion (or, where there is none, the base) on the rows of
+    the gate."""
+    confidence: float = 0.95
+    """How sure that must be: the gain's lower bound of this confidence (paired bootstrap over rows) is what counts."""
+    max_forgetting: float = 0.5
+    """By how many nats a token the challenger may be worse than the base on the general text."""
+    min_rows: int = 30
+    """Promote nothing by itself on fewer rows than this."""
 
 
 @dataclass
@@ -249,7 +274,9 @@ class ExperimentConfig:
     lora: Lora = field(default_factory=Lora)
     """The adapter."""
     evaluation: Evaluation = field(default_factory=Evaluation)
-    """How base and adapter are compared."""
+    """How base, champion and challenger are compared."""
+    gate: Gate = field(default_factory=Gate, metadata=NOT_IDENTITY)
+    """When a challenger takes the champion's place."""
     wandb: Wandb | None = field(default=None, metadata=NOT_IDENTITY)
     """Weights & Biases, or `null`."""
 

@@ -98,6 +98,7 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "training.save_total_limit": training.save_total_limit,
         "lora.rank": lora.rank,
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
+        "gate.min_rows": config.gate.min_rows,
         **{f"lora.rank_pattern.{name}": rank for name, rank in lora.rank_pattern.items()},
     }
     for key, number in at_least_one.items():
@@ -107,6 +108,7 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "training.epochs": training.epochs,
         "training.learning_rate": training.learning_rate,
         "lora.alpha": lora.alpha,
+        "evaluation.max_generation_seconds": config.evaluation.max_generation_seconds,
     }
     for key, value in above_zero.items():
         if not (value > 0 and math.isfinite(value)):
@@ -117,10 +119,15 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "training.max_grad_norm": training.max_grad_norm,
         "evaluation.generated_rows": config.evaluation.generated_rows,
         "evaluation.samples": config.evaluation.samples,
+        "evaluation.general_tokens": config.evaluation.general_tokens,
+        "gate.min_gain": config.gate.min_gain,
+        "gate.max_forgetting": config.gate.max_forgetting,
     }
     for key, value in not_negative.items():
         if not (value >= 0 and math.isfinite(value)):
             yield key, f"{value} must be finite and not negative"
+    if not 0.5 <= config.gate.confidence < 1:
+        yield "gate.confidence", f"{config.gate.confidence} must be from 0.5 to below 1, such as 0.95"
     if not 0 <= training.seed < 2**63:
         yield "training.seed", f"{training.seed} must be from 0 to 2^63 - 1"
     if not 0 <= lora.dropout < 1:

@@ -25,7 +25,9 @@ MANIFEST = "manifest.json"
 RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "tokenized", "adapters", "evaluations"
 CHECKPOINTS, CLAIM = "checkpoints", "claim.json"
 IMPORTS = "imports"
-"""Kind of adapters that were brought in from a folder to begin from."""
+"""Kind of what was brought in from a file or folder: adapters to begin from, texts to measure forgetting by."""
+STACKS, MERGED = "stacks", "merged"
+"""Kinds of adapters combined from others, and of base models with an adapter merged into them."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 

@@ -20,7 +20,9 @@ from finetune_assets.store.artifacts import (
     EVALUATIONS,
     IMPORTS,
     MANIFEST,
+    MERGED,
     RAW,
+    STACKS,
     TOKENIZED,
     ArtifactStore,
 )
@@ -28,7 +30,7 @@ from finetune_assets.store.manifest import Manifest, ManifestError, parse
 from finetune_assets.store.objects import Objects, Stored
 
 FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
-COLLECTED = (RAW, TOKENIZED, ADAPTERS, EVALUATIONS, IMPORTS, BASE_MODELS, CHECKPOINTS)
+COLLECTED = (RAW, TOKENIZED, ADAPTERS, STACKS, MERGED, EVALUATIONS, IMPORTS, BASE_MODELS, CHECKPOINTS)
 """Kinds whose artifacts may go; those of any other stay."""
 READERS = 16
 
