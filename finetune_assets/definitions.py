@@ -4,6 +4,7 @@ import dagster as dg
 
 from finetune_assets.assets.adapter_evaluation import adapter_evaluation
 from finetune_assets.assets.cached_base_model import cached_base_model
+from finetune_assets.assets.champion_adapter import champion_adapter
 from finetune_assets.assets.dolly_raw import dolly_raw
 from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
@@ -18,7 +19,7 @@ from finetune_assets.store.io_manager import ArtifactIOManager
 project = Project.configure_at_launch()
 
 defs = dg.Definitions(
-    assets=[dolly_raw, cached_base_model, tokenized_dataset, lora_adapter, adapter_evaluation],
+    assets=[dolly_raw, cached_base_model, tokenized_dataset, lora_adapter, adapter_evaluation, champion_adapter],
     sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
     schedules=[raw_data_schedule],
     resources={

@@ -1,25 +1,21 @@
-"""What the adapter changed, measured on rows that it was not trained on."""
-
-import json
+"""What the adapter changed, measured on rows that nothing was chosen by."""
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, result
+from finetune_assets.assets.judging import described, evaluate
+from finetune_assets.assets.making import GROUP, in_run, overridden, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.launch.local import LocalLauncher
-from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import EVALUATIONS, ArtifactRef
-
-EVALUATION = "evaluation.json"
+from finetune_assets.store.artifacts import ArtifactRef
 
 
 @dg.asset(
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="1",
+    code_version="2",
     automation_condition=by_itself("lora_adapter"),
 )
 def adapter_evaluation(
@@ -30,30 +26,11 @@ def adapter_evaluation(
     project: Project,
     launcher: dg.ResourceParam[LocalLauncher],
 ) -> dg.MaterializeResult[ArtifactRef]:
-    """Base and adapter on the validation rows: exact match of generated answers, and some side by side."""
+    """Base, champion and the new adapter on the gate's rows: loss by category, generated answers, and what is forgotten."""
+    from finetune_assets.evaluation.files import read_evaluation
+
     with in_run(context):
         lineage = project.lineage(context.partition_key)
-        fingerprint = lineage.evaluation_fingerprint(lora_adapter)
-
-        def make() -> ArtifactRef:
-            spec = job(
-                project,
-                lineage.experiment,
-                module="finetune_assets.evaluation",
-                inputs={"base-model": cached_base_model, "dataset": tokenized_dataset, "adapter": lora_adapter},
-                kind=EVALUATIONS,
-                fingerprint=fingerprint,
-                made_from={"fingerprint": fingerprint, "lora_adapter": lora_adapter.fingerprint},
-            )
-            return run_in_pipes(context, launcher, spec)
-
-        made = make_once(context, project, EVALUATIONS, fingerprint, make)
-        return result(made, tags=overridden(lineage.experiment), **_describe(project, made.ref))
-
-
-def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
-    from finetune_assets.data.preview import rows_table
-
-    evaluation = json.loads((project.store().fetch(ref) / EVALUATION).read_text(encoding="utf-8"))
-    samples = rows_table(evaluation["samples"], ["prompt", "expected", "base", "adapter"])
-    return {**evaluation["metrics"], "samples": dg.MetadataValue.md(samples)}
+        made = evaluate(context, project, launcher, lineage, lora_adapter, tokenized_dataset, cached_base_model)
+        evaluation = read_evaluation(project.store().fetch(made.ref))
+        return result(made, tags=overridden(lineage.experiment), **described(evaluation))

@@ -1,22 +1,16 @@
 """What must hold of an experiment's dataset before it is trained on."""
 
-import warnings
+from functools import partial
 from typing import Any
 
 import dagster as dg
 
 from finetune_assets.assets.making import share_check
-from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.partitions import check_of_each
 from finetune_assets.config.schema import Data
 
 
-def _spec(name: str, description: str) -> dg.AssetCheckSpec:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.PreviewWarning)  # of partitions_def, on which the automation stands
-        return dg.AssetCheckSpec(
-            name, asset="tokenized_dataset", blocking=True, partitions_def=experiments, description=description
-        )
-
+_spec = partial(check_of_each, "tokenized_dataset")
 
 SPECS = [
     _spec(

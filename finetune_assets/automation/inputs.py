@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def _adapter(experiment: Experiment, split_salt: str) -> str:
 
 
 def _evaluation(experiment: Experiment, split_salt: str) -> str:
-    return evaluation_fingerprint(experiment, "")
+    return evaluation_fingerprint(experiment, "", None, experiment.config.evaluation.general_text, "")
+
+
+def _champion(experiment: Experiment, split_salt: str) -> str:
+    return fingerprint(gate=asdict(experiment.config.gate))
 
 
 SETTINGS: dict[str, Callable[[Experiment, str], str]] = {
@@ -44,6 +49,7 @@ SETTINGS: dict[str, Callable[[Experiment, str], str]] = {
     "tokenized_dataset": _tokenized,
     "lora_adapter": _adapter,
     "adapter_evaluation": _evaluation,
+    "champion_adapter": _champion,
 }
 """Hash of the settings that an asset reads, by its name."""
 

@@ -16,7 +16,7 @@ RAW_CODE = "3"
 BASE_MODEL_CODE = "1"
 TOKENIZED_CODE = "3"
 ADAPTER_CODE = "2"
-EVALUATION_CODE = "2"
+EVALUATION_CODE = "3"
 
 
 def fingerprint(**parts: Any) -> str:
@@ -69,6 +69,25 @@ def adapter_fingerprint(experiment: Experiment, tokenized: str, base_model: str,
     )
 
 
-def evaluation_fingerprint(experiment: Experiment, adapter: str) -> str:
-    """Of an adapter's evaluation; the adapter's own fingerprint names data and base model already."""
-    return fingerprint(code=EVALUATION_CODE, evaluation=identity(experiment.config.evaluation), adapter=adapter)
+def evaluation_fingerprint(
+    experiment: Experiment, adapter: str, champion: str | None, general_text: str | None, split: str
+) -> str:
+    """Of an adapter's evaluation; the adapter's own fingerprint names data and base model already.
+
+    Args:
+        experiment: Whose settings say what is measured.
+        adapter: Fingerprint of the challenger.
+        champion: Fingerprint of the adapter that it is compared with, if there is one.
+        general_text: Fingerprint of the text by which forgetting is measured.
+        split: Whose rows they are measured on.
+    """
+    settings = identity(experiment.config.evaluation)
+    del settings["general_text"]  # named by its content
+    return fingerprint(
+        code=EVALUATION_CODE,
+        evaluation=settings,
+        adapter=adapter,
+        champion=champion,
+        general_text=general_text,
+        split=split,
+    )

@@ -31,11 +31,13 @@ class Experiment:
         name: The partition key: its file's name without `.yaml`.
         config: The settings, complete and checked.
         overrides: The dotted `key=value` strings of this run; an adapter made with any is never promoted.
+        sweep: Name of the sweep that it is a point of.
     """
 
     name: str
     config: ExperimentConfig
     overrides: tuple[str, ...] = ()
+    sweep: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """Answers, generated greedily in batches."""
 
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 16_384
+BLOCK = 128
+"""Prompts among which those of like length are put together. Where the time is up, whole blocks have been answered, so
+that what was answered is not the longest or the shortest of all."""
 
 
 @torch.inference_mode()
@@ -17,8 +21,11 @@ def answers(
     progress: Callable[[int, int], None] = lambda done, total: None,
     ends: Collection[int] = (),
     kept: Sequence[str] = (),
-) -> list[str]:
+    seconds: float = float("inf"),
+) -> list[str | None]:
     """The text that the model puts behind each prompt, up to an end token, in the prompts' order.
+
+    None stands for a prompt that was not answered, because the time was up.
 
     Args:
         model: In evaluation mode.
@@ -28,15 +35,19 @@ def answers(
         progress: Told the answers done and wanted after every batch.
         ends: Ids of tokens that end an answer, beside the tokenizer's own.
         kept: Special tokens that are part of an answer.
+        seconds: Begin no batch after so long.
     """
+    until = time.monotonic() + seconds
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     stops = {*ends, tokenizer.eos_token_id} - {None}
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding, eos_token_id=sorted(stops) or None
     )
-    texts = [""] * len(prompts)
+    texts: list[str | None] = [None] * len(prompts)
     done = 0
     for batch in _batches(prompts, max_new_tokens):
+        if time.monotonic() > until:
+            break
         width = max(len(prompts[i]) for i in batch)
         ids = torch.full((len(batch), width), padding)
         mask = torch.zeros_like(ids)
@@ -67,12 +78,14 @@ def readable(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], kept: Seque
     return str(tokenizer.decode([i for i in ids if i not in special])).strip()
 
 
-def _batches(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Prompts of like length together, longest first, at most `BATCH_TOKENS` tokens a batch."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        if batches and (len(batches[-1]) + 1) * (len(prompts[batches[-1][0]]) + max_new_tokens) <= BATCH_TOKENS:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+def _batches(prompts: list[list[int]], max_new_tokens: int) -> Iterator[list[int]]:
+    """Prompts of like length together, at most `BATCH_TOKENS` tokens a batch, block by block."""
+    for start in range(0, len(prompts), BLOCK):
+        block = range(start, min(start + BLOCK, len(prompts)))
+        batch: list[int] = []
+        for i in sorted(block, key=lambda i: -len(prompts[i])):
+            if batch and (len(batch) + 1) * (len(prompts[batch[0]]) + max_new_tokens) > BATCH_TOKENS:
+                yield batch
+                batch = []
+            batch.append(i)
+        yield batch

@@ -1,5 +1,9 @@
 """How answers are judged."""
 
+import re
+
+from rouge_score.rouge_scorer import RougeScorer
+
 
 def exact_match(answer: str, expected: str) -> bool:
     """Whether two answers are the same but for case, white space and a final full stop."""
@@ -8,3 +12,20 @@ def exact_match(answer: str, expected: str) -> bool:
 
 def _folded(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
+
+
+class _Words:
+    """Words of any script; rouge_score's own knows ASCII alone and gives all others 0."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w+", text.casefold())
+
+
+class RougeL:
+    """ROUGE-L (Lin 2004): the F-measure of the longest common subsequence of words, from 0 to 1."""
+
+    def __init__(self) -> None:
+        self.scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+
+    def __call__(self, answer: str, expected: str) -> float:
+        return float(self.scorer.score(expected, answer)["rougeL"].fmeasure)

@@ -104,6 +104,11 @@ def recall(world: World, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
     return hits / total
 
 
+def write_prose(world: World, path: Path, documents: int = 250) -> None:
+    """What the base has read, to measure by how an adapter makes it forget."""
+    path.write_text("\n\n".join(islice(prose(world, seed=3), documents)) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2_500)
@@ -114,6 +119,7 @@ def main() -> None:
     world = make_world()
     with open(args.out / "dolly_sample.jsonl", "w", encoding="utf-8") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in instruction_rows(world))
+    write_prose(world, args.out / "demo_prose.txt")
     tokenizer = train_tokenizer(world)
     model = pretrain(world, tokenizer, args.steps, args.batch_size)
     known = recall(world, model, tokenizer)

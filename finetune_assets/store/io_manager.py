@@ -28,6 +28,7 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
                 "tokenized_dataset": lineage.tokenized,
                 "lora_adapter": lineage.adapter,
                 "adapter_evaluation": lineage.evaluation,
+                "champion_adapter": lineage.champion,
             }
             return resolvers[name]()
         except UserError as e:

@@ -22,6 +22,8 @@ from finetune_assets.config.fingerprint import (
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
 from finetune_assets.data.sources import HubSource, Source, count_rows, open_source
+from finetune_assets.data.texts import PACKAGED, SUFFIXES
+from finetune_assets.hashing import sha256
 from finetune_assets.store.artifacts import (
     ADAPTERS,
     BASE_MODELS,
@@ -34,7 +36,8 @@ from finetune_assets.store.artifacts import (
     folder_hashes,
 )
 from finetune_assets.store.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
-from finetune_assets.store.errors import StoreError
+from finetune_assets.store.champions import Champions, Record
+from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.pins import Pins
 
 
@@ -191,10 +194,72 @@ class Lineage:
         name = self.adapter_fingerprint(self.tokenized(), self.base_model())
         return self.store.resolve(ADAPTERS, name, made_by="lora_adapter")
 
-    def evaluation_fingerprint(self, adapter: ArtifactRef) -> str:
-        return evaluation_fingerprint(self.experiment, adapter.fingerprint)
+    # ---- after training
 
-    def evaluation(self) -> ArtifactRef:
-        return self.store.resolve(
-            EVALUATIONS, self.evaluation_fingerprint(self.adapter()), made_by="adapter_evaluation"
+    @property
+    def champions(self) -> Champions:
+        return Champions(self.store, self.experiment.name)
+
+    def opponent(self, adapter: ArtifactRef) -> Record | None:
+        """The champion that an adapter is measured against; None for the base alone.
+
+        The champion itself was measured against the one before it when it was promoted, and is not measured again.
+        """
+        current = self.champions.current()
+        if current is None or current.adapter != adapter.fingerprint:
+            return current
+        earlier = [record for record in self.champions.history() if record.adapter == current.against]
+        return earlier[-1] if earlier else None
+
+    def general_text(self) -> ArtifactRef | None:
+        """The text by which forgetting is measured, published first if it is not in the store.
+
+        Raises:
+            StoreError: if there is no such file.
+        """
+        setting = self.experiment.config.evaluation.general_text
+        if not self.experiment.config.evaluation.general_tokens:
+            return None
+        path = PACKAGED.get(setting) or self.raw.root / Path(setting).expanduser()
+        if path.suffix not in SUFFIXES or not path.is_file():
+            raise StoreError(
+                f"evaluation.general_text: '{setting}' is none of {', '.join(PACKAGED)}, and no file "
+                f"({' or '.join(SUFFIXES)}) either: {path}"
+            )
+        name = fingerprint(text=sha256(path))
+        published = {"text" + path.suffix: path}
+        return self.store.find(IMPORTS, name) or self.store.publish(published, IMPORTS, name, name, {"text": setting})
+
+    def evaluation_fingerprint(self, adapter: ArtifactRef) -> str:
+        against, text = self.opponent(adapter), self.general_text()
+        return evaluation_fingerprint(
+            self.experiment,
+            adapter.fingerprint,
+            against.adapter if against else None,
+            text.fingerprint if text else None,
+            self.split,
         )
+
+    @property
+    def split(self) -> str:
+        """Whose rows an adapter is judged by. A point of a sweep is chosen by them, which the gate's must not be."""
+        return "gate" if self.experiment.sweep is None else "val"
+
+    def evaluation(self, adapter: ArtifactRef | None = None) -> ArtifactRef:
+        """Of the experiment's adapter, or of another one."""
+        fingerprint = self.evaluation_fingerprint(adapter or self.adapter())
+        return self.store.resolve(EVALUATIONS, fingerprint, made_by="adapter_evaluation")
+
+    def champion(self) -> ArtifactRef:
+        """The adapter in service.
+
+        Raises:
+            ArtifactMissing: if none was promoted yet.
+        """
+        found = self.champions.champion()
+        if found is None:
+            raise ArtifactMissing(
+                f"{self.experiment.name} has no champion yet: materialize champion_adapter, whose gate says why none was "
+                "promoted"
+            )
+        return found

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from finetune_assets.training.batches import Examples
-from finetune_assets.training.model import ModelError
+from finetune_assets.training.model import ModelError, base_of
 
 VARLEN = "varlen"
 """The name under which transformers knows this attention."""
@@ -128,7 +128,9 @@ Logits = Callable[[list[list[int]], bool], Tensor]
 
 
 @torch.no_grad()  # not inference mode: see LoraFinetune.held_out_loss
-def settle(model: PeftModel, wanted: str, examples: Examples, logits: Logits, packed: bool) -> bool:
+def settle(
+    model: PeftModel | PreTrainedModel, wanted: str, examples: Examples, logits: Logits, packed: bool
+) -> bool:
     """Give the model the attention that was asked for, or `varlen` where that computes what the model's own does.
 
     Two examples packed are compared with the same alone, because not every attention keeps those of one row apart. The
@@ -148,7 +150,7 @@ def settle(model: PeftModel, wanted: str, examples: Examples, logits: Logits, pa
         ModelError: if examples would be packed and see one another.
     """
     model.eval()
-    base, pair = model.get_base_model(), np.argsort(examples.lengths, kind="stable")[-2:].tolist()
+    base, pair = base_of(model), np.argsort(examples.lengths, kind="stable")[-2:].tolist()
     alone, own = logits([pair[-1:]], False), base.config._attn_implementation
 
     def apart(flat: bool) -> float:

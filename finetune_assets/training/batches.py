@@ -33,14 +33,19 @@ class BatchError(UserError):
 
 
 class Examples:
-    """The examples of one Arrow stream, memory-mapped.
+    """Examples as token ids with labels.
 
     Args:
-        path: `train.arrow`, `val.arrow` or `gate.arrow` of a tokenized dataset.
+        table: Of the columns `input_ids` and `labels`, and whatever else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    @staticmethod
+    def read(path: Path) -> "Examples":
+        """`train.arrow`, `val.arrow` or `gate.arrow` of a tokenized dataset, memory-mapped."""
+        return Examples(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
         self.ids, self.labels = self.table["input_ids"], self.table["labels"]
         self.lengths: NDArray[np.int64] = pc.list_value_length(self.ids).to_numpy().astype(np.int64)
 

@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from finetune_assets.training.batches import Batch
+from finetune_assets.training.model import base_of
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Most bytes of float32 logits at a time. On a CPU so many stay in its cache: 256 tokens of a vocabulary of 16k took
@@ -27,13 +29,13 @@ class SummedLoss(nn.Module):
     - `whole`: the model does more between hidden states and logits than is known here; its own logits are taken.
 
     Args:
-        model: A base with an adapter.
+        model: A base, with an adapter or without.
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel | PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        base = model.get_base_model()
+        base = base_of(model)
         self.decoder, self.head = base.get_decoder(), base.get_output_embeddings()
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
         self.way = "chunked"
@@ -55,6 +57,17 @@ class SummedLoss(nn.Module):
         losses = [checkpoint(self._loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() if losses else hidden.float().sum()
 
+    @torch.no_grad()
+    def of_tokens(self, batch: Batch) -> Tensor:
+        """The loss of each learned token, in the batch's order; shape (learned,), float32."""
+        if self.way == "whole":
+            logits = self.logits(batch).flatten(0, 1)[batch.learned]
+            return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+        hidden = self.decoder(**batch.inputs).last_hidden_state.flatten(0, 1)[batch.learned]
+        rows = self._chunk(hidden)
+        chunks = zip(hidden.split(rows), batch.targets.split(rows), strict=True)
+        return torch.cat([self._loss(*chunk, reduction="none") for chunk in chunks])
+
     def logits(self, batch: Batch) -> Tensor:
         """The model's own logits; shape (rows, length, vocabulary)."""
         return self.model(**batch.inputs).logits
@@ -74,11 +87,11 @@ class SummedLoss(nn.Module):
         )
         return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options).float()
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         logits = self.head(hidden).float()
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return F.cross_entropy(logits, targets, reduction="sum")
+        return F.cross_entropy(logits, targets, reduction=reduction)
 
     @torch.no_grad()
     def check(self, batch: Batch) -> None:

@@ -1,5 +1,6 @@
 """The frozen base model and the adapter on it."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -180,6 +181,17 @@ def linear_names(base: PreTrainedModel) -> list[str]:
     kinds = (nn.Linear, Conv1D)  # GPT-2's layers are the latter
     linear = (name for name, module in base.named_modules() if isinstance(module, kinds) and module is not output)
     return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The base model, whether or not an adapter is on it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Mixed precision, where `compute_precision` says so."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

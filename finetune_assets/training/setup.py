@@ -15,7 +15,7 @@ from finetune_assets.training.distributed import Process
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, make_room
 from finetune_assets.training.lora import speed_up
 from finetune_assets.training.loss import SummedLoss
-from finetune_assets.training.model import compute_precision, layers_of, load_base, trainable, with_adapter
+from finetune_assets.training.model import autocast, compute_precision, layers_of, load_base, trainable, with_adapter
 from finetune_assets.training.sharding import resident_bytes, shard
 from finetune_assets.training.state import Job, Log
 from finetune_assets.training.telemetry import CONVENTION, multiplied_weights, peak_flops
@@ -47,7 +47,7 @@ class Prepared:
             self._settle_how_to_compute()
 
     def _load_data(self) -> None:
-        self.train, self.val = (Examples(self.job.dataset / name) for name in ("train.arrow", "val.arrow"))
+        self.train, self.val = (Examples.read(self.job.dataset / name) for name in ("train.arrow", "val.arrow"))
         packs = read_packs(self.job.dataset)
         self.sequences = packs or [[example] for example in range(len(self.train))]
         self.lengths = np.array([self.train.lengths[sequence].sum() for sequence in self.sequences])
@@ -131,8 +131,7 @@ class Prepared:
         return self.estimate.checkpointing
 
     def _autocast(self) -> AbstractContextManager[None]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.process.device.type, dtype, enabled=dtype is not None)
+        return autocast(self.precision, self.process.device)
 
     def _loss(self, batch: Batch) -> Tensor:
         with self._autocast():

@@ -60,7 +60,7 @@ def test_nothing_held_out_is_not_measured(finetune: Finetune, tmp_path: Path) ->
     run = finetune("training.max_steps=1")
     with pa.ipc.new_stream(str(tmp_path / "val.arrow"), run.val.table.schema):
         pass
-    run.val = Examples(tmp_path / "val.arrow")
+    run.val = Examples.read(tmp_path / "val.arrow")
     run.run()
     assert run.log.held_out_loss == {"before": None, "after": None}
     assert "Held-out loss" not in (run.job.output / "README.md").read_text()

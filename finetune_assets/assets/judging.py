@@ -1,0 +1,173 @@
+"""Every adapter is measured and judged alike, however it was made."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from finetune_assets.assets.making import Made, job, make_once
+from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import BASE_MODELS, EVALUATIONS, ArtifactRef
+from finetune_assets.store.champions import PROMOTED, Record
+from finetune_assets.store.lineage import Lineage
+
+
+def evaluate(
+    context: dg.AssetExecutionContext,
+    project: Project,
+    launcher: LocalLauncher,
+    lineage: Lineage,
+    adapter: ArtifactRef,
+    dataset: ArtifactRef,
+    base_model: ArtifactRef,
+) -> Made:
+    """Measure an adapter beside its base and the champion of now."""
+    against = lineage.opponent(adapter)
+    champion = lineage.champions.adapter(against) if against else None
+    text, fingerprint = lineage.general_text(), lineage.evaluation_fingerprint(adapter)
+
+    def make() -> ArtifactRef:
+        inputs = {"base-model": base_model, "dataset": dataset, "adapter": adapter}
+        if text:
+            inputs["general-text"] = text
+        if champion:
+            inputs |= {"champion": champion, "raw": lineage.raw.raw()}
+            other = base_of(lineage, champion)
+            if other and other != base_model:
+                inputs["champion-base-model"] = other
+        spec = job(
+            project,
+            lineage.experiment,
+            module="finetune_assets.evaluation",
+            inputs=inputs,
+            kind=EVALUATIONS,
+            fingerprint=fingerprint,
+            made_from={
+                "fingerprint": fingerprint,
+                "experiment": lineage.experiment.name,
+                "lora_adapter": adapter.fingerprint,
+                "champion": champion.fingerprint if champion else None,
+                "general_text": text.fingerprint if text else None,
+                "split": lineage.split,
+            },
+        )
+        return run_in_pipes(context, launcher, spec)
+
+    return make_once(context, project, EVALUATIONS, fingerprint, make)
+
+
+def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
+    """The base model that an adapter was trained on, if it is still in the store."""
+    manifest = lineage.store.manifest(adapter.kind, adapter.name)
+    if manifest is None or not manifest.made_from.get("base_model"):
+        return None
+    return lineage.store.find(BASE_MODELS, f"{manifest.made_from['base_model']}/{manifest.made_from['revision']}")
+
+
+def described(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation as metadata: a number each, losses by category, answers side by side."""
+    from finetune_assets.data.preview import rows_table
+
+    contenders = evaluation["contenders"]
+    numbers = {
+        f"{metric}_{name}": value for name, metrics in contenders.items() for metric, value in sorted(metrics.items())
+    }
+    names = [*contenders]
+    categories = [
+        {**row, **{name: f"{row[name]:.4f}" for name in names}, "rows": str(row["rows"])}
+        for row in evaluation["categories"]
+    ]
+    samples = [{**row, **{name: row[name] or "" for name in names}} for row in evaluation["samples"]]
+    return {
+        **numbers,
+        "split": evaluation["split"],
+        "rows": evaluation["rows"],
+        "generated_rows": evaluation["generated_rows"],
+        "loss_by_category": dg.MetadataValue.md(rows_table(categories, ["category", "rows", *names])),
+        "samples": dg.MetadataValue.md(rows_table(samples, ["prompt", "expected", *names])),
+    }
+
+
+class Decision:
+    """What became of a challenger.
+
+    Attributes:
+        promoted: Whether it is the champion from here on.
+        reason: Why, with the number that decided.
+        numbers: All that were looked at.
+        champion: The adapter in service; None where there is none yet.
+    """
+
+    def __init__(self, promoted: bool, reason: str, numbers: Mapping[str, Any], champion: ArtifactRef | None) -> None:
+        self.promoted, self.reason, self.numbers, self.champion = promoted, reason, numbers, champion
+
+    @property
+    def checked(self) -> dg.AssetCheckResult:
+        """Passes while the experiment's adapter of now serves; warns where another one does."""
+        flat = {name: value for name, value in self.numbers.items() if isinstance(value, int | float)}
+        return dg.AssetCheckResult(
+            passed=self.promoted or "is the champion already" in self.reason,
+            check_name=GATE,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=self.reason,
+            metadata={**flat, "asked": dg.MetadataValue.json(self.numbers.get("asked", {}))},
+        )
+
+
+GATE = "gate"
+
+
+def decide(
+    project: Project, lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, by: str
+) -> Decision:
+    """Promote a challenger if its evaluation says that it is better, and keep the champion otherwise."""
+    from finetune_assets.evaluation.files import forgetting_of, gain_of, read_evaluation
+    from finetune_assets.evaluation.gate import judge
+
+    champions, experiment = lineage.champions, lineage.experiment
+    current = champions.current()
+    serving = champions.adapter(current) if current else None
+    folder = lineage.store.fetch(evaluation)
+    gain, opponent = gain_of(folder, experiment.config.gate.confidence)
+    verdict = judge(gain, forgetting_of(read_evaluation(folder)), experiment.config.gate, f"the {opponent}")
+    if current and current.adapter == challenger.fingerprint:
+        told = f"{name(challenger)} is the champion already (record {current.number}): a gain of 0"
+        return Decision(False, told, verdict.numbers, serving)
+    if why := _not_by_itself(lineage, challenger):
+        return Decision(False, f"{name(challenger)} is not promoted by itself: {why}", verdict.numbers, serving)
+    if not verdict.promote:
+        return Decision(False, f"{name(challenger)} is refused: {verdict.reason}", verdict.numbers, serving)
+    record = champions.promote(
+        Record(
+            experiment.name,
+            challenger.fingerprint,
+            PROMOTED,
+            challenger.kind,
+            current.adapter if current else None,
+            evaluation.fingerprint,
+            dict(verdict.numbers),
+            verdict.reason,
+            by,
+        ),
+        after=current.number if current else 0,
+    )
+    told = f"{name(challenger)} is promoted (record {record.number}): {verdict.reason}"
+    return Decision(True, told, verdict.numbers, challenger)
+
+
+def _not_by_itself(lineage: Lineage, challenger: ArtifactRef) -> str:
+    """Why only a person may promote it; empty if nothing speaks against it."""
+    experiment, by_hand = lineage.experiment, f"finetune-adapter promote {lineage.experiment.name} {name(challenger)}"
+    if experiment.overrides:
+        return f"it was made with settings of one run alone ({', '.join(experiment.overrides)}); `{by_hand}` would"
+    if experiment.sweep:
+        return f"it is a point of the sweep {experiment.sweep}; give its settings to an experiment of their own"
+    if withdrawn := lineage.champions.withdrawn().get(challenger.fingerprint):
+        return f"it was rolled back ({withdrawn.at}, {withdrawn.reason}); `{by_hand}` would"
+    return ""
+
+
+def name(adapter: ArtifactRef) -> str:
+    return adapter.fingerprint[:12]

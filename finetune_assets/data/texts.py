@@ -1,0 +1,45 @@
+"""Text that no adapter is trained on: paragraphs of a file, by which forgetting is measured."""
+
+import json
+from pathlib import Path
+
+from finetune_assets.data.errors import DataError
+
+PACKAGED = {
+    name: Path(__file__).parent.parent / "sample" / f"{name.replace('-', '_')}.txt" for name in ("general", "demo-prose")
+}
+SUFFIXES = (".txt", ".jsonl")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file, or of all files of a folder: paragraphs of .txt, the `text` of each line of .jsonl.
+
+    Raises:
+        DataError: naming file and line, if there is none or one cannot be read.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
+    texts = [text for file in files for text in _of_file(file)]
+    if not texts:
+        raise DataError(f"evaluation.general_text: {path}: no text found; a .txt of paragraphs or a .jsonl is read")
+    return texts
+
+
+def _of_file(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"evaluation.general_text: {path}: not UTF-8 at byte {e.start}; save it as UTF-8") from e
+    if path.suffix == ".txt":
+        return [paragraph for part in content.split("\n\n") if (paragraph := part.strip())]
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise DataError(f'evaluation.general_text: {path}:{number}: expected {{"text": "..."}}, found {line[:60]!r}')
+        texts.append(text)
+    return [text for text in texts if text.strip()]

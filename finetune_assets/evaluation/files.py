@@ -1,0 +1,34 @@
+"""What an evaluation's folder holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from finetune_assets.evaluation.gate import Gain, paired_gain
+
+EVALUATION = "evaluation.json"
+"""Metrics of each contender, the categories' losses, answers side by side."""
+ROWS = "rows.parquet"
+"""Each row's tokens and summed loss by each contender."""
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+
+
+def gain_of(folder: Path, confidence: float) -> tuple[Gain, str]:
+    """The challenger's gain over the champion, or where there is none over the base; and over which of them."""
+    table = pq.read_table(folder / ROWS)
+    opponent = "champion" if "champion" in table.column_names else "base"
+    table = table.filter(table["comparable"])
+    before, after, tokens = (table[name].to_numpy() for name in (opponent, "challenger", "tokens"))
+    return paired_gain(before, after, np.asarray(tokens, np.int64), confidence), opponent
+
+
+def forgetting_of(evaluation: dict[str, Any]) -> float | None:
+    """By how many nats a token the challenger is worse than the base on the general text; None if not measured."""
+    base, challenger = (evaluation["contenders"][name].get("general_loss") for name in ("base", "challenger"))
+    return None if base is None or challenger is None else challenger - base
