@@ -26,7 +26,7 @@ def adapter_evaluation(
     project: Project,
     launcher: dg.ResourceParam[LocalLauncher],
 ) -> dg.MaterializeResult[ArtifactRef]:
-    """Base, champion and the new adapter on the gate's rows: loss by category, generated answers, and what is forgotten."""
+    """Base, champion and new adapter on the gate's rows: loss by category, generated answers, what is forgotten."""
     from finetune_assets.evaluation.files import read_evaluation
 
     with in_run(context):

@@ -24,8 +24,8 @@ from finetune_assets.store.lineage import Lineage
         check_of_each(
             "champion_adapter",
             GATE,
-            "The newest adapter serves: it beat the one before beyond noise, and has not forgotten too much. Otherwise the "
-            "champion stays, and this warns with the number that decided.",
+            "The newest adapter serves: it beat the one before beyond noise, and has not forgotten too much. "
+            "Otherwise the champion stays, and this warns with the number that decided.",
             blocking=False,
         )
     ],

@@ -9,7 +9,6 @@ from finetune_assets.assets.making import share_check
 from finetune_assets.assets.partitions import check_of_each
 from finetune_assets.config.schema import Data
 
-
 _spec = partial(check_of_each, "tokenized_dataset")
 
 SPECS = [

@@ -119,9 +119,7 @@ class Decision:
 GATE = "gate"
 
 
-def decide(
-    project: Project, lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, by: str
-) -> Decision:
+def decide(project: Project, lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, by: str) -> Decision:
     """Promote a challenger if its evaluation says that it is better, and keep the champion otherwise."""
     from finetune_assets.evaluation.files import forgetting_of, gain_of, read_evaluation
     from finetune_assets.evaluation.gate import judge

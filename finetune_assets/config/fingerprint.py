@@ -15,7 +15,7 @@ from finetune_assets.config.schema import Columns
 RAW_CODE = "3"
 BASE_MODEL_CODE = "1"
 TOKENIZED_CODE = "3"
-ADAPTER_CODE = "2"
+ADAPTER_CODE = "3"
 EVALUATION_CODE = "3"
 
 

@@ -218,8 +218,8 @@ class Evaluation:
     """Questions of your own that all of them answer in every evaluation, shown beside the samples."""
     general_text: str = "general"
     """Text that no adapter is trained on, by which forgetting is measured: `general` (packaged English prose and code),
-    `demo-prose` (what the packaged base has read), or a file `./path` of paragraphs (.txt) or of `{"text": ...}` (.jsonl).
-    """
+    `demo-prose` (what the packaged base has read), or a file `./path` of paragraphs (.txt) or `{"text": ...}` lines
+    (.jsonl)."""
     general_tokens: int = 20_000
     """Read at most so many tokens of it; 0 reads none."""
 

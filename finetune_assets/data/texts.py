@@ -5,9 +5,8 @@ from pathlib import Path
 
 from finetune_assets.data.errors import DataError
 
-PACKAGED = {
-    name: Path(__file__).parent.parent / "sample" / f"{name.replace('-', '_')}.txt" for name in ("general", "demo-prose")
-}
+SAMPLE = Path(__file__).parent.parent / "sample"
+PACKAGED = {"general": SAMPLE / "general.txt", "demo-prose": SAMPLE / "demo_prose.txt"}
 SUFFIXES = (".txt", ".jsonl")
 
 
@@ -40,6 +39,8 @@ def _of_file(path: Path) -> list[str]:
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise DataError(f'evaluation.general_text: {path}:{number}: expected {{"text": "..."}}, found {line[:60]!r}')
+            raise DataError(
+                f'evaluation.general_text: {path}:{number}: expected {{"text": "..."}}, found {line[:60]!r}'
+            )
         texts.append(text)
     return [text for text in texts if text.strip()]

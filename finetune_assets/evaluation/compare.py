@@ -108,7 +108,9 @@ class Comparison:
             return self.rows
         if self.raw is None:
             raise ValueError(f"the {contender.name} has another rendering, and the raw data was not given")
-        self.say(f"{contender.name}: its own prompts and tokens are not those of the experiment now; rows are made anew")
+        self.say(
+            f"{contender.name}: its own prompts and tokens are not those of the experiment now; rows are made anew"
+        )
         return rendered_again(self.rows, self.raw, tokenizer, contender.config.data)
 
     def _let_answer(

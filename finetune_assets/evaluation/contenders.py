@@ -83,7 +83,7 @@ class Seats:
         except (OSError, ValueError, RuntimeError, KeyError) as e:
             self._base = None
             said = " ".join(str(e).split())
-            raise ModelError(f"the {contender.name} {contender.adapter.name} does not fit its base model: {said}") from e
+            raise ModelError(f"{contender.name} {contender.adapter.name} does not fit its base model: {said}") from e
         self.read.append(contender.adapter)
         try:
             yield model
@@ -94,9 +94,7 @@ class Seats:
     def _base_for(self, contender: Contender) -> PreTrainedModel:
         if self._base is None or self._taken != contender.seat:
             self._base = None  # first, so that two are never in memory
-            self._base = load_base(
-                contender.base_model, contender.config.model, contender.config.training, self.device
-            )
+            self._base = load_base(contender.base_model, contender.config.model, contender.config.training, self.device)
             make_room(self._base, contender.tokenizer(), contender.config)
             self._taken = contender.seat
             self.read.append(contender.base_model)

@@ -1,9 +1,9 @@
 """Whether a challenger takes the champion's place: is it better beyond noise, and has it not forgotten too much.
 
-The gain is the mean loss that the challenger saves, in nats a token, over rows that nothing has been chosen by. Rows are
-the unit of chance: what another draw of as many rows would have shown is what a bootstrap over them estimates (Efron
-1979), paired, as both answer the same rows (Koehn 2004). Of the resampled gains, studentized by their own spread, the
-lower bound is taken; the plain percentile promotes more often than it says where rows are few.
+The gain is the mean loss that the challenger saves, in nats a token, over rows that nothing has been chosen by. What
+another draw of as many rows would have shown is what a bootstrap over them estimates (Efron 1979), paired, as both
+answer the same rows (Koehn 2004). The lower bound is that of the resampled gains, each in its own standard errors; the
+plain percentile promotes more often than it says where rows are few.
 """
 
 from dataclasses import asdict, dataclass
@@ -70,39 +70,37 @@ def paired_gain(
         seed: Of the resampling.
     """
     saved, weights = before - after, tokens.astype(np.float64)
-    rows, mean = len(saved), float(saved.sum() / weights.sum())
-    if rows < 2:
-        return Gain(mean, -np.inf, confidence, rows)
-    error = _standard_error(saved, weights, np.ones((1, rows)))[0]
-    if error == 0:
-        return Gain(mean, mean, confidence, rows)
-    rng = np.random.default_rng(seed)
-    pivots = np.concatenate(
-        [_pivots(saved, weights, mean, rng, min(AT_ONCE, RESAMPLES - at)) for at in range(0, RESAMPLES, AT_ONCE)]
-    )
-    return Gain(mean, float(mean - np.quantile(pivots, confidence) * error), confidence, rows)
-
-
-def _pivots(
-    saved: NDArray[np.float64], weights: NDArray[np.float64], mean: float, rng: np.random.Generator, count: int
-) -> NDArray[np.float64]:
-    """Of each resample, how far its mean is off, in its own standard errors; shape (count,)."""
     rows = len(saved)
-    drawn = rng.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float64)
-    means = drawn @ saved / (drawn @ weights)
-    errors = _standard_error(saved, weights, drawn)
-    return np.divide(means - mean, errors, out=np.zeros(count), where=errors > 0)
+    if rows < 2:
+        return Gain(float(saved.sum() / max(1.0, weights.sum())), -np.inf, confidence, rows)
+    sums = np.stack([saved, weights, saved**2, saved * weights, weights**2], axis=1)
+    (mean,), (error,) = _ratio(sums.sum(0, keepdims=True))
+    if error == 0:
+        return Gain(float(mean), float(mean), confidence, rows)
+    rng = np.random.default_rng(seed)
+    pivots = []
+    for at in range(0, RESAMPLES, AT_ONCE):
+        means, errors = _ratio(_drawn(rng, min(AT_ONCE, RESAMPLES - at), rows) @ sums)
+        pivots.append(np.divide(means - mean, errors, out=np.zeros_like(means), where=errors > 0))
+    return Gain(float(mean), float(mean - np.quantile(np.concatenate(pivots), confidence) * error), confidence, rows)
 
 
-def _standard_error(
-    saved: NDArray[np.float64], weights: NDArray[np.float64], drawn: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Of the ratio of two sums, by its linearisation; of each resample, given how often it drew each row."""
-    total = drawn @ weights
-    mean = drawn @ saved / total
-    # sum of drawn * (saved - mean * weights)^2, without an array of resamples x rows
-    squares = drawn @ saved**2 - 2 * mean * (drawn @ (saved * weights)) + mean**2 * (drawn @ weights**2)
-    return np.sqrt(np.maximum(squares, 0)) / total
+def _drawn(rng: np.random.Generator, count: int, rows: int) -> NDArray[np.float64]:
+    """How often each of `count` resamples draws each row; shape (count, rows)."""
+    places = rng.integers(0, rows, (count, rows)) + np.arange(count)[:, None] * rows
+    return np.bincount(places.ravel(), minlength=count * rows).reshape(count, rows).astype(np.float64)
+
+
+def _ratio(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean gain a token, and its standard error by linearisation, of each resample.
+
+    Args:
+        sums: Of saved, weight, saved^2, saved * weight and weight^2; shape (resamples, 5).
+    """
+    saved, weight, saved2, both, weight2 = sums.T
+    mean = saved / weight
+    squares = saved2 - 2 * mean * both + mean**2 * weight2  # of saved - mean * weight
+    return mean, np.sqrt(np.maximum(squares, 0)) / weight
 
 
 def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -> Verdict:
@@ -118,8 +116,9 @@ def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -
     if gain.rows < settings.min_rows:
         return Verdict(False, f"only {gain.rows} rows in the gate, at least {settings.min_rows} are needed", numbers)
     if forgetting is not None and forgetting > settings.max_forgetting:
-        told = f"it forgot {forgetting:.4f} nats a token of the general text, at most {settings.max_forgetting:g} may be"
+        most = settings.max_forgetting
+        told = f"it has forgotten {forgetting:.4f} nats a token of the general text, and at most {most:g} may be"
         return Verdict(False, told, numbers)
     better = gain.lower > settings.min_gain
-    told = f"its gain over {opponent} is {gain}, and more than {settings.min_gain:g} is needed"
+    told = f"it gains on {opponent} {gain}, and more than {settings.min_gain:g} is needed"
     return Verdict(better, told, numbers)

@@ -76,4 +76,5 @@ class RowLosses:
 
 def _sums(values: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Of consecutive groups of so many values each."""
-    return np.bincount(np.repeat(np.arange(len(counts)), counts), weights=values, minlength=len(counts))
+    groups = np.repeat(np.arange(len(counts)), counts)
+    return np.bincount(groups, values, len(counts)).astype(np.float64)

@@ -1,7 +1,7 @@
-"""Which adapter of an experiment is in service: a line of numbered records in the store, the highest of which is current.
+"""Which adapter of an experiment is in service: numbered records in the store, the highest of which is current.
 
-Each record is one small file that is put only if its number is not taken, so history and pointer are one thing: there is
-no moment at which they disagree, a promotion that dies midway has not happened, and of two at once one is told.
+Each record is one small file that is put only if its number is not taken, so history and pointer are one thing: there
+is no moment at which they disagree, a promotion that dies midway has not happened, and of two at once one is told.
 """
 
 import json
@@ -122,8 +122,8 @@ class Champions:
         content = json.dumps(asdict(record), indent=1, sort_keys=True).encode()
         if not self.store.objects.create(self._key(record.number), content):
             raise ChampionMoved(
-                f"{self.experiment}: another adapter was promoted meanwhile (record {record.number}); evaluate against it: "
-                "materialize adapter_evaluation and champion_adapter again"
+                f"{self.experiment}: another adapter was promoted meanwhile (record {record.number}); to compare with "
+                "it, materialize adapter_evaluation and champion_adapter again"
             )
         return record
 
@@ -155,9 +155,7 @@ class Champions:
             if current and current.adapter == adapter.fingerprint:
                 return None
             against = current.adapter if current else None
-            return Record(
-                self.experiment, adapter.fingerprint, BY_HAND, adapter.kind, against, reason=reason, by=by
-            )
+            return Record(self.experiment, adapter.fingerprint, BY_HAND, adapter.kind, against, reason=reason, by=by)
 
         return self.append(make)
 
@@ -230,4 +228,3 @@ def _need_reason(reason: str) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-

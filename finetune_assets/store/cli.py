@@ -2,81 +2,56 @@
 
 import argparse
 import json
-import logging
-import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from rich.tree import Tree
 
 from finetune_assets.config.loading import load_store_config
-from finetune_assets.errors import UserError
 from finetune_assets.progress import gigabytes
 from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ArtifactStore
-from finetune_assets.store.care import Artifact, Inventory, inventory, made_from, plan, remove, used_by
-from finetune_assets.store.errors import ArtifactMissing, StoreError
-from finetune_assets.store.objects import boto3_client
-
-Command = Callable[[ArtifactStore, argparse.Namespace], bool]
-"""Does what was asked for; whether all is well."""
-SHORT = 12
-"""Digits of a fingerprint that are shown; any number of first ones may be given."""
-WIDE = 250
-"""Columns where no terminal says how many it has, so that a file or a pipe gets whole lines."""
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+from finetune_assets.store.care import Artifact, Inventory, inventory, plan, remove, used_by
+from finetune_assets.store.terminal import (
+    NAMED,
+    Commands,
+    ancestors,
+    copy_out,
+    label,
+    new_table,
+    one,
+    out,
+    short,
+    when,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; the exit code is 1 if something is wrong with what was asked for, or with the store."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("finetune_assets").setLevel(logging.INFO)
-    args = _parser().parse_args(arguments)
-    command: Command = args.command
-    try:
-        sys.exit(not command(deployment.store(boto3_client), args))
-    except (UserError, OSError) as e:
-        sys.exit(f"finetune-store: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    _commands().run(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finetune-store", description=f"{__doc__} Store, namespace and cache are the environment's: FINETUNE_*."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(
-        name: str, command: Callable[[ArtifactStore, argparse.Namespace], bool], what: str
-    ) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=what, description=what)
-        one.set_defaults(command=command)
-        return one
-
+def _commands() -> Commands:
+    commands = Commands("finetune-store", __doc__ or "")
+    add = commands.add
     listing = add("list", list_artifacts, "list artifacts, newest first")
     listing.add_argument("kind", nargs="?", help="raw, base-models, tokenized, adapters or evaluations; all without")
     listing.add_argument("--all-namespaces", action="store_true", help="also those of others")
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
-    named = "its name or fingerprint, or the first characters of it"
     add("show", show, "where an artifact came from, its files, and what was made from it").add_argument(
-        "name", help=named
+        "name", help=NAMED
     )
     fetch = add("fetch", fetch_artifact, "copy an artifact's files, verified, into a new folder")
-    fetch.add_argument("name", help=named)
+    fetch.add_argument("name", help=NAMED)
     fetch.add_argument("folder", type=Path, help="must not exist, or be empty")
     verify = add("verify", verify_artifacts, "read every byte and compare with the manifests; exit code 1 if damaged")
-    verify.add_argument("name", nargs="*", help=f"{named}; all without")
+    verify.add_argument("name", nargs="*", help=f"{NAMED}; all without")
     verify.add_argument("--cache", action="store_true", help="this machine's cache instead; what is damaged leaves it")
     add("cache", show_cache, "what this machine's cache keeps")
     collect = add("gc", collect_garbage, "show what may go, by configs/store.yaml; --delete removes it")
     collect.add_argument("--delete", action="store_true", help="remove it")
     collect.add_argument("--older-than", type=float, metavar="DAYS", help="instead of keep_days")
-    return parser
+    return commands
 
 
 def list_artifacts(store: ArtifactStore, args: argparse.Namespace) -> bool:
@@ -90,12 +65,12 @@ def list_artifacts(store: ArtifactStore, args: argparse.Namespace) -> bool:
         for artifact in shown:
             print(json.dumps(_as_json(store, artifact)))
         return True
-    table = _table(
+    table = new_table(
         "kind", "name", "experiment", "files", "size", "made", *(["namespace"] if args.all_namespaces else [])
     )
     for artifact in shown:
         files, size = str(len(artifact.manifest.files)), gigabytes(artifact.manifest.size)
-        row = [artifact.kind, _short(artifact), artifact.experiment, files, size, _when(artifact.created)]
+        row = [artifact.kind, short(artifact), artifact.experiment, files, size, when(artifact.created)]
         table.add_row(*row, *([artifact.namespace] if args.all_namespaces else []))
     out.print(table)
     out.print(f"{len(shown)} artifacts, {gigabytes(sum(a.manifest.size for a in shown))} in {store.url}")
@@ -105,42 +80,35 @@ def list_artifacts(store: ArtifactStore, args: argparse.Namespace) -> bool:
 
 def show(store: ArtifactStore, args: argparse.Namespace) -> bool:
     found = inventory(store.objects)
-    artifact = _one(store, found, args.name)
+    artifact = one(store, found, args.name)
     out.print(f"[bold]{artifact.kind}/{artifact.name}[/bold]")
     facts = {
         "fingerprint": artifact.manifest.fingerprint,
         "uri": f"{store.url}/{artifact.prefix}/{artifact.manifest.folder}",
-        "made": _when(artifact.created),
+        "made": when(artifact.created),
         **{f"from {name}": value for name, value in artifact.manifest.made_from.items()},
     }
-    table = _table("", "")
+    table = new_table("", "")
     table.show_header = False
     for name, value in facts.items():
         table.add_row(name, value if isinstance(value, str) else json.dumps(value))
     out.print(table)
-    files = _table("file", "size", "sha256")
+    files = new_table("file", "size", "sha256")
     for file in artifact.manifest.files:
         files.add_row(file.path, gigabytes(file.size), file.sha256)
     out.print(files)
-    out.print(_ancestors(found, artifact, Tree("made from")))
+    out.print(ancestors(found, artifact, Tree("made from")))
     users = Tree("used by")
     for other in used_by(found, artifact):
-        users.add(_label(other))
+        users.add(label(other))
     out.print(users)
     return True
 
 
 def fetch_artifact(store: ArtifactStore, args: argparse.Namespace) -> bool:
-    artifact = _one(store, inventory(store.objects), args.name)
-    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        raise StoreError(f"{args.folder}: exists already; name a new folder")
-    source = store.fetch(store.ref(artifact.kind, artifact.name, artifact.manifest))
-    args.folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.folder.with_name(f".{args.folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=shutil.copyfile)
-    partial.replace(args.folder)
-    out.print(f"{_label(artifact)} lies in {args.folder}")
+    artifact = one(store, inventory(store.objects), args.name)
+    copy_out(store, store.ref(artifact.kind, artifact.name, artifact.manifest), args.folder)
+    out.print(f"{label(artifact)} lies in {args.folder}")
     return True
 
 
@@ -149,12 +117,12 @@ def verify_artifacts(store: ArtifactStore, args: argparse.Namespace) -> bool:
         return _verify_cache(store)
     found = inventory(store.objects)
     all_ours = [artifact for artifact in found.artifacts if artifact.namespace in ("", store.namespace)]
-    wanted = [_one(store, found, name) for name in args.name] if args.name else all_ours
+    wanted = [one(store, found, name) for name in args.name] if args.name else all_ours
     whole = True
     for artifact in wanted:
         bad = store.verify(artifact.kind, artifact.name)
         whole &= not bad
-        out.print(f"{'[red]damaged[/red]' if bad else 'whole  '} {_label(artifact)} {', '.join(bad)}")
+        out.print(f"{'[red]damaged[/red]' if bad else 'whole  '} {label(artifact)} {', '.join(bad)}")
     _tell_unreadable(found)
     if not whole:
         out.print("Materialize the asset of a damaged artifact again, with force, to replace it.")
@@ -175,9 +143,9 @@ def _verify_cache(store: ArtifactStore) -> bool:
 
 def show_cache(store: ArtifactStore, args: argparse.Namespace) -> bool:
     entries = sorted(store.cache.entries(), key=lambda cached: cached.used, reverse=True)
-    table = _table("artifact", "size", "last used", "")
+    table = new_table("artifact", "size", "last used", "")
     for cached in entries:
-        table.add_row(cached.entry.name, gigabytes(cached.size), _when(cached.used), "in use" if cached.in_use else "")
+        table.add_row(cached.entry.name, gigabytes(cached.size), when(cached.used), "in use" if cached.in_use else "")
     out.print(table)
     limit = "" if store.cache.limit is None else f" of at most {gigabytes(store.cache.limit)} (FINETUNE_CACHE_LIMIT)"
     out.print(f"{gigabytes(sum(cached.size for cached in entries))}{limit} in {store.cache.root}")
@@ -190,7 +158,7 @@ def collect_garbage(store: ArtifactStore, args: argparse.Namespace) -> bool:
         config.keep_days = args.older_than
     found = inventory(store.objects)
     removals = plan(found, store.namespace, config)
-    table = _table("what", "size", "why")
+    table = new_table("what", "size", "why")
     for removal in removals:
         if args.delete and not remove(store, removal):
             continue  # somebody has published there since
@@ -217,29 +185,6 @@ def collect_garbage(store: ArtifactStore, args: argparse.Namespace) -> bool:
     return True
 
 
-def _one(store: ArtifactStore, found: Inventory, name: str) -> Artifact:
-    """The artifact that `name` means: of a kind and name, or either a name's or a fingerprint's first characters."""
-    ours = [artifact for artifact in found.artifacts if artifact.namespace in ("", store.namespace)]
-
-    def means(artifact: Artifact) -> bool:
-        names = (artifact.name, artifact.manifest.fingerprint, f"{artifact.kind}/{artifact.name}")
-        return any(one.startswith(name) for one in names)
-
-    meant = [artifact for artifact in ours if means(artifact)]
-    if len(meant) == 1:
-        return meant[0]
-    if not meant:
-        raise ArtifactMissing(f"'{name}': no artifact of that name in {store.url}; see `finetune-store list`")
-    some = ", ".join(f"{artifact.kind}/{_short(artifact)}" for artifact in meant[:5])
-    raise StoreError(f"'{name}': {len(meant)} artifacts begin so ({some}); give more characters, or KIND/NAME")
-
-
-def _ancestors(found: Inventory, artifact: Artifact, tree: Tree) -> Tree:
-    for other in made_from(found, artifact):
-        _ancestors(found, other, tree.add(_label(other)))
-    return tree
-
-
 def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
     manifest = artifact.manifest
     return {
@@ -258,27 +203,6 @@ def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
 def _tell_unreadable(found: Inventory) -> None:
     for problem in found.unreadable.values():
         out.print(f"[red]{problem}[/red]")
-
-
-def _label(artifact: Artifact) -> str:
-    experiment = f" ({artifact.experiment})" if artifact.experiment else ""
-    return f"{artifact.kind}/{_short(artifact)}{experiment}"
-
-
-def _short(artifact: Artifact) -> str:
-    repo, slash, last = artifact.name.rpartition("/")
-    return f"{repo}{slash}{last[:SHORT]}"
-
-
-def _when(moment: datetime) -> str:
-    return f"{moment.astimezone():%Y-%m-%d %H:%M}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("files", "size") else "left", overflow="fold")
-    return table
 
 
 if __name__ == "__main__":

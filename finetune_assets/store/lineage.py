@@ -259,7 +259,7 @@ class Lineage:
         found = self.champions.champion()
         if found is None:
             raise ArtifactMissing(
-                f"{self.experiment.name} has no champion yet: materialize champion_adapter, whose gate says why none was "
-                "promoted"
+                f"{self.experiment.name} has no champion yet: materialize champion_adapter, whose check says why none "
+                "was promoted"
             )
         return found

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from peft import PeftConfig, PeftModel
 
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.hashing import sha256
 from finetune_assets.training.embeddings import experiment_tokenizer
 
 TRAINER_STATE, PROVENANCE, CONFIG = "trainer_state.json", "provenance.json", "config.yaml"
+README, SUMS = "README.md", "SHA256SUMS"
 UTILISATION = "gpu_utilisation.csv"
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
@@ -48,8 +51,17 @@ def save(
     experiment_tokenizer(base_folder, config).save_pretrained(output)
     (output / CONFIG).write_text(dump(config), encoding="utf-8")
     _write_json(output / TRAINER_STATE, state)
-    _write_json(output / PROVENANCE, {**made_from, "versions": _versions(), "hardware": _hardware()})
-    (output / "README.md").write_text(_model_card(config, made_from, state, rows), encoding="utf-8")
+    provenance = {**made_from, "versions": _versions(), "hardware": _hardware()}
+    _write_json(output / PROVENANCE, provenance)
+    (output / README).write_text(_model_card(config, provenance, state, rows), encoding="utf-8")
+    write_sums(output)
+
+
+def write_sums(folder: Path) -> None:
+    """Say what each file of a folder is, as `sha256sum --check SHA256SUMS` reads it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def _name_base(output: Path, made_from: dict[str, Any]) -> None:
@@ -110,26 +122,46 @@ def _loading(config: ExperimentConfig, rows: int | None) -> str:
     return "\n".join([*lines, "model = PeftModel.from_pretrained(model, adapter)"])
 
 
-def _model_card(config: ExperimentConfig, made_from: dict[str, Any], state: dict[str, Any], rows: int | None) -> str:
-    held_out = state["held_out_loss"]
-    measured = ""
-    if held_out["after"] is not None:
-        measured = f"\nHeld-out loss: {held_out['before']:.4f} before, {held_out['after']:.4f} after.\n"
+def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dict[str, Any], rows: int | None) -> str:
+    repo, held_out = provenance["base_model"], state["held_out_loss"]
+    known = not repo.startswith(("packaged/", "local/"))
+    header = ModelCardData(
+        base_model=repo if known else None,  # the Hub takes no other names
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", f"base_model:adapter:{repo}"] if known else ["lora"],
+    )
+    facts = {
+        "base model": f"`{repo}` at `{provenance['revision']}`",
+        "base model's fingerprint": _code(provenance.get("cached_base_model")),
+        "dataset's fingerprint": _code(provenance.get("tokenized_dataset")),
+        "raw data's fingerprint": _code(provenance.get("dolly_raw")),
+        "this adapter's fingerprint": _code(provenance.get("fingerprint")),
+        "begun from": _code(provenance.get("warm_start")),
+        "settings of one run alone": ", ".join(provenance.get("overrides") or []),
+        "rank, alpha, targets": f"{config.lora.rank}, {config.lora.alpha:g}, {config.lora.target_modules}",
+        "trainable parameters": f"{state['trainable_parameters']:,}",
+        "steps, tokens": f"{state['step']:,}, {state['tokens']:,}",
+        "held-out loss": _before_and_after(held_out) if held_out["after"] is not None else "",
+        "versions": ", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
+        "hardware": provenance["hardware"],
+    }
+    lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
     return f"""---
-base_model: {made_from["base_model"]}
-library_name: peft
-tags: [lora]
+{header.to_yaml()}
 ---
-# LoRA adapter of experiment {made_from["experiment"]}
+# LoRA adapter of experiment {provenance["experiment"]}
 
-Base model `{made_from["base_model"]}` at `{made_from["revision"]}`, {state["step"]} steps.
-{measured}
+| | |
+| --- | --- |
+{lines}
+
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 adapter = "this folder"
-base = {_base(made_from)}
+base = {_base(provenance)}
 {_loading(config, rows)}
 
 {_prompt(config)}
@@ -139,4 +171,14 @@ print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 ```
 
 `config.yaml` holds every setting, `provenance.json` what it was made from, `trainer_state.json` how training went.
+`sha256sum --check SHA256SUMS` tells whether the files are those that were written, and `finetune-adapter verify`
+whether they are those of the store, and where they come from.
 """
+
+
+def _code(value: str | None) -> str:
+    return f"`{value}`" if value else ""
+
+
+def _before_and_after(held_out: dict[str, float | None]) -> str:
+    return f"{held_out['before']:.4f} before, {held_out['after']:.4f} after"

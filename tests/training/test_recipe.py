@@ -1,6 +1,7 @@
 """A whole training: what it learns, what it writes, how it goes on, and how it stops."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_nothing_held_out_is_not_measured(finetune: Finetune, tmp_path: Path) ->
     run.val = Examples.read(tmp_path / "val.arrow")
     run.run()
     assert run.log.held_out_loss == {"before": None, "after": None}
-    assert "Held-out loss" not in (run.job.output / "README.md").read_text()
+    assert "| held-out loss" not in (run.job.output / "README.md").read_text()
 
 
 def test_folder_holds_what_it_promises(finetune: Finetune) -> None:
@@ -72,7 +73,12 @@ def test_folder_holds_what_it_promises(finetune: Finetune) -> None:
     output = run.job.output
     names = {path.name for path in output.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "config.yaml"} <= names
-    assert {"trainer_state.json", "provenance.json", "README.md"} <= names
+    assert {"trainer_state.json", "provenance.json", "README.md", "SHA256SUMS"} <= names
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=output, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.count(": OK") == len(names) - 1
     assert not any(path.suffix in (".bin", ".pt", ".pkl", ".pth") for path in output.iterdir())
     assert load_resolved(output / "config.yaml") == run.config
     provenance = json.loads((output / "provenance.json").read_text())

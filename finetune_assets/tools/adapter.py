@@ -1,0 +1,197 @@
+"""`finetune-adapter`: which adapters serve and served, promotion and roll-back by hand, and where an adapter is from."""
+
+import argparse
+import getpass
+import json
+import re
+import socket
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.tree import Tree
+
+from finetune_assets.hashing import sha256
+from finetune_assets.store.artifacts import ADAPTERS, STACKS, ArtifactRef, ArtifactStore
+from finetune_assets.store.care import Artifact, Inventory, inventory
+from finetune_assets.store.champions import CHAMPIONS, Champions, Record
+from finetune_assets.store.errors import ArtifactMissing, StoreError
+from finetune_assets.store.terminal import NAMED, SHORT, Commands, ancestors, copy_out, label, new_table, one, out, when
+
+PROVENANCE, README, SUMS = "provenance.json", "README.md", "SHA256SUMS"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    _commands().run(arguments)
+
+
+def _commands() -> Commands:
+    commands = Commands("finetune-adapter", __doc__ or "")
+    experiment = "the experiment's name"
+    listing = commands.add("champions", champions, "the adapter in service of each experiment")
+    listing.add_argument("experiment", nargs="?", help=f"{experiment}; all without")
+    commands.add("history", history, "every adapter that served an experiment, and why").add_argument(
+        "experiment", help=experiment
+    )
+    promotion = commands.add("promote", promote, "have an adapter serve because you say so")
+    promotion.add_argument("experiment", help=experiment)
+    promotion.add_argument("adapter", help=NAMED)
+    rollback = commands.add("rollback", roll_back, "have an earlier champion serve again; it alone changes")
+    rollback.add_argument("experiment", help=experiment)
+    rollback.add_argument("--to", type=int, metavar="NUMBER", help="of its record; the one before by default")
+    for one_of in (promotion, rollback):
+        one_of.add_argument("--reason", required=True, help="why; it stands in the history")
+    fetch = commands.add("fetch", fetch_champion, "copy the champion's files, verified, into a new folder")
+    fetch.add_argument("experiment", help=experiment)
+    fetch.add_argument("folder", type=Path, help="must not exist, or be empty")
+    check = commands.add("verify", verify, "compare an adapter's folder with the store, and tell where it is from")
+    check.add_argument("folder", type=Path, help="of an adapter, wherever it was copied to")
+    return commands
+
+
+def champions(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    names = [args.experiment] if args.experiment else experiments_with_champions(store)
+    table = new_table("experiment", "champion", "adapter", "since", "why")
+    for name in names:
+        current = Champions(store, name).current()
+        if current:
+            table.add_row(name, str(current.number), current.adapter[:SHORT], _moment(current), _why(current))
+    if not table.row_count:
+        out.print(f"no adapter serves{f' {args.experiment}' if args.experiment else ''} yet; see champion_adapter")
+        return True
+    out.print(table)
+    return True
+
+
+def experiments_with_champions(store: ArtifactStore) -> list[str]:
+    keys = (stored.key for stored in store.objects.listing(f"{store.namespace}/{CHAMPIONS}/"))
+    return sorted({key.split("/")[2] for key in keys})
+
+
+def history(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    records = Champions(store, args.experiment).history()
+    if not records:
+        raise StoreError(f"{args.experiment}: no adapter was promoted yet; the check of champion_adapter says why")
+    table = new_table("", "when", "what", "adapter", "by", "why")
+    for record in records:
+        table.add_row(
+            str(record.number), _moment(record), record.action, record.adapter[:SHORT], record.by, record.reason
+        )
+    out.print(table)
+    return True
+
+
+def promote(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    adapter = _adapter(store, args.adapter)
+    record = Champions(store, args.experiment).promote_by_hand(adapter, args.reason, _who())
+    if record is None:
+        out.print(f"{adapter.fingerprint[:SHORT]} is the champion of {args.experiment} already")
+        return True
+    out.print(f"{adapter.fingerprint[:SHORT]} is the champion of {args.experiment} (record {record.number})")
+    return True
+
+
+def roll_back(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    record = Champions(store, args.experiment).roll_back(args.reason, _who(), args.to)
+    out.print(
+        f"{record.adapter[:SHORT]} is the champion of {args.experiment} again (record {record.number}); "
+        f"{(record.before or '')[:SHORT]} is not promoted by itself any more"
+    )
+    return True
+
+
+def fetch_champion(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    adapter = Champions(store, args.experiment).champion()
+    if adapter is None:
+        raise ArtifactMissing(f"{args.experiment} has no champion yet")
+    copy_out(store, adapter, args.folder)
+    out.print(f"champion {adapter.fingerprint[:SHORT]} of {args.experiment} lies in {args.folder}")
+    return True
+
+
+def verify(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    """Whether a folder's files are those that its adapter was published with."""
+    folder: Path = args.folder
+    problems = against_sums(folder)
+    found = inventory(store.objects)
+    artifact = _published(found, folder)
+    if artifact is None:
+        problems.append(f"{store.url} holds no adapter of its fingerprint, so only SHA256SUMS could be compared")
+    else:
+        problems += _against_manifest(folder, artifact)
+        out.print(ancestors(found, artifact, Tree(f"{label(artifact)} of {when(artifact.created)}, made from")))
+        for name in experiments_with_champions(store):
+            for record in Champions(store, name).history():
+                if record.adapter == artifact.manifest.fingerprint:
+                    out.print(f"champion {record.number} of {name}: {record.action} {_moment(record)}, {record.reason}")
+    for problem in problems:
+        out.print(f"[red]{problem}[/red]")
+    out.print(f"{folder}: " + ("[red]not verified[/red]" if problems else "verified"))
+    return not problems
+
+
+def against_sums(folder: Path) -> list[str]:
+    """What a folder's own SHA256SUMS says is wrong with it.
+
+    Raises:
+        StoreError: if it has none.
+    """
+    sums = folder / SUMS
+    if not sums.is_file():
+        raise StoreError(f"{folder}: holds no {SUMS}, so it is no adapter of this project, or not all of one")
+    lines = (re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in sums.read_text(encoding="utf-8").splitlines())
+    wanted = {match[2]: match[1] for match in lines if match}
+    return _differences(folder, wanted, SUMS)
+
+
+def _against_manifest(folder: Path, artifact: Artifact) -> list[str]:
+    wanted = {file.path: file.sha256 for file in artifact.manifest.files}
+    told = _differences(folder, wanted, "the store's manifest")
+    rewritten = (README, SUMS)  # where it was published elsewhere, its card tells of that too
+    return [problem for problem in told if not problem.startswith(tuple(f"{name}: differs" for name in rewritten))]
+
+
+def _differences(folder: Path, wanted: dict[str, str], where: str) -> list[str]:
+    problems = []
+    for name, digest in wanted.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: missing, {where} names it")
+        elif sha256(path) != digest:
+            problems.append(f"{name}: differs from {where}")
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    ignored = {SUMS, ".gitattributes"}
+    problems += [f"{name}: not in {where}" for name in sorted(there - wanted.keys() - ignored)]
+    return problems
+
+
+def _published(found: Inventory, folder: Path) -> Artifact | None:
+    try:
+        fingerprint = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StoreError(f"{folder / PROVENANCE}: does not say which adapter this is ({e})") from e
+    same = (artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS, STACKS))
+    return next((artifact for artifact in same if artifact.manifest.fingerprint == fingerprint), None)
+
+
+def _adapter(store: ArtifactStore, name: str) -> ArtifactRef:
+    found = inventory(store.objects)
+    found.artifacts[:] = [artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS, STACKS)]
+    artifact = one(store, found, name)
+    return store.ref(artifact.kind, artifact.name, artifact.manifest)
+
+
+def _who() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def _moment(record: Record) -> str:
+    return when(datetime.fromisoformat(record.at))
+
+
+def _why(record: Record) -> str:
+    return f"{record.action}: {record.reason}"
+
+
+if __name__ == "__main__":
+    main()
