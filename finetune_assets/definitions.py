@@ -7,6 +7,8 @@ from finetune_assets.assets.cached_base_model import cached_base_model
 from finetune_assets.assets.champion_adapter import champion_adapter
 from finetune_assets.assets.dolly_raw import dolly_raw
 from finetune_assets.assets.lora_adapter import lora_adapter
+from finetune_assets.assets.merged_model import merged_model
+from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.automation.dead_runs import dead_runs_sensor
 from finetune_assets.automation.experiments import experiments_sensor
@@ -19,7 +21,16 @@ from finetune_assets.store.io_manager import ArtifactIOManager
 project = Project.configure_at_launch()
 
 defs = dg.Definitions(
-    assets=[dolly_raw, cached_base_model, tokenized_dataset, lora_adapter, adapter_evaluation, champion_adapter],
+    assets=[
+        dolly_raw,
+        cached_base_model,
+        tokenized_dataset,
+        lora_adapter,
+        adapter_evaluation,
+        champion_adapter,
+        merged_model,
+        stacked_adapter,
+    ],
     sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
     schedules=[raw_data_schedule],
     resources={

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_assets.errors import UserError
+from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.evaluation.metrics import exact_match
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -47,11 +48,14 @@ def adapter_in_store() -> ArtifactRef | None:
 def tell(console: Console, trained_before: bool, seconds: float) -> None:
     """Print what was measured, some answers, and where to go on."""
     lineage = Project().lineage(EXPERIMENT)
-    folder = lineage.store.fetch(lineage.evaluation())
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = read_evaluation(lineage.store.fetch(lineage.evaluation()))
+    champion = lineage.champions.current()
     console.print()
     console.print(answers(evaluation["samples"]))
-    console.print(measurements(evaluation["metrics"]))
+    console.print(measurements(evaluation))
+    if champion:
+        told = f"[bold]Champion {champion.number}[/bold], {champion.action}: {champion.reason}"
+        console.print(told, highlight=False, soft_wrap=True)
     if trained_before:
         console.print("[bold]Nothing was trained again[/bold]: data, settings and code are those of the last run.")
     uri = lineage.adapter().uri
@@ -74,18 +78,29 @@ def answers(samples: list[dict[str, str]]) -> Table:
     for sample in samples:
         asked = sample["prompt"].removeprefix("### Instruction: ").split("### Response")[0]
         question = asked.replace("### Input:", "Context:").strip()
-        right = "✓" if exact_match(sample["adapter"], sample["expected"]) else "✗"
-        table.add_row(question, sample["expected"], sample["base"], sample["adapter"], right)
+        right = "✓" if exact_match(sample["challenger"], sample["expected"]) else "✗"
+        table.add_row(question, sample["expected"], sample["base"], sample["challenger"], right)
     return table
 
 
-def measurements(metrics: dict[str, Any]) -> Table:
-    """Held-out loss and exact match, before and after."""
-    table = Table(title=f"Measured on {metrics['generated_rows']} held-out rows")
-    for name in ("", "before", "after"):
-        table.add_column(name)
-    table.add_row("held-out loss", *(f"{metrics[f'held_out_loss_{when}']:.3f}" for when in ("before", "after")))
-    table.add_row("exact match", *(f"{metrics[f'exact_match_{when}']:.0%}" for when in ("before", "after")))
+METRICS = {
+    "loss": ("held-out loss", "{:.3f}"),
+    "exact_match": ("exact match", "{:.0%}"),
+    "rouge_l": ("ROUGE-L", "{:.2f}"),
+    "general_loss": ("loss of general text", "{:.3f}"),
+}
+
+
+def measurements(evaluation: dict[str, Any]) -> Table:
+    """What base and adapter (and the champion before it, if there was one) lose and get right."""
+    contenders = evaluation["contenders"]
+    table = Table(title=f"Measured on {evaluation['rows']} rows that nothing was chosen by")
+    table.add_column("")
+    for name in contenders:
+        table.add_column({"challenger": "with adapter", "base": "base model"}.get(name, name))
+    for metric, (title, form) in METRICS.items():
+        if all(metric in found for found in contenders.values()):
+            table.add_row(title, *(form.format(found[metric]) for found in contenders.values()))
     return table
 
 

@@ -10,6 +10,7 @@ from finetune_assets.assets.making import GROUP, in_run, job, make_once, overrid
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
+from finetune_assets.config.errors import ConfigError
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
@@ -38,6 +39,12 @@ def lora_adapter(
     """A LoRA adapter in safetensors, trained by `torchrun`, with tokenizer, settings, log and provenance."""
     with in_run(context, retried=True):
         lineage = project.lineage(context.partition_key)
+        if lineage.experiment.config.stack:
+            raise ConfigError(
+                f"experiment {lineage.experiment.name}",
+                "stack",
+                "is not trained: materialize stacked_adapter",
+            )
         fingerprint = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
 
         def make() -> ArtifactRef:

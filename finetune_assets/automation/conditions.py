@@ -6,7 +6,7 @@ condition on a state, which cannot be missed, and which does not repeat what fai
 """
 
 import json
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import dagster as dg
@@ -142,24 +142,41 @@ class GoodRows(dg.AutomationCondition):  # type: ignore[type-arg]
         return dg.AutomationResult(context, subset)
 
 
+class HasSettings(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True for a subscribed experiment that has what the asset is for: not each is merged, or stacked, or trained."""
+
+    @property
+    def description(self) -> str:
+        return "the experiment has settings for this asset"
+
+    def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
+        subset = context.candidate_subset
+        if not subset.is_empty:
+            named = settings_of(context.key.to_user_string()).keys()
+            subset = subset.compute_intersection_with_partition_keys(named & _partitions(subset))
+        return dg.AutomationResult(context, subset)
+
+
 def by_itself(
     *inputs: str,
     only_while: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
+    apart: Sequence[str] = (),
 ) -> dg.AutomationCondition:  # type: ignore[type-arg]
     """The condition of an asset: something changed, or will in the same run, and what is before it is whole and good.
 
     Args:
         inputs: Names of the assets whose data versions count.
         only_while: What must hold besides.
+        apart: Names of assets before it that are of other experiments, of which only some need be there.
     """
     condition = dg.AutomationCondition
-    counted = dg.AssetSelection.assets(*inputs)
+    counted, others = dg.AssetSelection.assets(*inputs), dg.AssetSelection.assets(*apart)
     asked = InputsChanged(*inputs) | condition.any_deps_match(condition.will_be_requested()).allow(counted)
     ready = (
-        ~condition.any_deps_missing()
-        & ~condition.any_deps_in_progress()
+        ~condition.any_deps_missing().ignore(others)
+        & ~condition.any_deps_in_progress().ignore(others)
         & ~condition.in_progress()
-        & condition.all_deps_blocking_checks_passed()
+        & condition.all_deps_blocking_checks_passed().ignore(others)
     )
-    both = asked.with_label("there is something to do") & ready.with_label("all that it needs is there")
+    both = asked.with_label("there is something to do") & HasSettings() & ready.with_label("all that it needs is there")
     return (both & only_while if only_while else both).with_label("by itself")

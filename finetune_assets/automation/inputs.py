@@ -11,10 +11,13 @@ from finetune_assets.config.fingerprint import (
     adapter_fingerprint,
     evaluation_fingerprint,
     fingerprint,
+    merge_fingerprint,
+    stack_fingerprint,
     tokenized_fingerprint,
 )
 from finetune_assets.config.loading import Experiment, experiment_names, load_experiment, load_raw_data_config
 from finetune_assets.resources import deployment
+from finetune_assets.store.champions import Champions
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +35,50 @@ def _tokenized(experiment: Experiment, split_salt: str) -> str:
     )
 
 
-def _adapter(experiment: Experiment, split_salt: str) -> str:
+def _adapter(experiment: Experiment, split_salt: str) -> str | None:
+    if experiment.config.stack:
+        return None
     return adapter_fingerprint(experiment, "", "", experiment.config.training.warm_start)
 
 
-def _evaluation(experiment: Experiment, split_salt: str) -> str:
+def _evaluation(experiment: Experiment, split_salt: str) -> str | None:
+    if experiment.config.stack:
+        return None
     return evaluation_fingerprint(experiment, "", None, experiment.config.evaluation.general_text, "")
 
 
-def _champion(experiment: Experiment, split_salt: str) -> str:
+def _champion(experiment: Experiment, split_salt: str) -> str | None:
+    if experiment.config.stack or experiment.sweep:
+        return None
     return fingerprint(gate=asdict(experiment.config.gate))
 
 
-SETTINGS: dict[str, Callable[[Experiment, str], str]] = {
+def _stack(experiment: Experiment, split_salt: str) -> str | None:
+    """Champions of other partitions count as settings: they are read from the store."""
+    if experiment.config.stack is None:
+        return None
+    store = deployment.store()
+    records = [Champions(store, name).current() for name in experiment.config.stack.adapters]
+    if None in records:
+        return None
+    champions = [record.adapter for record in records if record]
+    return fingerprint(stack=stack_fingerprint(experiment, champions, ""), gate=asdict(experiment.config.gate))
+
+
+def _merge(experiment: Experiment, split_salt: str) -> str | None:
+    return merge_fingerprint(experiment, "") if experiment.config.merge else None
+
+
+SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "cached_base_model": _base_model,
     "tokenized_dataset": _tokenized,
     "lora_adapter": _adapter,
     "adapter_evaluation": _evaluation,
     "champion_adapter": _champion,
+    "merged_model": _merge,
+    "stacked_adapter": _stack,
 }
-"""Hash of the settings that an asset reads, by its name."""
+"""Hash of the settings that an asset reads, by its name; None where the experiment has none for it."""
 
 
 def settings_of(asset: str) -> dict[str, str]:
@@ -62,8 +89,8 @@ def settings_of(asset: str) -> dict[str, str]:
     found = {}
     for name in experiment_names(configs):
         experiment = _loaded(configs, name, base, _stamp(configs / "experiments" / f"{name}.yaml"))
-        if experiment and experiment.config.subscribed:
-            found[name] = SETTINGS[asset](experiment, salt)
+        if experiment and experiment.config.subscribed and (settings := SETTINGS[asset](experiment, salt)):
+            found[name] = settings
     return found
 
 

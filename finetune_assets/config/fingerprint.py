@@ -17,6 +17,8 @@ BASE_MODEL_CODE = "1"
 TOKENIZED_CODE = "3"
 ADAPTER_CODE = "3"
 EVALUATION_CODE = "3"
+MERGE_CODE = "1"
+STACK_CODE = "1"
 
 
 def fingerprint(**parts: Any) -> str:
@@ -90,4 +92,24 @@ def evaluation_fingerprint(
         champion=champion,
         general_text=general_text,
         split=split,
+    )
+
+
+def merge_fingerprint(experiment: Experiment, adapter: str) -> str:
+    """Of an adapter merged into its base, which the adapter's own fingerprint names."""
+    return fingerprint(code=MERGE_CODE, merge=identity(experiment.config.merge), adapter=adapter)
+
+
+def stack_fingerprint(experiment: Experiment, adapters: list[str], base_model: str) -> str:
+    """Of adapters combined into one, named in the order of `stack.adapters`."""
+    model = identity(experiment.config.model)
+    for named_by_its_content in ("base_model", "revision"):
+        del model[named_by_its_content]
+    return fingerprint(
+        code=STACK_CODE,
+        stack=identity(experiment.config.stack),
+        seed=experiment.config.training.seed,
+        model=model,
+        adapters=adapters,
+        base_model=base_model,
     )

@@ -240,6 +240,49 @@ class Gate:
 
 
 @dataclass
+class Merge:
+    """How the champion is merged into its base (`merged_model`), for whoever serves without adapters."""
+
+    onto: Literal["trained", "published"] = "trained"
+    """The base as it was in training: a quantized one is dequantized first, so that the merged model computes what was
+    trained. Or as published, with weights that a quantized training never saw."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the merged weights."""
+    compared_rows: int = 32
+    """Held-out rows on which the merged model's logits are compared with those of base and adapter."""
+    max_difference: float | None = not_identity(None)
+    """Mean difference of the logits above which the blocking check `merge` fails, as a share of their spread; `null`
+    takes what rounding explains: 1e-5 for float32, 0.02 for 16 bits and over int8."""
+
+
+@dataclass
+class Stack:
+    """Champions of other experiments over one base, combined into one adapter (`stacked_adapter`) in place of training."""
+
+    adapters: dict[str, float] = field(default_factory=dict)
+    """The experiments whose champions are combined, with their weights, such as `{questions: 0.5, summaries: 0.5}`."""
+    method: Literal[
+        "linear",
+        "cat",
+        "svd",
+        "ties",
+        "ties_svd",
+        "dare_linear",
+        "dare_ties",
+        "dare_linear_svd",
+        "dare_ties_svd",
+        "magnitude_prune",
+        "magnitude_prune_svd",
+    ] = "linear"
+    """As PEFT's `add_weighted_adapter` knows it (TIES: arXiv:2306.01708, DARE: arXiv:2311.03099). Adapters of several
+    ranks can be combined by `cat` and by those with `svd` only."""
+    density: float = 0.5
+    """Share of the values that `ties`, `dare_*` and `magnitude_prune` keep."""
+    svd_rank: int | None = None
+    """Rank that methods with `svd` reduce to; `null` takes the largest of the adapters'."""
+
+
+@dataclass
 class Wandb:
     """Weights & Biases. Leave the whole group out (or `null`) and it is never imported."""
 
@@ -277,6 +320,10 @@ class ExperimentConfig:
     """How base, champion and challenger are compared."""
     gate: Gate = field(default_factory=Gate, metadata=NOT_IDENTITY)
     """When a challenger takes the champion's place."""
+    merge: Merge | None = None
+    """How the champion is merged into its base; `null` merges it not."""
+    stack: Stack | None = None
+    """Champions of other experiments to combine, in place of training."""
     wandb: Wandb | None = field(default=None, metadata=NOT_IDENTITY)
     """Weights & Biases, or `null`."""
 

@@ -16,6 +16,7 @@ from finetune_assets.config.schema import (
     Model,
     PromptTemplate,
     RawDataConfig,
+    Stack,
     StoreConfig,
     Tokenization,
     Training,
@@ -45,6 +46,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _types(config)
     yield from _quantized(config)
     yield from _lora(config.lora)
+    yield from _stack(config.stack) if config.stack else ()
     scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
     if added and isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         yield "lora.init_lora_weights", f"{scheme} cannot save the rows of data.tokenization.added_tokens; use true"
@@ -99,6 +101,8 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "lora.rank": lora.rank,
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
         "gate.min_rows": config.gate.min_rows,
+        **({"merge.compared_rows": config.merge.compared_rows} if config.merge else {}),
+        "stack.svd_rank": config.stack.svd_rank if config.stack else None,
         **{f"lora.rank_pattern.{name}": rank for name, rank in lora.rank_pattern.items()},
     }
     for key, number in at_least_one.items():
@@ -114,6 +118,7 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         if not (value > 0 and math.isfinite(value)):
             yield key, f"{value} must be above 0 and finite"
     not_negative = {
+        "merge.max_difference": (config.merge and config.merge.max_difference) or 0.0,
         "training.warmup_steps": training.warmup_steps,
         "training.weight_decay": training.weight_decay,
         "training.max_grad_norm": training.max_grad_norm,
@@ -151,6 +156,16 @@ def _split(data: Data) -> Iterator[Problem]:
     yield from _shares({"data.max_refused_share": data.max_refused_share, **_named("data.checks", data.checks)})
     if data.categories == []:
         yield "data.categories", "an empty list takes no rows; use null to take all"
+
+
+def _stack(stack: Stack) -> Iterator[Problem]:
+    if len(stack.adapters) < 2:
+        yield "stack.adapters", f"{stack.adapters} must name at least two experiments, each with its weight"
+    for name, weight in stack.adapters.items():
+        if not math.isfinite(weight):
+            yield f"stack.adapters.{name}", f"{weight} is no weight"
+    if not 0 < stack.density <= 1:
+        yield "stack.density", f"{stack.density} must be a share above 0, and at most 1"
 
 
 def _added_tokens(tokenization: Tokenization) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training.embeddings import experiment_tokenizer, make_room
-from finetune_assets.training.model import ModelError, load_base
+from finetune_assets.training.model import load_base, with_adapter_of
 from finetune_assets.training.output import CONFIG
 
 BASE, CHAMPION, CHALLENGER = "base", "champion", "challenger"
@@ -78,12 +78,8 @@ class Seats:
         if contender.adapter is None:
             yield base
             return
-        try:
-            model = PeftModel.from_pretrained(base, contender.adapter).eval()
-        except (OSError, ValueError, RuntimeError, KeyError) as e:
-            self._base = None
-            said = " ".join(str(e).split())
-            raise ModelError(f"{contender.name} {contender.adapter.name} does not fit its base model: {said}") from e
+        self._base = None  # it is not whole any more if the adapter does not fit
+        model = with_adapter_of(base, contender.adapter)
         self.read.append(contender.adapter)
         try:
             yield model

@@ -2,8 +2,6 @@
 
 import re
 
-from rouge_score.rouge_scorer import RougeScorer
-
 
 def exact_match(answer: str, expected: str) -> bool:
     """Whether two answers are the same but for case, white space and a final full stop."""
@@ -25,6 +23,8 @@ class RougeL:
     """ROUGE-L (Lin 2004): the F-measure of the longest common subsequence of words, from 0 to 1."""
 
     def __init__(self) -> None:
+        from rouge_score.rouge_scorer import RougeScorer  # a second, which exact_match need not take
+
         self.scorer = RougeScorer(["rougeL"], tokenizer=_Words())
 
     def __call__(self, answer: str, expected: str) -> float:

@@ -17,6 +17,7 @@ from finetune_assets.config.fingerprint import (
     fingerprint,
     identity,
     raw_fingerprint,
+    stack_fingerprint,
     tokenized_fingerprint,
 )
 from finetune_assets.config.loading import Experiment
@@ -249,6 +250,32 @@ class Lineage:
         """Of the experiment's adapter, or of another one."""
         fingerprint = self.evaluation_fingerprint(adapter or self.adapter())
         return self.store.resolve(EVALUATIONS, fingerprint, made_by="adapter_evaluation")
+
+    def stacked_from(self, base_model: ArtifactRef) -> dict[str, ArtifactRef]:
+        """The champions that the experiment's `stack` names, by their experiments, in its order.
+
+        Raises:
+            ArtifactMissing: if one of them has none yet.
+            StoreError: if one is of another base model.
+        """
+        assert self.experiment.config.stack is not None
+        found = {}
+        for name in self.experiment.config.stack.adapters:
+            adapter = Champions(self.store, name).champion()
+            if adapter is None:
+                raise ArtifactMissing(f"stack.adapters: experiment {name} has no champion yet; materialize its first")
+            manifest = self.store.manifest(adapter.kind, adapter.name)
+            theirs = manifest.made_from.get("cached_base_model") if manifest else None
+            if theirs != base_model.fingerprint:
+                raise StoreError(
+                    f"stack.adapters: the champion of {name} is of another base model than {self.experiment.name} "
+                    f"({str(theirs)[:12]}, not {base_model.fingerprint[:12]}); stack adapters of one base and revision"
+                )
+            found[name] = adapter
+        return found
+
+    def stack_fingerprint(self, parts: dict[str, ArtifactRef], base_model: ArtifactRef) -> str:
+        return stack_fingerprint(self.experiment, [ref.fingerprint for ref in parts.values()], base_model.fingerprint)
 
     def champion(self) -> ArtifactRef:
         """The adapter in service.

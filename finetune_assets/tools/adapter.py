@@ -1,4 +1,4 @@
-"""`finetune-adapter`: which adapters serve and served, promotion and roll-back by hand, and where an adapter is from."""
+"""`finetune-adapter`: which adapters serve and served, promotion and roll-back by hand, where an adapter is from."""
 
 import argparse
 import getpass

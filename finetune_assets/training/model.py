@@ -143,6 +143,19 @@ def _begun(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> Peft
         ) from e
 
 
+def with_adapter_of(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter of a folder on a base, to be computed with and not trained.
+
+    Raises:
+        ModelError: if it is not made for this base.
+    """
+    try:
+        return PeftModel.from_pretrained(base, folder).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
+        said = " ".join(str(e).split())
+        raise ModelError(f"adapter {folder.name} does not fit its base model: {said}") from e
+
+
 def _check_same_kind(found: PeftConfig, lora: Lora) -> None:
     settings = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
     for name, theirs in settings.items():

@@ -137,11 +137,10 @@ def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dic
         "dataset's fingerprint": _code(provenance.get("tokenized_dataset")),
         "raw data's fingerprint": _code(provenance.get("dolly_raw")),
         "this adapter's fingerprint": _code(provenance.get("fingerprint")),
+        "combined from": _combined(provenance.get("champions") or {}),
         "begun from": _code(provenance.get("warm_start")),
         "settings of one run alone": ", ".join(provenance.get("overrides") or []),
-        "rank, alpha, targets": f"{config.lora.rank}, {config.lora.alpha:g}, {config.lora.target_modules}",
-        "trainable parameters": f"{state['trainable_parameters']:,}",
-        "steps, tokens": f"{state['step']:,}, {state['tokens']:,}",
+        **(_trained(config, state) if state["step"] else {}),
         "held-out loss": _before_and_after(held_out) if held_out["after"] is not None else "",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
         "hardware": provenance["hardware"],
@@ -174,6 +173,18 @@ print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 `sha256sum --check SHA256SUMS` tells whether the files are those that were written, and `finetune-adapter verify`
 whether they are those of the store, and where they come from.
 """
+
+
+def _trained(config: ExperimentConfig, state: dict[str, Any]) -> dict[str, str]:
+    return {
+        "rank, alpha, targets": f"{config.lora.rank}, {config.lora.alpha:g}, {config.lora.target_modules}",
+        "trainable parameters": f"{state['trainable_parameters']:,}",
+        "steps, tokens": f"{state['step']:,}, {state['tokens']:,}",
+    }
+
+
+def _combined(champions: dict[str, str]) -> str:
+    return ", ".join(f"{name} `{fingerprint}`" for name, fingerprint in champions.items())
 
 
 def _code(value: str | None) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_a_champion_that_is_gone_is_told(store: ArtifactStore, adapter: Callable
     champions.promote(promoted(adapter(1)), after=0)
     champions.promote(promoted(adapter(2)), after=1)
     store.objects.delete([f"{store.prefix(ADAPTERS, adapter(2).name)}/manifest.json"])
-    with pytest.raises(ArtifactMissing, match="champion 2 of demo is no longer in the store.*roll back"):
+    with pytest.raises(ArtifactMissing, match=r"champion 2 of demo is no longer in the store.*roll back"):
         champions.champion()
     assert champions.roll_back("lost", "me").adapter == adapter(1).fingerprint
 
@@ -144,7 +145,7 @@ def test_of_eight_at_once_each_has_its_line(
     history = Champions(store, "demo").history()
     assert [record.number for record in history] == [*range(1, 9)]
     assert sorted(record.reason for record in history) == [f"reason {number}" for number in range(8)]
-    for before, record in zip(history, history[1:], strict=False):
+    for before, record in pairwise(history):
         assert record.before == before.adapter
 
 

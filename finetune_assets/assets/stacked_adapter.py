@@ -1,0 +1,97 @@
+"""Champions of several experiments combined into one adapter, measured and judged like any other."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from finetune_assets.assets.judging import GATE, decide, described, evaluate
+from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, overridden, result
+from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.automation.conditions import by_itself
+from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import STACKS, ArtifactRef
+from finetune_assets.store.lineage import Lineage
+
+
+@dg.asset(
+    group_name=GROUP,
+    kinds={"pytorch"},
+    partitions_def=experiments,
+    code_version="1",
+    dagster_type=ARTIFACT,
+    output_required=False,
+    deps=[dg.AssetDep("champion_adapter", partition_mapping=dg.AllPartitionMapping())],
+    check_specs=[
+        check_of_each(
+            "stacked_adapter", GATE, "The combined adapter serves: it beat the one before beyond noise.", blocking=False
+        )
+    ],
+    automation_condition=by_itself("tokenized_dataset", "cached_base_model", apart=["champion_adapter"]),
+)
+def stacked_adapter(
+    context: dg.AssetExecutionContext,
+    tokenized_dataset: ArtifactRef,
+    cached_base_model: ArtifactRef,
+    project: Project,
+    launcher: dg.ResourceParam[LocalLauncher],
+) -> Iterator[dg.MaterializeResult]:
+    """One adapter out of the champions that the experiment's group `stack` names; nothing where there is no such group.
+
+    The champions are those of the moment, of other partitions of `champion_adapter`.
+    """
+    from finetune_assets.evaluation.files import read_evaluation
+
+    with in_run(context, retried=True):
+        lineage = project.lineage(context.partition_key)
+        if lineage.experiment.config.stack is None:
+            context.log.info(f"nothing to do: experiment {lineage.experiment.name} has no group `stack`")
+            return
+        parts = lineage.stacked_from(cached_base_model)
+        fingerprint = lineage.stack_fingerprint(parts, cached_base_model)
+
+        def make() -> ArtifactRef:
+            spec = job(
+                project,
+                lineage.experiment,
+                module="finetune_assets.evaluation.stacking",
+                inputs={"base-model": cached_base_model, **_as_inputs(parts)},
+                kind=STACKS,
+                fingerprint=fingerprint,
+                made_from=_made_from(lineage, fingerprint, parts, cached_base_model),
+            )
+            return run_in_pipes(context, launcher, spec)
+
+        made = make_once(context, project, STACKS, fingerprint, make)
+        measured = evaluate(context, project, launcher, lineage, made.ref, tokenized_dataset, cached_base_model)
+        decision = decide(project, lineage, made.ref, measured.ref, by=f"run {context.run_id}")
+        context.log.info(decision.reason)
+        evaluation = read_evaluation(project.store().fetch(measured.ref))
+        yield result(
+            made,
+            [decision.checked],
+            overridden(lineage.experiment),
+            decision=decision.reason,
+            stacked_from=dg.MetadataValue.json({name: ref.fingerprint for name, ref in parts.items()}),
+            **described(evaluation),
+        )
+
+
+def _as_inputs(parts: dict[str, ArtifactRef]) -> dict[str, ArtifactRef]:
+    return {f"adapter-{place}": ref for place, ref in enumerate(parts.values())}
+
+
+def _made_from(
+    lineage: Lineage, fingerprint: str, parts: dict[str, ArtifactRef], base_model: ArtifactRef
+) -> dict[str, object]:
+    repo, _, revision = base_model.name.rpartition("/")
+    return {
+        "fingerprint": fingerprint,
+        "experiment": lineage.experiment.name,
+        "overrides": list(lineage.experiment.overrides),
+        "base_model": repo,
+        "revision": revision,
+        "cached_base_model": base_model.fingerprint,
+        "champions": {name: ref.fingerprint for name, ref in parts.items()},
+    }

@@ -1,0 +1,46 @@
+"""`python -m finetune_assets.evaluation.merging --config FILE --base-model DIR --adapter DIR --dataset DIR ...`.
+
+Merges an adapter into its base, and compares what comes out with base and adapter.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from finetune_assets.config.loading import load_resolved
+from finetune_assets.evaluation.contenders import Contender
+from finetune_assets.evaluation.merging.merge import compare, merged, positions, reference
+from finetune_assets.evaluation.rows import held_out
+from finetune_assets.training.distributed import joined
+from finetune_assets.training.reporting import reporter
+
+MERGE = "merge.json"
+"""How far the merged model is from base and adapter."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="finetune_assets.evaluation.merging", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="resolved configuration")
+    parser.add_argument("--made-from", type=Path, required=True, help="JSON file that names the inputs")
+    parser.add_argument("--base-model", type=Path, required=True, help="folder of the adapter's base model")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder of a tokenized dataset")
+    parser.add_argument("--output", type=Path, required=True, help="empty folder for the merged model")
+    args = parser.parse_args()
+
+    config = load_resolved(args.config)
+    config.wandb = None
+    assert config.merge is not None
+    contender = Contender.of_folder("adapter", args.base_model, args.adapter)
+    with joined() as process, reporter(process, config, experiment="", run_id="") as voice:
+        rows = held_out(args.dataset, "val", config.data)
+        places = positions(rows, config.merge.compared_rows)
+        voice.say(f"base and adapter: logits of {len(places)} held-out rows")
+        wanted = reference(contender, places, process.device)
+        voice.say(f"merging into the base as {config.merge.onto}, in {config.merge.dtype}")
+        merged(contender, config.merge, args.output)
+        found = compare(args.output, places, wanted, process.device)
+        voice.say(str(found))
+    told = {**found.to_dict(), "onto": config.merge.onto, "dtype": config.merge.dtype}
+    told["quantization"] = contender.config.model.quantization
+    (args.output / MERGE).write_text(json.dumps(told, indent=1), encoding="utf-8")
