@@ -15,7 +15,7 @@ from finetune_assets.config.fingerprint import (
     stack_fingerprint,
     tokenized_fingerprint,
 )
-from finetune_assets.config.loading import Experiment, experiment_names, load_experiment, load_raw_data_config
+from finetune_assets.config.loading import Experiment, experiment_files, load_experiment, load_raw_data_config
 from finetune_assets.resources import deployment
 from finetune_assets.store.champions import Champions
 
@@ -87,7 +87,7 @@ def settings_of(asset: str) -> dict[str, str]:
     salt = load_raw_data_config(configs, deployment.raw_data()).split_salt
     base = _stamp(configs / "base.yaml")
     found = {}
-    for name in experiment_names(configs):
+    for name in experiment_files(configs):  # a point of a sweep is never subscribed
         experiment = _loaded(configs, name, base, _stamp(configs / "experiments" / f"{name}.yaml"))
         if experiment and experiment.config.subscribed and (settings := SETTINGS[asset](experiment, salt)):
             found[name] = settings

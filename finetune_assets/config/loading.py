@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune_assets.config.errors import ConfigError, suggest
-from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig
+from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig, SweepConfig
+from finetune_assets.config.sweeps import Point, points, sweep_files
 from finetune_assets.config.validation import impossible_raw_settings, impossible_settings, impossible_store_settings
 
 OVERRIDE = "override"
@@ -48,8 +49,8 @@ class Layer:
     tree: DictConfig
 
 
-def experiment_names(configs: Path) -> list[str]:
-    """The names of all experiments, sorted; no file is opened, so a broken one takes no other down.
+def experiment_files(configs: Path) -> list[str]:
+    """The names of the experiments that have a file, sorted; none is opened, so a broken one takes no other down.
 
     A file whose name cannot be a partition key is passed over with a warning.
     """
@@ -60,6 +61,33 @@ def experiment_names(configs: Path) -> list[str]:
         elif path.suffix in (".yaml", ".yml"):
             logger.warning("%s is no experiment: name it with letters, digits, '.', '_', '-', ending in .yaml", path)
     return names
+
+
+def experiment_names(configs: Path) -> list[str]:
+    """The names of all experiments: those that have a file, and the points of sweeps.
+
+    A sweep that cannot be read is passed over with an error in the log, and takes nothing else down.
+    """
+    names = experiment_files(configs)
+    for path in sweep_files(configs):
+        try:
+            names += [point.name for point in load_sweep(configs, path.stem) if point.name not in names]
+        except ConfigError as e:
+            logger.error("sweep %s has no experiments: %s", path.stem, e)
+    return sorted(names)
+
+
+def load_sweep(configs: Path, name: str) -> list[Point]:
+    """The points of a sweep.
+
+    Raises:
+        ConfigError: naming the file, the setting, and what would be valid.
+    """
+    path = configs / "sweeps" / f"{name}.yaml"
+    if not path.is_file() or not EXPERIMENT_NAME.fullmatch(name):
+        there = [file.stem for file in sweep_files(configs)]
+        raise ConfigError(str(path.parent), "", f"no sweep '{name}' here; {suggest(name, there)}")
+    return points(name, _merge(SweepConfig, [_read_layer(path)], path), path)
 
 
 def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -73,16 +101,44 @@ def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: naming the file (or the override), the setting, its value, and what would be valid.
     """
-    path = configs / "experiments" / f"{name}.yaml"
+    point = None if _file_of(configs, name).is_file() else _point(configs, name)
+    path = _file_of(configs, point.experiment if point else name)
     if not path.is_file():
-        raise ConfigError(
-            str(path.parent), "", f"no experiment '{name}' here; {suggest(name, experiment_names(configs))}"
-        )
-    layers = [_read_layer(configs / "base.yaml"), _read_layer(path), *map(_override_layer, overrides)]
+        known = experiment_files(configs) if point else experiment_names(configs)
+        wanted = point.experiment if point else name
+        raise ConfigError(str(path.parent), "", f"no experiment '{wanted}' here; {suggest(wanted, known)}")
+    layers = [_read_layer(configs / "base.yaml"), _read_layer(path)]
+    layers += [_point_layer(configs, point)] if point else []
+    layers += map(_override_layer, overrides)
     config = _merge(ExperimentConfig, layers, path)
     for key, problem in impossible_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
-    return Experiment(name, config, tuple(overrides))
+    if point:
+        config.subscribed = False
+    return Experiment(name, config, tuple(overrides), point.sweep if point else None)
+
+
+def _file_of(configs: Path, name: str) -> Path:
+    return configs / "experiments" / f"{name}.yaml"
+
+
+def _point(configs: Path, name: str) -> Point | None:
+    """The point of a sweep that a name stands for, if there is one."""
+    for path in sweep_files(configs):
+        if name.startswith(f"{path.stem}."):
+            found = next((point for point in load_sweep(configs, path.stem) if point.name == name), None)
+            if found:
+                return found
+    return None
+
+
+def _point_layer(configs: Path, point: Point) -> Layer:
+    where = str(configs / "sweeps" / f"{point.sweep}.yaml")
+    tree = OmegaConf.create({})
+    for setting, value in point.settings.items():
+        OmegaConf.update(tree, setting, value, merge=False)
+    _refuse_interpolation(OmegaConf.to_container(tree), where)
+    return Layer(where, tree)
 
 
 def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataConfig:

@@ -257,7 +257,7 @@ class Merge:
 
 @dataclass
 class Stack:
-    """Champions of other experiments over one base, combined into one adapter (`stacked_adapter`) in place of training."""
+    """Champions of other experiments over one base, combined into one (`stacked_adapter`) in place of training."""
 
     adapters: dict[str, float] = field(default_factory=dict)
     """The experiments whose champions are combined, with their weights, such as `{questions: 0.5, summaries: 0.5}`."""
@@ -326,6 +326,22 @@ class ExperimentConfig:
     """Champions of other experiments to combine, in place of training."""
     wandb: Wandb | None = field(default=None, metadata=NOT_IDENTITY)
     """Weights & Biases, or `null`."""
+
+
+@dataclass
+class SweepConfig:
+    """A sweep: a file in `configs/sweeps/` that stands for many experiments. None of them trains by itself."""
+
+    experiment: str = MISSING
+    """The experiment whose settings every point begins with."""
+    description: str = ""
+    """What is looked for."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Dotted settings and the values that each takes, such as `lora.rank: [4, 8, 16]`; every combination is a point."""
+    sample: int | None = None
+    """Take so many points of the grid, drawn with `seed`; `null` takes all."""
+    seed: int = 0
+    """Seed of the draw."""
 
 
 @dataclass

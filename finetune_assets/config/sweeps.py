@@ -1,0 +1,87 @@
+"""Sweeps: one file that stands for many experiments, which differ in what its grid says.
+
+A point's name is its partition: the sweep's, and of each setting the last word and the value, or where that cannot be
+part of a name, its place in the grid.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.config.errors import ConfigError
+from finetune_assets.config.schema import SweepConfig
+
+MOST_POINTS = 1_000
+PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One experiment of a sweep.
+
+    Attributes:
+        name: Its partition.
+        sweep: Name of its sweep.
+        experiment: Whose settings it begins with.
+        settings: What it changes of them, by dotted path.
+    """
+
+    name: str
+    sweep: str
+    experiment: str
+    settings: dict[str, Any]
+
+
+def points(sweep: str, config: SweepConfig, path: Path) -> list[Point]:
+    """The points of a grid, all or a seeded sample, in the grid's order.
+
+    Raises:
+        ConfigError: if the grid is empty, a setting has no list of values, or there are too many points.
+    """
+    if not config.grid:
+        raise ConfigError(str(path), "grid", "names no setting; give one its values, such as `lora.rank: [4, 8, 16]`")
+    for setting, values in config.grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(str(path), f"grid.{setting}", f"{values!r} must be a list of values")
+    choices = [[*enumerate(values)] for values in config.grid.values()]
+    count = 1
+    for values in choices:
+        count *= len(values)
+    wanted = min(config.sample or count, count)
+    if wanted > MOST_POINTS:
+        raise ConfigError(str(path), "grid", f"{wanted} points are more than {MOST_POINTS}; set `sample` to draw some")
+    chosen = sorted(random.Random(config.seed).sample(range(count), wanted)) if wanted < count else range(count)
+    found = []
+    for place in chosen:
+        values = _nth(choices, place)
+        parts = [_part(setting, *value) for setting, value in zip(config.grid, values, strict=True)]
+        settings = dict(zip(config.grid, (value for _, value in values), strict=True))
+        found.append(Point(".".join([sweep, *parts]), sweep, config.experiment, settings))
+    names = [point.name for point in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(str(path), "grid", f"two points would be named {twice}; a value is given twice")
+    return found
+
+
+def _nth(choices: list[list[tuple[int, Any]]], place: int) -> list[tuple[int, Any]]:
+    """The combination of that number, the last setting changing fastest, without making those before it."""
+    found = []
+    for values in reversed(choices):
+        place, at = divmod(place, len(values))
+        found.append(values[at])
+    return found[::-1]
+
+
+def _part(setting: str, place: int, value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    plain = isinstance(value, str | int | float) and PLAIN.fullmatch(text) and "..." not in text
+    return f"{setting.rpartition('.')[2]}-{text if plain else place}"
+
+
+def sweep_files(configs: Path) -> Iterator[Path]:
+    """The sweeps' files, by name."""
+    folder = configs / "sweeps"
+    return (path for path in sorted(folder.iterdir() if folder.is_dir() else []) if path.suffix == ".yaml")
