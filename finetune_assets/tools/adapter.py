@@ -44,6 +44,9 @@ def _commands() -> Commands:
     fetch = commands.add("fetch", fetch_champion, "copy the champion's files, verified, into a new folder")
     fetch.add_argument("experiment", help=experiment)
     fetch.add_argument("folder", type=Path, help="must not exist, or be empty")
+    sizes = commands.add("updates", show_updates, "how large the update of each module is, and the rank that it needs")
+    sizes.add_argument("adapter", help=f"an experiment, whose champion is taken; a folder; or {NAMED}")
+    sizes.add_argument("--plot", type=Path, help="also draw it, as .png or .svg")
     check = commands.add("verify", verify, "compare an adapter's folder with the store, and tell where it is from")
     check.add_argument("folder", type=Path, help="of an adapter, wherever it was copied to")
     return commands
@@ -107,6 +110,34 @@ def fetch_champion(store: ArtifactStore, args: argparse.Namespace) -> bool:
     copy_out(store, adapter, args.folder)
     out.print(f"champion {adapter.fingerprint[:SHORT]} of {args.experiment} lies in {args.folder}")
     return True
+
+
+def show_updates(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    from finetune_assets.evaluation.updates import ENERGY, draw, suggested, updates
+
+    found = updates(folder_of(store, args.adapter))
+    table = new_table("module", "rank", "norm", "effective rank", f"{ENERGY:.0%} of it in")
+    for update in found:
+        numbers = (f"{update.norm:.3g}", f"{update.effective_rank:.1f}", str(update.enough))
+        table.add_row(update.module, str(update.rank), *numbers)
+    out.print(table)
+    usual, pattern = suggested(found)
+    out.print(f"Ranks that keep {ENERGY:.0%} of each update's squared norm, as settings of an experiment:\n")
+    out.print("lora:\n  rank: " + str(usual) + ("\n  rank_pattern:" if pattern else ""))
+    for module, rank in pattern.items():
+        out.print(f"    {module}: {rank}")
+    if args.plot:
+        draw(found, f"Updates of {args.adapter}", args.plot)
+        out.print(f"\ndrawn in {args.plot}")
+    return True
+
+
+def folder_of(store: ArtifactStore, name: str) -> Path:
+    """The files of an adapter that is named by a folder, by its experiment, or by its fingerprint."""
+    if (Path(name) / "adapter_config.json").is_file():
+        return Path(name)
+    champion = Champions(store, name).champion() if "/" not in name else None
+    return store.fetch(champion or _adapter(store, name))
 
 
 def verify(store: ArtifactStore, args: argparse.Namespace) -> bool:
