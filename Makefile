@@ -6,7 +6,7 @@ JOBS ?= 2
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test soak lint ui bench docs clean
+.PHONY: demo test soak lint ui chat bench docs clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/python -m finetune_assets.demo
@@ -26,6 +26,9 @@ lint: $(VENV)/installed  ## style, import rules, types, definitions
 
 ui: $(VENV)/installed  ## Dagster's UI and daemon on http://127.0.0.1:3000
 	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p 3000
+
+chat: $(VENV)/installed  ## talk to an experiment's base, champion and challenger: make chat EXPERIMENT=demo
+	@$(BIN)/python -m finetune_assets.tools.chat $(or $(EXPERIMENT),demo) $(ARGS)
 
 bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.startup

@@ -85,7 +85,7 @@ class Seats:
             yield model
         finally:
             # What an adapter changes beside its own layers stays in the base, which is then read anew
-            self._base = None if _leaves_traces(contender.adapter) else model.unload()
+            self._base = None if leaves_traces(contender.adapter) else model.unload()
 
     def _base_for(self, contender: Contender) -> PreTrainedModel:
         if self._base is None or self._taken != contender.seat:
@@ -97,7 +97,8 @@ class Seats:
         return self._base.eval()
 
 
-def _leaves_traces(adapter: Path) -> bool:
+def leaves_traces(adapter: Path) -> bool:
+    """Whether an adapter changes more of its base than its own layers, so that it cannot be taken off again."""
     config = PeftConfig.from_pretrained(str(adapter))
     return bool(
         getattr(config, "bias", "none") != "none"

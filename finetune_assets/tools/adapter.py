@@ -12,13 +12,14 @@ from pathlib import Path
 from rich.tree import Tree
 
 from finetune_assets.hashing import sha256
-from finetune_assets.store.artifacts import ADAPTERS, STACKS, ArtifactRef, ArtifactStore
+from finetune_assets.store.artifacts import ADAPTERS, EVALUATIONS, STACKS, ArtifactRef, ArtifactStore
 from finetune_assets.store.care import Artifact, Inventory, inventory
 from finetune_assets.store.champions import CHAMPIONS, Champions, Record
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.terminal import NAMED, SHORT, Commands, ancestors, copy_out, label, new_table, one, out, when
+from finetune_assets.sums import SUMS
 
-PROVENANCE, README, SUMS = "provenance.json", "README.md", "SHA256SUMS"
+PROVENANCE, README = "provenance.json", "README.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,6 +45,12 @@ def _commands() -> Commands:
     fetch = commands.add("fetch", fetch_champion, "copy the champion's files, verified, into a new folder")
     fetch.add_argument("experiment", help=experiment)
     fetch.add_argument("folder", type=Path, help="must not exist, or be empty")
+    publishing = commands.add("publish", publish, "upload the champion to the Hub, what was measured in its card")
+    publishing.add_argument("experiment", help=experiment)
+    publishing.add_argument(
+        "repo", metavar="OWNER/NAME", help="made if it is not there; HF_TOKEN must be able to write"
+    )
+    publishing.add_argument("--private", action="store_true", help="for its owner alone")
     sizes = commands.add("updates", show_updates, "how large the update of each module is, and the rank that it needs")
     sizes.add_argument("adapter", help=f"an experiment, whose champion is taken; a folder; or {NAMED}")
     sizes.add_argument("--plot", type=Path, help="also draw it, as .png or .svg")
@@ -109,6 +116,22 @@ def fetch_champion(store: ArtifactStore, args: argparse.Namespace) -> bool:
         raise ArtifactMissing(f"{args.experiment} has no champion yet")
     copy_out(store, adapter, args.folder)
     out.print(f"champion {adapter.fingerprint[:SHORT]} of {args.experiment} lies in {args.folder}")
+    return True
+
+
+def publish(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    from finetune_assets.tools import publishing
+
+    champions = Champions(store, args.experiment)
+    record = champions.current()
+    if record is None:
+        raise ArtifactMissing(f"{args.experiment} has no champion yet")
+    measured = store.find(EVALUATIONS, record.evaluation) if record.evaluation else None
+    evaluation = json.loads((store.fetch(measured) / "evaluation.json").read_text("utf-8")) if measured else None
+    with store.cache.workspace("publish") as folder:
+        adapter = store.fetch(champions.adapter(record))
+        address = publishing.publish(adapter, evaluation, args.repo, args.private, folder)
+    out.print(f"champion {record.number} of {args.experiment}, {record.adapter[:SHORT]}: {address}")
     return True
 
 

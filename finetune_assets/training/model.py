@@ -143,14 +143,14 @@ def _begun(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> Peft
         ) from e
 
 
-def with_adapter_of(base: PreTrainedModel, folder: Path) -> PeftModel:
+def with_adapter_of(base: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """Put the adapter of a folder on a base, to be computed with and not trained.
 
     Raises:
         ModelError: if it is not made for this base.
     """
     try:
-        return PeftModel.from_pretrained(base, folder).eval()
+        return PeftModel.from_pretrained(base, folder, adapter_name=name).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
         said = " ".join(str(e).split())
         raise ModelError(f"adapter {folder.name} does not fit its base model: {said}") from e

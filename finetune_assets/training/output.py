@@ -12,11 +12,11 @@ from peft import PeftConfig, PeftModel
 
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.hashing import sha256
+from finetune_assets.sums import write_sums
 from finetune_assets.training.embeddings import experiment_tokenizer
 
 TRAINER_STATE, PROVENANCE, CONFIG = "trainer_state.json", "provenance.json", "config.yaml"
-README, SUMS = "README.md", "SHA256SUMS"
+README = "README.md"
 UTILISATION = "gpu_utilisation.csv"
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
@@ -55,13 +55,6 @@ def save(
     _write_json(output / PROVENANCE, provenance)
     (output / README).write_text(_model_card(config, provenance, state, rows), encoding="utf-8")
     write_sums(output)
-
-
-def write_sums(folder: Path) -> None:
-    """Say what each file of a folder is, as `sha256sum --check SHA256SUMS` reads it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
-    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def _name_base(output: Path, made_from: dict[str, Any]) -> None:
