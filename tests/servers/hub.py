@@ -1,8 +1,10 @@
-"""A Hugging Face Hub for one test: the part of its protocol that `huggingface_hub` and `datasets` use to download.
+"""A Hugging Face Hub for one test: the part of its protocol that `huggingface_hub` and `datasets` use to download, and
+what the former uses to upload a model.
 
 It can be as unkind as the real one: gated, throttled, failing, cutting connections, serving what was damaged.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -55,6 +57,8 @@ class Hub:
     cut_after: int | None = None
     damaged: Counter[str] = field(default_factory=Counter)
     url: str = ""
+    large: dict[str, bytes] = field(default_factory=dict)
+    """Large files that were uploaded and not committed yet, by sha256."""
 
     def add(self, name: str, files: dict[str, bytes], gated: bool = False, branch: str = "main") -> str:
         """Add a commit to a branch of a repository, making it first if need be; returns the commit."""
@@ -100,6 +104,10 @@ PATH = re.compile(
 )
 
 
+UPLOADS = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/(?P<what>preupload|commit)/(?P<branch>[^/]+)")
+BATCH = re.compile(r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+
+
 class _Handler(BaseHTTPRequestHandler):
     served: Hub
     protocol_version = "HTTP/1.1"
@@ -109,6 +117,72 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
+
+    def do_POST(self) -> None:
+        path, sent = unquote(self.path.split("?")[0]), self._sent()
+        self.served.requests.append(f"POST {path}")
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._refuse(401, None, True)
+        if path == "/api/repos/create":
+            asked = json.loads(sent)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if name in self.served.repos:
+                return self._refuse(409, None, True)
+            self.served.repos[name] = Repo({"0" * 40: {}}, {"main": "0" * 40}, asked.get("private", False))
+            return self._send_json({"url": f"{self.served.url}/{name}", "name": name}, True)
+        if path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []}, True)
+        if match := BATCH.fullmatch(path):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.served.url}/lfs/{o['oid']}"}}}
+                for o in json.loads(sent)["objects"]
+            ]
+            return self._send_json({"transfer": "basic", "objects": objects}, True)
+        match = UPLOADS.fullmatch(path)
+        if match is None or match["name"] not in self.served.repos:
+            return self._refuse(404, "RepoNotFound", True)
+        if match["what"] == "preupload":
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["size"] >= LARGE else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(sent)["files"]
+            ]
+            return self._send_json({"files": files}, True)
+        return self._commit(match["name"], match["branch"], [json.loads(line) for line in sent.splitlines()])
+
+    def do_PUT(self) -> None:
+        oid, sent = self.path.rpartition("/")[2], self._sent()
+        self.served.requests.append(f"PUT {self.path}")
+        if _sha256(sent) != oid:
+            return self._refuse(400, None, True)
+        self.served.large[oid] = sent
+        return self._send(200, b"", {}, True)
+
+    def _sent(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def _commit(self, name: str, branch: str, lines: list[dict[str, Any]]) -> None:
+        repo = self.served.repos[name]
+        files = dict(repo.commits[repo.branches[branch]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.served.large[value["oid"]]
+        commit = self.served.add(name, files, repo.gated, branch)
+        address = f"{self.served.url}/{name}/commit/{commit}"
+        return self._send_json({"success": True, "commitOid": commit, "commitUrl": address, "hookOutput": ""}, True)
 
     def log_message(self, *args: Any) -> None:
         """Quiet."""

@@ -1,0 +1,159 @@
+"""Base, champion and challenger on the same rows: losses that are the model's own, each model read once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from raw import ingest
+from training.conftest import ALONE
+from transformers import AutoModelForCausalLM
+
+from finetune_assets.data.sources import SAMPLE
+from finetune_assets.data.texts import PACKAGED as TEXTS
+from finetune_assets.data.texts import read_texts
+from finetune_assets.evaluation.compare import Comparison
+from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, Seats
+from finetune_assets.evaluation.losses import RowLosses
+from finetune_assets.evaluation.rows import held_out
+from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.training.batches import Examples
+from finetune_assets.training.recipe import LoraFinetune
+
+FOLDER = PACKAGED["demo-base"]
+Finetune = Callable[..., LoraFinetune]
+
+
+@pytest.fixture
+def trained(finetune: Finetune) -> Callable[..., LoraFinetune]:
+    """Trains, and returns the run with its output folder written."""
+
+    def train(name: str, *overrides: str) -> LoraFinetune:
+        run = finetune(*overrides, name=name)
+        run.run()
+        return run
+
+    return train
+
+
+def comparison(run: LoraFinetune, raw: Path | None = None, **settings: object) -> Comparison:
+    for name, value in settings.items():
+        setattr(run.config.evaluation, name, value)
+    texts = read_texts(TEXTS["demo-prose"])
+    return Comparison(run.config, run.job.dataset, "val", texts, raw, print)
+
+
+def base_and(run: LoraFinetune, champion: LoraFinetune | None = None) -> list[Contender]:
+    found = [Contender(BASE, FOLDER, run.config), Contender(CHALLENGER, FOLDER, run.config, run.job.output)]
+    return found + ([Contender.of_folder(CHAMPION, FOLDER, champion.job.output)] if champion else [])
+
+
+@torch.inference_mode()
+def losses_alone(model: torch.nn.Module, rows: Examples) -> np.ndarray:  # type: ignore[type-arg]
+    """Each row by itself through transformers' own forward pass."""
+    found = []
+    for row in range(len(rows)):
+        ids, labels = (torch.tensor(part.tolist()) for part in rows.tokens(row))
+        logits = model(input_ids=ids[None]).logits[0, :-1].float()
+        found.append(F.cross_entropy(logits, labels[1:].long(), reduction="sum", ignore_index=-100).item())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_losses_are_those_of_each_row_alone(trained: Callable[..., LoraFinetune], attention: str) -> None:
+    run = trained("a", f"model.attention={attention}", "data.tokenization.packing=false")
+    rows = held_out(run.job.dataset, "val", run.config.data).examples
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    wanted = losses_alone(model, rows)
+    assert RowLosses(model, run.config, ALONE.device).of(rows) == pytest.approx(wanted, rel=1e-4)
+    assert model.config._attn_implementation == "sdpa", "as it was, so that it can generate"
+    adapted = PeftModel.from_pretrained(model, run.job.output).eval()
+    wanted = losses_alone(adapted, rows)
+    assert RowLosses(adapted, run.config, ALONE.device).of(rows) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_mean_of_the_rows_is_the_trainings_held_out_loss(trained: Callable[..., LoraFinetune]) -> None:
+    run = trained("a")
+    compared = comparison(run, generated_rows=0, general_tokens=0)
+    compared.run(base_and(run), ALONE.device)
+    found = compared.result()["contenders"]
+    assert found[BASE]["loss"] == pytest.approx(run.log.held_out_loss["before"], rel=1e-4)
+    assert found[CHALLENGER]["loss"] == pytest.approx(run.log.held_out_loss["after"], rel=1e-4)
+
+
+def test_each_model_is_read_once(trained: Callable[..., LoraFinetune]) -> None:
+    new, old = trained("new"), trained("old", "training.max_steps=1")
+    compared = comparison(new, generated_rows=4, samples=2, prompts=["Where does Kelm lie?"])
+    read = compared.run(base_and(new, old), ALONE.device).read
+    assert read == [FOLDER, new.job.output, old.job.output]
+    found = compared.result()
+    assert found["contenders"].keys() == {BASE, CHALLENGER, CHAMPION}
+    for metrics in found["contenders"].values():
+        assert metrics.keys() == {"loss", "perplexity", "general_loss", "exact_match", "rouge_l"}
+    assert [sample["prompt"] for sample in found["samples"]][-1] == "Where does Kelm lie?"
+    assert all(isinstance(sample[who], str) for sample in found["samples"] for who in found["contenders"])
+    assert sum(row["rows"] for row in found["categories"]) == found["rows"] == found["comparable_rows"]
+    assert {*compared.table()} == {"row", "category", "tokens", "comparable", BASE, CHALLENGER, CHAMPION}
+    assert found["contenders"][CHALLENGER]["loss"] != found["contenders"][CHAMPION]["loss"]
+
+
+@pytest.mark.parametrize("setting", ["lora.bias=all", "lora.modules_to_save=[lm_head]"])
+def test_what_an_adapter_changes_beside_itself_does_not_reach_another(
+    trained: Callable[..., LoraFinetune], setting: str
+) -> None:
+    new, old = trained("new", setting, "model.attention=sdpa"), trained("old")
+    rows = held_out(new.job.dataset, "val", new.config.data).examples
+    seats = Seats(ALONE.device)
+    base, first, second = (
+        Contender(BASE, FOLDER, old.config),
+        Contender(CHALLENGER, FOLDER, new.config, new.job.output),
+        Contender(CHAMPION, FOLDER, old.config, old.job.output),
+    )
+
+    def measured(contender: Contender) -> np.ndarray:  # type: ignore[type-arg]
+        with seats.seated(contender) as model:
+            return RowLosses(model, contender.config, ALONE.device).of(rows)
+
+    before, alone = measured(base), measured(second)
+    measured(first)
+    assert np.array_equal(measured(second), alone)
+    assert np.array_equal(measured(base), before)
+
+
+def test_a_champion_with_another_prompt_is_asked_in_its_own(
+    trained: Callable[..., LoraFinetune], tmp_path: Path
+) -> None:
+    new, old = trained("new"), trained("old", "training.max_steps=2")
+    saved = old.job.output / "config.yaml"
+    saved.write_text(saved.read_text().replace("### Instruction:", "### Q:"))
+    compared = comparison(new, raw=ingest(tmp_path / "raw", SAMPLE).parent, generated_rows=3)
+    compared.run(base_and(new, old), ALONE.device)
+    asked = compared.measured[CHAMPION].asked
+    assert all(prompt.startswith("### Q:") for prompt in asked)
+    assert all(prompt.startswith("### Instruction:") for prompt in compared.measured[CHALLENGER].asked)
+    assert compared.measured[CHAMPION].expected == compared.measured[CHALLENGER].expected, "the same rows"
+    assert compared.result()["comparable_rows"] == len(compared.tokens), "none is cut"
+    assert not np.allclose(compared.measured[CHAMPION].losses, compared.measured[CHALLENGER].losses)
+
+
+def test_an_experiment_that_learns_prompts_is_measured_by_answers(
+    trained: Callable[..., LoraFinetune],
+) -> None:
+    run = trained("a", "data.tokenization.train_on_inputs=true")
+    rows = held_out(run.job.dataset, "val", run.config.data)
+    assert [sum(label != -100 for label in row) for row in rows.examples.labels.to_pylist()] == [
+        len(answer) for answer in rows.answers
+    ]
+
+
+def test_time_that_is_up_ends_generation_for_all_alike(trained: Callable[..., LoraFinetune]) -> None:
+    run = trained("a")
+    compared = comparison(run, generated_rows=4, max_generation_seconds=1e-9, general_tokens=0)
+    compared.run(base_and(run), ALONE.device)
+    found = compared.result()
+    assert found["generated_rows"] == 0
+    assert "exact_match" not in found["contenders"][CHALLENGER]
+    assert found["contenders"][CHALLENGER]["loss"] > 0

@@ -1,0 +1,45 @@
+"""An adapter that serves, in a project of its own."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from projects import TestProject
+from training.conftest import dataset, finetune
+
+from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
+from finetune_assets.store.champions import Champions
+from finetune_assets.training.recipe import LoraFinetune
+
+__all__ = ["dataset", "finetune"]
+
+
+@pytest.fixture
+def publish(project: TestProject, finetune: Callable[..., LoraFinetune]) -> Callable[..., ArtifactRef]:
+    """Trains an adapter and publishes it."""
+
+    def make(name: str, *overrides: str) -> ArtifactRef:
+        run = finetune(*overrides, name=name)
+        fingerprint = name.encode().hex().ljust(64, "0")
+        run.job.made_from.update(fingerprint=fingerprint, base_model="owner/base", revision="c" * 40)
+        run.run()
+        return project.store.publish(run.job.output, ADAPTERS, fingerprint, fingerprint, dict(run.job.made_from))
+
+    return make
+
+
+@pytest.fixture
+def champion(project: TestProject, publish: Callable[..., ArtifactRef]) -> ArtifactRef:
+    adapter = publish("a")
+    Champions(project.store, "demo").promote_by_hand(adapter, "the first", "tests")
+    return adapter
+
+
+def offline_home(path: Path) -> dict[str, str]:
+    return {**os.environ, "HOME": str(path)}
+
+
+def read(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text())

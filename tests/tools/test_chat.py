@@ -1,0 +1,73 @@
+"""A talk in the terminal with base, champion and challenger."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from projects import TestProject
+
+from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender
+from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.tools.chat import Conversation, run
+from finetune_assets.training.recipe import LoraFinetune
+
+FOLDER = PACKAGED["demo-base"]
+
+
+@pytest.fixture
+def talk(finetune: Callable[..., LoraFinetune]) -> Conversation:
+    runs = [finetune(f"training.seed={seed}", "training.learning_rate=0.02", name=f"{seed}") for seed in (1, 2)]
+    for one in runs:
+        one.run()
+    names = (CHAMPION, CHALLENGER)
+    seats = [Contender.of_folder(name, FOLDER, one.job.output) for name, one in zip(names, runs, strict=True)]
+    return Conversation([Contender(BASE, FOLDER, runs[0].config), *seats], max_new_tokens=6)
+
+
+def test_each_answers_as_it_does_alone(talk: Conversation) -> None:
+    question = "Which river runs through Kelm?"
+    together = {name: talk.answer(name, question) for name in (CHAMPION, BASE, CHALLENGER, BASE, CHAMPION)}
+    assert len(talk.seats) == 1, "one base model for all"
+    for contender in talk.contenders:
+        alone = Conversation([contender], max_new_tokens=6)
+        assert alone.answer(contender.name, question) == together[contender.name]
+    assert len({*together.values()}) == 3
+
+
+def test_commands(talk: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "/help",
+        "",
+        "Where does Kelm lie?",
+        "/base",
+        "Where?",
+        "/all",
+        "Who?",
+        "/nobody",
+        "/new",
+        "/quit",
+        "never",
+    ]
+    run(talk, iter(lines))
+    said = capsys.readouterr().out
+    assert "/all" in said.partition("\n\n")[0]
+    assert talk.who == "all"
+    for told in (
+        "(base answers from here on)",
+        "[base]",
+        "[champion]",
+        "[challenger]",
+        "/nobody is not known",
+        "forgotten",
+    ):
+        assert told in said
+    assert talk.said == {}
+
+
+def test_an_experiment_without_an_adapter_is_told(project: TestProject, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "finetune_assets.tools.chat", "demo"]
+    ended = subprocess.run(command, input="hello\n", capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == "chat: demo has no adapter yet: materialize lora_adapter first"
