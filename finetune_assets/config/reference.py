@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 from finetune_assets.config.loading import group_of
-from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig
+from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig, SweepConfig
 
 TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Every setting
@@ -32,9 +32,10 @@ dagster asset materialize --select '*' --partition demo -m finetune_assets.defin
 def reference() -> str:
     """The whole page in Markdown."""
     experiment = _tables(ExperimentConfig, "", "An experiment (`configs/experiments/NAME.yaml`)")
+    sweep = _tables(SweepConfig, "", "A sweep (`configs/sweeps/NAME.yaml`)")
     raw = _tables(RawDataConfig, "", "Raw data (`configs/raw_data.yaml`)")
     store = _tables(StoreConfig, "", "The store (`configs/store.yaml`)")
-    return "\n".join([HEAD, *experiment, *raw, *store])
+    return "\n".join([HEAD, *experiment, *sweep, *raw, *store])
 
 
 def _tables(schema: type, path: str, title: str) -> Iterator[str]:

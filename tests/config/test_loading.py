@@ -9,6 +9,7 @@ from paths import ROOT
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import (
     dump,
+    experiment_files,
     experiment_names,
     load_experiment,
     load_raw_data_config,
@@ -23,7 +24,7 @@ def configs(tmp_path: Path) -> Path:
     return Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
 
 
-@pytest.mark.parametrize("name", experiment_names(CONFIGS))
+@pytest.mark.parametrize("name", experiment_files(CONFIGS))
 def test_shipped_experiment_loads_and_says_how_to_run_it(name: str) -> None:
     experiment = load_experiment(CONFIGS, name)
     head = (CONFIGS / "experiments" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -33,7 +34,7 @@ def test_shipped_experiment_loads_and_says_how_to_run_it(name: str) -> None:
 
 
 def test_the_shipped_experiments() -> None:
-    assert experiment_names(CONFIGS) == [
+    assert experiment_files(CONFIGS) == [
         "demo",
         "llama-3.1-8b-dolly-lora",
         "llama-3.1-8b-dolly-qlora",

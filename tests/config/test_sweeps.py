@@ -33,8 +33,12 @@ def test_a_grid_is_every_combination(configs: Path) -> None:
 
 
 def test_values_that_are_no_names_are_numbered(configs: Path) -> None:
-    grid = "lora.target_modules: [all-linear, [q_proj, v_proj]]\n  training.learning_rate: [1.0e-4]\n  lora.use_dora: [true]"
-    write(configs, "targets", f"experiment: demo\ngrid:\n  {grid}\n")
+    grid = [
+        "lora.target_modules: [all-linear, [q_proj, v_proj]]",
+        "training.learning_rate: [1.0e-4]",
+        "lora.use_dora: [true]",
+    ]
+    write(configs, "targets", "experiment: demo\ngrid:\n  " + "\n  ".join(grid))
     names = [point.name for point in load_sweep(configs, "targets")]
     assert names == [
         f"targets.target_modules-{target}.learning_rate-0.0001.use_dora-true" for target in ("all-linear", "1")

@@ -69,5 +69,5 @@ def test_each_method_gives_an_adapter_that_computes(two: Callable[..., list[Lora
 
 
 def test_ranks_that_do_not_go_together_are_told(two: Callable[..., list[LoraFinetune]]) -> None:
-    with pytest.raises(ModelError, match=r"stack.method: linear cannot combine one, two: .*rank"):
+    with pytest.raises(ModelError, match=r"stack.method: linear cannot combine one, two: .*the same r value"):
         combined(two("lora.rank=8"), Stack({"one": 0.5, "two": 0.5}, "linear"))

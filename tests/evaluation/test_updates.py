@@ -39,7 +39,7 @@ def test_effective_rank_counts_directions(tmp_path: Path) -> None:
     rows = torch.linalg.qr(torch.randn(30, 4, generator=torch.manual_seed(1)))[0].t().contiguous()
     sizes = {"equal": [1, 1, 1, 1], "one": [1, 0, 0, 0], "none": [0, 0, 0, 0], "falling": [3, 1, 0.1, 0.1]}
     pairs = {
-        f"{layer}.mlp.up_proj": (rows, (ways * torch.tensor(size)).contiguous())
+        f"{layer}.mlp.up_proj": (rows.clone(), (ways * torch.tensor(size)).contiguous())
         for layer, size in enumerate(sizes.values())
     }
     equal, one, none, falling = updates(adapter(tmp_path / "a", pairs))

@@ -18,7 +18,9 @@ FOLDER = PACKAGED["demo-base"]
 
 @pytest.fixture
 def talk(finetune: Callable[..., LoraFinetune]) -> Conversation:
-    runs = [finetune(f"training.seed={seed}", "training.learning_rate=0.02", name=f"{seed}") for seed in (1, 2)]
+    runs = [
+        finetune(f"training.max_steps={steps}", "training.learning_rate=0.02", name=f"{steps}") for steps in (3, 12)
+    ]
     for one in runs:
         one.run()
     names = (CHAMPION, CHALLENGER)
@@ -37,19 +39,7 @@ def test_each_answers_as_it_does_alone(talk: Conversation) -> None:
 
 
 def test_commands(talk: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [
-        "/help",
-        "",
-        "Where does Kelm lie?",
-        "/base",
-        "Where?",
-        "/all",
-        "Who?",
-        "/nobody",
-        "/new",
-        "/quit",
-        "never",
-    ]
+    lines = ["/help", "", "Where does Kelm lie?", "/base", "Where?", "/all", "Who?", "/nobody", "/new", "/quit", "no"]
     run(talk, iter(lines))
     said = capsys.readouterr().out
     assert "/all" in said.partition("\n\n")[0]
