@@ -39,10 +39,17 @@ def test_the_graph() -> None:
         "tokenized_dataset": {"dolly_raw", "cached_base_model"},
         "lora_adapter": {"tokenized_dataset", "cached_base_model"},
         "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model"},
+        "champion_adapter": {"lora_adapter", "adapter_evaluation"},
+        "merged_model": {"champion_adapter", "tokenized_dataset"},
+        "stacked_adapter": {"champion_adapter", "tokenized_dataset", "cached_base_model"},
     }
 
 
-@pytest.mark.parametrize("key", ["cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"])
+PARTITIONED = ["cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"]
+PARTITIONED += ["champion_adapter", "merged_model", "stacked_adapter"]
+
+
+@pytest.mark.parametrize("key", PARTITIONED)
 def test_one_partition_an_experiment(key: str) -> None:
     asset = defs.resolve_asset_graph().get(dg.AssetKey(key))
     assert asset.partitions_def is not None

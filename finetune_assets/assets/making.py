@@ -117,6 +117,12 @@ def result(
     )
 
 
+def nothing_to_do(context: dg.AssetExecutionContext, check: str, why: str) -> dg.AssetCheckResult:
+    """What an asset tells instead of a materialization where there is nothing for it; its check passes."""
+    context.log.info(f"nothing to do: {why}")
+    return dg.AssetCheckResult(passed=True, check_name=check, description=f"nothing to check: {why}")
+
+
 def overridden(experiment: Experiment) -> dict[str, str]:
     """Tags of what was made with settings of one run alone: nothing that happens by itself goes by it."""
     return {OVERRIDES_TAG: str(len(experiment.overrides))} if experiment.overrides else {}

@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.judging import base_of
-from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, overridden, result
+from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, nothing_to_do, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.config.fingerprint import merge_fingerprint
@@ -48,7 +48,7 @@ def merged_model(
     tokenized_dataset: ArtifactRef,
     project: Project,
     launcher: dg.ResourceParam[LocalLauncher],
-) -> Iterator[dg.MaterializeResult]:
+) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
     """The champion's base with the adapter's updates in its weights: a model that loads as any other.
 
     Only where the experiment has a group `merge`, as it is as large as the base.
@@ -57,7 +57,7 @@ def merged_model(
         lineage = project.lineage(context.partition_key)
         settings = lineage.experiment.config.merge
         if settings is None:
-            context.log.info(f"nothing to do: experiment {lineage.experiment.name} has no group `merge`")
+            yield nothing_to_do(context, "merge", f"experiment {lineage.experiment.name} has no group `merge`")
             return
         fingerprint = merge_fingerprint(lineage.experiment, champion_adapter.fingerprint)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from finetune_assets.assets.judging import GATE, decide, described, evaluate
-from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, overridden, result
+from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, nothing_to_do, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.launch.local import LocalLauncher
@@ -36,7 +36,7 @@ def stacked_adapter(
     cached_base_model: ArtifactRef,
     project: Project,
     launcher: dg.ResourceParam[LocalLauncher],
-) -> Iterator[dg.MaterializeResult]:
+) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
     """One adapter out of the champions that the experiment's group `stack` names; nothing where there is no such group.
 
     The champions are those of the moment, of other partitions of `champion_adapter`.
@@ -46,7 +46,7 @@ def stacked_adapter(
     with in_run(context, retried=True):
         lineage = project.lineage(context.partition_key)
         if lineage.experiment.config.stack is None:
-            context.log.info(f"nothing to do: experiment {lineage.experiment.name} has no group `stack`")
+            yield nothing_to_do(context, GATE, f"experiment {lineage.experiment.name} has no group `stack`")
             return
         parts = lineage.stacked_from(cached_base_model)
         fingerprint = lineage.stack_fingerprint(parts, cached_base_model)

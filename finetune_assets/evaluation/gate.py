@@ -113,12 +113,14 @@ def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -
         opponent: What it was compared with, in words.
     """
     numbers: dict[str, Any] = {**asdict(gain), "forgetting": forgetting, "asked": asdict(settings)}
+    against, most = [], settings.max_forgetting
     if gain.rows < settings.min_rows:
-        return Verdict(False, f"only {gain.rows} rows in the gate, at least {settings.min_rows} are needed", numbers)
-    if forgetting is not None and forgetting > settings.max_forgetting:
-        most = settings.max_forgetting
-        told = f"it has forgotten {forgetting:.4f} nats a token of the general text, and at most {most:g} may be"
-        return Verdict(False, told, numbers)
-    better = gain.lower > settings.min_gain
-    told = f"it gains on {opponent} {gain}, and more than {settings.min_gain:g} is needed"
-    return Verdict(better, told, numbers)
+        against.append(f"only {gain.rows} rows are in the gate, and at least {settings.min_rows} are needed")
+    if forgetting is not None and forgetting > most:
+        against.append(
+            f"it has forgotten {forgetting:.4f} nats a token of the general text, and at most {most:g} may be"
+        )
+    gains = f"it gains on {opponent} {gain}, and more than {settings.min_gain:g} is needed"
+    if gain.lower <= settings.min_gain:
+        against.append(gains)
+    return Verdict(not against, "; ".join(against) or gains, numbers)

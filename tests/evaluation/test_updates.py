@@ -37,7 +37,7 @@ def test_norm_is_that_of_the_product(tmp_path: Path) -> None:
 def test_effective_rank_counts_directions(tmp_path: Path) -> None:
     ways = torch.linalg.qr(torch.randn(20, 4, generator=torch.manual_seed(0)))[0]
     rows = torch.linalg.qr(torch.randn(30, 4, generator=torch.manual_seed(1)))[0].t().contiguous()
-    sizes = {"equal": [1, 1, 1, 1], "one": [1, 0, 0, 0], "none": [0, 0, 0, 0], "falling": [3, 1, 0.1, 0.1]}
+    sizes = {"equal": [1, 1, 1, 1], "one": [1, 0, 0, 0], "none": [0, 0, 0, 0], "falling": [4, 1, 0.1, 0.1]}
     pairs = {
         f"{layer}.mlp.up_proj": (rows.clone(), (ways * torch.tensor(size)).contiguous())
         for layer, size in enumerate(sizes.values())

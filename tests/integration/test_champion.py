@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from integration.cli import materialize
 from projects import TestProject
 
@@ -35,6 +36,8 @@ def rows(project: TestProject) -> Rows:
 def raw(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = project.root / "rows.jsonl"
     path.write_bytes(SAMPLE.read_bytes())
+    with open(project.configs / "raw_data.yaml", "a") as settings:
+        settings.write("\nchecks: {max_row_fall: 1.0}\n")  # which would stop a training on ten rows before it begins
     monkeypatch.setenv("FINETUNE_RAW_DATA", str(path))
     return path
 
@@ -56,17 +59,14 @@ class Gate:
 
     def train(self, overrides: list[str] | None = None, **training: float) -> str:
         """What champion_adapter said."""
-        edited = self.settings.replace("  generated_rows: 200\n", "")
-        for name, value in training.items():
-            edited = re.sub(rf"(?m)^  {name}: .*\n", "", edited).replace(
-                "training:\n", f"training:\n  {name}: {value}\n"
-            )
-        edited = edited.replace("evaluation:\n", "evaluation:\n  generated_rows: 8\n")
-        (self.project.configs / "experiments" / "demo.yaml").write_text(edited)
+        experiment = yaml.safe_load(self.settings)
+        experiment["training"].update(training)
+        experiment["evaluation"]["generated_rows"] = 8
+        (self.project.configs / "experiments" / "demo.yaml").write_text(yaml.safe_dump(experiment))
         run = materialize("*", overrides=overrides)
         assert run.returncode == 0, run.stdout[-3000:]
-        told = [line for line in run.stdout.splitlines() if " champion_adapter - " in line and " is " in line]
-        return told[-1].partition("champion_adapter - ")[2]
+        said = [line for line in run.stdout.splitlines() if " INFO " in line and " champion_adapter - " in line]
+        return next(line for line in said if " is " in line).partition("champion_adapter - ")[2]
 
 
 def command(*arguments: str) -> str:
@@ -103,7 +103,7 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(project: TestProj
     wrong = [{**row, "response": answer} for row, answer in zip(rows[Split.TRAIN], shuffled, strict=True)]
     write(raw, {**rows, Split.TRAIN: wrong})
     said = gate.train(max_steps=60)
-    assert re.search(r"is refused: it gains on the champion -\d+\.\d+ nats a token", said), said
+    assert re.search(r"is refused: .*it gains on the champion -\d+\.\d+ nats a token", said), said
 
     write(raw, {**rows, Split.TRAIN: rows[Split.TRAIN][:10]})
     said = gate.train(max_steps=60, learning_rate=5.0e-3)
@@ -115,7 +115,7 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(project: TestProj
     command("rollback", "demo", "--reason", "a test")
     before = {path.name: path.read_bytes() for path in project.store.fetch(_champion(project)).iterdir()}
     assert before != served
-    write(raw, rows)
+    raw.write_bytes(SAMPLE.read_bytes())
     said = gate.train(max_steps=60)
     assert "is not promoted by itself: it was rolled back" in said
     command("promote", "demo", second.adapter[:16], "--reason", "it was right")

@@ -18,9 +18,7 @@ FOLDER = PACKAGED["demo-base"]
 
 @pytest.fixture
 def talk(finetune: Callable[..., LoraFinetune]) -> Conversation:
-    runs = [
-        finetune(f"training.max_steps={steps}", "training.learning_rate=0.02", name=f"{steps}") for steps in (3, 12)
-    ]
+    runs = [finetune(f"training.max_steps={n}", "training.learning_rate=5e-3", name=f"{n}") for n in (4, 25)]
     for one in runs:
         one.run()
     names = (CHAMPION, CHALLENGER)
