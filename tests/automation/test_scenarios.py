@@ -9,18 +9,34 @@ from projects import TestProject
 
 from finetune_assets.assets.adapter_evaluation import adapter_evaluation
 from finetune_assets.assets.cached_base_model import cached_base_model
+from finetune_assets.assets.champion_adapter import champion_adapter
 from finetune_assets.assets.lora_adapter import lora_adapter
+from finetune_assets.assets.merged_model import merged_model
+from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.automation.inputs import settings_of
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.resources.project import BY_ITSELF_TAG, GOOD_TAG, OVERRIDES_TAG
+from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
+from finetune_assets.store.champions import Champions
 
 REAL = {
     asset.key.to_user_string(): asset
-    for asset in (cached_base_model, tokenized_dataset, lora_adapter, adapter_evaluation)
+    for asset in (
+        cached_base_model,
+        tokenized_dataset,
+        lora_adapter,
+        adapter_evaluation,
+        champion_adapter,
+        merged_model,
+        stacked_adapter,
+    )
 }
 UPSTREAM = {name: sorted(key.to_user_string() for key in asset.dependency_keys) for name, asset in REAL.items()}
-ALL = set(REAL)
+ALL = set(REAL) - {"merged_model", "stacked_adapter"}
+"""What an experiment needs that is neither merged nor stacked."""
+OF_OTHERS = {("stacked_adapter", "champion_adapter")}
+"""Of which asset all partitions count for another one."""
 DATA_VERSION_TAG = "dagster/data_version"
 EXPERIMENT = "model: {base_model: demo-base}\nsubscribed: true\n"
 
@@ -73,7 +89,12 @@ class World:
 
         @dg.asset(
             name=name,
-            deps=UPSTREAM[name],
+            deps=[
+                dg.AssetDep(upstream, partition_mapping=dg.AllPartitionMapping())
+                if (name, upstream) in OF_OTHERS
+                else upstream
+                for upstream in UPSTREAM[name]
+            ],
             partitions_def=partitions,
             check_specs=specs,
             automation_condition=REAL[name].automation_conditions_by_key[dg.AssetKey(name)],
@@ -268,7 +289,9 @@ def test_failed_training_that_a_person_repeats(trained: World) -> None:
     trained.settle()
     trained.failing = {}
     trained.run({"lora_adapter"}, "a")
-    assert trained.settle() == [{"a": {"adapter_evaluation"}}], "what follows a manual run follows by itself"
+    assert trained.settle() == [{"a": {"adapter_evaluation", "champion_adapter"}}], (
+        "what follows a manual run follows by itself"
+    )
 
 
 def test_experiment_is_added(trained: World) -> None:
@@ -294,10 +317,10 @@ def test_experiment_is_subscribed_later(trained: World) -> None:
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        ("training: {learning_rate: 1.0e-5}", {"lora_adapter", "adapter_evaluation"}),
-        ("lora: {rank: 4}", {"lora_adapter", "adapter_evaluation"}),
+        ("training: {learning_rate: 1.0e-5}", {"lora_adapter", "adapter_evaluation", "champion_adapter"}),
+        ("lora: {rank: 4}", {"lora_adapter", "adapter_evaluation", "champion_adapter"}),
         ("data: {tokenization: {cutoff_len: 100}}", ALL - {"cached_base_model"}),
-        ("evaluation: {samples: 1}", {"adapter_evaluation"}),
+        ("evaluation: {samples: 1}", {"adapter_evaluation", "champion_adapter"}),
         ("# a comment", set()),
         ("description: words", set()),
         ("training: {logging_steps: 3}", set()),
@@ -398,5 +421,39 @@ def test_budget_is_used_up(trained: World) -> None:
     trained.new_data("v2")
     assert trained.settle() == [{"a": {"tokenized_dataset"}, "b": {"tokenized_dataset"}}]
     raw.write_text(text)
-    training = {"lora_adapter", "adapter_evaluation"}
+    training = {"lora_adapter", "adapter_evaluation", "champion_adapter"}
     assert trained.settle() == [{"a": training, "b": training}]
+
+
+def test_a_changed_gate_decides_again_and_measures_nothing(trained: World) -> None:
+    trained.write("a", "gate: {min_gain: 0.5}\n")
+    assert trained.settle() == [{"a": {"champion_adapter"}}]
+
+
+def test_what_an_experiment_is_merged_into_follows_its_champion(trained: World) -> None:
+    trained.write("a", "merge: {}\n")
+    assert trained.settle() == [{"a": {"merged_model"}}]
+    trained.write("a", "merge: {dtype: float32}\n")
+    assert trained.settle() == [{"a": {"merged_model"}}]
+    trained.new_data("2")
+    assert "merged_model" in set().union(*(look.get("a", set()) for look in trained.settle()))
+
+
+def test_a_stack_is_made_when_the_champions_that_it_names_change(trained: World) -> None:
+    adapters = [publish_adapter(trained.project, digit) for digit in "ab"]
+    trained.write("both", "stack: {adapters: {one: 0.5, two: 0.5}}\n")
+    data_alone = {"cached_base_model", "tokenized_dataset"}
+    assert trained.settle() == [{"both": data_alone}], "neither has a champion yet"
+    for name, adapter in zip(("one", "two"), adapters, strict=True):
+        Champions(trained.project.store, name).promote_by_hand(adapter, "a test", "tests")
+    assert trained.settle() == [{"both": {"stacked_adapter"}}]
+    assert trained.settle() == []
+    Champions(trained.project.store, "one").promote_by_hand(adapters[1], "a test", "tests")
+    assert trained.settle() == [{"both": {"stacked_adapter"}}]
+
+
+def publish_adapter(project: TestProject, digit: str) -> ArtifactRef:
+    folder = project.root / digit
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_text(digit)
+    return project.store.publish(folder, ADAPTERS, digit * 64, digit * 64, {})
