@@ -26,12 +26,15 @@ def evaluate(
     """Measure an adapter beside its base and the champion of now."""
     against = lineage.opponent(adapter)
     champion = lineage.champions.adapter(against) if against else None
-    text, fingerprint = lineage.general_text(), lineage.evaluation_fingerprint(adapter)
+    text, tasks = lineage.general_text(), lineage.lm_eval_tasks()
+    fingerprint = lineage.evaluation_fingerprint(adapter)
 
     def make() -> ArtifactRef:
         inputs = {"base-model": base_model, "dataset": dataset, "adapter": adapter}
         if text:
             inputs["general-text"] = text
+        if tasks:
+            inputs["tasks"] = tasks
         if champion:
             inputs |= {"champion": champion, "raw": lineage.raw.raw()}
             other = base_of(lineage, champion)

@@ -44,7 +44,7 @@ def _adapter(experiment: Experiment, split_salt: str) -> str | None:
 def _evaluation(experiment: Experiment, split_salt: str) -> str | None:
     if experiment.config.stack:
         return None
-    return evaluation_fingerprint(experiment, "", None, experiment.config.evaluation.general_text, "")
+    return evaluation_fingerprint(experiment, "", None, experiment.config.evaluation.general_text)
 
 
 def _champion(experiment: Experiment, split_salt: str) -> str | None:

@@ -72,7 +72,12 @@ def adapter_fingerprint(experiment: Experiment, tokenized: str, base_model: str,
 
 
 def evaluation_fingerprint(
-    experiment: Experiment, adapter: str, champion: str | None, general_text: str | None, split: str
+    experiment: Experiment,
+    adapter: str,
+    champion: str | None = None,
+    general_text: str | None = None,
+    tasks: str | None = None,
+    split: str = "gate",
 ) -> str:
     """Of an adapter's evaluation; the adapter's own fingerprint names data and base model already.
 
@@ -81,10 +86,13 @@ def evaluation_fingerprint(
         adapter: Fingerprint of the challenger.
         champion: Fingerprint of the adapter that it is compared with, if there is one.
         general_text: Fingerprint of the text by which forgetting is measured.
+        tasks: Fingerprint of the folder of `evaluation.lm_eval`, if there is one.
         split: Whose rows they are measured on.
     """
     settings = identity(experiment.config.evaluation)
-    del settings["general_text"]  # named by its content
+    del settings["general_text"]  # named by its content, as are tasks of one's own
+    if settings["lm_eval"]:
+        settings["lm_eval"]["folder"] = tasks
     return fingerprint(
         code=EVALUATION_CODE,
         evaluation=settings,

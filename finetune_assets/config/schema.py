@@ -203,6 +203,21 @@ class Lora:
 
 
 @dataclass
+class LmEval:
+    """Tasks of the lm-evaluation-harness that base, champion and challenger are put to; needs the extra `lm-eval`."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks, such as `[arc_easy]`. The worker does not ask the Hub: their data must be in its cache."""
+    folder: str | None = None
+    """Folder (`./path` or `/path`) of tasks of your own: the harness's YAML files, and the data that they name, by
+    paths relative to it."""
+    limit: int | None = None
+    """At most so many rows of each task; `null` takes all."""
+    batch_size: int = 8
+    """Rows at a time."""
+
+
+@dataclass
 class Evaluation:
     """How base, champion and challenger are compared. Changing it re-runs the evaluation alone."""
 
@@ -222,6 +237,8 @@ class Evaluation:
     (.jsonl)."""
     general_tokens: int = 20_000
     """Read at most so many tokens of it; 0 reads none."""
+    lm_eval: LmEval | None = None
+    """Tasks of the lm-evaluation-harness, or `null`."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from finetune_assets.config.errors import suggest
 from finetune_assets.config.schema import (
     Data,
     ExperimentConfig,
+    LmEval,
     Lora,
     Model,
     PromptTemplate,
@@ -47,6 +48,8 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _quantized(config)
     yield from _lora(config.lora)
     yield from _stack(config.stack) if config.stack else ()
+    if config.evaluation.lm_eval and not config.evaluation.lm_eval.tasks:
+        yield "evaluation.lm_eval.tasks", "names no task; name some, or set evaluation.lm_eval to null"
     scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
     if added and isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         yield "lora.init_lora_weights", f"{scheme} cannot save the rows of data.tokenization.added_tokens; use true"
@@ -102,6 +105,7 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
         "gate.min_rows": config.gate.min_rows,
         **({"merge.compared_rows": config.merge.compared_rows} if config.merge else {}),
+        **({} if (tasks := config.evaluation.lm_eval) is None else _counts_of(tasks)),
         "stack.svd_rank": config.stack.svd_rank if config.stack else None,
         **{f"lora.rank_pattern.{name}": rank for name, rank in lora.rank_pattern.items()},
     }
@@ -144,6 +148,10 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
             "data.tokenization.packing_length",
             f"{tokens.packing_length} is below cutoff_len {tokens.cutoff_len}: the longest example would not fit",
         )
+
+
+def _counts_of(tasks: LmEval) -> dict[str, int | None]:
+    return {"evaluation.lm_eval.limit": tasks.limit, "evaluation.lm_eval.batch_size": tasks.batch_size}
 
 
 def _split(data: Data) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--champion-base-model", type=Path, help="folder of its base model, if that is another one")
     parser.add_argument("--raw", type=Path, help="folder of the raw data, if the champion was trained on other data")
     parser.add_argument("--general-text", type=Path, help="folder of text that no adapter is trained on")
+    parser.add_argument("--tasks", type=Path, help="folder of tasks of the lm-evaluation-harness")
     parser.add_argument("--output", type=Path, required=True, help="empty folder for what was found")
     return parser
 
@@ -50,7 +51,7 @@ def main() -> None:
     split = json.loads(args.made_from.read_text(encoding="utf-8"))["split"]
     texts = read_texts(args.general_text) if args.general_text and config.evaluation.general_tokens else []
     with joined() as process, reporter(process, config, experiment="", run_id="") as voice:
-        comparison = Comparison(config, args.dataset, split, texts, args.raw, voice.say)
+        comparison = Comparison(config, args.dataset, split, texts, args.raw, voice.say, args.tasks)
         comparison.run(contenders(args), process.device)
         found = comparison.result()
         for name, metrics in found["contenders"].items():

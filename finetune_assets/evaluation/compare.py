@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.evaluation.contenders import Contender, Seats
 from finetune_assets.evaluation.generation import answers, end_tokens, readable
+from finetune_assets.evaluation.harness import run_tasks
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.metrics import RougeL, exact_match
 from finetune_assets.evaluation.rows import HeldOut, held_out, questions, rendered_again, rendering, running_text
@@ -36,6 +37,7 @@ class Measured:
         told: Its answers to a person's own questions.
         asked: The rows' prompts as text.
         expected: The rows' answers as text.
+        tasks: What it reaches in tasks of the lm-evaluation-harness, as `task/metric`.
         seconds: How long each part took.
     """
 
@@ -46,6 +48,7 @@ class Measured:
     told: list[str | None] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
+    tasks: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,6 +62,7 @@ class Comparison:
         texts: The general text.
         raw: Folder of the raw data; needed where a contender has another rendering.
         say: Is told how far it is.
+        tasks: Folder of further tasks of the lm-evaluation-harness.
     """
 
     def __init__(
@@ -69,7 +73,9 @@ class Comparison:
         texts: list[str],
         raw: Path | None,
         say: Callable[[str], None],
+        tasks: Path | None = None,
     ) -> None:
+        self.tasks = tasks
         self.config, self.settings = config, config.evaluation
         self.split, self.texts, self.raw, self.say = split, texts, raw, say
         self.rows = held_out(dataset, split, config.data)
@@ -101,6 +107,10 @@ class Comparison:
                 found.general = float(meter.of(text).sum() / text.learned.sum())
         with self._timed(found, "generation"):
             self._let_answer(contender, model, tokenizer, found, seconds)
+        if self.settings.lm_eval:
+            self.say(f"{contender.name}: tasks {', '.join(self.settings.lm_eval.tasks)}")
+            with self._timed(found, "tasks"):
+                found.tasks = run_tasks(model, tokenizer, self.settings.lm_eval, self.tasks)
         return found
 
     def _rows_for(self, contender: Contender, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
@@ -205,7 +215,7 @@ class Comparison:
             pairs = [(found.answered[row] or "", found.expected[row]) for row in answered]
             result["exact_match"] = sum(exact_match(*pair) for pair in pairs) / len(pairs)
             result["rouge_l"] = sum(rouge(*pair) for pair in pairs) / len(pairs)
-        return result
+        return result | found.tasks
 
     def _mean(self, found: Measured, category: NDArray[np.bool_] | None = None) -> float:
         """Nats a token of the rows that the contender reads whole, of a category or of all."""

@@ -231,13 +231,30 @@ class Lineage:
         published = {"text" + path.suffix: path}
         return self.store.find(IMPORTS, name) or self.store.publish(published, IMPORTS, name, name, {"text": setting})
 
+    def lm_eval_tasks(self) -> ArtifactRef | None:
+        """The folder of `evaluation.lm_eval`, published first if it is not in the store.
+
+        Raises:
+            StoreError: if there is no such folder.
+        """
+        settings = self.experiment.config.evaluation.lm_eval
+        if settings is None or settings.folder is None:
+            return None
+        folder = self.raw.root / Path(settings.folder).expanduser()
+        if not folder.is_dir():
+            raise StoreError(f"evaluation.lm_eval.folder: no folder {folder}")
+        name = fingerprint(files=folder_hashes(folder))
+        made_from = {"folder": settings.folder}
+        return self.store.find(IMPORTS, name) or self.store.publish(folder, IMPORTS, name, name, made_from)
+
     def evaluation_fingerprint(self, adapter: ArtifactRef) -> str:
-        against, text = self.opponent(adapter), self.general_text()
+        against, text, tasks = self.opponent(adapter), self.general_text(), self.lm_eval_tasks()
         return evaluation_fingerprint(
             self.experiment,
             adapter.fingerprint,
             against.adapter if against else None,
             text.fingerprint if text else None,
+            tasks.fingerprint if tasks else None,
             self.split,
         )
 

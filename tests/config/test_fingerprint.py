@@ -19,7 +19,7 @@ CONFIGS = ROOT / "configs"
 def fingerprints(experiment: Experiment) -> tuple[str, str, str]:
     tokenized = tokenized_fingerprint(experiment, "salt", "raw", {"tokenizer.json": "sha"})
     adapter = adapter_fingerprint(experiment, tokenized, "base", None)
-    return tokenized, adapter, evaluation_fingerprint(experiment, adapter, None, None, "gate")
+    return tokenized, adapter, evaluation_fingerprint(experiment, adapter)
 
 
 def changed(*overrides: str) -> list[bool]:
