@@ -36,6 +36,7 @@ bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.evaluation
 
 docs: $(VENV)/installed  ## write the generated chapters
 	$(BIN)/python -m finetune_assets.config.reference

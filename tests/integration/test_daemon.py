@@ -26,6 +26,8 @@ JOB, RANK = "finetune_assets.launch.bootstrap", "finetune_assets.training"
 RUN = "the process of the run"
 WORKERS = (JOB, "torch.distributed.run", RANK)
 ROUNDS = 5 if os.environ.get("SOAK") else 1
+VICTIMS = (RANK, RUN, JOB) if os.environ.get("SOAK") else (RUN,)
+"""What is killed alone; with a run ends its job, and test_retry kills a rank."""
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_what_is_killed_leaves_nothing_behind_and_goes_on(project: TestProject, 
         of_earlier_rounds = checkpoints(project)
         with running(project) as daemon:
             daemon.wait_for("a checkpoint", lambda: checkpoints(project) - of_earlier_rounds)  # noqa: B023
-            for victim in (RANK, RUN, JOB):
+            for victim in VICTIMS:
                 kill_and_see_it_go_on(daemon, victim)
             (job,) = processes_of(project, JOB)
             daemon.kill()
