@@ -40,7 +40,7 @@ def champion_adapter(
     """
     with in_run(context):
         lineage = project.lineage(context.partition_key)
-        decision = decide(project, lineage, lora_adapter, adapter_evaluation, by=f"run {context.run_id}")
+        decision = decide(lineage, lora_adapter, adapter_evaluation, by=f"run {context.run_id}")
         context.log.info(decision.reason)
         yield from announced(lineage, decision)
 

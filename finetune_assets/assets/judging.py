@@ -53,6 +53,7 @@ def evaluate(
                 "lora_adapter": adapter.fingerprint,
                 "champion": champion.fingerprint if champion else None,
                 "general_text": text.fingerprint if text else None,
+                "tasks": tasks.fingerprint if tasks else None,
                 "split": lineage.split,
             },
         )
@@ -101,17 +102,26 @@ class Decision:
         reason: Why, with the number that decided.
         numbers: All that were looked at.
         champion: The adapter in service; None where there is none yet.
+        serves: Whether that is the challenger.
     """
 
-    def __init__(self, promoted: bool, reason: str, numbers: Mapping[str, Any], champion: ArtifactRef | None) -> None:
+    def __init__(
+        self,
+        promoted: bool,
+        reason: str,
+        numbers: Mapping[str, Any],
+        champion: ArtifactRef | None,
+        serves: bool = False,
+    ) -> None:
         self.promoted, self.reason, self.numbers, self.champion = promoted, reason, numbers, champion
+        self.serves = promoted or serves
 
     @property
     def checked(self) -> dg.AssetCheckResult:
         """Passes while the experiment's adapter of now serves; warns where another one does."""
         flat = {name: value for name, value in self.numbers.items() if isinstance(value, int | float)}
         return dg.AssetCheckResult(
-            passed=self.promoted or "is the champion already" in self.reason,
+            passed=self.serves,
             check_name=GATE,
             severity=dg.AssetCheckSeverity.WARN,
             description=self.reason,
@@ -122,7 +132,7 @@ class Decision:
 GATE = "gate"
 
 
-def decide(project: Project, lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, by: str) -> Decision:
+def decide(lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, by: str) -> Decision:
     """Promote a challenger if its evaluation says that it is better, and keep the champion otherwise."""
     from finetune_assets.evaluation.files import forgetting_of, gain_of, read_evaluation
     from finetune_assets.evaluation.gate import judge
@@ -135,7 +145,7 @@ def decide(project: Project, lineage: Lineage, challenger: ArtifactRef, evaluati
     verdict = judge(gain, forgetting_of(read_evaluation(folder)), experiment.config.gate, f"the {opponent}")
     if current and current.adapter == challenger.fingerprint:
         told = f"{name(challenger)} is the champion already (record {current.number}): a gain of 0"
-        return Decision(False, told, verdict.numbers, serving)
+        return Decision(False, told, verdict.numbers, serving, serves=True)
     if why := _not_by_itself(lineage, challenger):
         return Decision(False, f"{name(challenger)} is not promoted by itself: {why}", verdict.numbers, serving)
     if not verdict.promote:

@@ -65,7 +65,7 @@ def stacked_adapter(
 
         made = make_once(context, project, STACKS, fingerprint, make)
         measured = evaluate(context, project, launcher, lineage, made.ref, tokenized_dataset, cached_base_model)
-        decision = decide(project, lineage, made.ref, measured.ref, by=f"run {context.run_id}")
+        decision = decide(lineage, made.ref, measured.ref, by=f"run {context.run_id}")
         context.log.info(decision.reason)
         evaluation = read_evaluation(project.store().fetch(measured.ref))
         yield result(

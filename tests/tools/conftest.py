@@ -1,9 +1,6 @@
 """An adapter that serves, in a project of its own."""
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from projects import TestProject
@@ -35,11 +32,3 @@ def champion(project: TestProject, publish: Callable[..., ArtifactRef]) -> Artif
     adapter = publish("a")
     Champions(project.store, "demo").promote_by_hand(adapter, "the first", "tests")
     return adapter
-
-
-def offline_home(path: Path) -> dict[str, str]:
-    return {**os.environ, "HOME": str(path)}
-
-
-def read(path: Path) -> dict[str, object]:
-    return json.loads(path.read_text())
