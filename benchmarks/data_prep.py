@@ -11,7 +11,6 @@ Rows are real Dolly (`--rows`, a JSONL file) where given, else the packaged samp
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.harness import arguments, in_process, interleaved, median, report
+from finetune_assets.resident import peak_resident_mib
 
 SHARED = Path(__file__).parents[2] / "shared"
 ROWS, MODEL = SHARED / "data" / "dolly" / "databricks-dolly-15k.jsonl", SHARED / "models" / "stories260K"
@@ -83,7 +83,7 @@ def measured(work: Any) -> int:
         "rows": rows,
         "cpu_seconds": time.process_time() - cpu,
         "seconds": time.perf_counter() - wall,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mib": peak_resident_mib(),
     }
     print(json.dumps({**figures, "rows_per_cpu_second": rows / figures["cpu_seconds"]}))
     return rows

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.harness import arguments, in_process, report
+from finetune_assets.resident import peak_resident_mib
 
 WORDS = "Kelm river the Why because of twelve it. And so on, winter harvest town bridge".split()
 
@@ -53,7 +53,7 @@ def prepare(count: int) -> dict[str, float]:
         "rows": raw.rows,
         "examples": sum(made.examples.values()),
         "microseconds_per_row": (raw_seconds + seconds) / count * 1e6,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mib": peak_resident_mib(),
     }
 
 

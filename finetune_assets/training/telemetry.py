@@ -1,7 +1,6 @@
 """What a training costs: tokens, floating point operations, memory, and what the GPUs do meanwhile."""
 
 import csv
-import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from finetune_assets.resident import peak_resident_mib
 
 CONVENTION = (
     "4N floating point operations a token, N being the base's weights that are multiplied (with the output layer, "
@@ -63,10 +64,10 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, 
 
 
 def peak_memory_mib(device: torch.device) -> int:
-    """Of this process: of its GPU where it has one, else resident memory (ru_maxrss is in KiB on Linux)."""
+    """Of this process: of its GPU where it has one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return round(peak_resident_mib())
 
 
 class Utilisation:

@@ -74,6 +74,7 @@ MOST_MIB = 500
 PEAK = """
 import sys
 from pathlib import Path
+from finetune_assets.resident import peak_resident_mib
 from finetune_assets.store.artifacts import open_store
 what, url, cache, made = sys.argv[1:]
 store = open_store(url, "me", Path(cache))
@@ -81,8 +82,7 @@ if what == "publish":
     store.publish(Path(made), "raw", "f", "f", {})
 else:
     store.fetch(store.find("raw", "f"))
-status = Path("/proc/self/status").read_text()  # not ru_maxrss, which begins at the parent's
-print(int(status.partition("VmHWM:")[2].split()[0]) // 1024)
+print(round(peak_resident_mib()))
 """
 
 

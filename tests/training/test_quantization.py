@@ -1,6 +1,7 @@
 """LoRA over int8 and nf4 bases on the CPU: memory, loss, and gradients that an evaluation leaves as they are."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def test_gradient_is_that_of_the_rounded_weights(finetune: Finetune, quantizatio
 
 
 def test_a_repacked_weight_would_be_seen(finetune: Finetune) -> None:
-    """The test above is able to fail: bitsandbytes' switch on, as on a CPU with AVX512-bf16, weights are repacked."""
+    """The test above is able to fail: bitsandbytes' switch on, as on a CPU with AVX512-bf16, weights are repacked.
+
+    Where the CPU has the product for them its result can't be trained through at all, else the gradient is another.
+    """
     run = finetune("model.quantization=nf4", "training.max_grad_norm=0")
     layers = linear(run.model)
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
@@ -120,7 +124,8 @@ def test_a_repacked_weight_would_be_seen(finetune: Finetune) -> None:
     with torch.inference_mode():
         for layer in layers:
             layer(torch.zeros(1, layer.in_features))
-    assert relative(gradients(run), before) > 0.1
+    with suppress(RuntimeError):
+        assert relative(gradients(run), before) > 0.1
 
 
 @pytest.mark.parametrize("quantization", KINDS)
