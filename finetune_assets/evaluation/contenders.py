@@ -13,6 +13,7 @@ from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training.embeddings import experiment_tokenizer, make_room
+from finetune_assets.training.lora import speed_up
 from finetune_assets.training.model import load_base, with_adapter_of
 from finetune_assets.training.output import CONFIG
 
@@ -80,6 +81,7 @@ class Seats:
             return
         self._base = None  # it is not whole any more if the adapter does not fit
         model = with_adapter_of(base, contender.adapter)
+        speed_up(model)
         self.read.append(contender.adapter)
         try:
             yield model

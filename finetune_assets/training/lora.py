@@ -17,7 +17,7 @@ KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 def speed_up(model: nn.Module, adapter: str = "default") -> int:
-    """Have plain LoRA layers compute in this way while they train; in evaluation they stay PEFT's own.
+    """Have plain LoRA layers compute in this way, in training and in evaluation.
 
     Args:
         model: A model with an adapter.
@@ -43,11 +43,11 @@ def _is_plain(layer: LoraLayer, adapter: str) -> bool:
 
 
 def _forward(layer: Any, own: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not layer.training or layer.disable_adapters or layer.merged or args or kwargs:
+    if layer.disable_adapters or layer.merged or args or kwargs:
         return own(x, *args, **kwargs)
     result = layer.base_layer(x)
     dropout = layer.lora_dropout[adapter]
-    share = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+    share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dtype = result.dtype
     return _Update.apply(result, x.to(dtype), a.to(dtype), b.to(dtype), layer.scaling[adapter], share)
