@@ -7,10 +7,13 @@ import pytest
 from integration.cli import materialize
 from projects import TestProject
 
+from finetune_assets.store.champions import Champions
+
 EXPERIMENT = """
 model: {{base_model: {model}, dtype: float32}}
 data:
   val_fraction: 0.02
+  gate_fraction: 0.05
   tokenization: {{cutoff_len: 512, packing: false}}
   checks: {{max_truncated_share: 1.0, max_unlabelled_share: 1.0}} # a vocabulary of 512 makes long rows
   prompt_template:
@@ -25,6 +28,7 @@ training:
   warmup_steps: 2
   processes_per_node: 2
 lora: {{dropout: 0.0}}
+evaluation: {{generated_rows: 4, max_new_tokens: 16}}
 """
 
 
@@ -32,10 +36,11 @@ lora: {{dropout: 0.0}}
 def test_all_of_dolly_through_the_graph(
     project: TestProject, dolly: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """15,011 rows prepared, at most 300 of them trained on by two processes: the held-out loss falls by a fifth."""
+    """15,011 rows prepared, at most 300 of them trained on by two processes: the held-out loss falls by a fifth,
+    and the gate promotes on over 500 rows that were never seen."""
     monkeypatch.setenv("FINETUNE_RAW_DATA", str(dolly))
     project.write_experiment("real", EXPERIMENT.format(model=stories260k))
-    run = materialize("*lora_adapter", "real")
+    run = materialize("*champion_adapter", "real")
     assert run.returncode == 0, run.stdout
     assert "on 2 x cpu" in run.stdout
 
@@ -51,3 +56,14 @@ def test_all_of_dolly_through_the_graph(
     assert state["step"] * 12 <= 300
     held_out = state["held_out_loss"]
     assert held_out["after"] <= 0.8 * held_out["before"], held_out
+
+    (name,) = project.published("evaluations")
+    evaluation = project.store.fetch(project.store.resolve("evaluations", name, "adapter_evaluation"))
+    found = json.loads((evaluation / "evaluation.json").read_text())
+    assert found["rows"] >= 500
+    assert sum(row["rows"] for row in found["categories"]) == found["rows"]
+    assert {row["category"] for row in found["categories"]} >= {"closed_qa", "brainstorming", "summarization"}
+    assert all(row["challenger"] < row["base"] for row in found["categories"])
+    (record,) = Champions(project.store, "real").history()
+    assert record.numbers["lower"] > 0
+    assert record.reason in run.stdout

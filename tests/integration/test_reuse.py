@@ -1,0 +1,87 @@
+"""Champions in use: merged into their base, and two of them stacked into one that is judged like any other."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from integration.cli import materialize, reused
+from peft import PeftModel
+from projects import TestProject
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_assets.store.artifacts import MERGED, STACKS
+from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.store.champions import Champions
+
+STACK = """
+model: {base_model: demo-base, dtype: float32}
+stack:
+  adapters: {one: 0.5, two: 0.5}
+  method: svd
+"""
+
+
+@pytest.fixture
+def champions(project: TestProject) -> None:
+    """Two experiments over one base, of which each has trained a champion; the first is also merged."""
+    settings = (project.configs / "experiments" / "demo.yaml").read_text()
+    settings = settings.replace("epochs: 15", "max_steps: 40").replace("max_new_tokens: 8", "generated_rows: 4")
+    project.write_experiment("one", settings + "merge: {dtype: float32}\n")
+    project.write_experiment("two", settings.replace("max_steps: 40", "max_steps: 40\n  seed: 7"))
+    project.write_experiment("both", settings[: settings.index("model:")] + STACK + settings[settings.index("data:") :])
+    for name in ("one", "two"):
+        run = materialize("*champion_adapter,merged_model", name)
+        assert run.returncode == 0, run.stdout[-3000:]
+        assert "is promoted (record 1)" in run.stdout
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    tokens = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])("### Instruction: Where is it?", return_tensors="pt")
+    with torch.inference_mode():
+        return model(input_ids=tokens["input_ids"]).logits
+
+
+def with_adapter(folder: Path) -> torch.nn.Module:
+    base = AutoModelForCausalLM.from_pretrained(PACKAGED["demo-base"], dtype=torch.float32)
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
+def test_champions_are_merged_and_stacked(project: TestProject, champions: None) -> None:
+    store = project.store
+    served = {name: store.fetch(Champions(store, name).champion()) for name in ("one", "two")}
+    (name,) = project.published(MERGED)
+    merged = store.fetch(store.resolve(MERGED, name, "merged_model"))
+    alone = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    assert (logits(alone) - logits(with_adapter(served["one"]))).abs().max() < 1e-4
+    assert json.loads((merged / "merge.json").read_text())["largest"] < 1e-4
+
+    refused = materialize("lora_adapter", "both")
+    assert refused.returncode != 0
+    assert "stack" in refused.stdout
+
+    select = "tokenized_dataset,stacked_adapter"
+    run = materialize(select, "both")
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert re.search(r"is promoted \(record 1\): it gains on the base \+\d+\.\d+ nats a token over 51 rows", run.stdout)
+    stack = store.fetch(Champions(store, "both").champion())
+    assert project.published(STACKS) == [Champions(store, "both").champion().name]
+    module = "base_model.model.model.layers.0.mlp.up_proj"
+
+    def update(folder: Path) -> torch.Tensor:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        a, b = (tensors[f"{module}.lora_{side}.weight"] for side in "AB")
+        return b @ a * (config["lora_alpha"] / config["r"])
+
+    wanted = sum(0.5 * update(folder) for folder in served.values())
+    assert torch.linalg.norm(update(stack) - wanted) < 0.5 * torch.linalg.norm(wanted), (
+        "of a rank that is half of theirs"
+    )
+    logits(with_adapter(stack))
+
+    again = materialize(select, "both")
+    assert "is the champion already (record 1)" in again.stdout
+    assert "stacked_adapter" in reused(again)
