@@ -1,11 +1,13 @@
 """Every adapter is measured and judged alike, however it was made."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import dagster as dg
 
 from finetune_assets.assets.making import Made, job, make_once
+from finetune_assets.contents import HELD_BACK
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
@@ -28,6 +30,8 @@ def evaluate(
     champion = lineage.champions.adapter(against) if against else None
     text, tasks = lineage.general_text(), lineage.lm_eval_tasks()
     fingerprint = lineage.evaluation_fingerprint(adapter)
+    unseen = lineage.held_back(adapter, *([champion] if champion else []))
+    some_were_seen = unseen != lineage.held_back()
 
     def make() -> ArtifactRef:
         inputs = {"base-model": base_model, "dataset": dataset, "adapter": adapter}
@@ -35,8 +39,10 @@ def evaluate(
             inputs["general-text"] = text
         if tasks:
             inputs["tasks"] = tasks
+        if champion or some_were_seen:
+            inputs["raw"] = lineage.raw.raw()
         if champion:
-            inputs |= {"champion": champion, "raw": lineage.raw.raw()}
+            inputs["champion"] = champion
             other = base_of(lineage, champion)
             if other and other != base_model:
                 inputs["champion-base-model"] = other
@@ -55,6 +61,7 @@ def evaluate(
                 "general_text": text.fingerprint if text else None,
                 "tasks": tasks.fingerprint if tasks else None,
                 "split": lineage.split,
+                HELD_BACK: asdict(unseen) if some_were_seen else None,
             },
         )
         return run_in_pipes(context, launcher, spec)
@@ -80,7 +87,7 @@ def described(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     }
     names = [*contenders]
     categories = [
-        {**row, **{name: f"{row[name]:.4f}" for name in names}, "rows": str(row["rows"])}
+        {**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}, "rows": str(row["rows"])}
         for row in evaluation["categories"]
     ]
     samples = [{**row, **{name: row[name] or "" for name in names}} for row in evaluation["samples"]]

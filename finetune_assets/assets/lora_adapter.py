@@ -1,7 +1,7 @@
 """The trained adapter."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import median
 
 import dagster as dg
@@ -11,14 +11,13 @@ from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.config.errors import ConfigError
+from finetune_assets.contents import HELD_BACK, TRAINER_STATE
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
 from finetune_assets.store.lineage import Lineage
-
-STATE = "trainer_state.json"
 
 
 @dg.asset(
@@ -84,6 +83,7 @@ def training_job(
             "tokenized_dataset": dataset.fingerprint,
             "dolly_raw": raw.made_from["dolly_raw"] if raw else None,
             "warm_start": begun.fingerprint if begun else None,
+            HELD_BACK: asdict(lineage.held_back(*([begun] if begun else []))),
         },
         processes=experiment.config.training.processes_per_node,
         scratch=True,
@@ -92,8 +92,8 @@ def training_job(
 
 
 def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
-    folder = project.store().fetch(ref, lambda path: path == STATE)
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE)
+    state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
     last, held_out = state["history"][-1], state["held_out_loss"]
     return {
         "steps": state["steps"],

@@ -12,12 +12,12 @@ from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.config.fingerprint import merge_fingerprint
 from finetune_assets.config.schema import Merge
+from finetune_assets.contents import MERGE
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import MERGED, ArtifactRef
 
-MERGE = "merge.json"
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.02}
 """Mean difference of logits that rounding explains, as a share of their spread. Measured on the packaged model: 5e-7 in
 float32, 0.5% in bfloat16; an adapter trained over nf4 and merged into the published weights, 7%."""

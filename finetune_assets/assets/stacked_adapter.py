@@ -1,6 +1,7 @@
 """Champions of several experiments combined into one adapter, measured and judged like any other."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import dagster as dg
 
@@ -8,6 +9,7 @@ from finetune_assets.assets.judging import GATE, decide, described, evaluate
 from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, nothing_to_do, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.automation.conditions import by_itself
+from finetune_assets.contents import HELD_BACK
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
@@ -94,4 +96,5 @@ def _made_from(
         "revision": revision,
         "cached_base_model": base_model.fingerprint,
         "champions": {name: ref.fingerprint for name, ref in parts.items()},
+        HELD_BACK: asdict(lineage.held_back(*parts.values())),
     }

@@ -2,6 +2,7 @@
 
 import hashlib
 import unicodedata
+from dataclasses import dataclass
 from enum import StrEnum
 from struct import unpack
 from typing import Any, NamedTuple
@@ -87,3 +88,29 @@ def side_of(draw: Draw, data: Data) -> Split:
     if draw.side < data.gate_fraction:
         return Split.GATE
     return Split.VAL if draw.side >= 1 - data.val_fraction else Split.TRAIN
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """Both ends of the split's line, as far as an adapter and those that it began from were not trained on them.
+
+    Attributes:
+        salt: Of the draws.
+        gate: Rows that are drawn below this are unseen.
+        val: Rows that are drawn among the last so many are too.
+    """
+
+    salt: str
+    gate: float
+    val: float
+
+    def __and__(self, other: "HeldBack") -> "HeldBack":
+        """What neither of two has seen; another salt has mixed all rows."""
+        if other.salt != self.salt:
+            return HeldBack(self.salt, 0.0, 0.0)
+        return HeldBack(self.salt, min(self.gate, other.gate), min(self.val, other.val))
+
+    def holds(self, instruction: str, context: str, split: str) -> bool:
+        """Whether a row of that side of the split is unseen."""
+        side = draw(instruction, context, self.salt).side
+        return side < self.gate if split == Split.GATE else side >= 1 - self.val

@@ -8,27 +8,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_assets.config.loading import load_resolved
+from finetune_assets.contents import EVALUATION, HELD_BACK, ROWS
+from finetune_assets.data.rows import HeldBack
 from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender
-from finetune_assets.evaluation.files import EVALUATION, ROWS
+from finetune_assets.training import arguments
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.reporting import reporter
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="finetune_assets.evaluation", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="resolved configuration")
-    parser.add_argument("--made-from", type=Path, required=True, help="JSON file that names inputs and split")
-    parser.add_argument("--base-model", type=Path, required=True, help="folder of the base model")
+    parser = arguments.parser("finetune_assets.evaluation", __doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="folder of the tokenized dataset")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the challenger")
     parser.add_argument("--champion", type=Path, help="folder of the adapter in service")
     parser.add_argument("--champion-base-model", type=Path, help="folder of its base model, if that is another one")
-    parser.add_argument("--raw", type=Path, help="folder of the raw data, if the champion was trained on other data")
+    parser.add_argument("--raw", type=Path, help="folder of the raw data, if rows may have to be read again")
     parser.add_argument("--general-text", type=Path, help="folder of text that no adapter is trained on")
     parser.add_argument("--tasks", type=Path, help="folder of tasks of the lm-evaluation-harness")
-    parser.add_argument("--output", type=Path, required=True, help="empty folder for what was found")
     return parser
 
 
@@ -48,10 +46,13 @@ def main() -> None:
     args = parser().parse_args()
     config = load_resolved(args.config)
     config.wandb = None
-    split = json.loads(args.made_from.read_text(encoding="utf-8"))["split"]
+    made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
+    unseen = HeldBack(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None
     texts = read_texts(args.general_text) if args.general_text and config.evaluation.general_tokens else []
     with joined() as process, reporter(process, config, experiment="", run_id="") as voice:
-        comparison = Comparison(config, args.dataset, split, texts, args.raw, voice.say, args.tasks)
+        comparison = Comparison(
+            config, args.dataset, made_from["split"], texts, args.raw, voice.say, args.tasks, unseen
+        )
         comparison.run(contenders(args), process.device)
         found = comparison.result()
         for name, metrics in found["contenders"].items():

@@ -14,12 +14,21 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.data.rows import HeldBack
 from finetune_assets.evaluation.contenders import Contender, Seats
 from finetune_assets.evaluation.generation import answers, end_tokens, readable
 from finetune_assets.evaluation.harness import run_tasks
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.metrics import RougeL, exact_match
-from finetune_assets.evaluation.rows import HeldOut, held_out, questions, rendered_again, rendering, running_text
+from finetune_assets.evaluation.rows import (
+    HeldOut,
+    held_out,
+    questions,
+    rendered_again,
+    rendering,
+    running_text,
+    unseen_rows,
+)
 
 WINDOW = 512
 """Tokens of a piece of general text."""
@@ -63,6 +72,7 @@ class Comparison:
         raw: Folder of the raw data; needed where a contender has another rendering.
         say: Is told how far it is.
         tasks: Folder of further tasks of the lm-evaluation-harness.
+        held_back: What no contender was trained on, where that is less than the split says; needs `raw`.
     """
 
     def __init__(
@@ -74,11 +84,17 @@ class Comparison:
         raw: Path | None,
         say: Callable[[str], None],
         tasks: Path | None = None,
+        held_back: HeldBack | None = None,
     ) -> None:
         self.tasks = tasks
         self.config, self.settings = config, config.evaluation
         self.split, self.texts, self.raw, self.say = split, texts, raw, say
         self.rows = held_out(dataset, split, config.data)
+        self.unseen = np.ones(len(self.rows.examples), bool)
+        if held_back and raw:
+            self.unseen = unseen_rows(self.rows, raw, split, held_back)
+            seen = len(self.unseen) - int(self.unseen.sum())
+            say(f"{seen} of {len(self.unseen)} rows are not compared: one of the adapters was trained on them")
         self.measured: dict[str, Measured] = {}
 
     def run(self, contenders: list[Contender], device: torch.device) -> Seats:
@@ -170,7 +186,7 @@ class Comparison:
         """Rows whose losses mean the same for all contenders."""
         kinds = {id(found.rows): found.rows for found in self.measured.values()}
         whole = [rows.whole for rows in kinds.values()]
-        return np.logical_and.reduce(whole) if len(whole) > 1 else np.ones(len(self.tokens), bool)
+        return np.logical_and.reduce([self.unseen, *(whole if len(whole) > 1 else [])])
 
     def result(self) -> dict[str, Any]:
         """What `evaluation.json` holds."""
@@ -201,12 +217,12 @@ class Comparison:
 
     def _answered_by_all(self) -> list[int]:
         columns = zip(*(found.answered for found in self.measured.values()), strict=True)
-        return [row for row, texts in enumerate(columns) if None not in texts]
+        return [row for row, texts in enumerate(columns) if None not in texts and self.unseen[row]]
 
     def _of(self, found: Measured, answered: list[int]) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        if len(found.losses):
-            loss = self._mean(found)
+        loss = self._mean(found)
+        if loss is not None:
             result |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if found.general is not None:
             result["general_loss"] = found.general
@@ -217,12 +233,12 @@ class Comparison:
             result["rouge_l"] = sum(rouge(*pair) for pair in pairs) / len(pairs)
         return result | found.tasks
 
-    def _mean(self, found: Measured, category: NDArray[np.bool_] | None = None) -> float:
-        """Nats a token of the rows that the contender reads whole, of a category or of all."""
-        taken = np.ones(len(found.losses), bool) if found.rows is self.rows else found.rows.whole
+    def _mean(self, found: Measured, category: NDArray[np.bool_] | None = None) -> float | None:
+        """Nats a token of the unseen rows that the contender reads whole, of a category or of all; None without any."""
+        taken = self.unseen if found.rows is self.rows else self.unseen & found.rows.whole
         taken = taken if category is None else taken & category
         tokens = found.rows.examples.learned[taken].sum()
-        return float(found.losses[taken].sum() / tokens) if tokens else math.nan
+        return float(found.losses[taken].sum() / tokens) if tokens else None
 
     def _categories(self) -> list[dict[str, Any]]:
         names = np.array(self.rows.examples.table["category"].to_pylist(), object)
@@ -230,7 +246,7 @@ class Comparison:
         for name in sorted(set(names)):
             here = names == name
             losses = {who: self._mean(measured, here) for who, measured in self.measured.items()}
-            found.append({"category": name, "rows": int(here.sum()), **losses})
+            found.append({"category": name, "rows": int((here & self.unseen).sum()), **losses})
         return found
 
     def _samples(self, answered: list[int]) -> list[dict[str, Any]]:

@@ -7,12 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from finetune_assets.contents import EVALUATION, ROWS
 from finetune_assets.evaluation.gate import Gain, paired_gain
-
-EVALUATION = "evaluation.json"
-"""Metrics of each contender, the categories' losses, answers side by side."""
-ROWS = "rows.parquet"
-"""Each row's tokens and summed loss by each contender."""
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.schema import Data, ExperimentConfig
 from finetune_assets.data.ingest import PARQUET
+from finetune_assets.data.rows import HeldBack
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.training.batches import Examples
 
@@ -92,6 +93,13 @@ def rendered_again(rows: HeldOut, raw: Path, tokenizer: PreTrainedTokenizerBase,
             examples[row] = {"input_ids": ids.tolist(), "labels": labels.tolist(), "prompt_length": length}
             whole[row] = not encoded.truncated[place]
     return HeldOut(Examples(pa.Table.from_pylist(examples)), whole)
+
+
+def unseen_rows(rows: HeldOut, raw: Path, split: str, held_back: HeldBack) -> NDArray[np.bool_]:
+    """Which rows of a side of the split are held back; shape (rows,)."""
+    indices = rows.examples.table["row"].to_numpy()
+    texts = pq.read_table(raw / PARQUET, columns=["instruction", "context"]).take(pa.array(indices)).to_pylist()
+    return np.array([held_back.holds(text["instruction"], text["context"], split) for text in texts], bool)
 
 
 def questions(prompts: list[str], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[list[int]]:

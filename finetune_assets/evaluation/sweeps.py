@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from finetune_assets.evaluation.files import ROWS, forgetting_of, read_evaluation
+from finetune_assets.contents import ROWS, TRAINER_STATE
+from finetune_assets.evaluation.files import forgetting_of, read_evaluation
 from finetune_assets.evaluation.gate import Gain, paired_gain
 
 COSTS = {
@@ -54,7 +55,7 @@ class Found:
 
 def found(name: str, settings: dict[str, Any], adapter: Path, evaluation: Path) -> Found:
     """Read what a point's adapter and evaluation say."""
-    state = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((adapter / TRAINER_STATE).read_text(encoding="utf-8"))
     table = pq.read_table(evaluation / ROWS)
     return Found(
         name,

@@ -4,6 +4,7 @@ Nothing here asks what was materialized last: the same configuration and data le
 CI on an empty instance, and in production.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from finetune_assets.config.fingerprint import (
 )
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.contents import HELD_BACK, PROVENANCE
+from finetune_assets.data.rows import HeldBack
 from finetune_assets.data.sources import HubSource, Source, count_rows, open_source
 from finetune_assets.data.texts import PACKAGED, SUFFIXES
 from finetune_assets.hashing import sha256
@@ -183,7 +186,8 @@ class Lineage:
             if not (folder / name).is_file():
                 raise StoreError(f"training.warm_start: {folder} holds no {name}")
         name = fingerprint(files=folder_hashes(folder))
-        return self.store.find(IMPORTS, name) or self.store.publish(folder, IMPORTS, name, name, {"folder": setting})
+        made_from = {"folder": setting, HELD_BACK: _held_back_of(folder)}
+        return self.store.find(IMPORTS, name) or self.store.publish(folder, IMPORTS, name, name, made_from)
 
     def adapter_fingerprint(self, tokenized: ArtifactRef, base_model: ArtifactRef) -> str:
         begun = self.warm_start()
@@ -194,6 +198,19 @@ class Lineage:
     def adapter(self) -> ArtifactRef:
         name = self.adapter_fingerprint(self.tokenized(), self.base_model())
         return self.store.resolve(ADAPTERS, name, made_by="lora_adapter")
+
+    def held_back(self, *begun: ArtifactRef) -> HeldBack:
+        """The rows that nothing was trained on: neither in this experiment nor in adapters that it begins from.
+
+        An adapter from elsewhere does not say what it has seen, and is taken to have seen none of them.
+        """
+        data = self.experiment.config.data
+        found = HeldBack(self.raw.config.split_salt, data.gate_fraction, data.val_fraction)
+        for ref in begun:
+            manifest = self.store.manifest(ref.kind, ref.name)
+            if manifest and manifest.made_from.get(HELD_BACK):
+                found &= HeldBack(**manifest.made_from[HELD_BACK])
+        return found
 
     # ---- after training
 
@@ -307,3 +324,12 @@ class Lineage:
                 "was promoted"
             )
         return found
+
+
+def _held_back_of(adapter: Path) -> dict[str, Any] | None:
+    """What the provenance of an adapter's folder says; None for one from elsewhere."""
+    try:
+        found = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")).get(HELD_BACK)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"salt", "gate", "val"} else None

@@ -11,15 +11,13 @@ from pathlib import Path
 
 from rich.tree import Tree
 
+from finetune_assets.contents import CARD, EVALUATION, PROVENANCE, SUMS
 from finetune_assets.hashing import sha256
 from finetune_assets.store.artifacts import ADAPTERS, EVALUATIONS, STACKS, ArtifactRef, ArtifactStore
 from finetune_assets.store.care import Artifact, Inventory, inventory
 from finetune_assets.store.champions import CHAMPIONS, Champions, Record
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.terminal import NAMED, SHORT, Commands, ancestors, copy_out, label, new_table, one, out, when
-from finetune_assets.sums import SUMS
-
-PROVENANCE, README = "provenance.json", "README.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,7 +125,7 @@ def publish(store: ArtifactStore, args: argparse.Namespace) -> bool:
     if record is None:
         raise ArtifactMissing(f"{args.experiment} has no champion yet")
     measured = store.find(EVALUATIONS, record.evaluation) if record.evaluation else None
-    evaluation = json.loads((store.fetch(measured) / "evaluation.json").read_text("utf-8")) if measured else None
+    evaluation = json.loads((store.fetch(measured) / EVALUATION).read_text("utf-8")) if measured else None
     with store.cache.workspace("publish") as folder:
         adapter = store.fetch(champions.adapter(record))
         address = publishing.publish(adapter, evaluation, args.repo, args.private, folder)
@@ -201,7 +199,7 @@ def against_sums(folder: Path) -> list[str]:
 def _against_manifest(folder: Path, artifact: Artifact) -> list[str]:
     wanted = {file.path: file.sha256 for file in artifact.manifest.files}
     told = _differences(folder, wanted, "the store's manifest")
-    rewritten = (README, SUMS)  # where it was published elsewhere, its card tells of that too
+    rewritten = (CARD, SUMS)  # where it was published elsewhere, its card tells of that too
     return [problem for problem in told if not problem.startswith(tuple(f"{name}: differs" for name in rewritten))]
 
 

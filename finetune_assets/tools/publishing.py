@@ -7,15 +7,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from finetune_assets import hub
+from finetune_assets.contents import CARD, write_sums
 from finetune_assets.errors import UserError
-from finetune_assets.sums import write_sums
 
 
 class PublishError(UserError):
     """The Hub does not take it."""
 
 
-README = "README.md"
 METRICS = {"loss": "Loss", "perplexity": "Perplexity", "exact_match": "Exact match", "rouge_l": "ROUGE-L"}
 
 
@@ -35,7 +34,7 @@ def publish(adapter: Path, evaluation: dict[str, Any] | None, repo: str, private
     folder = workspace / "upload"
     shutil.copytree(adapter, folder, copy_function=shutil.copyfile)
     if evaluation:
-        with_results(folder / README, evaluation, repo)
+        with_results(folder / CARD, evaluation, repo)
         write_sums(folder)
     where = f"publish to '{repo}'"
     with hub.explained(PublishError, where, repo, "The owner must be you, or an organization that you may write to"):

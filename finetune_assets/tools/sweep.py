@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune_assets.config.loading import load_sweep
 from finetune_assets.config.sweeps import sweep_files
+from finetune_assets.contents import TRAINER_STATE
 from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactStore
@@ -67,7 +68,7 @@ def report(store: ArtifactStore, args: argparse.Namespace) -> bool:
             lineage = Project().lineage(point.name)
             adapter = lineage.adapter()
             evaluation = store.fetch(lineage.evaluation(adapter))
-            folder = store.fetch(adapter, lambda path: path == "trainer_state.json")
+            folder = store.fetch(adapter, lambda path: path == TRAINER_STATE)
             points.append(sweeps.found(point.name, point.settings, folder, evaluation))
         except ArtifactMissing:
             waiting.append(point.name)

@@ -12,11 +12,9 @@ from peft import PeftConfig, PeftModel
 
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.sums import write_sums
+from finetune_assets.contents import CARD, CONFIG, PROVENANCE, TRAINER_STATE, write_sums
 from finetune_assets.training.embeddings import experiment_tokenizer
 
-TRAINER_STATE, PROVENANCE, CONFIG = "trainer_state.json", "provenance.json", "config.yaml"
-README = "README.md"
 UTILISATION = "gpu_utilisation.csv"
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
@@ -53,7 +51,7 @@ def save(
     _write_json(output / TRAINER_STATE, state)
     provenance = {**made_from, "versions": _versions(), "hardware": _hardware()}
     _write_json(output / PROVENANCE, provenance)
-    (output / README).write_text(_model_card(config, provenance, state, rows), encoding="utf-8")
+    (output / CARD).write_text(_model_card(config, provenance, state, rows), encoding="utf-8")
     write_sums(output)
 
 

@@ -12,6 +12,7 @@ from raw import ingest
 from training.conftest import ALONE
 from transformers import AutoModelForCausalLM
 
+from finetune_assets.data.rows import HeldBack
 from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.texts import PACKAGED as TEXTS
 from finetune_assets.data.texts import read_texts
@@ -157,3 +158,30 @@ def test_time_that_is_up_ends_generation_for_all_alike(trained: Callable[..., Lo
     assert found["generated_rows"] == 0
     assert "exact_match" not in found["contenders"][CHALLENGER]
     assert found["contenders"][CHALLENGER]["loss"] > 0
+
+
+def test_rows_that_an_adapter_was_trained_on_are_not_compared(
+    trained: Callable[..., LoraFinetune], tmp_path: Path
+) -> None:
+    """Another experiment's adapter, or an earlier setting's, may have been trained on rows that are held out now."""
+    run = trained("a")
+    data = run.config.data
+    raw = ingest(tmp_path / "raw", SAMPLE).parent
+    whole = comparison(run, raw, generated_rows=6, general_tokens=0)
+    whole.run(base_and(run), ALONE.device)
+    narrower = HeldBack("salt", data.gate_fraction, data.val_fraction / 2)
+    part = Comparison(run.config, run.job.dataset, "val", [], raw, print, held_back=narrower)
+    part.run(base_and(run), ALONE.device)
+    unseen = part.unseen
+    assert 0 < unseen.sum() < len(unseen)
+    found = part.result()
+    assert found["comparable_rows"] == sum(row["rows"] for row in found["categories"]) == unseen.sum()
+    assert found["generated_rows"] == unseen[:6].sum()
+    losses, tokens = whole.measured[CHALLENGER].losses, whole.tokens
+    assert found["contenders"][CHALLENGER]["loss"] == pytest.approx(losses[unseen].sum() / tokens[unseen].sum())
+    mixed = Comparison(run.config, run.job.dataset, "val", [], raw, print, held_back=HeldBack("salt", 0.0, 0.0))
+    mixed.run(base_and(run), ALONE.device)
+    found = mixed.result()
+    assert found["comparable_rows"] == found["generated_rows"] == 0
+    assert found["contenders"][CHALLENGER] == {}
+    assert {row["rows"] for row in found["categories"]} == {0}

@@ -64,7 +64,7 @@ def test_noise_is_promoted_as_seldom_as_said(rows: int) -> None:
         (Gain(0.1, 0.05, 0.95, 100), 0.7, Gate(), False, "has forgotten 0.7000 nats a token.*at most 0.5"),
         (Gain(0.1, 0.05, 0.95, 100), None, Gate(), True, "gains"),
         (Gain(-0.1, -0.2, 0.95, 100), 0.7, Gate(), False, "has forgotten 0.7000.*; it gains on the champion -0.1000"),
-        (Gain(9.0, 8.0, 0.95, 29), 0.0, Gate(), False, "only 29 rows are in the gate, and at least 30"),
+        (Gain(9.0, 8.0, 0.95, 29), 0.0, Gate(), False, "only 29 rows of the gate can be compared, at least 30"),
     ],
 )
 def test_verdict_names_the_number_that_decided(

@@ -3,29 +3,23 @@
 Merges an adapter into its base, and compares what comes out with base and adapter.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from finetune_assets.config.loading import load_resolved
+from finetune_assets.contents import MERGE
 from finetune_assets.evaluation.contenders import Contender
 from finetune_assets.evaluation.merging.merge import compare, merged, positions, reference
 from finetune_assets.evaluation.rows import held_out
+from finetune_assets.training import arguments
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.reporting import reporter
 
-MERGE = "merge.json"
-"""How far the merged model is from base and adapter."""
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="finetune_assets.evaluation.merging", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="resolved configuration")
-    parser.add_argument("--made-from", type=Path, required=True, help="JSON file that names the inputs")
-    parser.add_argument("--base-model", type=Path, required=True, help="folder of the adapter's base model")
+    parser = arguments.parser("finetune_assets.evaluation.merging", __doc__)
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--dataset", type=Path, required=True, help="folder of a tokenized dataset")
-    parser.add_argument("--output", type=Path, required=True, help="empty folder for the merged model")
     args = parser.parse_args()
 
     config = load_resolved(args.config)

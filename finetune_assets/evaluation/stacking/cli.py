@@ -3,7 +3,6 @@
 Combines adapters of one base model into one.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.training import output
+from finetune_assets.training import arguments, output
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.embeddings import experiment_tokenizer, make_room
 from finetune_assets.training.model import ModelError, load_base
@@ -22,12 +21,7 @@ from finetune_assets.training.state import Log
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="finetune_assets.evaluation.stacking", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="resolved configuration")
-    parser.add_argument("--made-from", type=Path, required=True, help="JSON file that names the inputs")
-    parser.add_argument("--base-model", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--output", type=Path, required=True, help="empty folder for the adapter")
-    args, rest = parser.parse_known_args()
+    args, rest = arguments.parser("finetune_assets.evaluation.stacking", __doc__).parse_known_args()
     # one a champion, in the order of the settings: --adapter-0 DIR --adapter-1 DIR ...
     folders = [
         Path(folder) for flag, folder in zip(rest[::2], rest[1::2], strict=True) if flag.startswith("--adapter-")

@@ -1,0 +1,27 @@
+"""What the files of an adapter, an evaluation and a merged model are called, for who writes and who reads them."""
+
+from pathlib import Path
+
+from finetune_assets.hashing import sha256
+
+CARD = "README.md"
+CONFIG = "config.yaml"
+PROVENANCE = "provenance.json"
+TRAINER_STATE = "trainer_state.json"
+HELD_BACK = "held_back"
+"""Key of a provenance: the rows that an adapter and those it began from were not trained on, as `HeldBack`."""
+SUMS = "SHA256SUMS"
+"""What each file is, as `sha256sum --check` reads it."""
+EVALUATION = "evaluation.json"
+"""Metrics of each contender, the categories' losses, answers side by side."""
+ROWS = "rows.parquet"
+"""Each row's tokens and summed loss by each contender."""
+MERGE = "merge.json"
+"""How far a merged model is from base and adapter."""
+
+
+def write_sums(folder: Path) -> None:
+    """Say what each file of a folder is."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
