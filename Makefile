@@ -24,8 +24,8 @@ lint: $(VENV)/installed  ## style, import rules, types, definitions
 	$(BIN)/mypy
 	$(BIN)/dagster definitions validate -m finetune_assets.definitions --log-level warning
 
-ui: $(VENV)/installed  ## Dagster's UI and daemon on http://127.0.0.1:3000
-	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1 -p 3000
+ui: $(VENV)/installed  ## Dagster's UI on http://127.0.0.1:3000, and its daemon
+	@$(BIN)/python -m finetune_assets.tools.ui $(ARGS)
 
 chat: $(VENV)/installed  ## talk to an experiment's base, champion and challenger: make chat EXPERIMENT=demo
 	@$(BIN)/python -m finetune_assets.tools.chat $(or $(EXPERIMENT),demo) $(ARGS)

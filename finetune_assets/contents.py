@@ -8,6 +8,8 @@ CARD = "README.md"
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 TRAINER_STATE = "trainer_state.json"
+NOT_ON_THE_HUB = ("packaged/", "local/")
+"""With which the names of base models begin that lie in no repository."""
 HELD_BACK = "held_back"
 """Key of a provenance: the rows that an adapter and those it began from were not trained on, as `HeldBack`."""
 SUMS = "SHA256SUMS"

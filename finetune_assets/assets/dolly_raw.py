@@ -47,7 +47,7 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
         made = make_once(context, project, RAW, lineage.fingerprint, make)
         lineage.pins.record()
         statistics = _statistics(project, made.ref)
-        before = last_good(context.instance, lineage.fingerprint)
+        before = last_good(context.instance, lineage.fingerprint, lineage.config.source)
         checks = raw_checks(context, statistics, lineage.config, before)
         good = all(check.passed for check in checks if check.check_name in BLOCKING)
         profile = {PROFILE: dg.MetadataValue.json(Profile.of(statistics).to_dict())}

@@ -66,7 +66,7 @@ def evaluate(
         )
         return run_in_pipes(context, launcher, spec)
 
-    return make_once(context, project, EVALUATIONS, fingerprint, make)
+    return make_once(context, project, EVALUATIONS, fingerprint, make, called="adapter_evaluation")
 
 
 def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
@@ -177,7 +177,8 @@ def decide(lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, b
 
 def _not_by_itself(lineage: Lineage, challenger: ArtifactRef) -> str:
     """Why only a person may promote it; empty if nothing speaks against it."""
-    experiment, by_hand = lineage.experiment, f"finetune-adapter promote {lineage.experiment.name} {name(challenger)}"
+    experiment = lineage.experiment
+    by_hand = f'finetune-adapter promote {experiment.name} {name(challenger)} --reason "..."'
     if experiment.overrides:
         return f"it was made with settings of one run alone ({', '.join(experiment.overrides)}); `{by_hand}` would"
     if experiment.sweep:

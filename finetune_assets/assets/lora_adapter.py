@@ -44,6 +44,7 @@ def lora_adapter(
                 "stack",
                 "is not trained: materialize stacked_adapter",
             )
+        lineage.general_text(), lineage.lm_eval_tasks()  # what is wrong with them is told before hours of training
         fingerprint = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
 
         def make() -> ArtifactRef:

@@ -46,10 +46,12 @@ def make_once(
     kind: str,
     name: str,
     make: Callable[[], ArtifactRef],
+    called: str = "",
 ) -> Made:
     """Return the artifact of that name from the store, or make it; `force` makes it anyway.
 
-    Of several runs on this machine that want the same, one makes it, and the others wait and take it.
+    Of several runs on this machine that want the same, one makes it, and the others wait and take it. `called` is what
+    the log calls it, where the asset makes more than one.
     """
     began, store = time.monotonic(), project.store()
     find = (lambda: None) if project.force else (lambda: store.find(kind, name))
@@ -62,7 +64,7 @@ def make_once(
         ref = found
     if found:
         context.log.info(f"nothing to do: the store has {kind}/{name} from the same inputs, settings and code")
-    context.log.info(f"{context.asset_key.to_user_string()} lies in {ref.uri.removeprefix('file://')}")
+    context.log.info(f"{called or context.asset_key.to_user_string()} lies in {ref.uri.removeprefix('file://')}")
     return Made(ref, found is not None, time.monotonic() - began)
 
 

@@ -60,15 +60,24 @@ class Profile:
         return asdict(self)
 
 
-def last_good(instance: dg.DagsterInstance, version: str) -> Profile | None:
-    """The newest other version whose blocking checks passed; None on an instance that has seen none."""
+def last_good(instance: dg.DagsterInstance, version: str, source: str) -> Profile | None:
+    """The newest other version whose blocking checks passed; None on an instance that has seen none.
+
+    What another source held says nothing of this one; another revision of a Hub dataset is of the same source.
+    """
     found = instance.fetch_materializations(dg.AssetKey("dolly_raw"), limit=LOOKED_BACK)
     for record in found.records:
         made = record.asset_materialization
         tags = (made.tags if made else None) or {}
-        if made and GOOD_TAG in tags and tags.get(DATA_VERSION_TAG) != version and PROFILE in made.metadata:
+        if not made or PROFILE not in made.metadata or _place(str(made.metadata["source"].value)) != _place(source):
+            continue
+        if GOOD_TAG in tags and tags.get(DATA_VERSION_TAG) != version:
             return Profile(**made.metadata[PROFILE].value)  # type: ignore[arg-type]
     return None
+
+
+def _place(source: str) -> str:
+    return source.partition("@")[0] if source.startswith("hf://") else source
 
 
 def raw_checks(

@@ -16,7 +16,8 @@ with warnings.catch_warnings():
         target=dg.AssetSelection.all() - dg.AssetSelection.assets("dolly_raw"),
         minimum_interval_seconds=EACH_TIME,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        run_tags={BY_ITSELF_TAG: "true"},
+        # From the start, as rows or settings may be others by then; what is still right is taken from the store
+        run_tags={BY_ITSELF_TAG: "true", "dagster/retry_strategy": "ALL_STEPS"},
         emit_backfills=False,
         use_user_code_server=True,
         description="Starts what subscribed experiments need: everything after new raw data, and what an edited or a "

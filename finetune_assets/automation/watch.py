@@ -10,6 +10,8 @@ import dagster as dg
 from finetune_assets.automation import budget, heartbeat
 from finetune_assets.automation.alerts import AlertError, configured, link, tell
 
+WILL_RETRY_TAG = "dagster/will_retry"
+"""Dagster's own, on a run that failed."""
 STATUS = dg.DefaultSensorStatus.RUNNING if configured() else dg.DefaultSensorStatus.STOPPED
 
 
@@ -23,7 +25,7 @@ STATUS = dg.DefaultSensorStatus.RUNNING if configured() else dg.DefaultSensorSta
 def alert_on_failure(context: dg.RunFailureSensorContext) -> None:
     run = context.dagster_run
     partition = run.tags.get("dagster/partition")
-    assets = ", ".join(sorted(key.to_user_string() for key in run.asset_selection or ())) or run.job_name
+    assets = ", ".join(sorted(key.to_user_string() for key in run.asset_selection or ())) or _assets_of(context)
     tell(f"failed: {assets}{f' for {partition}' if partition else ''}", f"{_why(context)}\n{link(run.run_id)}".strip())
 
 
@@ -40,7 +42,24 @@ def _why(context: dg.RunFailureSensorContext) -> str:
         f"check {check.check_name} of {check.asset_key.to_user_string()}: {check.description}"
         for check in _failed_checks(context)
     ]
-    return "\n".join(told) or context.failure_event.message or "no step says why"
+    said = context.failure_event.message or "no step says why"
+    if not told and "outside the execution context" in said:
+        said = "its process is gone: it was killed, or had no memory left"
+    again = "\nThe daemon starts it again." if _is_repeated(context) else ""
+    return ("\n".join(told) or said) + again
+
+
+def _is_repeated(context: dg.RunFailureSensorContext) -> bool:
+    run = context.instance.get_run_by_id(context.dagster_run.run_id)
+    return run is not None and run.tags.get(WILL_RETRY_TAG) == "true"
+
+
+def _assets_of(context: dg.RunFailureSensorContext) -> str:
+    """Those that a run planned to make, where it does not name them; else its job."""
+    planned = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+    logs = context.instance.all_logs(context.dagster_run.run_id, of_type=planned)
+    keys = {event.asset_key for entry in logs if (event := entry.get_dagster_event()).asset_key}
+    return ", ".join(sorted(key.to_user_string() for key in keys)) or context.dagster_run.job_name
 
 
 def _failed_checks(context: dg.RunFailureSensorContext) -> list[Any]:

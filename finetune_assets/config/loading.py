@@ -113,6 +113,9 @@ def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> 
     config = _merge(ExperimentConfig, layers, path)
     for key, problem in impossible_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
+    for other in config.stack.adapters if config.stack else ():
+        if not _file_of(configs, other).is_file() and other not in (known := experiment_names(configs)):
+            raise ConfigError(str(path), f"stack.adapters.{other}", f"no such experiment; {suggest(other, known)}")
     if point:
         config.subscribed = False
     return Experiment(name, config, tuple(overrides), point.sweep if point else None)
@@ -288,7 +291,10 @@ def _type_error(schema: type, layer: Layer, error: OmegaConfBaseException) -> Co
     options = _literal_options(schema, key)
     if options:
         return ConfigError(layer.where, key, f"{value!r} is not valid; {suggest(str(value), options)}")
-    return ConfigError(layer.where, key, f"{value!r} has the wrong type: {str(error).splitlines()[0]}")
+    said = str(error).splitlines()[0]
+    if "is not a ListConfig" in said:
+        said = "expected a list, such as [one, two]"
+    return ConfigError(layer.where, key, f"{value!r} has the wrong type: {said}")
 
 
 def _literal_options(schema: type, key: str) -> tuple[str, ...]:

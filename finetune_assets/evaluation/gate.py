@@ -121,6 +121,6 @@ def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -
             f"it has forgotten {forgetting:.4f} nats a token of the general text, and at most {most:g} may be"
         )
     gains = f"it gains on {opponent} {gain}, and more than {settings.min_gain:g} is needed"
-    if gain.lower <= settings.min_gain:
+    if gain.rows and gain.lower <= settings.min_gain:
         against.append(gains)
     return Verdict(not against, "; ".join(against) or gains, numbers)

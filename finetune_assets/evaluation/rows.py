@@ -1,5 +1,6 @@
 """The rows that all contenders are measured on, each in the words and tokens of its own experiment."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from finetune_assets.data.ingest import PARQUET
 from finetune_assets.data.rows import HeldBack
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.training.batches import Examples
+
+FIRST_WORDS = ("The", "It", "In", "A", "Yes")
+"""With which answers begin."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,19 @@ def unseen_rows(rows: HeldOut, raw: Path, split: str, held_back: HeldBack) -> ND
 
 
 def questions(prompts: list[str], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[list[int]]:
-    """A person's own questions as token ids, up to where the answer begins."""
-    blank = {"context": "", "response": "-", "category": "", "messages": None}
-    encoded = Encoder(tokenizer, data).encode([{"instruction": prompt, **blank} for prompt in prompts])
+    """A person's own questions as token ids, up to where the answer begins.
+
+    Where that is depends on the answer's first word, with which a tokenizer may or may not merge the space before it;
+    what most words lead to is what training has mostly seen.
+    """
+    blank = {"context": "", "category": "", "messages": None}
+    rows = [{**blank, "instruction": prompt, "response": word} for prompt in prompts for word in FIRST_WORDS]
+    encoded = Encoder(tokenizer, data).encode(rows)
     starts = np.cumsum(encoded.lengths) - encoded.lengths
     spans = zip(starts, encoded.prompt_lengths, strict=True)
-    return [encoded.input_ids[start : start + length].tolist() for start, length in spans]
+    found = [tuple(encoded.input_ids[start : start + length].tolist()) for start, length in spans]
+    each = len(FIRST_WORDS)
+    return [[*Counter(found[at : at + each]).most_common(1)[0][0]] for at in range(0, len(found), each)]
 
 
 def running_text(texts: list[str], tokenizer: PreTrainedTokenizerBase, most: int, window: int) -> Examples | None:

@@ -36,15 +36,19 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     _raw_version: str | None = PrivateAttr(default=None)
     _alive: Lock | None = PrivateAttr(default=None)
+    _experiments: dict[str, Experiment] | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Show that the run lives, and settle on its raw data.
+        """Show that the run lives, and settle on its raw data and its settings.
+
+        An experiment is read once a run: what is edited meanwhile is for the next.
 
         A run that no human started takes the raw data that `dolly_raw` read last, whatever its source is by now. So all
         its steps agree, and data that arrives while it waits is left to the run that follows.
         """
         if not context.run:
             return
+        self._experiments = {}
         self._alive = alive.hold(context.run.run_id)
         if BY_ITSELF_TAG in context.run.tags and context.instance:
             self._raw_version = newest_raw_tags(context.instance).get(DATA_VERSION_TAG)
@@ -63,7 +67,10 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
         return RawLineage(self.store(), config, deployment.root(), asks_hub, version, deployment.s3_client)
 
     def experiment(self, name: str) -> Experiment:
-        return load_experiment(deployment.configs(), name, self.overrides)
+        known = {} if self._experiments is None else self._experiments
+        if name not in known:
+            known[name] = load_experiment(deployment.configs(), name, self.overrides)
+        return known[name]
 
     def lineage(self, experiment: str, asks_hub: bool = False) -> Lineage:
         return Lineage(self.raw(), self.experiment(experiment), asks_hub)

@@ -165,7 +165,7 @@ class Champions:
         Args:
             reason: Why; whoever wonders later finds it in the history.
             by: Who.
-            to: Number of its record; the one that served before the current by default.
+            to: Number of its record; by default the one that served before the current and was not rolled back.
 
         Raises:
             StoreError: without a reason, or if there is no such record.
@@ -186,11 +186,17 @@ class Champions:
         history = self.history()
         if current is None:
             raise StoreError(f"{self.experiment}: nothing was promoted yet, so there is nothing to roll back to")
-        others = [record for record in history if record.adapter != current.adapter]
         if to is None:
+            gone = {current.adapter, *self.withdrawn()}
+            others = [record for record in history if record.adapter not in gone]
             earlier = [record for record in others if record.adapter == current.before] or others
-            if not earlier:
+            if {record.adapter for record in history} == {current.adapter}:
                 raise StoreError(f"{self.experiment}: champion {current.number} is the first, there is none before it")
+            if not earlier:
+                raise StoreError(
+                    f"{self.experiment}: no champion before {current.number} that was not rolled back itself; "
+                    "--to NUMBER takes any record of the history"
+                )
             return earlier[-1]
         target = next((record for record in history if record.number == to), None)
         if target is None:

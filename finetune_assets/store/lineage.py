@@ -44,6 +44,11 @@ from finetune_assets.store.champions import Champions, Record
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.pins import Pins
 
+NO_CHAMPION = (
+    "{} has no champion yet: materialize its champion_adapter, whose check says why none was promoted, or promote one "
+    "by hand with finetune-adapter"
+)
+
 
 class RawLineage:
     """The raw data, which all experiments share.
@@ -297,7 +302,7 @@ class Lineage:
         for name in self.experiment.config.stack.adapters:
             adapter = Champions(self.store, name).champion()
             if adapter is None:
-                raise ArtifactMissing(f"stack.adapters: experiment {name} has no champion yet; materialize its first")
+                raise ArtifactMissing(f"stack.adapters: {NO_CHAMPION.format(name)}")
             manifest = self.store.manifest(adapter.kind, adapter.name)
             theirs = manifest.made_from.get("cached_base_model") if manifest else None
             if theirs != base_model.fingerprint:
@@ -319,10 +324,7 @@ class Lineage:
         """
         found = self.champions.champion()
         if found is None:
-            raise ArtifactMissing(
-                f"{self.experiment.name} has no champion yet: materialize champion_adapter, whose check says why none "
-                "was promoted"
-            )
+            raise ArtifactMissing(NO_CHAMPION.format(self.experiment.name))
         return found
 
 

@@ -62,6 +62,14 @@ class Commands:
             sys.exit(130)
 
 
+def picture(text: str) -> Path:
+    """The path of a picture to draw, as argparse reads it."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"'{text}' does not end in .png, .svg or .pdf")
+    return path
+
+
 def copy_out(store: ArtifactStore, ref: ArtifactRef, folder: Path) -> None:
     """An artifact's files, verified, as a new folder.
 
@@ -78,7 +86,7 @@ def copy_out(store: ArtifactStore, ref: ArtifactRef, folder: Path) -> None:
     partial.replace(folder)
 
 
-def one(store: ArtifactStore, found: Inventory, name: str) -> Artifact:
+def one(store: ArtifactStore, found: Inventory, name: str, what: str = "artifact") -> Artifact:
     """The artifact that `name` means: of a kind and name, or either a name's or a fingerprint's first characters."""
     ours = [artifact for artifact in found.artifacts if artifact.namespace in ("", store.namespace)]
 
@@ -90,7 +98,7 @@ def one(store: ArtifactStore, found: Inventory, name: str) -> Artifact:
     if len(meant) == 1:
         return meant[0]
     if not meant:
-        raise ArtifactMissing(f"'{name}': no artifact of that name in {store.url}; see `finetune-store list`")
+        raise ArtifactMissing(f"'{name}': no {what} of that name in {store.url}; see `finetune-store list`")
     some = ", ".join(f"{artifact.kind}/{short(artifact)}" for artifact in meant[:5])
     raise StoreError(f"'{name}': {len(meant)} artifacts begin so ({some}); give more characters, or KIND/NAME")
 

@@ -11,13 +11,28 @@ from pathlib import Path
 
 from rich.tree import Tree
 
-from finetune_assets.contents import CARD, EVALUATION, PROVENANCE, SUMS
+from finetune_assets.config.errors import suggest
+from finetune_assets.config.loading import experiment_names
+from finetune_assets.contents import CARD, EVALUATION, NOT_ON_THE_HUB, PROVENANCE, SUMS
 from finetune_assets.hashing import sha256
-from finetune_assets.store.artifacts import ADAPTERS, EVALUATIONS, STACKS, ArtifactRef, ArtifactStore
+from finetune_assets.resources import deployment
+from finetune_assets.store.artifacts import ADAPTERS, BASE_MODELS, EVALUATIONS, STACKS, ArtifactRef, ArtifactStore
 from finetune_assets.store.care import Artifact, Inventory, inventory
 from finetune_assets.store.champions import CHAMPIONS, Champions, Record
 from finetune_assets.store.errors import ArtifactMissing, StoreError
-from finetune_assets.store.terminal import NAMED, SHORT, Commands, ancestors, copy_out, label, new_table, one, out, when
+from finetune_assets.store.terminal import (
+    NAMED,
+    SHORT,
+    Commands,
+    ancestors,
+    copy_out,
+    label,
+    new_table,
+    one,
+    out,
+    picture,
+    when,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,7 +66,7 @@ def _commands() -> Commands:
     publishing.add_argument("--private", action="store_true", help="for its owner alone")
     sizes = commands.add("updates", show_updates, "how large the update of each module is, and the rank that it needs")
     sizes.add_argument("adapter", help=f"an experiment, whose champion is taken; a folder; or {NAMED}")
-    sizes.add_argument("--plot", type=Path, help="also draw it, as .png or .svg")
+    sizes.add_argument("--plot", type=picture, help="also draw it, as .png or .svg")
     check = commands.add("verify", verify, "compare an adapter's folder with the store, and tell where it is from")
     check.add_argument("folder", type=Path, help="of an adapter, wherever it was copied to")
     return commands
@@ -90,7 +105,14 @@ def history(store: ArtifactStore, args: argparse.Namespace) -> bool:
 
 
 def promote(store: ArtifactStore, args: argparse.Namespace) -> bool:
+    known = experiment_names(deployment.configs())
+    if args.experiment not in known:
+        raise StoreError(f"no experiment '{args.experiment}'; {suggest(args.experiment, known)}")
     adapter = _adapter(store, args.adapter)
+    manifest = store.manifest(adapter.kind, adapter.name)
+    made_for = manifest.made_from.get("experiment") if manifest else None
+    if made_for != args.experiment:
+        out.print(f"note: {adapter.fingerprint[:SHORT]} was made for experiment {made_for}, with its settings")
     record = Champions(store, args.experiment).promote_by_hand(adapter, args.reason, _who())
     if record is None:
         out.print(f"{adapter.fingerprint[:SHORT]} is the champion of {args.experiment} already")
@@ -114,6 +136,11 @@ def fetch_champion(store: ArtifactStore, args: argparse.Namespace) -> bool:
         raise ArtifactMissing(f"{args.experiment} has no champion yet")
     copy_out(store, adapter, args.folder)
     out.print(f"champion {adapter.fingerprint[:SHORT]} of {args.experiment} lies in {args.folder}")
+    manifest = store.manifest(adapter.kind, adapter.name)
+    origin = manifest.made_from if manifest else {}
+    if str(origin.get("base_model", "")).startswith(NOT_ON_THE_HUB):
+        base = f"{BASE_MODELS}/{origin['base_model']}/{origin['revision']}"
+        out.print(f"its base model: finetune-store fetch {base} ./base")
     return True
 
 
@@ -158,7 +185,10 @@ def folder_of(store: ArtifactStore, name: str) -> Path:
     if (Path(name) / "adapter_config.json").is_file():
         return Path(name)
     champion = Champions(store, name).champion() if "/" not in name else None
-    return store.fetch(champion or _adapter(store, name))
+    try:
+        return store.fetch(champion or _adapter(store, name))
+    except ArtifactMissing as e:
+        raise ArtifactMissing(f"'{name}': no experiment with a champion, no folder of an adapter, and {e}") from e
 
 
 def verify(store: ArtifactStore, args: argparse.Namespace) -> bool:
@@ -189,6 +219,8 @@ def against_sums(folder: Path) -> list[str]:
         StoreError: if it has none.
     """
     sums = folder / SUMS
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: no such folder")
     if not sums.is_file():
         raise StoreError(f"{folder}: holds no {SUMS}, so it is no adapter of this project, or not all of one")
     lines = (re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in sums.read_text(encoding="utf-8").splitlines())
@@ -221,7 +253,9 @@ def _published(found: Inventory, folder: Path) -> Artifact | None:
     try:
         fingerprint = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise StoreError(f"{folder / PROVENANCE}: does not say which adapter this is ({e})") from e
+        raise StoreError(
+            f"{folder / PROVENANCE}: does not say which adapter this is; copy the folder again, whole ({e})"
+        ) from e
     same = (artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS, STACKS))
     return next((artifact for artifact in same if artifact.manifest.fingerprint == fingerprint), None)
 
@@ -229,7 +263,7 @@ def _published(found: Inventory, folder: Path) -> Artifact | None:
 def _adapter(store: ArtifactStore, name: str) -> ArtifactRef:
     found = inventory(store.objects)
     found.artifacts[:] = [artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS, STACKS)]
-    artifact = one(store, found, name)
+    artifact = one(store, found, name, "adapter")
     return store.ref(artifact.kind, artifact.name, artifact.manifest)
 
 

@@ -34,9 +34,7 @@ ALL = "all"
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="finetune_assets.tools.chat", description=__doc__)
     parser.add_argument("experiment", help="the experiment's name")
-    parser.add_argument(
-        "--max-new-tokens", type=int, help="longest answer; 256, or as the experiment's evaluation says"
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     args = parser.parse_args(arguments)
     try:
@@ -62,7 +60,8 @@ def contenders(lineage: Lineage) -> list[Contender]:
         if found.get(CHAMPION) != challenger:
             found[CHALLENGER] = challenger
     if not found:
-        raise ArtifactMissing(f"{lineage.experiment.name} has no adapter yet: materialize lora_adapter first")
+        asset = "stacked_adapter" if lineage.experiment.config.stack else "lora_adapter"
+        raise ArtifactMissing(f"{lineage.experiment.name} has no adapter yet: materialize {asset} first")
     base = lineage.store.fetch(lineage.base_model())
     seats = [Contender.of_folder(name, base, lineage.store.fetch(ref)) for name, ref in found.items()]
     return [Contender(BASE, base, lineage.experiment.config), *seats]
@@ -187,9 +186,9 @@ def run(talk: Conversation, lines: Iterator[str]) -> None:
             talk.who = command[1:]
             print(f"({talk.who} answers from here on)")
         elif command.startswith("/"):
-            print(
-                f"({command} is not known, or not there; {', '.join('/' + name for name in talk.names)}, /all, /help)"
-            )
+            gone = "; the newest adapter is the champion" if command == f"/{CHALLENGER}" else ""
+            there = ", ".join(f"/{name}" for name in talk.names)
+            print(f"({command} is not known, or not there{gone}; {there}, /all, /help)")
         elif command:
             for name in talk.names if talk.who == ALL else [talk.who]:
                 if talk.who == ALL:

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from finetune_assets.config.loading import load_sweep
 from finetune_assets.config.sweeps import sweep_files
@@ -14,7 +13,7 @@ from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing
-from finetune_assets.store.terminal import Commands, new_table, out
+from finetune_assets.store.terminal import Commands, new_table, out, picture
 
 ASSETS = "dolly_raw,cached_base_model,tokenized_dataset,lora_adapter,adapter_evaluation"
 QUIET = json.dumps({"loggers": {"console": {"config": {"log_level": "INFO"}}}})
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     reporting = commands.add("report", report, "loss against size, time and memory; the smallest that is as good")
     reporting.add_argument("sweep", help="the sweep's name")
-    reporting.add_argument("--plot", type=Path, help="also draw it, as .png or .svg", default=None)
+    reporting.add_argument("--plot", type=picture, help="also draw it, as .png or .svg")
     commands.run(arguments)
 
 
@@ -96,10 +95,14 @@ def report(store: ArtifactStore, args: argparse.Namespace) -> bool:
             ", ".join(marks),
         )
     out.print(table)
-    out.print(
-        f"The best of {len(points)} is {best.name}. {chosen.name} is the smallest that it does not beat beyond noise "
-        f"({CONFIDENCE:.0%}, {len(best.rows)} validation rows)."
-    )
+    noise = f"({CONFIDENCE:.0%}, {len(best.rows)} validation rows)"
+    if chosen is best:
+        out.print(f"The best of {len(points)} is {best.name}; it beats all smaller ones beyond noise {noise}.")
+    else:
+        out.print(
+            f"The best of {len(points)} is {best.name}. {chosen.name} is the smallest that it does not beat beyond "
+            f"noise {noise}."
+        )
     if waiting:
         out.print(f"Not done yet: {', '.join(waiting)}")
     if args.plot:

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.contents import CARD, CONFIG, PROVENANCE, TRAINER_STATE, write_sums
+from finetune_assets.contents import CARD, CONFIG, NOT_ON_THE_HUB, PROVENANCE, TRAINER_STATE, write_sums
 from finetune_assets.training.embeddings import experiment_tokenizer
 
 UTILISATION = "gpu_utilisation.csv"
@@ -82,7 +82,7 @@ def _hardware() -> str:
 
 def _base(made_from: dict[str, Any]) -> str:
     repo = made_from["base_model"]
-    if repo.startswith(("packaged/", "local/")):
+    if repo.startswith(NOT_ON_THE_HUB):
         return f'"the folder of {repo}"  # where the asset cached_base_model lies'
     return f"{repo!r}  # trained at revision {made_from['revision']}"
 
@@ -115,7 +115,7 @@ def _loading(config: ExperimentConfig, rows: int | None) -> str:
 
 def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dict[str, Any], rows: int | None) -> str:
     repo, held_out = provenance["base_model"], state["held_out_loss"]
-    known = not repo.startswith(("packaged/", "local/"))
+    known = not repo.startswith(NOT_ON_THE_HUB)
     header = ModelCardData(
         base_model=repo if known else None,  # the Hub takes no other names
         library_name="peft",
@@ -150,7 +150,7 @@ def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dic
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-adapter = "this folder"
+adapter = "."  # this folder
 base = {_base(provenance)}
 {_loading(config, rows)}
 

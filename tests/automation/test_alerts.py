@@ -122,6 +122,26 @@ def test_failed_run_is_told_with_its_own_error(hook: list[dict[str, Any]], monke
     assert "Traceback" not in told["text"]
 
 
+def test_killed_run_is_told_as_such(hook: list[dict[str, Any]]) -> None:
+    instance = dg.DagsterInstance.ephemeral()
+
+    @dg.asset(name="dolly_raw")
+    def reads() -> None: ...
+
+    job = dg.define_asset_job("__anonymous_asset_job_of_a_sensor").resolve(
+        asset_graph=dg.Definitions(assets=[reads]).resolve_asset_graph()
+    )
+    run = instance.create_run_for_job(job, tags={"dagster/will_retry": "true"})
+    event = instance.report_run_failed(run)
+    context = dg.build_run_status_sensor_context(
+        "alert_on_failure", event, instance, dagster_run=instance.get_run_by_id(run.run_id)
+    ).for_run_failure()
+    watch.alert_on_failure(context)
+    (told,) = hook
+    assert told["text"].startswith("*failed: dolly_raw*\nits process is gone: it was killed, or had no memory left")
+    assert "The daemon starts it again." in told["text"]
+
+
 def test_failed_check_is_told_with_what_it_found(hook: list[dict[str, Any]]) -> None:
     instance = dg.DagsterInstance.ephemeral()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, Seats
 from finetune_assets.evaluation.losses import RowLosses
-from finetune_assets.evaluation.rows import held_out
+from finetune_assets.evaluation.rows import held_out, questions
 from finetune_assets.store.base_models import PACKAGED
 from finetune_assets.training.batches import Examples
 from finetune_assets.training.recipe import LoraFinetune
@@ -158,6 +159,19 @@ def test_time_that_is_up_ends_generation_for_all_alike(trained: Callable[..., Lo
     assert found["generated_rows"] == 0
     assert "exact_match" not in found["contenders"][CHALLENGER]
     assert found["contenders"][CHALLENGER]["loss"] > 0
+
+
+def test_own_questions_are_asked_as_in_training(finetune: Finetune, tmp_path: Path) -> None:
+    """To the token: where a prompt ends in a space, that is the first of the answer's."""
+    run = finetune()
+    rows = held_out(run.job.dataset, "train", run.config.data)
+    texts = pq.read_table(ingest(tmp_path / "raw", SAMPLE)).take(rows.examples.table["row"]).to_pylist()
+    pairs = zip(texts, rows.prompts, strict=True)
+    alone = [(text["instruction"], prompt) for text, prompt in pairs if not text["context"]]
+    tokenizer = Contender(BASE, FOLDER, run.config).tokenizer()
+    assert len(alone) > 50
+    asked = questions([instruction for instruction, _ in alone], tokenizer, run.config.data)
+    assert asked == [prompt for _, prompt in alone]
 
 
 def test_rows_that_an_adapter_was_trained_on_are_not_compared(

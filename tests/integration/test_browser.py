@@ -44,7 +44,7 @@ def ui(project: TestProject, inbox: Path) -> Iterator[tuple[Daemon, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)]
+    command = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
     with running(project, command, "Serving dagster-webserver on") as daemon:
         yield daemon, f"http://127.0.0.1:{port}"
 

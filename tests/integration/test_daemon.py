@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,13 +62,18 @@ def broken(lines: list[str], share: float) -> list[str]:
 def daemon(project: TestProject, inbox: Path) -> Iterator[Daemon]:
     for name in ("one", "two"):
         project.write_experiment(name, QUICK)
-    with running(project) as started:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ui = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
+    with running(project, ui, "Serving dagster-webserver on") as started:
         yield started
 
 
 @pytest.mark.real_data
 def test_file_lands_and_two_experiments_train(daemon: Daemon, inbox: Path, rows: list[str]) -> None:
-    """First data, bad data that trains nothing and names its rows, the same mended, and the same bytes again."""
+    """First data, bad data that trains nothing and names its rows, the same mended, the same bytes again, and a new
+    experiment."""
     drop(inbox, "a.jsonl", rows[:200])
     daemon.wait_for("two adapters and evaluations", lambda: len(daemon.made("adapter_evaluation")) == 2)
     assert {record.partition_key for record in daemon.made("lora_adapter")} == {"one", "two"}
@@ -93,6 +99,10 @@ def test_file_lands_and_two_experiments_train(daemon: Daemon, inbox: Path, rows:
     drop(inbox, "a.jsonl", rows[:200])
     time.sleep(25)
     assert len(daemon.runs()) == runs, "the same bytes started something"
+
+    daemon.project.write_experiment("three", QUICK + "lora: {rank: 2}\n")
+    (made,) = daemon.wait_for("the new experiment's evaluation", lambda: daemon.made("adapter_evaluation")[4:])
+    assert made.partition_key == "three"
 
 
 @pytest.mark.real_data

@@ -89,7 +89,9 @@ def test_roll_back_is_a_record_and_restores_the_files(
     assert (back.against, back.evaluation) == (adapter(1).fingerprint, "2" * 64), "as when it was promoted"
     assert (store.fetch(champions.champion()) / "adapter_model.safetensors").read_bytes() == b"\2" * 100  # type: ignore[arg-type]
     assert champions.withdrawn().keys() == {adapter(3).fingerprint}
-    champions.roll_back("further", "me", to=1)
+    assert champions.roll_back("further", "me").adapter == adapter(1).fingerprint, "not what was rolled back itself"
+    with pytest.raises(StoreError, match="no champion before 5 that was not rolled back itself"):
+        champions.roll_back("all the way", "me")
     assert champions.withdrawn().keys() == {adapter(2).fingerprint, adapter(3).fingerprint}
     champions.promote_by_hand(adapter(3), "it was the microphone", "me")
     assert champions.withdrawn().keys() == {adapter(2).fingerprint}

@@ -34,6 +34,7 @@ def test_history_promote_and_roll_back(
     code, said = run(capsys, "promote", "demo", second.fingerprint[:8], "--reason", "I like it")
     assert code == 0
     assert "is the champion of demo (record 2)" in said
+    assert "note: " not in said
     assert "already" in run(capsys, "promote", "demo", second.fingerprint, "--reason", "again")[1]
     code, said = run(capsys, "rollback", "demo", "--reason", "it stutters")
     assert code == 0
@@ -58,10 +59,12 @@ def test_history_promote_and_roll_back(
         (("history", "dmo"), "dmo: no adapter was promoted yet"),
         (("rollback", "demo", "--reason", "so"), "champion 1 is the first"),
         (("rollback", "demo", "--reason", " "), "say why"),
-        (("promote", "demo", "ffff", "--reason", "so"), "'ffff': no artifact of that name"),
+        (("promote", "demo", "ffff", "--reason", "so"), "'ffff': no adapter of that name"),
         (("fetch", "other", "folder"), "other has no champion yet"),
         (("verify", "."), "holds no SHA256SUMS"),
-        (("updates", "nothing"), "'nothing': no artifact of that name"),
+        (("verify", "./nowhere"), "nowhere: no such folder"),
+        (("updates", "nothing"), "'nothing': no experiment with a champion, no folder of an adapter, and"),
+        (("promote", "dmo", "ffff", "--reason", "so"), "no experiment 'dmo'; did you mean 'demo'?"),
     ],
 )
 def test_what_cannot_be_is_told(
@@ -69,6 +72,20 @@ def test_what_cannot_be_is_told(
 ) -> None:
     code, _ = run(capsys, *arguments)
     assert told in str(code)
+
+
+def test_an_adapter_of_another_experiment_is_promoted_with_a_word(
+    champion: ArtifactRef, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = run(capsys, "promote", "smollm2-135m-dolly", champion.fingerprint, "--reason", "it was a try")
+    assert code == 0
+    assert "was made for experiment demo, with its settings" in said
+
+
+def test_a_picture_has_a_kind_that_can_be_drawn(champion: ArtifactRef, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.main(["updates", "demo", "--plot", "x.xyz"])
+    assert "'x.xyz' does not end in .png, .svg or .pdf" in capsys.readouterr().err
 
 
 def test_a_copied_adapter_is_verified_and_says_where_it_is_from(
