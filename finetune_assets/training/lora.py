@@ -54,15 +54,18 @@ def _forward(layer: Any, own: Any, adapter: str, x: Tensor, *args: Any, **kwargs
 
 
 class _Update(torch.autograd.Function):
-    """result + scaling * dropout(x) A^T B^T, in the memory of `result`."""
+    """result + scaling * dropout(x) A^T B^T, in the memory of `result` where that may be written to."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
         kept = kept_by_dropout(x, dropout) if dropout else None
         inner = _dropped(x, kept).flatten(0, -2) @ a.t()
         scaling = scaling / (1 - dropout)
-        result.flatten(0, -2).addmm_(inner, b.t(), alpha=scaling)
-        ctx.mark_dirty(result)
+        if result._is_view():  # bitsandbytes' own function gives one where the layer has a bias, not to be written to
+            result = torch.addmm(result.flatten(0, -2), inner, b.t(), alpha=scaling).view_as(result)
+        else:
+            result.flatten(0, -2).addmm_(inner, b.t(), alpha=scaling)
+            ctx.mark_dirty(result)
         ctx.save_for_backward(x, a, b, inner, kept)
         ctx.scaling = scaling
         return result

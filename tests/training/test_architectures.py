@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from training.measuring import token_losses, unbounded
+from training.measuring import gradients, relative, token_losses, unbounded
 from training.models import CONFIGS, save_model
 from transformers import AutoModelForCausalLM
 
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.generation import answers
+from finetune_assets.training import setup
 from finetune_assets.training.attention import VARLEN
 from finetune_assets.training.batches import collate
 from finetune_assets.training.recipe import LoraFinetune
@@ -105,3 +106,15 @@ def test_answers_are_the_same_alone_and_padded(architecture: tuple[str, Path], t
     alone = [answers(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
     assert answers(model, tokenizer, prompts, max_new_tokens=12) == alone
     assert len({*alone}) > 1
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_gradient_is_that_of_pefts_own_layers(
+    architecture: tuple[str, Path], quantization: str, finetune: Finetune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With biases too, where bitsandbytes gives an output that must not be written to."""
+    _, folder = architecture
+    settings = (f"model.quantization={quantization}", "training.max_grad_norm=0", "lora.dropout=0")
+    found = gradients(finetune(*settings, base=folder, name="fused"))
+    monkeypatch.setattr(setup, "speed_up", lambda model: 0)
+    assert relative(found, gradients(finetune(*settings, base=folder, name="own"))) < 1e-5
