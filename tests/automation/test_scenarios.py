@@ -441,6 +441,8 @@ def test_what_an_experiment_is_merged_into_follows_its_champion(trained: World) 
 
 def test_a_stack_is_made_when_the_champions_that_it_names_change(trained: World) -> None:
     adapters = [publish_adapter(trained.project, digit) for digit in "ab"]
+    for name in ("one", "two"):
+        trained.project.write_experiment(name, "model: {base_model: demo-base}\n")
     trained.write("both", "stack: {adapters: {one: 0.5, two: 0.5}}\n")
     data_alone = {"cached_base_model", "tokenized_dataset"}
     assert trained.settle() == [{"both": data_alone}], "neither has a champion yet"

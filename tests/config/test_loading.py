@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from projects import TestProject
 
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import (
@@ -224,3 +225,15 @@ def test_added_tokens_and_a_scheme_that_cannot_save_them(scheme: str) -> None:
         load_experiment(
             ROOT / "configs", "demo", [f"lora.init_lora_weights={scheme}", "data.tokenization.added_tokens=['<x>']"]
         )
+
+
+def test_a_stack_of_an_experiment_that_there_is_not_is_told(project: TestProject) -> None:
+    text = "model: {base_model: demo-base}\nstack: {adapters: {demo: 0.5, smolm2-135m-dolly: 0.5}}\n"
+    project.write_experiment("both", text)
+    with pytest.raises(ConfigError, match=r"smolm2-135m-dolly: no such experiment; did you mean 'smollm2-135m-dolly'"):
+        load_experiment(project.configs, "both")
+
+
+def test_a_text_where_a_list_is_wanted_is_told(project: TestProject) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation.prompts: 'hello' has the wrong type: expected a list"):
+        load_experiment(project.configs, "demo", ["evaluation.prompts=hello"])

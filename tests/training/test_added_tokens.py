@@ -105,7 +105,7 @@ def test_the_model_cards_own_lines_load_it(name: str, bases: Callable[[str], Pat
     card = (run.job.output / "README.md").read_text()
     assert "resize_token_embeddings(1026)" in card
     code = card.split("```python\n")[1].split("```")[0]
-    code = code.replace('"this folder"', repr(str(run.job.output)))
+    code = code.replace('adapter = "."', "adapter = " + repr(str(run.job.output)))
     scope: dict[str, object] = {}
     exec(code.replace('"the folder of packaged/demo-base"', repr(str(bases(name)))), scope)
     assert len(scope["tokenizer"]) == VOCABULARY + 2  # type: ignore[arg-type]

@@ -134,7 +134,7 @@ def test_the_model_cards_own_lines_ask_the_adapter(finetune: Finetune, capsys: p
     prompt = example.input_ids[: example.prompt_lengths[0]].tolist()
     (expected,) = answers(unbounded(run).eval(), tokenizer, [prompt], max_new_tokens=64)
     code = (run.job.output / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace('"this folder"', repr(str(run.job.output)))
+    code = code.replace('adapter = "."', "adapter = " + repr(str(run.job.output)))
     code = code.replace('"the folder of packaged/demo-base"', repr(str(BASE)))
     capsys.readouterr()
     exec(code.replace("What ...?", question), {})
