@@ -318,6 +318,20 @@ class Wandb:
 
 
 @dataclass
+class Hardware:
+    """What `finetune-plan` plans for; with none of this, the machine that it runs on."""
+
+    gpu: str | None = None
+    """The GPU's name, such as `H100`."""
+    memory_gib: float | None = None
+    """Memory of one, in GiB."""
+    count: int = 1
+    """How many train together, where `training.processes_per_node` is `auto`."""
+    price_per_hour: float | None = None
+    """Of one, in your currency."""
+
+
+@dataclass
 class ExperimentConfig:
     """One experiment: a file in `configs/experiments/`, over `configs/base.yaml`, over these defaults."""
 
@@ -341,6 +355,8 @@ class ExperimentConfig:
     """How the champion is merged into its base; `null` merges it not."""
     stack: Stack | None = None
     """Champions of other experiments to combine, in place of training."""
+    hardware: Hardware = field(default_factory=Hardware, metadata=NOT_IDENTITY)
+    """What a training is planned for."""
     wandb: Wandb | None = field(default=None, metadata=NOT_IDENTITY)
     """Weights & Biases, or `null`."""
 

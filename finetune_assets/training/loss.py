@@ -38,6 +38,8 @@ class SummedLoss(nn.Module):
         base = base_of(model)
         self.decoder, self.head = base.get_decoder(), base.get_output_embeddings()
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
+        self.chunks_on: str | None = None
+        """The kind of device whose chunks are made, where it is not the one that computes."""
         self.way = "chunked"
         frozen = type(self.head) is nn.Linear and not self.head.weight.requires_grad and self.head.bias is None
         if frozen and not self.softcap and hasattr(F, "linear_cross_entropy"):
@@ -73,7 +75,7 @@ class SummedLoss(nn.Module):
         return self.model(**batch.inputs).logits
 
     def _chunk(self, hidden: Tensor) -> int:
-        size = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        size = CHUNK_BYTES.get(self.chunks_on or hidden.device.type, CHUNK_BYTES["cuda"])
         return max(16, size // (4 * self.head.weight.shape[0]))
 
     def _fused(self, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:

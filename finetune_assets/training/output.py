@@ -14,6 +14,7 @@ from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.contents import CARD, CONFIG, NOT_ON_THE_HUB, PROVENANCE, TRAINER_STATE, write_sums
 from finetune_assets.training.embeddings import experiment_tokenizer
+from finetune_assets.training.telemetry import hardware_name
 
 UTILISATION = "gpu_utilisation.csv"
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
@@ -77,7 +78,7 @@ def _versions() -> dict[str, str]:
 
 
 def _hardware() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _base(made_from: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, compute_precision, layers_of, load_base, trainable, with_adapter
 from finetune_assets.training.sharding import resident_bytes, shard
 from finetune_assets.training.state import Job, Log
-from finetune_assets.training.telemetry import CONVENTION, multiplied_weights, peak_flops
+from finetune_assets.training.telemetry import CONVENTION, hardware_name, multiplied_weights, peak_flops
 
 
 class Prepared:
@@ -107,6 +107,8 @@ class Prepared:
             "sharding": self.training.sharding if self.sharded else "none",
             "weights_mib": round(resident_bytes(self.model) / 2**20, 1),
             "processes": self.process.world,
+            "hardware": hardware_name(self.process.device),
+            "multiplied_weights": self.multiplied_weights,
             "mfu": CONVENTION.format(peak=source),
         }
 
@@ -123,12 +125,21 @@ class Prepared:
             device = self.process.device
             return memory.estimate(self._loss, batches, tokens, self.model, device, sharing, checkpointing)
 
-        self.estimate = estimate(False)
-        if self.process.any(not self.estimate.fits if wanted is None else wanted):
+        def fits() -> bool:
+            try:
+                self.estimate = estimate(False)
+            except (RuntimeError, MemoryError) as e:
+                if wanted is None and memory.is_out_of_memory(e):
+                    return False
+                raise
+            return self.estimate.fits
+
+        # Where activations are to be computed twice anyway, they are never kept, not even to be measured
+        if self.process.any(wanted or (not fits() and wanted is None)):
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
             self.estimate = estimate(True)
-        return self.estimate.checkpointing
+        return bool(self.estimate and self.estimate.checkpointing)
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self.precision, self.process.device)

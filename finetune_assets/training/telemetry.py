@@ -1,6 +1,9 @@
 """What a training costs: tokens, floating point operations, memory, and what the GPUs do meanwhile."""
 
 import csv
+import os
+import platform
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -61,6 +64,21 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, 
             torch.cuda.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
+
+
+def hardware_name(device: torch.device) -> str:
+    """As its maker calls it; of a CPU with its number of cores, which how fast it is depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    named = re.search(r"^model name\s*: (.+)$", _cpu_info(), re.MULTILINE)
+    return f"{named[1].strip() if named else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def peak_memory_mib(device: torch.device) -> int:
