@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.preflight.simulation import QuantizedLinear, Simulated, on_meta, simulate
 from finetune_assets.training.model import trainable
 
@@ -89,10 +90,9 @@ class Device:
 
     def dtype(self, experiment: ExperimentConfig) -> torch.dtype:
         """As `weights_dtype` decides there."""
-        names = {"full_bf16": "bfloat16", "full_fp16": "float16"}
         name: str = experiment.model.dtype
         if name == "auto":
-            name = names.get(experiment.training.precision) or ("bfloat16" if self.bf16 else "float32")
+            name = COMPUTED_AS_STORED.get(experiment.training.precision) or ("bfloat16" if self.bf16 else "float32")
         return getattr(torch, name)  # type: ignore[no-any-return]
 
 

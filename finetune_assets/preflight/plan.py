@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from finetune_assets.config.schema import ExperimentConfig, Hardware
 from finetune_assets.preflight.memory import Device, Memory, predict
-from finetune_assets.preflight.simulation import on_meta
+from finetune_assets.preflight.simulation import base_on_meta
 from finetune_assets.training.batches import Examples, TrainOrder, read_packs
 from finetune_assets.training.memory import free_bytes
-from finetune_assets.training.telemetry import PEAK_TFLOPS, hardware_name
+from finetune_assets.training.telemetry import PEAK_TFLOPS, hardware_name, multiplied_weights
 
 GIB = 1 << 30
 WITHOUT_BF16 = ("V100", "T4", "P100", "RTX 20")
@@ -119,14 +118,14 @@ def _memory_of(name: str) -> float:
     return next((size for part, size in MEMORY_GIB.items() if part in name), 0)
 
 
-def work_of(dataset: Path, experiment: ExperimentConfig, processes: int, flat: bool = True) -> Work:
+def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Work:
     """Steps and tokens of a tokenized dataset, to the last one."""
     train, packs = Examples.read(dataset / "train.arrow"), read_packs(dataset)
     sequences = packs or [[example] for example in range(len(train))]
     lengths = np.array([train.lengths[sequence].sum() for sequence in sequences])
     training, tokens = experiment.training, experiment.data.tokenization
     longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
-    budget = training.micro_batch_size * longest if flat else None
+    budget = training.micro_batch_size * longest
     order = TrainOrder(lengths, training, training.group_by_length and not packs, processes, budget)
     read, largest = 0, (0, [0])
     for step in range(order.steps):
@@ -244,16 +243,5 @@ def _hours(
             return None, f"nothing was trained on {device.name} yet"
         rate = PEAK_TFLOPS[part] * 1e12 * ASSUMED_MFU
         known_from = f"{ASSUMED_MFU:.0%} of the data sheet's rate, as nothing was trained on {device.name} yet"
-    needed = 4 * _multiplied(shape, experiment) * work.tokens
-    return needed / rate / device.processes / 3600, known_from
-
-
-def _multiplied(shape: PretrainedConfig, experiment: ExperimentConfig) -> int:
-    """Weights that a token is multiplied with, as `telemetry.multiplied_weights` counts them."""
-    model = on_meta(shape, experiment, torch.bfloat16).get_base_model()
-    linear = {
-        id(module.weight): module.in_features * module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name
-    }
-    return sum(linear.values())
+    weights = multiplied_weights(base_on_meta(shape, experiment, torch.bfloat16))
+    return 4 * weights * work.tokens / rate / device.processes / 3600, known_from

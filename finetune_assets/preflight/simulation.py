@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training.batches import Batch
@@ -76,7 +76,7 @@ def simulate(
 
     def of(layers: int | None) -> Simulated:
         model = on_meta(shape, experiment, dtype, layers)
-        return _step(model, dtype, lengths, learned, device, precision, checkpointing)
+        return _step(model, lengths, learned, device, precision, checkpointing)
 
     depth = getattr(shape, "num_hidden_layers", 0)
     shallow, deep = DEPTHS
@@ -90,26 +90,33 @@ def on_meta(
     shape: PretrainedConfig, experiment: ExperimentConfig, dtype: torch.dtype, layers: int | None = None
 ) -> PeftModel:
     """The model with its adapter as shapes alone, of fewer layers where that is asked for."""
+    base = base_on_meta(shape, experiment, dtype, layers)
+    mixed = not experiment.training.precision.startswith("full_")
+    with torch.device("meta"):
+        if experiment.model.quantization != "none":
+            quantized(base, experiment.model.quantization)
+        return get_peft_model(
+            base, peft_config(experiment.lora, base), autocast_adapter_dtype=mixed, low_cpu_mem_usage=True
+        )
+
+
+def base_on_meta(
+    shape: PretrainedConfig, experiment: ExperimentConfig, dtype: torch.dtype, layers: int | None = None
+) -> PreTrainedModel:
+    """The base alone, as it was published."""
     shape = copy.deepcopy(shape)
     if layers is not None:
         shape.num_hidden_layers = layers
         if getattr(shape, "layer_types", None):
             shape.layer_types = shape.layer_types[:layers]
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             shape, dtype=dtype, trust_remote_code=bool(experiment.model.trust_remote_code)
-        )
-        if experiment.model.quantization != "none":
-            quantized(base, experiment.model.quantization)
-        mixed = not experiment.training.precision.startswith("full_")
-        return get_peft_model(
-            base, peft_config(experiment.lora, base), autocast_adapter_dtype=mixed, low_cpu_mem_usage=True
         )
 
 
 def _step(
     model: PeftModel,
-    dtype: torch.dtype,
     lengths: list[int],
     learned: int,
     device: str,

@@ -127,9 +127,7 @@ def _duration(hours: float) -> str:
     seconds = hours * 3600
     if hours >= 2:
         return f"{hours:.1f} hours"
-    return (
-        f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
-    )
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 if __name__ == "__main__":
