@@ -30,10 +30,10 @@ def evaluate(
     champion = lineage.champions.adapter(against) if against else None
     text, tasks = lineage.general_text(), lineage.lm_eval_tasks()
     fingerprint = lineage.evaluation_fingerprint(adapter)
-    unseen = lineage.held_back(adapter, *([champion] if champion else []))
-    some_were_seen = unseen != lineage.held_back()
 
     def make() -> ArtifactRef:
+        unseen = lineage.held_back(adapter, *([champion] if champion else []))
+        some_were_seen = unseen != lineage.held_back()
         inputs = {"base-model": base_model, "dataset": dataset, "adapter": adapter}
         if text:
             inputs["general-text"] = text
