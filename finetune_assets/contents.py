@@ -18,6 +18,8 @@ EVALUATION = "evaluation.json"
 """Metrics of each contender, the categories' losses, answers side by side."""
 ROWS = "rows.parquet"
 """Each row's tokens and summed loss by each contender."""
+PLAN = "plan.json"
+"""What a training was expected to take."""
 MERGE = "merge.json"
 """How far a merged model is from base and adapter."""
 

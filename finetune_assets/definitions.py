@@ -10,6 +10,7 @@ from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.merged_model import merged_model
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
+from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.dead_runs import dead_runs_sensor
 from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
@@ -25,6 +26,7 @@ defs = dg.Definitions(
         dolly_raw,
         cached_base_model,
         tokenized_dataset,
+        training_plan,
         lora_adapter,
         adapter_evaluation,
         champion_adapter,

@@ -6,17 +6,17 @@ from statistics import median
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, result
+from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, refuse_stack, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
-from finetune_assets.config.errors import ConfigError
 from finetune_assets.contents import HELD_BACK, TRAINER_STATE
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
+from finetune_assets.store.history import measured, predicted, read_plan, side_by_side
 from finetune_assets.store.lineage import Lineage
 
 
@@ -26,7 +26,10 @@ from finetune_assets.store.lineage import Lineage
     partitions_def=experiments,
     code_version="2",
     pool="gpu",
-    automation_condition=by_itself("tokenized_dataset", "cached_base_model", only_while=WithinBudget()),
+    deps=["training_plan"],  # whose check is passed before; to train without it is a person's choice
+    automation_condition=by_itself(
+        "training_plan", "tokenized_dataset", "cached_base_model", only_while=WithinBudget()
+    ),
 )
 def lora_adapter(
     context: dg.AssetExecutionContext,
@@ -38,12 +41,7 @@ def lora_adapter(
     """A LoRA adapter in safetensors, trained by `torchrun`, with tokenizer, settings, log and provenance."""
     with in_run(context, retried=True):
         lineage = project.lineage(context.partition_key)
-        if lineage.experiment.config.stack:
-            raise ConfigError(
-                f"experiment {lineage.experiment.name}",
-                "stack",
-                "is not trained: materialize stacked_adapter",
-            )
+        refuse_stack(lineage.experiment)
         lineage.general_text(), lineage.lm_eval_tasks()  # what is wrong with them is told before hours of training
         fingerprint = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
 
@@ -53,7 +51,7 @@ def lora_adapter(
             return run_in_pipes(context, launcher, spec)
 
         made = make_once(context, project, ADAPTERS, fingerprint, make)
-        described = _describe(project, made.ref)
+        described = _describe(project, lineage, made.ref)
         if not made.hit:
             described[GPU_HOURS] = described["device_hours"]
         return result(made, tags=overridden(lineage.experiment), **described)
@@ -92,21 +90,33 @@ def training_job(
     )
 
 
-def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
+def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str, object]:
     folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE)
     state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
     last, held_out = state["history"][-1], state["held_out_loss"]
+    found = measured(state, lineage.experiment.config.hardware.price_per_hour)
     return {
-        "steps": state["steps"],
-        "tokens": state["tokens"],
-        "training_seconds": round(state["seconds"], 1),
-        "device_hours": round(state["seconds"] * state["active"]["processes"] / 3600, 4),
+        **found,
         "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
         "trainable_parameters": state["trainable_parameters"],
         "mfu": round(median(entry["mfu"] for entry in state["history"]), 3),
-        "peak_memory_mib": state["peak_memory_mib"],
         "computed_by": dg.MetadataValue.json(state["active"]),
         "train_loss": round(last["loss"], 4),
         "grad_norm": round(last["grad_norm"], 4),
         **{f"held_out_loss_{when}": round(loss, 4) for when, loss in held_out.items() if loss is not None},
+        **_beside_plan(lineage, ref, found),
+    }
+
+
+def _beside_plan(lineage: Lineage, ref: ArtifactRef, found: dict[str, float]) -> dict[str, object]:
+    """What was predicted beside what was measured, where the training was planned."""
+    from finetune_assets.data.preview import rows_table
+
+    if (planned := lineage.plan(ref.fingerprint)) is None:
+        return {}
+    plan = read_plan(lineage.store, planned)
+    rows = rows_table(side_by_side(plan, found), ["", "predicted", "measured", "difference"])
+    return {
+        **{f"predicted_{name}": value for name, value in predicted(plan).items() if name in found},
+        "predicted_and_measured": dg.MetadataValue.md(rows),
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import Experiment, dump
 from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobSpec
@@ -47,14 +48,23 @@ def make_once(
     name: str,
     make: Callable[[], ArtifactRef],
     called: str = "",
+    anew: bool = False,
 ) -> Made:
     """Return the artifact of that name from the store, or make it; `force` makes it anyway.
 
-    Of several runs on this machine that want the same, one makes it, and the others wait and take it. `called` is what
-    the log calls it, where the asset makes more than one.
+    Of several runs on this machine that want the same, one makes it, and the others wait and take it.
+
+    Args:
+        context: Of the asset.
+        project: The run's.
+        kind: Of the artifact.
+        name: Of the artifact.
+        make: Makes and publishes it.
+        called: What the log calls it, where the asset makes more than one.
+        anew: Make it as `force` does.
     """
     began, store = time.monotonic(), project.store()
-    find = (lambda: None) if project.force else (lambda: store.find(kind, name))
+    find = (lambda: None) if project.force or anew else (lambda: store.find(kind, name))
     found = find()
     if found is None:
         with store.cache.alone(store.prefix(kind, name), f"makes {kind}/{name}"):
@@ -75,12 +85,13 @@ def publish_built(
     fingerprint: str,
     made_from: Mapping[str, Any],
     build: Callable[[Path], None],
+    replace: bool = False,
 ) -> ArtifactRef:
     """Let `build` fill an empty folder and publish it; if it fails, nothing is left."""
     store = project.store()
     with store.cache.workspace("build") as folder:
         build(folder)
-        return store.publish(folder, kind, name, fingerprint, made_from, replace=project.force)
+        return store.publish(folder, kind, name, fingerprint, made_from, replace=project.force or replace)
 
 
 def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
@@ -117,6 +128,12 @@ def result(
         check_results=list(checks),
         tags=tags,
     )
+
+
+def refuse_stack(experiment: Experiment) -> None:
+    """Fail for an experiment that combines adapters in place of training one."""
+    if experiment.config.stack:
+        raise ConfigError(f"experiment {experiment.name}", "stack", "is not trained: materialize stacked_adapter")
 
 
 def nothing_to_do(context: dg.AssetExecutionContext, check: str, why: str) -> dg.AssetCheckResult:

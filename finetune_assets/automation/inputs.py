@@ -41,6 +41,12 @@ def _adapter(experiment: Experiment, split_salt: str) -> str | None:
     return adapter_fingerprint(experiment, "", "", experiment.config.training.warm_start)
 
 
+def _plan(experiment: Experiment, split_salt: str) -> str | None:
+    """All that decides whether it fits, though it may change no byte of the adapter."""
+    adapter, config = _adapter(experiment, split_salt), experiment.config
+    return adapter and fingerprint(adapter=adapter, training=asdict(config.training), hardware=asdict(config.hardware))
+
+
 def _evaluation(experiment: Experiment, split_salt: str) -> str | None:
     if experiment.config.stack:
         return None
@@ -72,6 +78,7 @@ def _merge(experiment: Experiment, split_salt: str) -> str | None:
 SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "cached_base_model": _base_model,
     "tokenized_dataset": _tokenized,
+    "training_plan": _plan,
     "lora_adapter": _adapter,
     "adapter_evaluation": _evaluation,
     "champion_adapter": _champion,

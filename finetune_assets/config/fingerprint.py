@@ -19,6 +19,7 @@ ADAPTER_CODE = "3"
 EVALUATION_CODE = "3"
 MERGE_CODE = "1"
 STACK_CODE = "1"
+PLAN_CODE = "1"
 
 
 def fingerprint(**parts: Any) -> str:
@@ -69,6 +70,11 @@ def adapter_fingerprint(experiment: Experiment, tokenized: str, base_model: str,
         tokenized=tokenized,
         base_model=base_model,
     )
+
+
+def plan_fingerprint(adapter: str) -> str:
+    """Of the plan of an adapter's training."""
+    return fingerprint(code=PLAN_CODE, adapter=adapter)
 
 
 def evaluation_fingerprint(

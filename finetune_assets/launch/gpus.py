@@ -50,7 +50,7 @@ def held(processes: str | None, folder: Path = FOLDER) -> Iterator[list[str]]:
         TooFewGPUs: if there will never be so many.
     """
     there = visible()
-    count = _wanted(processes, there)
+    count = wanted(processes, there)
     locks = {gpu: Lock(_for_all(folder / f"{gpu}.lock")) for gpu in there}
     told = False
     while True:
@@ -82,7 +82,12 @@ def _for_all(path: Path) -> Path:
     return path
 
 
-def _wanted(processes: str | None, there: list[str]) -> int:
+def wanted(processes: str | None, there: list[str]) -> int:
+    """How many of the GPUs that are there a job takes.
+
+    Raises:
+        TooFewGPUs: if there are not so many, or FINETUNE_GPUS_PER_JOB is no number.
+    """
     if not there:
         return 0
     if processes is None:

@@ -1,70 +1,20 @@
 """A training before it begins: does it fit, how many steps and tokens, how long, for how much."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from finetune_assets.config.schema import ExperimentConfig, Hardware
-from finetune_assets.preflight.memory import Device, Memory, predict
-from finetune_assets.preflight.simulation import base_on_meta
-from finetune_assets.training.batches import Examples, TrainOrder, read_packs
-from finetune_assets.training.memory import free_bytes
-from finetune_assets.training.telemetry import PEAK_TFLOPS, hardware_name, multiplied_weights
-
-GIB = 1 << 30
-WITHOUT_BF16 = ("V100", "T4", "P100", "RTX 20")
-ASSUMED_MFU = 0.35
-"""Of a GPU that nothing has been trained on yet."""
-
-
-@dataclass(frozen=True)
-class Past:
-    """What an earlier training showed.
-
-    Attributes:
-        hardware: What it ran on.
-        quantization: Of its base.
-        precision: What it computed in.
-        flops: Operations a second and process, 4 a weight and token.
-    """
-
-    hardware: str
-    quantization: str
-    precision: str
-    flops: float
-
-    @staticmethod
-    def of(state: dict[str, Any]) -> "Past | None":
-        """From a `trainer_state.json`; None from one that does not say enough."""
-        active = state.get("active", {})
-        weights, seconds = active.get("multiplied_weights"), state.get("seconds")
-        if not weights or not seconds or not active.get("hardware"):
-            return None
-        rate = 4 * weights * state["tokens"] / seconds / active["processes"]
-        return Past(active["hardware"], active["quantization"], active["precision"], rate)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done, exactly.
-
-    Attributes:
-        steps: Optimizer steps.
-        tokens: That all processes read, padding not counted.
-        lengths: Examples of the largest micro-batch.
-        learned: Its learned tokens.
-    """
-
-    steps: int
-    tokens: int
-    lengths: list[int]
-    learned: int
+from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.preflight.advice import ways
+from finetune_assets.preflight.device import GIB, Device, device_of
+from finetune_assets.preflight.memory import MIB, Memory, predict
+from finetune_assets.preflight.simulation import Case, NotSimulated, base_on_meta
+from finetune_assets.preflight.speed import Kind, Past, speed
+from finetune_assets.preflight.work import Work, full_batch, work_of
+from finetune_assets.training.telemetry import multiplied_weights
 
 
 @dataclass(frozen=True)
@@ -73,83 +23,71 @@ class Plan:
 
     Attributes:
         device: Where.
-        memory: Of one process at its highest.
+        memory: Of one process at its highest; None where the model cannot be simulated.
+        unknown: Why not.
         checkpointing: Whether activations are to be computed twice.
-        fits: Whether it does.
         advice: Settings that would fit, where it does not.
         work: Steps and tokens; None while there is no tokenized dataset.
-        hours: None where nothing says how fast the hardware is.
+        hours: Of training; None where nothing says how fast the hardware is.
         known_from: Where the speed is known from.
-        cost: In the currency of the price; None without one.
+        cost: Of all devices, in the currency of the price; None without one.
     """
 
     device: Device
-    memory: Memory
+    memory: Memory | None
+    unknown: str
     checkpointing: bool
-    fits: bool
     advice: list[str]
     work: Work | None
     hours: float | None
     known_from: str
     cost: float | None
 
+    @property
+    def fits(self) -> bool:
+        """False only where it is known not to."""
+        return self.memory is None or self.memory.total <= self.device.usable
 
-def device_of(hardware: Hardware, processes: str) -> Device:
-    """What the settings name, or this machine."""
-    count = hardware.count if processes == "auto" else int(processes)
-    if hardware.memory_gib or hardware.gpu:
-        name = hardware.gpu or "GPU"
-        size = hardware.memory_gib or _memory_of(name)
-        return Device("cuda", int(size * GIB), count, not any(old in name for old in WITHOUT_BF16), name)
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if here.type == "cuda":
-        size, bf16 = torch.cuda.get_device_properties(here).total_memory, torch.cuda.is_bf16_supported()
-        count = torch.cuda.device_count() if processes == "auto" else count
-        return Device("cuda", size, count, bf16, hardware_name(here))
-    return Device("cpu", free_bytes(here), count, False, hardware_name(here))
+    def told(self) -> str:
+        """One sentence: whether it fits, and what would."""
+        if self.memory is None:
+            return f"nothing is known of its memory, as the model cannot be simulated ({self.unknown})"
+        each = "GPU" if self.device.kind == "cuda" else "process"
+        needs = f"{self.memory.total / GIB:.2f} GiB of the {self.device.usable / GIB:.2f} that a {each} can use"
+        where = f"{self.device.processes} x {self.device.name}"
+        if self.fits:
+            return f"it fits {where}: {needs}"
+        return f"it does not fit {where}: {needs}. What would, each by itself: {'; or '.join(self.advice)}"
 
-
-MEMORY_GIB = {"H200": 140, "H100": 79, "B200": 178, "A100": 79, "L40S": 44, "L4": 22, "A10": 22, "RTX 4090": 23.5,
-              "RTX 3090": 23.5, "V100": 15.5, "T4": 14.5}  # fmt: skip
-"""What `nvidia-smi` shows, rounded down, by a part of the name; of a kind with several sizes the usual one."""
-
-
-def _memory_of(name: str) -> float:
-    return next((size for part, size in MEMORY_GIB.items() if part in name), 0)
-
-
-def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Work:
-    """Steps and tokens of a tokenized dataset, to the last one."""
-    train, packs = Examples.read(dataset / "train.arrow"), read_packs(dataset)
-    sequences = packs or [[example] for example in range(len(train))]
-    lengths = np.array([train.lengths[sequence].sum() for sequence in sequences])
-    training, tokens = experiment.training, experiment.data.tokenization
-    longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
-    budget = training.micro_batch_size * longest
-    order = TrainOrder(lengths, training, training.group_by_length and not packs, processes, budget)
-    read, largest = 0, (0, [0])
-    for step in range(order.steps):
-        read += int(lengths[order.global_batch(step)].sum())
-        for rank in range(processes):
-            for batch in order.micro_batches(step, rank):
-                largest = max(largest, (int(lengths[batch].sum()), batch))
-    members = [example for sequence in largest[1] for example in sequences[sequence]]
-    return Work(order.steps, read, train.lengths[members].tolist(), int(train.learned[members].sum()))
+    def to_dict(self) -> dict[str, Any]:
+        work = self.work and {"steps": self.work.steps, "tokens": self.work.tokens}
+        return {
+            "device": {"name": self.device.name, "processes": self.device.processes},
+            "memory_mib": self.memory.described() if self.memory else {},
+            "peak_memory_mib": round(self.memory.total / MIB, 1) if self.memory else None,
+            "usable_mib": round(self.device.usable / MIB, 1),
+            "gradient_checkpointing": self.checkpointing,
+            "fits": self.fits,
+            "told": self.told(),
+            "advice": self.advice,
+            "work": work,
+            "hours": self.hours,
+            "known_from": self.known_from,
+            "cost": self.cost,
+        }
 
 
-def full_batch(experiment: ExperimentConfig) -> tuple[list[int], int]:
-    """Lengths and learned tokens of the largest micro-batch that the settings allow."""
-    tokens = experiment.data.tokenization
-    length = (tokens.packing_length if tokens.packing else None) or tokens.cutoff_len
-    lengths = [length] * experiment.training.micro_batch_size
-    return lengths, sum(lengths)
+def read_shape(folder: Path, experiment: ExperimentConfig) -> PretrainedConfig:
+    """The configuration of a base model's folder; its weights need not be there."""
+    own_code = bool(experiment.model.trust_remote_code)
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=own_code)
 
 
 def make_plan(
     shape: PretrainedConfig,
     experiment: ExperimentConfig,
     dataset: Path | None = None,
-    past: Sequence[Past] = (),
+    states: Iterable[dict[str, Any]] = (),
 ) -> Plan:
     """Plan a training.
 
@@ -157,91 +95,46 @@ def make_plan(
         shape: The base model's configuration.
         experiment: The settings.
         dataset: Folder of the tokenized dataset, if there is one.
-        past: Earlier trainings, from which the hardware's speed is known.
+        states: Trainer states of earlier trainings, from which the hardware's speed is known.
+
+    Raises:
+        UserError: if the settings ask for GPUs that are not there.
     """
     device = device_of(experiment.hardware, experiment.training.processes_per_node)
     work = work_of(dataset, experiment, device.processes) if dataset else None
     lengths, learned = (work.lengths, work.learned) if work else full_batch(experiment)
-    wanted = experiment.training.gradient_checkpointing
-    memory = predict(shape, experiment, device, lengths, learned, bool(wanted))
-    checkpointing = bool(wanted)
-    if wanted is None and memory.total > device.usable:
-        memory, checkpointing = predict(shape, experiment, device, lengths, learned, True), True
-    fits = memory.total <= device.usable
-    advice = [] if fits else _ways(shape, experiment, device, lengths, learned, memory, checkpointing)
-    hours, known_from = _hours(shape, experiment, device, work, past)
+    case, memory, unknown = _settled(Case(shape, experiment, device, lengths, learned, checkpointing=False))
+    advice = ways(case, memory) if memory and memory.total > device.usable else []
+    hours, known_from = _hours(case, work, states)
     price = experiment.hardware.price_per_hour
-    cost = hours * price * device.processes if hours is not None and price is not None else None
-    return Plan(device, memory, checkpointing, fits, advice, work, hours, known_from, cost)
+    cost = None if hours is None or price is None else hours * price * device.processes
+    return Plan(device, memory, unknown, case.checkpointing, advice, work, hours, known_from, cost)
 
 
-def _ways(
-    shape: PretrainedConfig,
-    experiment: ExperimentConfig,
-    device: Device,
-    lengths: list[int],
-    learned: int,
-    memory: Memory,
-    checkpointing: bool,
-) -> list[str]:
-    """Changes after which it fits, the smallest first; what all of them together do not save is told too."""
-    training, found = experiment.training, []
-
-    def with_micro(size: int, now: Memory) -> Memory:
-        share = size / training.micro_batch_size
-        return replace(now, **{part: int(getattr(now, part) * share) for part in ("activations", "workspace", "gaps")})
-
-    def smaller(now: Memory) -> str | None:
-        for size in range(training.micro_batch_size - 1, 0, -1):
-            if with_micro(size, now).total <= device.usable:
-                return f"training.micro_batch_size={size}"
-        return None
-
-    if way := smaller(memory):
-        found.append(way)
-    changes: list[str] = []
-    now, settings = memory, experiment
-    if not checkpointing:
-        changes.append("training.gradient_checkpointing=true")
-        now = predict(shape, settings, device, lengths, learned, True)
-        found += _fitting(changes, now, device, smaller)
-    if experiment.model.quantization != "nf4":
-        changes.append("model.quantization=nf4")
-        settings = replace(settings, model=replace(settings.model, quantization="nf4"))
-        now = predict(shape, settings, device, lengths, learned, True)
-        found += _fitting(changes, now, device, smaller)
-    if device.kind == "cuda" and training.sharding == "none" and not found:
-        least = with_micro(1, now)
-        over = least.total - least.weights
-        if over < device.usable:
-            needs = -(-least.weights // max(1, device.usable - over))
-            changes += [f"training.sharding=fsdp on at least {needs} GPUs", "training.micro_batch_size=1"]
-            found.append(", ".join(changes))
-    return found or ["a smaller base model, or a shorter data.tokenization.cutoff_len"]
+def _settled(case: Case) -> tuple[Case, Memory | None, str]:
+    """Decide as the trainer does whether activations are computed twice, and what the training takes then."""
+    wanted = case.experiment.training.gradient_checkpointing
+    case = replace(case, checkpointing=bool(wanted))
+    try:
+        memory = predict(case)
+        if wanted is None and memory.total > case.device.usable:
+            case = replace(case, checkpointing=True)
+            memory = predict(case)
+    except NotSimulated as e:
+        return case, None, str(e)
+    return case, memory, ""
 
 
-def _fitting(changes: list[str], now: Memory, device: Device, smaller: Any) -> list[str]:
-    if now.total <= device.usable:
-        return [", ".join(changes)]
-    way = smaller(now)
-    return [", ".join([*changes, way])] if way else []
-
-
-def _hours(
-    shape: PretrainedConfig, experiment: ExperimentConfig, device: Device, work: Work | None, past: Sequence[Past]
-) -> tuple[float | None, str]:
+def _hours(case: Case, work: Work | None, states: Iterable[dict[str, Any]]) -> tuple[float | None, str]:
     if work is None:
         return None, "steps and tokens are known once tokenized_dataset is made"
-    here = [one for one in past if device.name in one.hardware or one.hardware in device.name]
-    alike = [one for one in here if one.quantization == experiment.model.quantization]
-    alike = [one for one in alike if one.precision == device.precision(experiment)] or alike or here
-    if alike:
-        rate, known_from = median(one.flops for one in alike), f"{len(alike)} earlier trainings on {device.name}"
-    else:
-        part = next((part for part in PEAK_TFLOPS if part in device.name), None)
-        if part is None:
-            return None, f"nothing was trained on {device.name} yet"
-        rate = PEAK_TFLOPS[part] * 1e12 * ASSUMED_MFU
-        known_from = f"{ASSUMED_MFU:.0%} of the data sheet's rate, as nothing was trained on {device.name} yet"
-    weights = multiplied_weights(base_on_meta(shape, experiment, torch.bfloat16))
+    experiment, device = case.experiment, case.device
+    weights = multiplied_weights(base_on_meta(case.shape, experiment, case.dtype))
+    kind = Kind(
+        weights, experiment.model.quantization, device.precision(experiment), case.checkpointing, device.processes
+    )
+    past = [found for state in states if (found := Past.of(state))]
+    rate, known_from = speed(device.name, kind, past)
+    if rate is None:
+        return None, known_from
     return 4 * weights * work.tokens / rate / device.processes / 3600, known_from

@@ -1,11 +1,12 @@
 """One training step on tensors without data: what it keeps and how high it rises, whatever the architecture.
 
 The trainer's own model, adapter and loss are run forward and backward on PyTorch's fake tensors, which have shapes and
-types and no memory, and every storage that comes and goes is counted. A deep model is simulated with fewer layers, at
-two depths: what a layer adds is the same for each.
+types and no memory, and every storage that comes and goes is counted. A deep model is simulated at two depths: what a
+layer adds is the same for each, or repeats after a few.
 """
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,80 +22,169 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.preflight.device import Device
 from finetune_assets.training.batches import Batch
 from finetune_assets.training.lora import speed_up
 from finetune_assets.training.loss import SummedLoss
-from finetune_assets.training.model import autocast, base_of, peft_config, trainable
+from finetune_assets.training.model import autocast, base_of, layers_of, peft_config, trainable
 
 SIMULATED = "simulated"
 """The name under which transformers knows the attention of a simulation."""
-DEPTHS = (6, 12)
-"""Layers of the two models by which a deeper one is judged; patterns of two, three or six kinds of layers fit."""
+LONGEST_PATTERN = 8
+"""Kinds of layers that may follow one another before they repeat; a model without such a pattern is simulated whole."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A micro-batch of a model on a device.
+
+    Attributes:
+        shape: The base model's configuration.
+        experiment: The settings.
+        device: Where it is to be trained; nothing is asked of it.
+        lengths: Tokens of the micro-batch's examples, which lie end to end.
+        learned: How many of all their tokens are learned.
+        checkpointing: Whether activations are computed twice.
+    """
+
+    shape: PretrainedConfig
+    experiment: ExperimentConfig
+    device: Device
+    lengths: list[int]
+    learned: int
+    checkpointing: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights, and what quantized ones are computed in."""
+        return self.device.dtype(self.experiment)
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What one micro-batch needs beside weights, gradients and optimizer, in bytes.
+    """What a model and one micro-batch take, in bytes where nothing else is said.
 
     Attributes:
+        weights: The frozen weights, as bitsandbytes keeps those that it quantizes.
+        quantized: Numbers in quantized weights.
+        largest_layer: The frozen weights of the largest layer.
+        trained: Trained weights.
+        trained_count: Numbers in them.
         kept: By the backward pass, of the forward pass: the activations.
-        peak: The highest there is at once, activations included.
+        peak: The highest there is at once beside weights, gradients and optimizer, activations included.
     """
 
+    weights: float
+    quantized: float
+    largest_layer: float
+    trained: float
+    trained_count: float
     kept: float
     peak: float
 
-    def beyond(self, other: "Simulated", layers: int, more: int) -> "Simulated":
-        """With `more` layers added, of which the difference to `other` is so many."""
-        return Simulated(
-            self.kept + (self.kept - other.kept) / layers * more, self.peak + (self.peak - other.peak) / layers * more
-        )
+    def beyond(self, shallower: "Simulated", by: float) -> "Simulated":
+        """With more layers: `by` times as many as it has more than `shallower`."""
+        ours, theirs = vars(self), vars(shallower)
+        return Simulated(**{name: ours[name] + by * (ours[name] - theirs[name]) for name in ours})
 
 
-def simulate(
-    shape: PretrainedConfig,
-    experiment: ExperimentConfig,
-    dtype: torch.dtype,
-    lengths: list[int],
-    learned: int,
-    device: str,
-    precision: str,
-    checkpointing: bool,
-) -> Simulated:
+class NotSimulated(Exception):
+    """A model whose step does not run on tensors without data: one that routes tokens by what they are, say."""
+
+
+def simulate(case: Case) -> Simulated:
     """Simulate a micro-batch.
 
-    Args:
-        shape: The base model's configuration.
-        experiment: The settings.
-        dtype: Of the base's weights, and what quantized ones are computed in.
-        lengths: Tokens of its examples, which lie end to end.
-        learned: How many of all their tokens are learned.
-        device: `cpu` or `cuda`; nothing is asked of it.
-        precision: As `compute_precision` says.
-        checkpointing: Whether activations are computed twice.
+    Raises:
+        NotSimulated: if the model cannot be.
     """
-
-    def of(layers: int | None) -> Simulated:
-        model = on_meta(shape, experiment, dtype, layers)
-        return _step(model, lengths, learned, device, precision, checkpointing)
-
-    depth = getattr(shape, "num_hidden_layers", 0)
-    shallow, deep = DEPTHS
-    by_layer = experiment.lora.layers_to_transform is not None
-    if depth <= deep + shallow or by_layer:
-        return of(None)
-    return of(deep).beyond(of(shallow), deep - shallow, depth - deep)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints a traceback of what is told in a sentence
+    try:
+        return _at_depth(case)
+    except Exception as e:
+        raise NotSimulated(" ".join(f"{type(e).__name__}: {e}".split())[:200]) from e
+    finally:
+        log.setLevel(level)
 
 
-def on_meta(
-    shape: PretrainedConfig, experiment: ExperimentConfig, dtype: torch.dtype, layers: int | None = None
-) -> PeftModel:
+def _at_depth(case: Case) -> Simulated:
+    depth = getattr(case.shape, "num_hidden_layers", 0)
+    pattern = (
+        None if _names_layers(case.experiment) else _pattern(base_on_meta(case.shape, case.experiment, case.dtype))
+    )
+    if pattern is None or depth <= 3 * pattern:
+        return _simulated(case, None)
+    shallow, deep = _simulated(case, pattern), _simulated(case, 2 * pattern)
+    return deep.beyond(shallow, (depth - 2 * pattern) / pattern)
+
+
+def _names_layers(experiment: ExperimentConfig) -> bool:
+    """Whether layers get adapters that differ."""
+    lora = experiment.lora
+    names = [*lora.rank_pattern, *(lora.target_modules if isinstance(lora.target_modules, list) else [])]
+    return lora.layers_to_transform is not None or any(char.isdigit() for name in names for char in name)
+
+
+def _pattern(base: PreTrainedModel) -> int | None:
+    """After how many layers their kinds repeat; None if they do not."""
+    layers = layers_of(base.get_decoder())
+    named = getattr(base.config, "layer_types", None) or [""] * len(layers)
+    if len(named) != len(layers):
+        return None
+    kinds = [
+        (name, *((key, p.shape) for key, p in layer.named_parameters()))
+        for name, layer in zip(named, layers, strict=True)
+    ]
+    for length in range(1, LONGEST_PATTERN + 1):
+        if all(kind == kinds[at % length] for at, kind in enumerate(kinds)):
+            return length
+    return None
+
+
+def _simulated(case: Case, layers: int | None) -> Simulated:
+    model = _on_meta(case, layers)
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    trained = trainable(model)
+    sizes = {
+        "weights": _base_bytes(model),
+        "quantized": sum(module.weight.numel() for module in quantized),
+        "largest_layer": max(map(_base_bytes, layers_of(base_of(model).get_decoder())), default=0),
+        "trained": sum(parameter.nbytes for parameter in trained),
+        "trained_count": sum(parameter.numel() for parameter in trained),
+    }
+    kept, peak = _step(model, case)
+    return Simulated(**sizes, kept=kept, peak=peak)
+
+
+def _base_bytes(model: nn.Module) -> int:
+    kinds = {id(module.weight): module.kind for module in model.modules() if isinstance(module, QuantizedLinear)}
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return sum(
+        quantized_bytes(parameter, kinds[key]) if key in kinds else parameter.nbytes
+        for key, parameter in frozen.items()
+    )
+
+
+def quantized_bytes(weight: Tensor, kind: str) -> int:
+    """Of one weight: nf4 has half a byte an element, a byte for each block of 64, and 4 for each 256 of those; int8 a
+    byte an element, and 4 a row."""
+    count = weight.numel()
+    if kind == "int8":
+        return count + 4 * weight.shape[0]
+    blocks = -(-count // 64)
+    return -(-count // 2) + blocks + 4 * -(-blocks // 256)
+
+
+def _on_meta(case: Case, layers: int | None = None) -> PeftModel:
     """The model with its adapter as shapes alone, of fewer layers where that is asked for."""
-    base = base_on_meta(shape, experiment, dtype, layers)
+    experiment = case.experiment
+    base = base_on_meta(case.shape, experiment, case.dtype, layers)
     mixed = not experiment.training.precision.startswith("full_")
     with torch.device("meta"):
         if experiment.model.quantization != "none":
-            quantized(base, experiment.model.quantization)
+            _quantize(base, experiment.model.quantization)
         return get_peft_model(
             base, peft_config(experiment.lora, base), autocast_adapter_dtype=mixed, low_cpu_mem_usage=True
         )
@@ -115,43 +205,38 @@ def base_on_meta(
         )
 
 
-def _step(
-    model: PeftModel,
-    lengths: list[int],
-    learned: int,
-    device: str,
-    precision: str,
-    checkpointing: bool,
-) -> Simulated:
-    tokens = sum(lengths)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+def _step(model: PeftModel, case: Case) -> tuple[int, int]:
+    """Bytes that a forward pass keeps, and the most there is at once until the backward pass has ended."""
+    lengths, device = case.lengths, case.device.kind
     AttentionInterface.register(SIMULATED, _attention(lengths, device))
-    with fake:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         speed_up(model)
         loss = SummedLoss(model)
         loss.chunks_on = device
         base = base_of(model)
         base.set_attn_implementation(SIMULATED)
-        if checkpointing:
+        if case.checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         model.train()
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-        at = torch.zeros(learned, dtype=torch.long)
-        batch = Batch(
-            ids, torch.zeros_like(ids), torch.zeros(len(lengths) + 1, dtype=torch.int32), max(lengths), at, at, tokens
-        )
         there = [*model.parameters(), *model.buffers()]
         for parameter in trainable(model):
             parameter.grad = torch.zeros_like(parameter)
             there.append(parameter.grad)
+        batch = _batch(lengths, case.learned)
         with _Counting(there) as counting:
-            with autocast(precision, torch.device("cpu")):
+            with autocast(case.device.precision(case.experiment), torch.device("cpu")):
                 total = loss(batch)
             kept = counting.now
             total.backward()
-        return Simulated(kept, counting.peak)
+        return kept, counting.peak
+
+
+def _batch(lengths: list[int], learned: int) -> Batch:
+    ids, at = torch.zeros(1, sum(lengths), dtype=torch.long), torch.zeros(learned, dtype=torch.long)
+    boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    return Batch(ids, torch.zeros_like(ids), boundaries, max(lengths), at, at, sum(lengths))
 
 
 class _Counting(TorchDispatchMode):
@@ -214,7 +299,7 @@ class _Flash(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def quantized(base: nn.Module, kind: str) -> None:
+def _quantize(base: nn.Module, kind: str) -> None:
     """Have the layers that bitsandbytes would quantize compute with as much memory as its own do."""
     output = base.get_output_embeddings()  # type: ignore[operator]
     for module in [*base.modules()]:

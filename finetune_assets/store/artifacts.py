@@ -26,6 +26,8 @@ RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "toke
 CHECKPOINTS, CLAIM = "checkpoints", "claim.json"
 IMPORTS = "imports"
 """Kind of what was brought in from a file or folder: adapters to begin from, texts to measure forgetting by."""
+PLANS = "plans"
+"""Kind of what a training was expected to take."""
 STACKS, MERGED = "stacks", "merged"
 """Kinds of adapters combined from others, and of base models with an adapter merged into them."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"

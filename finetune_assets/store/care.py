@@ -21,6 +21,7 @@ from finetune_assets.store.artifacts import (
     IMPORTS,
     MANIFEST,
     MERGED,
+    PLANS,
     RAW,
     STACKS,
     TOKENIZED,
@@ -30,7 +31,7 @@ from finetune_assets.store.manifest import Manifest, ManifestError, parse
 from finetune_assets.store.objects import Objects, Stored
 
 FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
-COLLECTED = (RAW, TOKENIZED, ADAPTERS, STACKS, MERGED, EVALUATIONS, IMPORTS, BASE_MODELS, CHECKPOINTS)
+COLLECTED = (RAW, TOKENIZED, ADAPTERS, STACKS, MERGED, PLANS, EVALUATIONS, IMPORTS, BASE_MODELS, CHECKPOINTS)
 """Kinds whose artifacts may go; those of any other stay."""
 READERS = 16
 
@@ -206,7 +207,7 @@ def _staying(found: Inventory, namespace: str, config: StoreConfig, limit: datet
     for key, record in found.records.items():
         keep(_named_by(key, record, by_fingerprint, found.artifacts))
     adapters_kept = {artifact.manifest.fingerprint for artifact in staying.values() if artifact.kind == ADAPTERS}
-    keep(artifact for artifact in ours if artifact.kind == EVALUATIONS and artifact.refers_to & adapters_kept)
+    keep(artifact for artifact in ours if artifact.kind in (PLANS, EVALUATIONS) and artifact.refers_to & adapters_kept)
     return set(staying)
 
 

@@ -17,6 +17,7 @@ from finetune_assets.config.fingerprint import (
     evaluation_fingerprint,
     fingerprint,
     identity,
+    plan_fingerprint,
     raw_fingerprint,
     stack_fingerprint,
     tokenized_fingerprint,
@@ -33,6 +34,7 @@ from finetune_assets.store.artifacts import (
     BASE_MODELS,
     EVALUATIONS,
     IMPORTS,
+    PLANS,
     RAW,
     TOKENIZED,
     ArtifactRef,
@@ -203,6 +205,10 @@ class Lineage:
     def adapter(self) -> ArtifactRef:
         name = self.adapter_fingerprint(self.tokenized(), self.base_model())
         return self.store.resolve(ADAPTERS, name, made_by="lora_adapter")
+
+    def plan(self, adapter: str) -> ArtifactRef | None:
+        """What the training of an adapter, by its fingerprint, was expected to take, if that was asked."""
+        return self.store.find(PLANS, plan_fingerprint(adapter))
 
     def held_back(self, *begun: ArtifactRef) -> HeldBack:
         """The rows that nothing was trained on: neither in this experiment nor in adapters that it begins from.

@@ -8,24 +8,24 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from finetune_assets.contents import TRAINER_STATE
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import ADAPTERS, ArtifactStore
 from finetune_assets.store.base_models import BaseModelError
-from finetune_assets.store.care import inventory
 from finetune_assets.store.errors import ArtifactMissing
+from finetune_assets.store.history import trainer_states
 from finetune_assets.store.lineage import Lineage
 from finetune_assets.store.terminal import new_table, out
 
+if TYPE_CHECKING:
+    from finetune_assets.preflight.plan import Plan
+
 GIB = 1 << 30
-LOOKED_BACK = 20
-"""Newest adapters that are asked how fast they were trained."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
     try:
         sys.exit(not plan(args.experiment, args.overrides, args.json))
     except (UserError, OSError) as e:
@@ -47,48 +48,41 @@ def plan(experiment: str, overrides: list[str], as_json: bool) -> bool:
     lineage = project.lineage(experiment)
     config = lineage.experiment.config
     folder = shape_of(lineage)
-    from transformers import AutoConfig
+    from finetune_assets.preflight.plan import make_plan, read_shape
 
-    from finetune_assets.preflight.memory import described
-    from finetune_assets.preflight.plan import Past, make_plan
-
-    shape = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=bool(config.model.trust_remote_code)
-    )
     dataset = None
     with suppress(ArtifactMissing, BaseModelError):
         dataset = lineage.store.fetch(lineage.tokenized())
-    past = [found for state in past_states(lineage.store) if (found := Past.of(state))]
-    made = make_plan(shape, config, dataset, past)
+    made = make_plan(read_shape(folder, config), config, dataset, trainer_states(lineage.store))
     if as_json:
-        work = made.work and {"steps": made.work.steps, "tokens": made.work.tokens}
-        told = {"memory_mib": described(made.memory), "fits": made.fits, "advice": made.advice, "work": work}
-        out.print_json(json.dumps({**told, "hours": made.hours, "cost": made.cost}))
-        return made.fits
-    device = made.device
-    each = "GPU" if device.kind == "cuda" else "process"
-    table = new_table(f"of a {each}", "GiB")
-    for name, size in made.memory.parts.items():
-        if size:
-            table.add_row(name, f"{size / GIB:.2f}")
-    table.add_row("[bold]peak[/bold]", f"[bold]{made.memory.total / GIB:.2f}[/bold]")
-    out.print(f"{experiment} on {device.processes} x {device.name}, {device.usable / GIB:.1f} GiB of each usable\n")
-    out.print(table)
-    if made.checkpointing:
+        out.print_json(json.dumps(made.to_dict()))
+    else:
+        show(experiment, made)
+    return made.fits
+
+
+def show(experiment: str, plan: "Plan") -> None:
+    """Print a plan for people."""
+    each = "GPU" if plan.device.kind == "cuda" else "process"
+    out.print(f"{experiment} on {plan.device.processes} x {plan.device.name}\n")
+    if plan.memory:
+        table = new_table(f"of a {each}", "GiB")
+        for name, size in plan.memory.parts.items():
+            if size:
+                table.add_row(name, f"{size / GIB:.2f}")
+        table.add_row("[bold]peak[/bold]", f"[bold]{plan.memory.total / GIB:.2f}[/bold]")
+        table.add_row("usable", f"{plan.device.usable / GIB:.2f}")
+        out.print(table)
+    if plan.checkpointing:
         out.print("with activations computed twice (training.gradient_checkpointing)")
     out.print()
-    if made.work:
-        out.print(f"steps     {made.work.steps:,}\ntokens    {made.work.tokens:,}")
-    if made.hours is None:
-        out.print(f"time      not known: {made.known_from}")
-    else:
-        out.print(f"time      {_duration(made.hours)}, by {made.known_from}")
-    if made.cost is not None:
-        out.print(f"cost      {made.cost:,.2f}")
-    out.print("\nit fits" if made.fits else "\n[red]it does not fit.[/red] What would, by itself:")
-    for way in made.advice:
-        out.print(f"  {way}")
-    return made.fits
+    if plan.work:
+        out.print(f"steps     {plan.work.steps:,}\ntokens    {plan.work.tokens:,}")
+    known = "not known:" if plan.hours is None else f"{duration(plan.hours)}, by"
+    out.print(f"time      {known} {plan.known_from}")
+    if plan.cost is not None:
+        out.print(f"cost      {plan.cost:,.2f}")
+    out.print(f"\n{'' if plan.fits else '[red]'}{plan.told()}")
 
 
 def shape_of(lineage: Lineage) -> Path:
@@ -113,17 +107,8 @@ def shape_of(lineage: Lineage) -> Path:
     return Path(found).parent
 
 
-def past_states(store: ArtifactStore) -> Iterator[dict[str, Any]]:
-    """Trainer states of the newest adapters."""
-    found = [artifact for artifact in inventory(store.objects).artifacts if artifact.kind == ADAPTERS]
-    for artifact in sorted(found, key=lambda one: one.created, reverse=True)[:LOOKED_BACK]:
-        with suppress(UserError, OSError, ValueError):
-            ref = store.ref(artifact.kind, artifact.name, artifact.manifest)
-            folder = store.fetch(ref, lambda path: path == TRAINER_STATE)
-            yield json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-
-
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
+    """For people."""
     seconds = hours * 3600
     if hours >= 2:
         return f"{hours:.1f} hours"

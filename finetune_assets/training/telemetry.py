@@ -103,39 +103,39 @@ class Utilisation:
     @contextmanager
     def sampling(self, device: torch.device) -> Iterator[None]:
         """Sample in a thread of its own until the block is left."""
-        nvml = _nvml() if device.type == "cuda" else None
-        if nvml is None:
+        driver = nvml() if device.type == "cuda" else None
+        if driver is None:
             yield
             return
         ended = threading.Event()
-        thread = threading.Thread(target=self._sample, args=(nvml, ended), daemon=True)
+        thread = threading.Thread(target=self._sample, args=(driver, ended), daemon=True)
         thread.start()
         try:
             yield
         finally:
             ended.set()
             thread.join()
-            nvml.nvmlShutdown()
+            driver.nvmlShutdown()
 
-    def _sample(self, nvml: Any, ended: threading.Event) -> None:
+    def _sample(self, driver: Any, ended: threading.Event) -> None:
         began = time.monotonic()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        handles = [driver.nvmlDeviceGetHandleByIndex(i) for i in range(driver.nvmlDeviceGetCount())]
         while not ended.wait(SAMPLE_SECONDS):
             for gpu, handle in enumerate(handles):
-                self.rows.append((round(time.monotonic() - began, 1), self.step, gpu, *self._ask(nvml, handle)))
+                self.rows.append((round(time.monotonic() - began, 1), self.step, gpu, *self._ask(driver, handle)))
 
-    def _ask(self, nvml: Any, handle: Any) -> list[Any]:
+    def _ask(self, driver: Any, handle: Any) -> list[Any]:
         """What a GPU tells; None for what it does not."""
         answers: list[Any] = []
         for question in (
-            lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-            lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used >> 20,
-            lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            lambda: driver.nvmlDeviceGetUtilizationRates(handle).gpu,
+            lambda: driver.nvmlDeviceGetMemoryInfo(handle).used >> 20,
+            lambda: driver.nvmlDeviceGetPowerUsage(handle) / 1000,
+            lambda: driver.nvmlDeviceGetTemperature(handle, driver.NVML_TEMPERATURE_GPU),
         ):
             try:
                 answers.append(question())
-            except nvml.NVMLError:
+            except driver.NVMLError:
                 answers.append(None)
         return answers
 
@@ -146,7 +146,8 @@ class Utilisation:
                 csv.writer(file).writerows([self.COLUMNS, *self.rows])
 
 
-def _nvml() -> Any:
+def nvml() -> Any:
+    """NVIDIA's management library, begun; None where there is none."""
     try:
         import pynvml
     except ImportError:

@@ -1,0 +1,108 @@
+"""What a training will take, before it takes anything."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from finetune_assets.assets.making import (
+    ARTIFACT,
+    GROUP,
+    in_run,
+    make_once,
+    overridden,
+    publish_built,
+    refuse_stack,
+    result,
+)
+from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.automation.conditions import by_itself
+from finetune_assets.config.fingerprint import plan_fingerprint
+from finetune_assets.contents import PLAN
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import ADAPTERS, PLANS, ArtifactRef
+from finetune_assets.store.history import predicted, read_plan, trainer_states
+
+
+@dg.asset(
+    group_name=GROUP,
+    kinds={"pytorch"},
+    partitions_def=experiments,
+    code_version="1",
+    dagster_type=ARTIFACT,
+    check_specs=[
+        check_of_each(
+            "training_plan",
+            "fits",
+            "What the training takes at its highest fits the hardware that the settings name, or this machine. "
+            "Otherwise nothing is trained, and this names the settings that would fit.",
+        )
+    ],
+    automation_condition=by_itself("tokenized_dataset", "cached_base_model"),
+)
+def training_plan(
+    context: dg.AssetExecutionContext,
+    tokenized_dataset: ArtifactRef,
+    cached_base_model: ArtifactRef,
+    project: Project,
+) -> dg.MaterializeResult:
+    """Memory by part, steps, tokens, hours and cost of a training, from shapes alone: no weight is read, no GPU taken.
+
+    An adapter that the store has keeps the plan that it was trained by.
+    """
+    with in_run(context):
+        lineage = project.lineage(context.partition_key)
+        refuse_stack(lineage.experiment)
+        adapter = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
+        name = plan_fingerprint(adapter)
+
+        def build(folder: Path) -> None:
+            from finetune_assets.preflight.plan import make_plan, read_shape
+
+            store, config = project.store(), lineage.experiment.config
+            base_model = store.fetch(cached_base_model, lambda path: path.endswith((".json", ".py")))
+            shape = read_shape(base_model, config)
+            plan = make_plan(shape, config, store.fetch(tokenized_dataset), trainer_states(store))
+            (folder / PLAN).write_text(json.dumps(plan.to_dict()), encoding="utf-8")
+
+        def make() -> ArtifactRef:
+            made_from = {"experiment": lineage.experiment.name, "lora_adapter": adapter}
+            return publish_built(project, PLANS, name, name, made_from, build, replace=True)
+
+        trained = project.store().find(ADAPTERS, adapter) is not None
+        made = make_once(context, project, PLANS, name, make, anew=not trained)
+        plan = read_plan(project.store(), made.ref)
+        return result(made, [_checked(context, plan)], overridden(lineage.experiment), **_described(plan))
+
+
+def _checked(context: dg.AssetExecutionContext, plan: dict[str, Any]) -> dg.AssetCheckResult:
+    told = plan["told"]
+    if not plan["fits"]:
+        told += ". To try it nevertheless, materialize lora_adapter alone"
+    (context.log.info if plan["fits"] else context.log.error)(told)
+    numbers = {name: plan[name] for name in ("peak_memory_mib", "usable_mib") if plan[name] is not None}
+    return dg.AssetCheckResult(
+        passed=plan["fits"],
+        check_name="fits",
+        description=told,
+        metadata={
+            **numbers,
+            "advice": dg.MetadataValue.md("\n".join(f"- `{way}`" for way in plan["advice"]) or "none"),
+        },
+    )
+
+
+def _described(plan: dict[str, Any]) -> dict[str, Any]:
+    """Numbers for Dagster's plots, named as those that are measured later."""
+    from finetune_assets.data.preview import rows_table
+
+    rows = [{"part": part, "MiB": f"{size:,.1f}"} for part, size in plan["memory_mib"].items()]
+    return {
+        **{f"predicted_{name}": value for name, value in predicted(plan).items()},
+        "usable_memory_mib": plan["usable_mib"],
+        "hardware": f"{plan['device']['processes']} x {plan['device']['name']}",
+        "time_known_from": plan["known_from"],
+        "gradient_checkpointing": plan["gradient_checkpointing"],
+        "memory": dg.MetadataValue.md(rows_table(rows, ["part", "MiB"])),
+    }

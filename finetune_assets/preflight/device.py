@@ -1,0 +1,114 @@
+"""What a training is planned for: the hardware that the settings name, or this machine's. No GPU is touched."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune_assets.config.schema import ExperimentConfig, Hardware
+from finetune_assets.config.validation import COMPUTED_AS_STORED
+from finetune_assets.errors import UserError
+from finetune_assets.launch import gpus
+from finetune_assets.training.telemetry import hardware_name, nvml
+
+GIB = 1 << 30
+RESERVED = {"cpu": 0.95, "cuda": 0.9}
+"""Share of the device's memory that is planned with; the rest goes to gaps between allocations, and to the driver."""
+WITHOUT_BF16 = ("V100", "T4", "P100", "RTX 20")
+MEMORY_GIB = {"H200": 140, "H100": 79, "B200": 178, "A100": 79, "L40S": 44, "L4": 22, "A10": 22, "RTX 4090": 23.5,
+              "RTX 3090": 23.5, "V100": 15.5, "T4": 14.5}  # fmt: skip
+"""What `nvidia-smi` shows, rounded down, by a part of the name; of a kind with several sizes the usual one."""
+AMPERE = 8
+"""Compute capability from which GPUs compute in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a training is planned for.
+
+    Attributes:
+        kind: `cpu` or `cuda`.
+        bytes: Memory of one GPU, or of the machine.
+        processes: That train together.
+        bf16: Whether it computes in bfloat16.
+        name: As its maker calls it.
+    """
+
+    kind: str
+    bytes: int
+    processes: int
+    bf16: bool
+    name: str
+
+    @property
+    def usable(self) -> int:
+        """Bytes that one process may plan with."""
+        sharing = self.processes if self.kind == "cpu" else 1
+        return int(self.bytes * RESERVED[self.kind]) // sharing
+
+    def precision(self, experiment: ExperimentConfig) -> str:
+        """As `compute_precision` decides there."""
+        wanted = experiment.training.precision
+        return wanted if wanted != "auto" else "bf16" if self.bf16 else "fp32"
+
+    def dtype(self, experiment: ExperimentConfig) -> torch.dtype:
+        """As `weights_dtype` decides there."""
+        name: str = experiment.model.dtype
+        if name == "auto":
+            name = COMPUTED_AS_STORED.get(experiment.training.precision) or ("bfloat16" if self.bf16 else "float32")
+        return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def device_of(hardware: Hardware, processes: str) -> Device:
+    """What the settings name, or this machine.
+
+    Args:
+        hardware: The settings.
+        processes: `training.processes_per_node`.
+
+    Raises:
+        UserError: if this machine has not as many GPUs as are asked for, or does not tell what they are.
+    """
+    if hardware.memory_gib or hardware.gpu:
+        name = hardware.gpu or "GPU"
+        size = hardware.memory_gib or _memory_of(name)
+        count = hardware.count if processes == "auto" else int(processes)
+        return Device("cuda", int(size * GIB), count, not any(old in name for old in WITHOUT_BF16), name)
+    if visible := gpus.visible():
+        return _first_of(visible, gpus.wanted(processes, visible))
+    count = 1 if processes == "auto" else int(processes)
+    return Device("cpu", machine_bytes(), count, False, hardware_name(torch.device("cpu")))
+
+
+def _memory_of(name: str) -> float:
+    return next((size for part, size in MEMORY_GIB.items() if part in name), 0)
+
+
+def _first_of(visible: list[str], count: int) -> Device:
+    """Ask the driver, not CUDA, which would take half a GiB of the GPU for as long as this process lives."""
+    driver = nvml()
+    if driver is None:
+        raise UserError("this machine's GPUs do not tell their memory (NVML); set hardware.gpu or hardware.memory_gib")
+    try:
+        first = visible[0]
+        by = driver.nvmlDeviceGetHandleByIndex if first.isdecimal() else driver.nvmlDeviceGetHandleByUUID
+        handle = by(int(first) if first.isdecimal() else first)
+        size = driver.nvmlDeviceGetMemoryInfo(handle).total
+        bf16 = driver.nvmlDeviceGetCudaComputeCapability(handle)[0] >= AMPERE
+        return Device("cuda", size, count, bf16, driver.nvmlDeviceGetName(handle))
+    finally:
+        driver.nvmlShutdown()
+
+
+def machine_bytes() -> int:
+    """Memory of this machine, or of the container that this process may fill.
+
+    All of it, not what is free: a plan is for when the training has the machine.
+    """
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return whole
+    return min(whole, int(limit)) if limit.isdecimal() else whole

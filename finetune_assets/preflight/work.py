@@ -1,0 +1,53 @@
+"""How much there is to do, to the last token: what the trainer's own order of the rows comes to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.training.batches import Examples, TrainOrder, read_packs
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, exactly.
+
+    Attributes:
+        steps: Optimizer steps.
+        tokens: That all processes read, padding not counted.
+        lengths: Examples of the largest micro-batch.
+        learned: Its learned tokens.
+    """
+
+    steps: int
+    tokens: int
+    lengths: list[int]
+    learned: int
+
+
+def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Work:
+    """Steps and tokens of a tokenized dataset."""
+    train, packs = Examples.read(dataset / "train.arrow"), read_packs(dataset)
+    sequences = packs or [[example] for example in range(len(train))]
+    lengths = np.array([train.lengths[sequence].sum() for sequence in sequences])
+    training, tokens = experiment.training, experiment.data.tokenization
+    longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
+    budget = training.micro_batch_size * longest
+    order = TrainOrder(lengths, training, training.group_by_length and not packs, processes, budget)
+    read, largest = 0, (0, [0])
+    for step in range(order.steps):
+        read += int(lengths[order.global_batch(step)].sum())
+        for rank in range(processes):
+            for batch in order.micro_batches(step, rank):
+                largest = max(largest, (int(lengths[batch].sum()), batch))
+    members = [example for sequence in largest[1] for example in sequences[sequence]]
+    return Work(order.steps, read, train.lengths[members].tolist(), int(train.learned[members].sum()))
+
+
+def full_batch(experiment: ExperimentConfig) -> tuple[list[int], int]:
+    """Lengths and learned tokens of the largest micro-batch that the settings allow."""
+    tokens = experiment.data.tokenization
+    length = (tokens.packing_length if tokens.packing else None) or tokens.cutoff_len
+    lengths = [length] * experiment.training.micro_batch_size
+    return lengths, sum(lengths)

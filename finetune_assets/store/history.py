@@ -1,0 +1,82 @@
+"""What earlier trainings in the store were like, and what they were expected to be."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from finetune_assets.contents import PLAN, TRAINER_STATE
+from finetune_assets.errors import UserError
+from finetune_assets.store.artifacts import ADAPTERS, MANIFEST, ArtifactRef, ArtifactStore
+
+LOOKED_BACK = 20
+
+
+def trainer_states(store: ArtifactStore, newest: int = LOOKED_BACK) -> Iterator[dict[str, Any]]:
+    """Trainer states of the newest adapters, the newest first; those that cannot be read are left out."""
+    for ref in newest_adapters(store, newest):
+        with suppress(UserError, OSError, ValueError):
+            folder = store.fetch(ref, lambda path: path == TRAINER_STATE)
+            yield json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+
+
+def newest_adapters(store: ArtifactStore, count: int) -> Iterator[ArtifactRef]:
+    """By when they were published, the newest first. One listing, and a manifest for each."""
+    under = f"{store.namespace}/{ADAPTERS}/"
+    manifests = [found for found in store.objects.listing(under) if found.key.endswith(f"/{MANIFEST}")]
+    manifests.sort(key=lambda found: found.modified, reverse=True)
+    for found in manifests[:count]:
+        with suppress(UserError):
+            if ref := store.find(ADAPTERS, found.key.removeprefix(under).removesuffix(f"/{MANIFEST}")):
+                yield ref
+
+
+def read_plan(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
+    """The plan of a training, as `preflight.plan.Plan.to_dict` made it."""
+    return json.loads((store.fetch(ref) / PLAN).read_text(encoding="utf-8"))
+
+
+def predicted(plan: dict[str, Any]) -> dict[str, float]:
+    """Those of a plan's numbers that are measured later, by the names that `measured` gives them."""
+    hours, work, devices = plan["hours"], plan["work"] or {}, plan["device"]["processes"]
+    found = {
+        **work,
+        "peak_memory_mib": plan["peak_memory_mib"],
+        "training_seconds": hours and round(3600 * hours, 1),
+        "device_hours": hours and round(hours * devices, 4),
+        "cost": plan["cost"] and round(plan["cost"], 2),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def measured(state: dict[str, Any], price_per_hour: float | None = None) -> dict[str, float]:
+    """What a training took, from its `trainer_state.json`.
+
+    Args:
+        state: The trainer's state.
+        price_per_hour: Of a device.
+    """
+    hours = state["seconds"] * state["active"]["processes"] / 3600
+    return {
+        "steps": state["steps"],
+        "tokens": state["tokens"],
+        "peak_memory_mib": state["peak_memory_mib"],
+        "training_seconds": round(state["seconds"], 1),
+        "device_hours": round(hours, 4),
+        **({} if price_per_hour is None else {"cost": round(hours * price_per_hour, 2)}),
+    }
+
+
+def side_by_side(plan: dict[str, Any], found: dict[str, float]) -> list[dict[str, str]]:
+    """Predicted and measured, as rows of a table."""
+    expected = predicted(plan)
+    return [
+        {
+            "": name.replace("_", " "),
+            "predicted": f"{expected[name]:,}",
+            "measured": f"{value:,}",
+            "difference": f"{expected[name] / value - 1:+.1%}" if value else "",
+        }
+        for name, value in found.items()
+        if name in expected
+    ]
