@@ -37,7 +37,8 @@ def test_the_graph() -> None:
         "dolly_raw": set(),
         "cached_base_model": set(),
         "tokenized_dataset": {"dolly_raw", "cached_base_model"},
-        "lora_adapter": {"tokenized_dataset", "cached_base_model"},
+        "training_plan": {"tokenized_dataset", "cached_base_model"},
+        "lora_adapter": {"training_plan", "tokenized_dataset", "cached_base_model"},
         "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model"},
         "champion_adapter": {"lora_adapter", "adapter_evaluation"},
         "merged_model": {"champion_adapter", "tokenized_dataset"},
@@ -45,8 +46,8 @@ def test_the_graph() -> None:
     }
 
 
-PARTITIONED = ["cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"]
-PARTITIONED += ["champion_adapter", "merged_model", "stacked_adapter"]
+PARTITIONED = ["cached_base_model", "tokenized_dataset", "training_plan", "lora_adapter"]
+PARTITIONED += ["adapter_evaluation", "champion_adapter", "merged_model", "stacked_adapter"]
 
 
 @pytest.mark.parametrize("key", PARTITIONED)

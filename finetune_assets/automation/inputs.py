@@ -43,8 +43,16 @@ def _adapter(experiment: Experiment, split_salt: str) -> str | None:
 
 def _plan(experiment: Experiment, split_salt: str) -> str | None:
     """All that decides whether it fits, though it may change no byte of the adapter."""
-    adapter, config = _adapter(experiment, split_salt), experiment.config
-    return adapter and fingerprint(adapter=adapter, training=asdict(config.training), hardware=asdict(config.hardware))
+    adapter, training, hardware = (
+        _adapter(experiment, split_salt),
+        experiment.config.training,
+        experiment.config.hardware,
+    )
+    return adapter and fingerprint(
+        adapter=adapter,
+        computed=[training.gradient_checkpointing, training.sharding, training.processes_per_node],
+        hardware=[hardware.gpu, hardware.memory_gib, hardware.count],
+    )
 
 
 def _evaluation(experiment: Experiment, split_salt: str) -> str | None:

@@ -14,6 +14,7 @@ from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.merged_model import merged_model
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
+from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.inputs import settings_of
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.resources.project import BY_ITSELF_TAG, GOOD_TAG, OVERRIDES_TAG
@@ -25,6 +26,7 @@ REAL = {
     for asset in (
         cached_base_model,
         tokenized_dataset,
+        training_plan,
         lora_adapter,
         adapter_evaluation,
         champion_adapter,
@@ -35,8 +37,11 @@ REAL = {
 UPSTREAM = {name: sorted(key.to_user_string() for key in asset.dependency_keys) for name, asset in REAL.items()}
 ALL = set(REAL) - {"merged_model", "stacked_adapter"}
 """What an experiment needs that is neither merged nor stacked."""
+TRAINING = {"training_plan", "lora_adapter", "adapter_evaluation", "champion_adapter"}
 OF_OTHERS = {("stacked_adapter", "champion_adapter")}
 """Of which asset all partitions count for another one."""
+CHECKED = {"tokenized_dataset", "training_plan"}
+"""Assets with a blocking check of each experiment's own."""
 DATA_VERSION_TAG = "dagster/data_version"
 EXPERIMENT = "model: {base_model: demo-base}\nsubscribed: true\n"
 
@@ -51,6 +56,7 @@ class World:
         bases: Version of each experiment's base model on the Hub.
         failing: Assets whose step fails, by experiment.
         failing_checks: Experiments whose dataset fails its blocking check.
+        too_large: Experiments whose training does not fit.
         raw_is_bad: Whether raw data fails its blocking check.
     """
 
@@ -61,6 +67,7 @@ class World:
     bases: dict[str, str] = field(default_factory=dict)
     failing: dict[str, set[str]] = field(default_factory=dict)
     failing_checks: set[str] = field(default_factory=set)
+    too_large: set[str] = field(default_factory=set)
     cursor: Any = None
 
     def experiments(self) -> list[str]:
@@ -84,7 +91,7 @@ class World:
 
     def _like(self, name: str, partitions: dg.PartitionsDefinition) -> dg.AssetsDefinition:
         specs = []
-        if name == "tokenized_dataset":
+        if name in CHECKED:
             specs = [dg.AssetCheckSpec("good", asset=name, blocking=True, partitions_def=partitions)]
 
         @dg.asset(
@@ -103,7 +110,8 @@ class World:
             experiment = context.partition_key
             if name in self.failing.get(experiment, ()):
                 raise dg.Failure("as the test wants it", allow_retries=False)
-            results = [dg.AssetCheckResult(check_name="good", passed=experiment not in self.failing_checks)]
+            bad = self.too_large if name == "training_plan" else self.failing_checks
+            results = [dg.AssetCheckResult(check_name="good", passed=experiment not in bad)]
             tags = {OVERRIDES_TAG: "1"} if OVERRIDES_TAG in context.run.tags else {}
             version = self.version_of(name, experiment) + ("-overridden" if tags else "")
             return dg.MaterializeResult(
@@ -260,6 +268,19 @@ def test_check_of_one_experiment_fails_then_all_pass(trained: World) -> None:
     assert trained.last("lora_adapter", "a") != adapter
 
 
+def test_a_training_that_does_not_fit_begins_once_a_setting_is_mended(trained: World) -> None:
+    trained.too_large = {"a"}
+    adapter = trained.last("lora_adapter", "a")
+    trained.new_data("v2")
+    trained.settle()
+    assert trained.last("lora_adapter", "a") == adapter, "trained although it does not fit"
+    trained.too_large = set()
+    assert trained.settle() == [], "nothing has changed"
+    trained.write("a", "training: {gradient_checkpointing: true}")
+    assert trained.settle() == [{"a": TRAINING}]
+    assert trained.last("lora_adapter", "a") != adapter
+
+
 def test_threshold_of_a_failed_check_is_raised(trained: World) -> None:
     trained.failing_checks = {"a"}
     trained.new_data("v2")
@@ -317,8 +338,10 @@ def test_experiment_is_subscribed_later(trained: World) -> None:
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        ("training: {learning_rate: 1.0e-5}", {"lora_adapter", "adapter_evaluation", "champion_adapter"}),
-        ("lora: {rank: 4}", {"lora_adapter", "adapter_evaluation", "champion_adapter"}),
+        ("training: {learning_rate: 1.0e-5}", TRAINING),
+        ("lora: {rank: 4}", TRAINING),
+        ("hardware: {gpu: H100}", TRAINING),
+        ("hardware: {price_per_hour: 2}", set()),
         ("data: {tokenization: {cutoff_len: 100}}", ALL - {"cached_base_model"}),
         ("evaluation: {samples: 1}", {"adapter_evaluation", "champion_adapter"}),
         ("# a comment", set()),
@@ -419,9 +442,11 @@ def test_budget_is_used_up(trained: World) -> None:
     text = raw.read_text()
     raw.write_text(text + "\narrivals: {gpu_hours_a_day: 0}\n")
     trained.new_data("v2")
-    assert trained.settle() == [{"a": {"tokenized_dataset"}, "b": {"tokenized_dataset"}}]
+    assert trained.settle() == [
+        {"a": {"tokenized_dataset", "training_plan"}, "b": {"tokenized_dataset", "training_plan"}}
+    ]
     raw.write_text(text)
-    training = {"lora_adapter", "adapter_evaluation", "champion_adapter"}
+    training = TRAINING - {"training_plan"}
     assert trained.settle() == [{"a": training, "b": training}]
 
 

@@ -17,7 +17,8 @@ import finetune_assets.sample
 from finetune_assets.resources.project import Project
 
 SHORT = ["training.max_steps=2", "evaluation.generated_rows=4"]
-EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"}
+EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "training_plan", "lora_adapter"}
+EVERYTHING |= {"adapter_evaluation"}
 
 
 def test_what_re_runs_when(project: TestProject) -> None:
@@ -41,7 +42,7 @@ def test_what_re_runs_when(project: TestProject) -> None:
 
     slower = materialize(overrides=[*SHORT, "training.learning_rate=5e-4"])
     assert slower.returncode == 0
-    assert reused(slower) == EVERYTHING - {"lora_adapter", "adapter_evaluation"}
+    assert reused(slower) == EVERYTHING - {"training_plan", "lora_adapter", "adapter_evaluation"}
 
     shorter = materialize(overrides=[*SHORT, "data.tokenization.cutoff_len=100"])
     assert shorter.returncode == 0

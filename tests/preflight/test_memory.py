@@ -19,8 +19,10 @@ from finetune_assets.config.loading import dump, load_experiment
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import load_tokenizer
-from finetune_assets.preflight.memory import MIB, Device, predict
-from finetune_assets.preflight.plan import work_of
+from finetune_assets.preflight.device import Device
+from finetune_assets.preflight.memory import MIB, predict
+from finetune_assets.preflight.simulation import Case
+from finetune_assets.preflight.work import work_of
 from finetune_assets.store.base_models import PACKAGED
 
 SOAK = bool(os.environ.get("SOAK"))
@@ -70,7 +72,8 @@ def test_predicted_memory_is_what_a_training_takes(shape: str, quantization: str
     work = work_of(dataset, experiment, processes=1)
     device = Device("cpu", 64 << 30, 1, bf16=False, name="CPU")
     checkpointing = bool(experiment.training.gradient_checkpointing)
-    memory = predict(AutoConfig.from_pretrained(model), experiment, device, work.lengths, work.learned, checkpointing)
+    shape = AutoConfig.from_pretrained(model)
+    memory = predict(Case(shape, experiment, device, work.lengths, work.learned, checkpointing))
     # Where a setting leaves it open, a machine with little memory would decide for itself
     experiment = replace(experiment, training=replace(experiment.training, gradient_checkpointing=checkpointing))
     # Where each layer is computed anew glibc's gaps are several times what is alive, and are not predicted; elsewhere

@@ -10,7 +10,8 @@ import pytest
 from projects import TestProject
 
 from finetune_assets.config.loading import load_experiment
-from finetune_assets.preflight.plan import Past, make_plan
+from finetune_assets.preflight.plan import make_plan
+from finetune_assets.preflight.speed import Past
 from finetune_assets.store.base_models import PACKAGED
 
 LLAMA_70B = {
@@ -67,7 +68,8 @@ def test_an_unknown_experiment_is_told(project: TestProject) -> None:
 
 def state(seconds: float, **active: Any) -> dict[str, Any]:
     facts = {"hardware": "NVIDIA H100 80GB", "quantization": "none", "precision": "bf16", "processes": 1}
-    return {"seconds": seconds, "tokens": 1_000_000, "active": {**facts, "multiplied_weights": 1_000_000, **active}}
+    facts |= {"gradient_checkpointing": False, "multiplied_weights": 1_000_000}
+    return {"seconds": seconds, "tokens": 1_000_000, "active": {**facts, **active}}
 
 
 def test_hours_follow_from_earlier_trainings_on_the_same_hardware(project: TestProject) -> None:
@@ -78,20 +80,22 @@ def test_hours_follow_from_earlier_trainings_on_the_same_hardware(project: TestP
     shape = AutoConfig.from_pretrained(PACKAGED["demo-base"])
     assert make_plan(shape, config).hours is None, "without rows nobody knows"
     dataset = tokenized(project, config)
+
+    def hours(*states: dict[str, Any]) -> float:
+        found = make_plan(shape, config, dataset, states).hours
+        assert found
+        return found
+
     guessed = make_plan(shape, config, dataset)
     assert "data sheet" in guessed.known_from
-    fast, slow = Past.of(state(10.0)), Past.of(state(20.0))
-    assert fast
-    assert slow
-    learned = make_plan(shape, config, dataset, [fast])
+    learned = make_plan(shape, config, dataset, [state(10.0)])
     assert learned.work
     assert learned.work.steps == 7
-    assert learned.hours
-    assert make_plan(shape, config, dataset, [slow]).hours == pytest.approx(2 * learned.hours)
-    assert learned.cost == pytest.approx(3 * learned.hours)
-    elsewhere = Past.of(state(10.0, hardware="NVIDIA A100"))
-    assert elsewhere
-    assert make_plan(shape, config, dataset, [elsewhere]).hours == guessed.hours
+    assert learned.cost == pytest.approx(3 * learned.hours)  # type: ignore[operator]
+    assert hours(state(20.0)) == pytest.approx(2 * hours(state(10.0)))
+    alike = state(40.0, multiplied_weights=1_966_080)
+    assert hours(state(10.0), alike, state(10.0)) == pytest.approx(hours(alike)), "one that is like it counts alone"
+    assert hours(state(10.0, hardware="NVIDIA A100")) == guessed.hours
     assert Past.of({"seconds": 1.0, "tokens": 1, "active": {}}) is None, "an adapter of before this was kept"
 
 
