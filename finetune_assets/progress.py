@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 
@@ -175,11 +175,11 @@ class Progress:
     def _show(self, said: str = "", ended: bool = False) -> None:
         if self.display is None:
             return
-        text = f"{self.unit.of(self.done, self.total)} · {self.note or self.unit.rate(self._speed())}"
-        seconds = clock() - self.began
-        self.display.show(
-            State(self.key, self.what, self.done, self.total, text, seconds, self._left(), said=said, ended=ended)
-        )
+        speed, seconds = self._speed(), clock() - self.began
+        beside = self.note or (self.unit.rate(speed) if speed else "")
+        text = self.unit.of(self.done, self.total) + (f" · {beside}" if beside else "")
+        state = State(self.key, self.what, self.done, self.total, text, seconds, self._left())
+        self.display.show(replace(state, said=said, ended=ended))
 
 
 def gigabytes(count: float) -> str:

@@ -42,7 +42,7 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     _experiments: dict[str, Experiment] | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Show that the run lives (and how far it is, where a person started it here), and settle on its raw data and its settings.
+        """Show that the run lives, and settle on its raw data and its settings. Where a person looks on, draw bars.
 
         An experiment is read once a run: what is edited meanwhile is for the next.
 
