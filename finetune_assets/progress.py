@@ -44,6 +44,8 @@ class Unit:
         return f"{done:,} {self.name}" if total is None else f"{done:,} of {total:,} {self.name}"
 
     def rate(self, speed: float) -> str:
+        if speed < 1:
+            return f"{speed * 60:.1f} {self.name}/min"
         return f"{speed:,.{0 if speed >= 10 else 1}f} {self.name}/s"
 
     def is_worth_telling(self, done: int, seconds: float) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing import parent_process
 from typing import TYPE_CHECKING, TextIO
 
 from finetune_assets.progress import Progress
@@ -29,6 +30,8 @@ DRAWN_A_SECOND = 5
 POLL_SECONDS = 0.1
 COVERED = 100
 """Lines that are remembered as said by a bar."""
+ECHO = "^C"
+"""The terminal itself writes it where the cursor is; without room for it the bar would go on in the next line."""
 CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -61,11 +64,11 @@ class Terminal:
         return self.number
 
     def size(self) -> tuple[int, int]:
-        """Columns and lines, 80 and 24 where it does not say."""
+        """Columns and lines that may be drawn in; 80 and 24 where it does not say how many it has."""
+        columns = lines = 0
         with suppress(OSError):
             columns, lines = os.get_terminal_size(self.number)
-            return columns or 80, lines or 24
-        return 80, 24
+        return max(1, (columns or 80) - len(ECHO)), lines or 24
 
 
 class Screen:
@@ -195,7 +198,7 @@ def drawn() -> Iterator[TextIO | Screen]:
 
 
 def _screen() -> Screen | None:
-    if Progress.display is not None or not _is_terminal(2):
+    if Progress.display is not None or parent_process() or not _is_terminal(2):
         return None
     from rich.console import Console
 

@@ -77,7 +77,7 @@ def test_time_left_is_by_the_speed_of_late(caplog: pytest.LogCaptureFixture, mon
     assert told(caplog)[-1] == "tokenizing: 4,000 of 20,000 rows · 100 rows/s · ETA 0:02:40"
     slow = Progress("training", 100, STEPS, done=50)
     clock.count(slow, 1, 1, each=60)
-    assert told(caplog)[-1] == "training: 52 of 100 steps · 0.0 steps/s · ETA 0:48:00", "not by steps of another run"
+    assert told(caplog)[-1] == "training: 52 of 100 steps · 1.0 steps/min · ETA 0:48:00", "not by steps of another run"
     endless = Progress("reading", None, ROWS)
     clock.count(endless, 12_000, each=6)
     assert told(caplog)[-1] == "reading: 12,000 rows · 2,000 rows/s"
