@@ -1,16 +1,13 @@
 """Bars at the bottom of a terminal. One process draws, and whatever else is written comes as lines above them."""
 
-import atexit
-import codecs
 import os
 import re
-import select
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import parent_process
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 SHOWN_SECONDS = 0.5
 """What is done sooner is not drawn."""
 DRAWN_A_SECOND = 5
-POLL_SECONDS = 0.1
 COVERED = 100
 """Lines that are remembered as said by a bar."""
 ECHO = "^C"
@@ -198,7 +194,7 @@ def drawn() -> Iterator[TextIO | Screen]:
 
 
 def _screen() -> Screen | None:
-    if Progress.display is not None or parent_process() or not _is_terminal(2):
+    if Progress.display is not None or parent_process() or not is_terminal(2):
         return None
     from rich.console import Console
 
@@ -207,69 +203,8 @@ def _screen() -> Screen | None:
     return Screen(terminal, console) if console.is_interactive else None
 
 
-def _is_terminal(number: int) -> bool:
+def is_terminal(number: int) -> bool:
     try:
         return os.isatty(number)
     except OSError:
         return False
-
-
-@contextmanager
-def owned() -> Iterator[None]:
-    """Draw bars on the terminal, and let all that this process and those that it starts write go through it.
-
-    Dagster copies stdout and stderr into files by processes of its own, which would write across the bars.
-    """
-    with ExitStack() as stack:
-        screen = stack.enter_context(drawn())
-        if isinstance(screen, Screen):
-            stack.enter_context(_mirrored(screen))
-        atexit.register(stack.close)  # whoever opened this may end without closing it
-        try:
-            yield
-        finally:
-            atexit.unregister(stack.close)
-
-
-@contextmanager
-def _mirrored(screen: Screen) -> Iterator[None]:
-    taken = {number: os.dup(number) for number in (1, 2) if _is_terminal(number)}
-    source, sink = os.pipe()
-    ended = threading.Event()
-    reader = threading.Thread(target=_mirror, args=(source, screen, ended), daemon=True)
-    reader.start()
-    _flush()
-    for number in taken:
-        os.dup2(sink, number)
-    os.close(sink)
-    try:
-        yield
-    finally:
-        _flush()
-        for number, terminal in taken.items():
-            os.dup2(terminal, number)
-            os.close(terminal)
-        ended.set()
-        reader.join()
-        os.close(source)
-
-
-def _mirror(source: int, screen: Screen, ended: threading.Event) -> None:
-    """Print what comes, until nothing does once `ended`; what was left behind may hold the other side open."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    while True:
-        if select.select([source], [], [], POLL_SECONDS)[0]:
-            text = os.read(source, 65536)
-            if not text:
-                return
-            screen.write(decoder.decode(text))
-        elif ended.is_set():
-            return
-        else:
-            screen.flush()
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()

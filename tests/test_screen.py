@@ -34,10 +34,10 @@ def count(total=15):
                 subprocess.run(["echo", "said by a child"])
 """
 ALONE = """
-from finetune_assets import screen
+from finetune_assets import mirror
 from finetune_assets.store.terminal import told
 
-with screen.owned(), told():
+with mirror.owned(), told():
     print("before")
     count()
     print("after")
@@ -57,11 +57,11 @@ defs = dg.Definitions([counted], resources={"project": Project()}, executor=dg.i
 TRAINING = """
 import os, subprocess, sys
 from pathlib import Path
-from finetune_assets import screen
+from finetune_assets import mirror
 from finetune_assets.progress import Progress
 from finetune_assets.relay import heard
 
-with screen.owned(), heard(Path(sys.argv[1]), Progress.display) as telling:
+with mirror.owned(), heard(Path(sys.argv[1]), Progress.display) as telling:
     sys.exit(subprocess.call(sys.argv[2:], env={**os.environ, **telling}))
 """
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from finetune_assets import screen
+from finetune_assets import mirror
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
 from finetune_assets.resources import alive, deployment
 from finetune_assets.store.artifacts import ArtifactStore
@@ -52,7 +52,7 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
         if not context.run:
             return
         if context.run.remote_job_origin is None:  # else a server did, maybe beside others
-            self._drawn.enter_context(screen.owned())
+            self._drawn.enter_context(mirror.owned())
         self._experiments = {}
         self._alive = alive.hold(context.run.run_id)
         if BY_ITSELF_TAG in context.run.tags and context.instance:
