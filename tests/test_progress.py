@@ -1,4 +1,4 @@
-"""How far a transfer is, told in the terminal and in the Dagster run."""
+"""How far a long thing is, told in lines: in the terminal and in the Dagster run."""
 
 import logging
 import os
@@ -7,20 +7,30 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from raw import ingest
 from servers import proxy as proxy_server
 from servers.hub import Hub
 from servers.proxy import Fault
 
 from finetune_assets import progress as progress_module
 from finetune_assets.assets.making import in_run
+from finetune_assets.config.schema import Data, PromptTemplate
+from finetune_assets.data import ingest as ingest_module
+from finetune_assets.data import prepare as prepare_module
+from finetune_assets.data.prepare import prepare_dataset
+from finetune_assets.data.sources import SAMPLE
+from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
-from finetune_assets.progress import Progress, gigabytes, in_parallel
+from finetune_assets.progress import ROWS, STEPS, Progress, gigabytes, in_parallel
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.store.base_models import PACKAGED, collect, locate
 
 BIG = 20_000_000
+PLAIN = PromptTemplate(
+    prompt_input="{context} {instruction} R:", prompt_no_input="{instruction} R:", response_split="R:"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +39,72 @@ def _often(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     caplog.set_level(logging.INFO, "finetune_assets")
 
 
-def test_bytes_speed_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(progress_module, "clock", lambda: self.now)
+        monkeypatch.setattr(progress_module, "EVERY_SECONDS", 5.0)
+
+    def count(self, progress: Progress, *counts: int, each: float) -> None:
+        for count in counts:
+            self.now += each
+            progress.add(count)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_bytes_speed_and_time_left(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
     with Progress("fetching x", 3_000_000_000) as progress:
-        progress.began -= 10
-        progress.told -= 10
-        progress.add(1_000_000_000)
-        progress.add(2_000_000_000)
-    first, last = (record.getMessage() for record in caplog.records)
-    assert first == "fetching x: 1.0 GB of 3.0 GB · 100 MB/s · ETA 0:00:20"
-    assert last == "fetching x: 3.0 GB in 10.0 s · 300 MB/s"
-    told = [gigabytes(count) for count in (0, 999, 1500, 2_500_000, 16.06e9)]
-    assert told == ["0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "16.1 GB"]
+        clock.count(progress, 1_000_000_000, 2_000_000_000, each=10)
+    assert told(caplog) == [
+        "fetching x: 1.0 GB of 3.0 GB · 100 MB/s · ETA 0:00:20",
+        "fetching x: 3.0 GB in 20.0 s · 150 MB/s",
+    ]
+    sizes = [gigabytes(count) for count in (0, 999, 1500, 2_500_000, 16.06e9)]
+    assert sizes == ["0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "16.1 GB"]
+
+
+def test_time_left_is_by_the_speed_of_late(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    progress = Progress("tokenizing", 20_000, ROWS)
+    clock.count(progress, *[10] * 100, each=1)
+    clock.count(progress, *[100] * 30, each=1)
+    assert told(caplog)[-1] == "tokenizing: 4,000 of 20,000 rows · 100 rows/s · ETA 0:02:40"
+    slow = Progress("training", 100, STEPS, done=50)
+    clock.count(slow, 1, 1, each=60)
+    assert told(caplog)[-1] == "training: 52 of 100 steps · 1.0 steps/min · ETA 0:48:00", "not by steps of another run"
+    endless = Progress("reading", None, ROWS)
+    clock.count(endless, 12_000, each=6)
+    assert told(caplog)[-1] == "reading: 12,000 rows · 2,000 rows/s"
+    assert len(told(caplog)) == 26 + 2 + 1, "a line each 5 s, but not more than there is news"
+
+
+def test_short_work_is_not_told_of(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    with Progress("tokenizing", 3_000, ROWS) as progress:
+        clock.count(progress, 1_000, 1_000, 1_000, each=1)
+    assert told(caplog) == []
+    with Progress("tokenizing", 3_000, ROWS) as progress:
+        clock.count(progress, 3_000, each=6)
+    assert told(caplog) == ["tokenizing: 3,000 rows in 6.0 s · 500 rows/s"]
+
+
+def test_reading_and_tokenizing_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (ingest_module, prepare_module):
+        monkeypatch.setattr(module, "ROWS_PER_BATCH", 300)
+    monkeypatch.setattr(progress_module, "EVERY_SECONDS", 0.0)
+    rows = ingest(tmp_path, SAMPLE)
+    prepare_dataset(rows, load_tokenizer(str(PACKAGED["demo-base"])), Data(prompt_template=PLAIN), "salt", tmp_path)
+    lines = [line.partition(" · ")[0] for line in told(caplog)]
+    assert [line for line in lines if "reading" in line][:2] == [f"reading raw data: {n} rows" for n in (300, 600)]
+    assert [line for line in lines if "tokenizing" in line][:2] == [f"tokenizing: {n} of 800 rows" for n in (300, 600)]
 
 
 def test_what_failed_ends_the_other_parts(caplog: pytest.LogCaptureFixture) -> None:
@@ -71,9 +136,9 @@ def test_download_from_the_hub_is_told(
         monkeypatch.setenv("HF_ENDPOINT", slow.url)
         slow.faults.append(Fault(r"GET .*tokenizer\.model", "throttle", None, rate=40_000_000))
         collect(locate("owner/model", "main", tmp_path))
-    told = [record.getMessage() for record in caplog.records]
-    assert any(line.startswith("downloading owner/model from the Hub: ") and "ETA" in line for line in told)
-    assert any("MB in" in line for line in told)
+    lines = told(caplog)
+    assert any(line.startswith("downloading owner/model from the Hub: ") and "ETA" in line for line in lines)
+    assert any("MB in" in line for line in lines)
 
 
 def test_run_and_terminal_tell_of_what_is_published_and_fetched(
@@ -109,8 +174,8 @@ def test_run_and_terminal_tell_of_what_is_published_and_fetched(
 
     with dg.DagsterInstance.get() as instance:
         run = dg.materialize([publishes_and_fetches], instance=instance)
-        told = [entry.user_message for entry in instance.all_logs(run.run_id)]
-    assert any(line.startswith("publishing raw/f: 20.0 MB in") for line in told)
-    assert any(line.startswith("fetching me/raw/f: 20.0 MB in") for line in told), "by the job's own process"
-    assert not any("unexpected message" in line for line in told)
+        lines = [entry.user_message for entry in instance.all_logs(run.run_id)]
+    assert any(line.startswith("publishing raw/f: 20.0 MB in") for line in lines)
+    assert any(line.startswith("fetching me/raw/f: 20.0 MB in") for line in lines), "by the job's own process"
+    assert not any("unexpected message" in line for line in lines)
     assert "\nfetching me/raw/f: 20.0 MB in" in capfd.readouterr().err

@@ -19,6 +19,7 @@ from finetune_assets.data.quality import Inspector, Quality, rows_by_number
 from finetune_assets.data.readers import Record, Unreadable, kept, read_records
 from finetune_assets.data.rows import RAW_SCHEMA, Row
 from finetune_assets.data.sources import SourceFile
+from finetune_assets.progress import ROWS, Progress
 
 PARQUET, QUARANTINE = "rows.parquet", "quarantine.jsonl"
 ROWS_PER_BATCH = 5_000
@@ -79,6 +80,7 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
     with (
         open(out / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as bad,
         pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer,
+        Progress("reading raw data", None, ROWS) as progress,
     ):
         quarantine = _Quarantine(bad, counts)
         rows = (row for file in files for row in _good_rows(file, columns, quarantine))
@@ -88,6 +90,7 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
                 inspector.look(row)
             categories.update(row["category"] for row in batch)
             _count(batch, counts)
+            progress.reach(counts.rows + counts.quarantined)
     if not counts.rows + counts.quarantined:
         raise DataError(f"{', '.join(str(file.path) for file in files)}: no rows; the file is empty")
     counts.categories = dict(categories.most_common())

@@ -24,6 +24,8 @@ from finetune_assets.data.packing import pack
 from finetune_assets.data.quality import SHOWN, folded, hashed
 from finetune_assets.data.rows import Draw, Row, Split, draw, side_of
 from finetune_assets.data.tokenization import IGNORED, Encoder, Examples
+from finetune_assets.progress import ROWS as UNIT
+from finetune_assets.progress import Progress
 
 ROWS_PER_BATCH = 1_000
 EXAMPLE_SCHEMA = pa.schema(
@@ -156,7 +158,9 @@ def _write_examples(
             split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), EXAMPLE_SCHEMA))
             for split in Split
         }
+        progress = stack.enter_context(Progress("tokenizing", int(taken.sum()), UNIT))
         for chosen, batch in _taken_rows(rows, taken):
+            progress.add(len(chosen))
             examples = encoder.encode(batch)
             _count_refused(examples, chosen, statistics)
             if not len(examples.rows):

@@ -29,7 +29,9 @@ from finetune_assets.evaluation.rows import (
     running_text,
     unseen_rows,
 )
+from finetune_assets.progress import ROWS, Progress, Unit
 
+PIECES = Unit("pieces")
 WINDOW = 512
 """Tokens of a piece of general text."""
 
@@ -114,13 +116,19 @@ class Comparison:
         found = Measured(self._rows_for(contender, tokenizer))
         meter = RowLosses(model, contender.config, device)
         if len(self.rows.examples):
-            with self._timed(found, "loss"):
-                found.losses = meter.of(found.rows.examples, self._progress(f"{contender.name}: loss of rows"))
+            with (
+                self._timed(found, "loss"),
+                Progress(f"{contender.name}, loss", len(found.rows.examples), ROWS) as progress,
+            ):
+                found.losses = meter.of(found.rows.examples, progress.reach)
         window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
         text = running_text(self.texts, tokenizer, self.settings.general_tokens, window)
         if text:
-            with self._timed(found, "general"):
-                found.general = float(meter.of(text).sum() / text.learned.sum())
+            with (
+                self._timed(found, "general"),
+                Progress(f"{contender.name}, loss of general text", len(text), PIECES) as progress,
+            ):
+                found.general = float(meter.of(text, progress.reach).sum() / text.learned.sum())
         with self._timed(found, "generation"):
             self._let_answer(contender, model, tokenizer, found, seconds)
         if self.settings.lm_eval:
@@ -155,21 +163,8 @@ class Comparison:
         own = questions(self.settings.prompts, tokenizer, contender.config.data) if self.settings.prompts else []
         longest = self.settings.max_new_tokens
         found.told = answers(model, tokenizer, own, longest, ends=ends, kept=kept)
-        say = self._progress(f"{contender.name}: answers")
-        found.answered = answers(model, tokenizer, prompts, longest, say, ends, kept, seconds)
-
-    def _progress(self, what: str) -> Callable[[int, int], None]:
-        began = told = time.monotonic()
-
-        def progress(done: int, total: int) -> None:
-            nonlocal told
-            now = time.monotonic()
-            if done == total or now - told > 5:
-                told = now
-                left = "" if done == total else f", ETA {(now - began) / done * (total - done):.0f} s"
-                self.say(f"{what} {done}/{total} in {now - began:.1f} s{left}")
-
-        return progress
+        with Progress(f"{contender.name}, answers", len(prompts), ROWS) as progress:
+            found.answered = answers(model, tokenizer, prompts, longest, progress.reach, ends, kept, seconds)
 
     def _timed(self, found: Measured, part: str) -> "_Timer":
         return _Timer(found.seconds, part)

@@ -18,7 +18,7 @@ def answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     max_new_tokens: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int], None] = lambda done: None,
     ends: Collection[int] = (),
     kept: Sequence[str] = (),
     seconds: float = float("inf"),
@@ -32,7 +32,7 @@ def answers(
         tokenizer: Its tokenizer.
         prompts: Token ids of each prompt.
         max_new_tokens: Longest answer.
-        progress: Told the answers done and wanted after every batch.
+        progress: Told the answers done after every batch.
         ends: Ids of tokens that end an answer, beside the tokenizer's own.
         kept: Special tokens that are part of an answer.
         seconds: Begin no batch after so long.
@@ -58,7 +58,7 @@ def answers(
         for i, ids in zip(batch, out[:, width:].tolist(), strict=True):
             texts[i] = readable(tokenizer, ids, kept)
         done += len(batch)
-        progress(done, len(prompts))
+        progress(done)
     return texts
 
 

@@ -31,14 +31,12 @@ class RowLosses:
         self.precision = compute_precision(config.training, device)
 
     @torch.inference_mode()
-    def of(
-        self, rows: Examples, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> NDArray[np.float64]:
+    def of(self, rows: Examples, progress: Callable[[int], None] = lambda done: None) -> NDArray[np.float64]:
         """The loss of each row in nats, summed over its learned tokens; shape (rows,).
 
         Args:
             rows: At least one.
-            progress: Told the rows done and all after every batch.
+            progress: Told the rows done after every batch.
         """
         base = base_of(self.model)
         own = base.config._attn_implementation
@@ -48,7 +46,7 @@ class RowLosses:
         finally:
             base.set_attn_implementation(own)  # generation has a cache, which packed attention has not
 
-    def _measured(self, rows: Examples, flat: bool, progress: Callable[[int, int], None]) -> NDArray[np.float64]:
+    def _measured(self, rows: Examples, flat: bool, progress: Callable[[int], None]) -> NDArray[np.float64]:
         found = np.zeros(len(rows))
         micro = self.config.training.micro_batch_size
         longest = max(self.config.data.tokenization.cutoff_len, int(rows.lengths.max()))
@@ -63,7 +61,7 @@ class RowLosses:
             members = np.concatenate(sequences)
             found[members] = _sums(losses, rows.learned[members])
             done += len(members)
-            progress(done, len(rows))
+            progress(done)
         return found
 
     def _logits_of(self, rows: Examples) -> Callable[[list[list[int]], bool], Tensor]:

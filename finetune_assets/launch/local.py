@@ -9,6 +9,8 @@ from os import environ
 from pathlib import Path
 
 from finetune_assets.launch.job import JobFailed, JobSpec
+from finetune_assets.progress import Progress
+from finetune_assets.relay import heard
 from finetune_assets.store.artifacts import ArtifactRef
 
 GRACE_SECONDS = 12
@@ -29,11 +31,14 @@ class LocalLauncher:
         Raises:
             JobFailed: with the worker's own error.
         """
-        with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="finetune-") as folder,
+            heard(Path(folder), Progress.display) as telling,
+        ):
             job, result = Path(folder) / "job.json", Path(folder) / "result.json"
             spec.write(job)
             command = [sys.executable, "-m", "finetune_assets.launch.bootstrap", str(job), str(result)]
-            process = subprocess.Popen(command, env={**environ, **environment})
+            process = subprocess.Popen(command, env={**environ, **environment, **telling})
             try:
                 code = process.wait()
             except BaseException:

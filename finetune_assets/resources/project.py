@@ -1,10 +1,12 @@
 """What every asset is given: the configuration of this run, and the lineage that follows from it."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
+from finetune_assets import mirror
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
 from finetune_assets.resources import alive, deployment
 from finetune_assets.store.artifacts import ArtifactStore
@@ -36,10 +38,11 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     _raw_version: str | None = PrivateAttr(default=None)
     _alive: Lock | None = PrivateAttr(default=None)
+    _drawn: ExitStack = PrivateAttr(default_factory=ExitStack)
     _experiments: dict[str, Experiment] | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Show that the run lives, and settle on its raw data and its settings.
+        """Show that the run lives, and settle on its raw data and its settings. Where a person looks on, draw bars.
 
         An experiment is read once a run: what is edited meanwhile is for the next.
 
@@ -48,6 +51,8 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
         """
         if not context.run:
             return
+        if context.run.remote_job_origin is None:  # else a server did, maybe beside others
+            self._drawn.enter_context(mirror.owned())
         self._experiments = {}
         self._alive = alive.hold(context.run.run_id)
         if BY_ITSELF_TAG in context.run.tags and context.instance:
@@ -56,6 +61,7 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         if self._alive:
             alive.release(self._alive)
+        self._drawn.close()
 
     def store(self) -> ArtifactStore:
         return deployment.store()

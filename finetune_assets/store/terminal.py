@@ -4,7 +4,8 @@ import argparse
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.tree import Tree
 
 from finetune_assets.errors import UserError
 from finetune_assets.resources import deployment
+from finetune_assets.screen import drawn
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.care import Artifact, Inventory, made_from
 from finetune_assets.store.errors import ArtifactMissing, StoreError
@@ -50,16 +52,30 @@ class Commands:
 
     def run(self, arguments: Sequence[str] | None) -> None:
         """Run one command; the exit code is 1 if something is wrong with what was asked for, or with the store."""
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
-        logging.getLogger("finetune_assets").setLevel(logging.INFO)
         args = self.parser.parse_args(arguments)
         command: Command = args.command
         try:
-            sys.exit(not command(deployment.store(boto3_client), args))
+            with told():
+                whole = command(deployment.store(boto3_client), args)
+            sys.exit(not whole)
         except (UserError, OSError) as e:
             sys.exit(f"{self.program}: {e}")
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Show on stderr what goes on meanwhile: what this project logs, and bars if a person looks at it."""
+    package = logging.getLogger("finetune_assets")
+    package.setLevel(logging.INFO)
+    with drawn() as stderr:
+        handler = logging.StreamHandler(stderr)
+        package.addHandler(handler)
+        try:
+            yield
+        finally:
+            package.removeHandler(handler)
 
 
 def picture(text: str) -> Path:

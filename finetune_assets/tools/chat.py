@@ -25,6 +25,7 @@ from finetune_assets.evaluation.rows import questions
 from finetune_assets.resources.project import Project
 from finetune_assets.store.errors import ArtifactMissing
 from finetune_assets.store.lineage import Lineage
+from finetune_assets.store.terminal import told
 from finetune_assets.training.embeddings import make_room
 from finetune_assets.training.model import load_base, with_adapter_of
 
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         lineage = Project().lineage(args.experiment)
-        talk = Conversation(contenders(lineage), args.max_new_tokens, args.temperature)
+        with told():
+            found = contenders(lineage)
+        talk = Conversation(found, args.max_new_tokens, args.temperature)
         print(f"{args.experiment}: {', '.join(talk.names)} can answer; {talk.who} does. /help tells more.")
         run(talk, _lines())
     except UserError as e:

@@ -6,7 +6,6 @@ is made; hours and money, by what earlier trainings on the same hardware have sh
 
 import argparse
 import json
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from finetune_assets.store.base_models import BaseModelError
 from finetune_assets.store.errors import ArtifactMissing
 from finetune_assets.store.history import trainer_states
 from finetune_assets.store.lineage import Lineage
-from finetune_assets.store.terminal import new_table, out
+from finetune_assets.store.terminal import new_table, out, told
 
 if TYPE_CHECKING:
     from finetune_assets.preflight.plan import Plan
@@ -34,10 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="settings that differ, such as training.micro_batch_size=8")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
     try:
-        sys.exit(not plan(args.experiment, args.overrides, args.json))
+        with told():
+            fits = plan(args.experiment, args.overrides, args.json)
+        sys.exit(not fits)
     except (UserError, OSError) as e:
         sys.exit(f"finetune-plan: {e}")
 

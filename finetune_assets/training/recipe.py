@@ -12,6 +12,7 @@ import torch
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.errors import UserError
+from finetune_assets.progress import ROWS, Progress
 from finetune_assets.training import checkpoint, health, memory, output
 from finetune_assets.training.batches import TrainOrder, collate, evaluation_batches
 from finetune_assets.training.distributed import Process
@@ -104,9 +105,14 @@ class LoraFinetune(Prepared):
         self._open_window()
         usual = signal.signal(signal.SIGTERM, lambda *_: self.told_to_stop.set()) if _in_main_thread() else None
         try:
-            with self.utilisation.sampling(self.process.device):
+            with (
+                self.utilisation.sampling(self.process.device),
+                self.reporter.training(self.log.step, self.order.steps) as progress,
+            ):
                 for step, work in self._work():
-                    self._account(step + 1, self.train_step(step, work))
+                    done = self.train_step(step, work)
+                    progress.reach(step + 1)
+                    self._account(step + 1, done)
                     self._save_checkpoint_if_due()
         finally:
             if usual is not None:
@@ -162,10 +168,12 @@ class LoraFinetune(Prepared):
         sums = torch.zeros(2, dtype=torch.float64, device=self.process.device)
         shares = evaluation_batches(self.val, self.process.world, self.training.micro_batch_size, self.budget)
         mine = shares[self.process.rank]
-        for sequences in mine:
-            batch = collate(sequences, self.val, self.process.device, self.flat)
-            sums[0] += self._loss(batch)
-            sums[1] += len(batch.targets)
+        with Progress("held-out loss", sum(map(len, mine)), ROWS) as progress:
+            for sequences in mine:
+                batch = collate(sequences, self.val, self.process.device, self.flat)
+                sums[0] += self._loss(batch)
+                sums[1] += len(batch.targets)
+                progress.add(len(sequences))
         for _ in range(max(map(len, shares)) - len(mine) if self.sharded else 0):
             self._loss(self._batch(self.sequences[:1]))
         loss, tokens = self.process.sum(sums).tolist()

@@ -1,5 +1,6 @@
 """How training tells people what it does: in the terminal, in the Dagster run, in Weights & Biases."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from finetune_assets.config.schema import ExperimentConfig, Wandb
+from finetune_assets.progress import STEPS, Progress
 from finetune_assets.training.distributed import Process
 
 
@@ -49,6 +51,11 @@ class StepReport:
             f"{self.peak_memory_mib / 1024:.1f} GiB · ETA {timedelta(seconds=round(self.eta_seconds))}"
         )
 
+    def short(self) -> str:
+        """What a bar has room for."""
+        held_out = "" if self.held_out_loss is None else f" · held-out {self.held_out_loss:.4f}"
+        return f"loss {self.loss:.4f}{held_out} · {self.tokens_per_second:,.0f} tokens/s"
+
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -64,8 +71,18 @@ class Reporter:
     def __init__(self, say: Callable[[str], None], wandb_run: "WandbRun | None" = None) -> None:
         self.say = say
         self.wandb_run = wandb_run
+        self._bar = Progress("training", None, STEPS, logs=False)
+
+    @contextmanager
+    def training(self, done: int, total: int) -> Iterator[Progress]:
+        """Show how many optimizer steps are done."""
+        with Progress("training", total, STEPS, done, logs=False) as self._bar:
+            yield self._bar
 
     def step(self, report: StepReport) -> None:
+        self._bar.note = report.short()
+        if report.step < report.total:
+            self._bar.says(report.line())
         self.say(report.line())
         if self.wandb_run:
             self.wandb_run.record(report.to_dict())
@@ -86,10 +103,32 @@ def reporter(process: Process, config: ExperimentConfig, experiment: str, run_id
         return
     with ExitStack() as stack:
         say = _dagster_log(stack) or (lambda line: print(line, flush=True))
+        stack.enter_context(_log_told(say))
         wandb_run = WandbRun(config, config.wandb, experiment, run_id) if config.wandb else None
         if wandb_run:
             stack.push(wandb_run.finish)
         yield Reporter(say, wandb_run)
+
+
+class _Voice(logging.Handler):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+
+@contextmanager
+def _log_told(say: Callable[[str], None]) -> Iterator[None]:
+    """Also tell what this project logs, such as how far a measurement is."""
+    package, voice = logging.getLogger("finetune_assets"), _Voice(say)
+    package.setLevel(logging.INFO)
+    package.addHandler(voice)
+    try:
+        yield
+    finally:
+        package.removeHandler(voice)
 
 
 def _dagster_log(stack: ExitStack) -> Callable[[str], None] | None:

@@ -1,5 +1,6 @@
 """Base, champion and challenger on the same rows: losses that are the model's own, each model read once."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from raw import ingest
 from training.conftest import ALONE
 from transformers import AutoModelForCausalLM
 
+from finetune_assets import progress
 from finetune_assets.data.rows import HeldBack
 from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.texts import PACKAGED as TEXTS
@@ -86,7 +88,11 @@ def test_mean_of_the_rows_is_the_trainings_held_out_loss(trained: Callable[..., 
     assert found[CHALLENGER]["loss"] == pytest.approx(run.log.held_out_loss["after"], rel=1e-4)
 
 
-def test_each_model_is_read_once(trained: Callable[..., LoraFinetune]) -> None:
+def test_each_model_is_read_once_and_what_is_done_told(
+    trained: Callable[..., LoraFinetune], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "finetune_assets")
     new, old = trained("new"), trained("old", "training.max_steps=1")
     compared = comparison(new, generated_rows=4, samples=2, prompts=["Where does Kelm lie?"])
     read = compared.run(base_and(new, old), ALONE.device).read
@@ -100,6 +106,9 @@ def test_each_model_is_read_once(trained: Callable[..., LoraFinetune]) -> None:
     assert sum(row["rows"] for row in found["categories"]) == found["rows"] == found["comparable_rows"]
     assert {*compared.table()} == {"row", "category", "tokens", "comparable", BASE, CHALLENGER, CHAMPION}
     assert found["contenders"][CHALLENGER]["loss"] != found["contenders"][CHAMPION]["loss"]
+    for who in found["contenders"]:
+        assert f"{who}, loss: {found['rows']} rows in" in caplog.text
+        assert f"{who}, answers: {found['generated_rows']} rows in" in caplog.text
 
 
 @pytest.mark.parametrize("setting", ["lora.bias=all", "lora.modules_to_save=[lm_head]"])

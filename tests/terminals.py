@@ -1,0 +1,79 @@
+"""A terminal that programs run in, and what a person sees in it."""
+
+import os
+import select
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable, Mapping
+from fcntl import ioctl
+from pty import fork
+from termios import TIOCSWINSZ
+
+import pyte
+
+
+class Seen:
+    """What a program left in its terminal.
+
+    Attributes:
+        moments: The lines of the terminal after each piece of output.
+        code: How the program ended.
+    """
+
+    def __init__(self, columns: int, lines: int) -> None:
+        self.screen = pyte.Screen(columns, lines)
+        self.stream = pyte.ByteStream(self.screen)
+        self.moments: list[list[str]] = []
+        self.raw, self.code = b"", 0
+
+    def take(self, output: bytes) -> None:
+        self.raw += output
+        self.stream.feed(output)
+        self.moments.append(self.lines)
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self.screen.display if line.strip()]
+
+    def ever(self, *parts: str) -> bool:
+        """Whether one line held all of these at some moment."""
+        return any(all(part in line for part in parts) for lines in self.moments for line in lines)
+
+
+def run(
+    *arguments: str,
+    columns: int = 120,
+    lines: int = 60,
+    interrupt: Callable[[Seen], bool] = lambda seen: False,
+    environment: Mapping[str, str] = {},
+    seconds: float = 120,
+) -> Seen:
+    """Run Python with these arguments in a terminal, until it ends; Ctrl-C is hit once `interrupt` says so."""
+    process, terminal = fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, "TERM": "xterm-256color", **environment})
+    ioctl(terminal, TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    seen, until, hit = Seen(columns or 80, lines or 24), time.monotonic() + seconds, False
+    try:
+        while output := _read(terminal, until):
+            seen.take(output)
+            if not hit and interrupt(seen):
+                os.write(terminal, b"\x03")
+                hit = True
+    finally:
+        if time.monotonic() > until:
+            os.kill(process, signal.SIGKILL)
+        os.close(terminal)
+        seen.code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return seen
+
+
+def _read(terminal: int, until: float) -> bytes:
+    if not select.select([terminal], [], [], max(0, until - time.monotonic()))[0]:
+        raise AssertionError("the program does not end")
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # how Linux says that the program has ended
+        return b""
