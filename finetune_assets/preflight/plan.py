@@ -103,7 +103,7 @@ def make_plan(
     device = device_of(experiment.hardware, experiment.training.processes_per_node)
     work = work_of(dataset, experiment, device.processes) if dataset else None
     lengths, learned = (work.lengths, work.learned) if work else full_batch(experiment)
-    case, memory, unknown = _settled(Case(shape, experiment, device, lengths, learned, checkpointing=False))
+    case, memory, unknown = settled(Case(shape, experiment, device, lengths, learned, checkpointing=False))
     advice = ways(case, memory) if memory and memory.total > device.usable else []
     hours, known_from = _hours(case, work, states)
     price = experiment.hardware.price_per_hour
@@ -111,7 +111,7 @@ def make_plan(
     return Plan(device, memory, unknown, case.checkpointing, advice, work, hours, known_from, cost)
 
 
-def _settled(case: Case) -> tuple[Case, Memory | None, str]:
+def settled(case: Case) -> tuple[Case, Memory | None, str]:
     """Decide as the trainer does whether activations are computed twice, and what the training takes then."""
     wanted = case.experiment.training.gradient_checkpointing
     case = replace(case, checkpointing=bool(wanted))
