@@ -109,4 +109,16 @@ def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
         "train_loss": round(last["loss"], 4),
         "grad_norm": round(last["grad_norm"], 4),
         **{f"held_out_loss_{when}": round(loss, 4) for when, loss in held_out.items() if loss is not None},
+        **_wandb(state.get("wandb") or {}),
     }
+
+
+def _wandb(run: dict[str, str]) -> dict[str, dg.MetadataValue[str]]:
+    """Where the training's run of Weights & Biases can be seen, or how to send it there."""
+    if "url" in run:
+        artifact = {"wandb_artifact": dg.MetadataValue.text(run["artifact"])} if "artifact" in run else {}
+        return {"wandb_run": dg.MetadataValue.url(run["url"]), **artifact}
+    if "folder" in run:
+        folder, sync = dg.MetadataValue.path(run["folder"]), dg.MetadataValue.text(run["sync"])
+        return {"wandb_run": folder, "wandb_sync": sync}
+    return {}
