@@ -23,7 +23,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.training.wandb_process import Message, answers
 
 BINS = 64
-BEGIN_SECONDS, STAGE_SECONDS = 30.0, 300.0
+BEGIN_SECONDS, STAGE_SECONDS = 60.0, 300.0
 """How long wandb may take to load and begin, and to copy an adapter, where training has to wait for it."""
 FINISH_SECONDS, FAILED_SECONDS = 600.0, 2.0
 """How long an end is waited for at most, of a training that succeeded and of one that did not."""

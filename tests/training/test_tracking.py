@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -271,7 +272,8 @@ def test_killed_training_is_told_and_goes_on_in_the_same_run(
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     (tmp_path / "begin.json").write_text(json.dumps(asdict(begun())))
     code = (
-        "import json, os, sys; from pathlib import Path; from finetune_assets.training.tracking import Begin, WandbRun\n"
+        "import json, os, sys; from pathlib import Path\n"
+        "from finetune_assets.training.tracking import Begin, WandbRun\n"
         "run = WandbRun(Begin(**json.loads(Path(sys.argv[1]).read_text())), print); run.link()\n"
         "[run.record({'step': step, 'loss': 1.0}) for step in (1, 2, 3)]; os.kill(os.getpid(), 9)"
     )
