@@ -177,7 +177,7 @@ class WandbRun:
                 return self._leave(server)
 
     def _leave(self, server: str | None) -> None:
-        sync = self._known.get("begun", {}).get("sync", "wandb beta sync")
+        sync = self._known.get("begun", {}).get("sync", "see docs/wandb.md")
         self._say(
             f"Weights & Biases: {server or 'wandb'} no longer answers; the run is kept, and can be sent later: {sync}"
         )

@@ -22,6 +22,8 @@ START_SECONDS = 2.0
 """How long a server may take to answer at all before the run is recorded offline."""
 FINISH_SECONDS = 8.0
 """How long wandb tries to send the last lines; then it writes its local folder, and ends."""
+TRANSFER_SECONDS = 600.0
+"""How long one file, or part of a large one, may take."""
 UPLOAD_SECONDS = 5
 """How often, while an artifact is sent, the server is asked whether it is still there."""
 Message = dict[str, Any]
@@ -95,6 +97,9 @@ class Tracker:
             stop_fn=lambda: None,  # the button "Stop run" would interrupt this process, not the training
             init_timeout=START_SECONDS + 1,
             finish_timeout=FINISH_SECONDS,
+            x_file_transfer_timeout_seconds=TRANSFER_SECONDS,  # the only requests that the former does not end
+            x_file_transfer_retry_max=5,
+            x_file_transfer_retry_wait_max_seconds=5,
             x_stats_pid=self.begin["pid"],
         )
         names = ("project", "entity", "name", "id", "config", "tags")
@@ -109,7 +114,7 @@ class Tracker:
         seen = {"url": self.run.url, "server": self.server} if online else {}
         artifact = f"{self.run.entity}/{self.run.project}/{self._adapter_name}:latest"
         logged = {"artifact": artifact} if online and self.begin["log_model"] else {}
-        sync = f"wandb beta sync {folders}"
+        sync = f"wandb beta sync {'--no-skip-online ' if online else ''}{folders}"
         return {"mode": "online" if online else "offline", **seen, **logged, "folder": str(folder), "sync": sync} | (
             {"why": self.why} if self.why else {}
         )

@@ -257,7 +257,12 @@ def test_what_a_silent_server_missed_is_sent_once_it_answers(
     track: Callable[..., dict[str, Any]], server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    link = track(steps=[1, 2, 3], meanwhile=lambda: setattr(server, "silent", True))
+
+    def fall_silent() -> None:
+        wait_for(lambda: len([one for one in server.artifacts.values() if one.committed]) == 2)
+        server.silent = True
+
+    link = track(steps=[1, 2, 3], meanwhile=fall_silent)
     assert whole(Path(link["folder"]))
     server.silent = False
     sync(link["sync"])
