@@ -181,6 +181,10 @@ def _read(incoming: "SimpleQueue[Message | None]") -> None:
     for line in sys.stdin:
         incoming.put(json.loads(line))
     incoming.put(None)
+    # the training has ended: whatever wandb still waits for, this process does too
+    last = threading.Timer(TRANSFER_SECONDS, os._exit, (1,))
+    last.daemon = True
+    last.start()
 
 
 def _write(out: "SimpleQueue[Message | None]", stream: int) -> None:
