@@ -104,6 +104,7 @@ def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str,
         "train_loss": round(last["loss"], 4),
         "grad_norm": round(last["grad_norm"], 4),
         **{f"held_out_loss_{when}": round(loss, 4) for when, loss in held_out.items() if loss is not None},
+        **_wandb(state.get("wandb") or {}),
         **_beside_plan(lineage, ref, found),
     }
 
@@ -120,3 +121,14 @@ def _beside_plan(lineage: Lineage, ref: ArtifactRef, found: dict[str, float]) ->
         **{f"predicted_{name}": value for name, value in predicted(plan).items() if name in found},
         "predicted_and_measured": dg.MetadataValue.md(rows),
     }
+
+
+def _wandb(run: dict[str, str]) -> dict[str, dg.MetadataValue[str]]:
+    """Where the training's run of Weights & Biases can be seen, or how to send it there."""
+    if "url" in run:
+        artifact = {"wandb_artifact": dg.MetadataValue.text(run["artifact"])} if "artifact" in run else {}
+        return {"wandb_run": dg.MetadataValue.url(run["url"]), **artifact}
+    if "folder" in run:
+        folder, sync = dg.MetadataValue.path(run["folder"]), dg.MetadataValue.text(run["sync"])
+        return {"wandb_run": folder, "wandb_sync": sync}
+    return {}

@@ -310,11 +310,11 @@ class Wandb:
     run_name: str | None = None
     """Name of the run; `null` takes the experiment's."""
     watch: Literal["off", "gradients", "parameters", "all"] = "off"
-    """What `wandb.watch` records of the adapter's weights."""
+    """Histograms of the adapter's weights, of their gradients before clipping, or of both, at each report."""
     log_model: bool = False
-    """Also log the adapter as an artifact."""
+    """Also upload the adapter, as an artifact that was made from dataset and base model."""
     mode: Literal["online", "offline"] = "online"
-    """`offline` writes a folder that `wandb sync` uploads later."""
+    """`offline` writes a folder that `wandb beta sync` uploads later; see [Weights & Biases](wandb.md)."""
 
 
 @dataclass

@@ -45,11 +45,10 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
 def main() -> None:
     args = parser().parse_args()
     config = load_resolved(args.config)
-    config.wandb = None
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     unseen = HeldBack(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None
     texts = read_texts(args.general_text) if args.general_text and config.evaluation.general_tokens else []
-    with joined() as process, reporter(process, config, experiment="", run_id="") as voice:
+    with joined() as process, reporter(process) as voice:
         comparison = Comparison(
             config, args.dataset, made_from["split"], texts, args.raw, voice.say, args.tasks, unseen
         )

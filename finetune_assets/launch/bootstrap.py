@@ -53,18 +53,21 @@ def run(spec: JobSpec) -> ArtifactRef:
     ):
         (folder / "config.yaml").write_text(spec.config, encoding="utf-8")
         (folder / "made_from.json").write_text(json.dumps(spec.made_from), encoding="utf-8")
+        uris = {name: ref.uri for name, ref in spec.inputs.items()}
+        (folder / "uris.json").write_text(json.dumps(uris), encoding="utf-8")
         with in_dagster_run():
             inputs = {name: store.fetch(ref) for name, ref in spec.inputs.items()}
         arguments = {
             "config": folder / "config.yaml",
             "made-from": folder / "made_from.json",
+            "uris": folder / "uris.json",
             "output": _made(folder / "output"),
             **inputs,
             **({"scratch": scratch} if spec.scratch else {}),
         }
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
         processes = _processes(spec, devices)
-        worker = Worker([*_runner(spec, processes), *flags], folder, devices, processes)
+        worker = Worker([*_runner(spec, processes), *flags], folder, Path(spec.cache), devices, processes)
         output = arguments["output"]
         if not spec.scratch:
             _run_worker(worker)
@@ -117,12 +120,14 @@ class Worker:
     Attributes:
         command: How it is started.
         folder: For what explains a failure.
+        cache: For what outlives the job: W&B's folders.
         gpus: Those that are its own; empty where it computes on the CPU.
         processes: How many share this machine's cores.
     """
 
     command: list[str]
     folder: Path
+    cache: Path
     gpus: list[str]
     processes: int
 
@@ -147,6 +152,8 @@ def _run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) ->
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // worker.processes)),
         "OMP_WAIT_POLICY": "PASSIVE",  # two trainings on one machine were 8 times slower where threads wait actively
+        "WANDB_DIR": str(worker.cache),  # makes a folder `wandb` in it
+        "WANDB_DATA_DIR": str(worker.cache / "wandb"),
         **os.environ,
         ERROR_FILE: str(told),
         TORCHRUN_ERROR_FILE: str(crashed),

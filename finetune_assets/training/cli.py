@@ -9,6 +9,7 @@ from finetune_assets.training.distributed import joined
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import reporter
 from finetune_assets.training.state import Job
+from finetune_assets.training.tracking import beginning
 
 
 def main() -> None:
@@ -20,9 +21,7 @@ def main() -> None:
 
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
+    uris = json.loads(args.uris.read_text(encoding="utf-8")) if args.uris else {}
     job = Job(args.base_model, args.dataset, args.output, args.scratch, made_from, args.warm_start)
-    with (
-        joined() as process,
-        reporter(process, config, made_from["experiment"], made_from["fingerprint"][:32]) as voice,
-    ):
+    with joined() as process, reporter(process, beginning(config, made_from, uris)) as voice:
         LoraFinetune(job, config, process, voice).run()

@@ -55,8 +55,6 @@ class LoraFinetune(Prepared):
         """Train, measure, and write the output folder."""
         self._resume()
         self._describe()
-        if self.reporter.wandb_run:
-            self.reporter.wandb_run.watch(self.model)
         with memory.explained(self.config, self.process.device, lambda: self.estimate):
             if self.log.held_out_loss["before"] is None:
                 self.log.held_out_loss["before"] = self.held_out_loss()
@@ -151,6 +149,9 @@ class LoraFinetune(Prepared):
             total += loss.detach()
         self.process.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
+        if self.reporter.wandb_run:
+            trained = ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
+            self.reporter.wandb_run.look(step + 1, trained)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -247,6 +248,9 @@ class LoraFinetune(Prepared):
         if before is not None and after is not None:
             self.reporter.say(f"held-out loss {before:.4f} before, {after:.4f} after")
         self.log.peak_memory_mib = peak_memory_mib(self.process.device)
+        state, run = vars(self.log), self.reporter.wandb_run
+        if run:
+            state = {**state, "wandb": run.link()}
         if self.process.reports:
             output.save(
                 self.job.output,
@@ -254,13 +258,16 @@ class LoraFinetune(Prepared):
                 self.job.base_model,
                 self.config,
                 self.job.made_from,
-                vars(self.log),
+                state,
                 self.initial_adapter,
                 self.new_tokens.rows,
             )
             self.utilisation.write(self.job.output / output.UTILISATION)
-        if self.reporter.wandb_run:
-            self.reporter.wandb_run.log_adapter(self.job.output)
+        if run:
+            numbers = {name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}
+            losses = {f"held_out_loss_{when}": loss for when, loss in self.log.held_out_loss.items()}
+            run.summarize({**numbers, **losses})
+            run.log_adapter(self.job.output, {"fingerprint": self.job.made_from["fingerprint"], **losses})
 
 
 def _in_main_thread() -> bool:

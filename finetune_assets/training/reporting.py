@@ -5,14 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from finetune_assets.config.schema import ExperimentConfig, Wandb
 from finetune_assets.progress import STEPS, Progress
 from finetune_assets.training.distributed import Process
+from finetune_assets.training.tracking import Begin, WandbRun
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,10 @@ class Reporter:
 
     Args:
         say: Takes a line of text.
-        wandb_run: Also gets numbers, weights and adapter, if given.
+        wandb_run: Also gets numbers, histograms and adapter, if given.
     """
 
-    def __init__(self, say: Callable[[str], None], wandb_run: "WandbRun | None" = None) -> None:
+    def __init__(self, say: Callable[[str], None], wandb_run: WandbRun | None = None) -> None:
         self.say = say
         self.wandb_run = wandb_run
         self._bar = Progress("training", None, STEPS, logs=False)
@@ -89,14 +86,12 @@ class Reporter:
 
 
 @contextmanager
-def reporter(process: Process, config: ExperimentConfig, experiment: str, run_id: str) -> Iterator[Reporter]:
+def reporter(process: Process, begin: Begin | None = None) -> Iterator[Reporter]:
     """Open what this process reports to: the Dagster run where one listens, the terminal otherwise.
 
     Args:
         process: This process.
-        config: The experiment's settings.
-        experiment: Its name.
-        run_id: Names the W&B run, so that a resumed training goes on in the same one.
+        begin: How its run of Weights & Biases begins, if it has one.
     """
     if not process.reports:
         yield Reporter(lambda line: None)
@@ -104,7 +99,7 @@ def reporter(process: Process, config: ExperimentConfig, experiment: str, run_id
     with ExitStack() as stack:
         say = _dagster_log(stack) or (lambda line: print(line, flush=True))
         stack.enter_context(_log_told(say))
-        wandb_run = WandbRun(config, config.wandb, experiment, run_id) if config.wandb else None
+        wandb_run = WandbRun(begin, say) if begin else None
         if wandb_run:
             stack.push(wandb_run.finish)
         yield Reporter(say, wandb_run)
@@ -139,45 +134,3 @@ def _dagster_log(stack: ExitStack) -> Callable[[str], None] | None:
     if not PipesEnvVarParamsLoader().is_dagster_pipes_process():
         return None
     return stack.enter_context(open_dagster_pipes()).log.info
-
-
-class WandbRun:
-    """One Weights & Biases run, written by rank 0.
-
-    dagster-wandb's IO manager cannot be used here: it waits for an upload, which never comes offline.
-    """
-
-    def __init__(self, config: ExperimentConfig, settings: Wandb, experiment: str, run_id: str) -> None:
-        import wandb
-
-        self.settings = settings
-        self.run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            name=settings.run_name or experiment,
-            mode=settings.mode,
-            id=run_id,
-            resume="allow" if settings.mode == "online" else None,
-            config=asdict(config),
-        )
-
-    def watch(self, model: torch.nn.Module) -> None:
-        """Record gradients or weights as the settings ask."""
-        if self.settings.watch != "off":
-            self.run.watch(model, log=self.settings.watch)
-
-    def record(self, numbers: dict[str, Any]) -> None:
-        self.run.log({name: value for name, value in numbers.items() if name != "step"}, step=numbers["step"])
-
-    def log_adapter(self, folder: Path) -> None:
-        """Log the adapter as an artifact, if the settings ask for it."""
-        if self.settings.log_model:
-            import wandb
-
-            artifact = wandb.Artifact(f"adapter-{self.run.id}", type="model")
-            artifact.add_dir(str(folder))
-            self.run.log_artifact(artifact)
-
-    def finish(self, error_type: type | None, *_: object) -> None:
-        """End the run, as failed if it ends by an error."""
-        self.run.finish(exit_code=1 if error_type else 0)

@@ -1,16 +1,20 @@
 """The whole graph through Dagster's command line: from rows to an adapter, and what re-runs when."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import dagster as dg
 import pytest
 import torch
 from integration.cli import materialize, reused
 from paths import ROOT
 from peft import PeftModel
 from projects import TestProject
+from servers import wandb as wandb_server
+from servers.wandb import KEY
 from transformers import AutoModelForCausalLM
 
 import finetune_assets.sample
@@ -61,7 +65,14 @@ def test_what_re_runs_when(project: TestProject) -> None:
 def test_assets_one_by_one_on_an_empty_instance(
     project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each asset in a process and on a Dagster instance of its own finds what its configuration demands."""
+    """Each asset in a process and on a Dagster instance of its own finds what its configuration demands.
+
+    wandb, which no setting asks for, is imported by none of their processes.
+    """
+    (tmp_path / "traps").mkdir()
+    imported = tmp_path / "wandb_was_imported"
+    (tmp_path / "traps" / "wandb.py").write_text(f"open({str(imported)!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'traps'}:{os.environ.get('PYTHONPATH', '')}")
     for i, asset in enumerate(["dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter"]):
         home = tmp_path / f"home{i}"
         home.mkdir()
@@ -69,6 +80,7 @@ def test_assets_one_by_one_on_an_empty_instance(
         run = materialize(asset, None if asset == "dolly_raw" else "demo", SHORT if i else [])
         assert run.returncode == 0, run.stdout
     assert len(project.published("adapters")) == 1
+    assert not imported.exists()
 
 
 def test_asset_whose_input_was_not_made_says_which(project: TestProject) -> None:
@@ -138,21 +150,31 @@ def test_warm_start_from_the_store_and_from_a_folder(project: TestProject) -> No
     assert "training.warm_start" in missing.stdout
 
 
-def test_wandb_offline_writes_a_run_and_no_key(
-    project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    key = "0123456789abcdef0123456789abcdef01234567"
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run = materialize(
-        "*lora_adapter", overrides=[*SHORT, "wandb.project=p", "wandb.mode=offline", "wandb.log_model=true"]
-    )
-    assert run.returncode == 0, run.stdout
-    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"grad_norm" in record.read_bytes()
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert not [path for path in written if key.encode() in path.read_bytes()]
-    assert key not in run.stdout
+def test_wandb_run_is_linked_and_its_key_is_nowhere(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Online: the asset's metadata name run and artifact, also when the store has the adapter already."""
+    asset = dg.AssetKey("lora_adapter")
+    with wandb_server.running() as server:
+        for name, value in {"API_KEY": KEY, "BASE_URL": server.url, "ERROR_REPORTING": "false"}.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        monkeypatch.setenv("HOME", str(project.root / "home"))
+        overrides = [*SHORT, "wandb.project=p", "wandb.log_model=true"]
+        runs = [materialize("*lora_adapter", overrides=overrides), materialize("lora_adapter", overrides=overrides)]
+        assert [run.returncode for run in runs] == [0, 0], runs[0].stdout
+        assert "lora_adapter" in reused(runs[1])
+        (ours,) = server.runs.values()
+        with dg.DagsterInstance.get() as instance:
+            last = instance.get_latest_materialization_event(asset)
+        assert last
+        assert last.asset_materialization
+        metadata = last.asset_materialization.metadata
+        assert metadata["wandb_run"] == dg.MetadataValue.url(f"{server.url}/someone/p/runs/{ours.name}")
+        assert metadata["wandb_artifact"].value == f"someone/p/adapter-{ours.name}:latest"
+        used = {server.artifacts[one].name for one in ours.used}
+        assert f"dataset-{project.published('tokenized')[0][:32]}" in used
+        assert list((project.cache / "wandb").glob(f"run-*-{ours.name}"))
+    written = [path for path in project.root.rglob("*") if path.is_file()]
+    assert not [path for path in written if KEY.encode() in path.read_bytes()]
+    assert KEY not in runs[0].stdout
 
 
 def test_workspace_loads_and_definitions_validate() -> None:

@@ -23,10 +23,9 @@ def main() -> None:
     args = parser.parse_args()
 
     config = load_resolved(args.config)
-    config.wandb = None
     assert config.merge is not None
     contender = Contender.of_folder("adapter", args.base_model, args.adapter)
-    with joined() as process, reporter(process, config, experiment="", run_id="") as voice:
+    with joined() as process, reporter(process) as voice:
         rows = held_out(args.dataset, "val", config.data)
         places = positions(rows, config.merge.compared_rows)
         voice.say(f"base and adapter: logits of {len(places)} held-out rows")

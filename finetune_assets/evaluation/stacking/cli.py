@@ -30,7 +30,7 @@ def main() -> None:
     config = load_resolved(args.config)
     config.wandb = None
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
-    with joined() as process, reporter(process, config, experiment="", run_id="") as voice:
+    with joined() as process, reporter(process) as voice:
         base = load_base(args.base_model, config.model, config.training, process.device)
         rows = make_room(base, experiment_tokenizer(args.base_model, config), config).rows
         model = stacked(base, config, folders)
