@@ -8,6 +8,7 @@ import dagster as dg
 
 from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.pictures import is_drawn, of_training
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.config.errors import ConfigError
@@ -24,7 +25,7 @@ from finetune_assets.store.lineage import Lineage
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="2",
+    code_version="3",
     pool="gpu",
     automation_condition=by_itself("tokenized_dataset", "cached_base_model", only_while=WithinBudget()),
 )
@@ -93,13 +94,14 @@ def training_job(
 
 
 def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
-    folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE)
+    folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE or is_drawn(path))
     state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
     last, held_out = state["history"][-1], state["held_out_loss"]
     return {
         "steps": state["steps"],
         "tokens": state["tokens"],
         "training_seconds": round(state["seconds"], 1),
+        "training_hours": round(state["seconds"] / 3600, 4),
         "device_hours": round(state["seconds"] * state["active"]["processes"] / 3600, 4),
         "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
         "trainable_parameters": state["trainable_parameters"],
@@ -109,4 +111,5 @@ def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
         "train_loss": round(last["loss"], 4),
         "grad_norm": round(last["grad_norm"], 4),
         **{f"held_out_loss_{when}": round(loss, 4) for when, loss in held_out.items() if loss is not None},
+        **of_training(folder, state),
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.contents import UTILISATION
 from finetune_assets.errors import UserError
 from finetune_assets.training import checkpoint, health, memory, output
 from finetune_assets.training.batches import TrainOrder, collate, evaluation_batches
@@ -240,6 +241,7 @@ class LoraFinetune(Prepared):
             self.reporter.say(f"held-out loss {before:.4f} before, {after:.4f} after")
         self.log.peak_memory_mib = peak_memory_mib(self.process.device)
         if self.process.reports:
+            self.utilisation.write(self.job.output / UTILISATION)  # before the sums are
             output.save(
                 self.job.output,
                 self.model,
@@ -250,7 +252,6 @@ class LoraFinetune(Prepared):
                 self.initial_adapter,
                 self.new_tokens.rows,
             )
-            self.utilisation.write(self.job.output / output.UTILISATION)
         if self.reporter.wandb_run:
             self.reporter.wandb_run.log_adapter(self.job.output)
 
