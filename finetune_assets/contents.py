@@ -1,4 +1,7 @@
-"""What the files of an adapter, an evaluation and a merged model are called, for who writes and who reads them."""
+"""What the files of an adapter, an evaluation, a merged model and a report are called.
+
+For who writes and who reads them.
+"""
 
 from pathlib import Path
 
@@ -24,6 +27,8 @@ ROWS = "rows.parquet"
 """Each row's tokens and summed loss by each contender."""
 MERGE = "merge.json"
 """How far a merged model is from base and adapter."""
+PAGE, PAGE_MARKDOWN, PAGE_NUMBERS = "report.html", "report.md", "report.json"
+"""All experiments on one page, and what it was made of."""
 
 
 def write_sums(folder: Path) -> None:

@@ -62,7 +62,7 @@ def _statistics(project: Project, ref: ArtifactRef) -> dict[str, Any]:
 
 
 def _describe(statistics: dict[str, Any]) -> dict[str, object]:
-    from finetune_assets.data.preview import conversations_table, rows_table
+    from finetune_assets.data.tables import conversations_table, rows_table
 
     counts = [{"category": name, "rows": rows} for name, rows in statistics["categories"].items()]
     conversations = statistics["conversation_preview"]

@@ -2,13 +2,13 @@
 
 import json
 from dataclasses import asdict, replace
-from statistics import median
 
 import dagster as dg
 
 from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
-from finetune_assets.assets.pictures import is_drawn, of_training
+from finetune_assets.assets.pictures import is_drawn
+from finetune_assets.assets.pictures import of_training as pictures
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.config.errors import ConfigError
@@ -16,6 +16,7 @@ from finetune_assets.contents import HELD_BACK, TRAINER_STATE
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.reporting.numbers import of_training
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
 from finetune_assets.store.lineage import Lineage
@@ -96,20 +97,8 @@ def training_job(
 def _describe(project: Project, ref: ArtifactRef) -> dict[str, object]:
     folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE or is_drawn(path))
     state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    last, held_out = state["history"][-1], state["held_out_loss"]
     return {
-        "steps": state["steps"],
-        "tokens": state["tokens"],
-        "training_seconds": round(state["seconds"], 1),
-        "training_hours": round(state["seconds"] / 3600, 4),
-        "device_hours": round(state["seconds"] * state["active"]["processes"] / 3600, 4),
-        "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
-        "trainable_parameters": state["trainable_parameters"],
-        "mfu": round(median(entry["mfu"] for entry in state["history"]), 3),
-        "peak_memory_mib": state["peak_memory_mib"],
+        **of_training(state),
         "computed_by": dg.MetadataValue.json(state["active"]),
-        "train_loss": round(last["loss"], 4),
-        "grad_norm": round(last["grad_norm"], 4),
-        **{f"held_out_loss_{when}": round(loss, 4) for when, loss in held_out.items() if loss is not None},
-        **of_training(folder, state),
+        **pictures(folder, state),
     }

@@ -166,6 +166,12 @@ def load_store_config(configs: Path) -> StoreConfig:
     return config
 
 
+def base_settings(configs: Path) -> dict[str, Any]:
+    """What every experiment begins with: the defaults, and `base.yaml` over them; what must be set is `???`."""
+    base = OmegaConf.merge(_defaults(ExperimentConfig), _read_layer(configs / "base.yaml").tree)
+    return OmegaConf.to_container(base)  # type: ignore[return-value]
+
+
 def load_resolved(path: Path) -> ExperimentConfig:
     """Read back a tree that `dump` wrote."""
     return _merge(ExperimentConfig, [_read_layer(path)], path)

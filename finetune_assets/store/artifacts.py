@@ -28,6 +28,8 @@ IMPORTS = "imports"
 """Kind of what was brought in from a file or folder: adapters to begin from, texts to measure forgetting by."""
 STACKS, MERGED = "stacks", "merged"
 """Kinds of adapters combined from others, and of base models with an adapter merged into them."""
+REPORTS = "reports"
+"""Kind of pages about all experiments."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
