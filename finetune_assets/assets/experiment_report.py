@@ -12,8 +12,8 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import REPORTS, ArtifactRef
 
 LAST = {"dagster/priority": "-1"}
-"""Of the steps of a run that could be next, this one is last: it tells of champions and stacks too, and cannot depend on
-them, as Dagster skips what depends on an asset that is not made, and not every experiment has a champion."""
+"""Of the steps of a run that could be next, this one is last: it tells of champions and stacks too, and cannot depend
+on them, as Dagster skips what depends on an asset that is not made, and not every experiment has a champion."""
 
 
 @dg.asset(

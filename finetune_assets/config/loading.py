@@ -177,6 +177,11 @@ def load_resolved(path: Path) -> ExperimentConfig:
     return _merge(ExperimentConfig, [_read_layer(path)], path)
 
 
+def read_settings(text: str) -> dict[str, Any]:
+    """The tree that `dump` wrote as it stands, also one of another version of this project."""
+    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+
+
 def dump(config: ExperimentConfig) -> str:
     """The resolved tree as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,19 +1,15 @@
 """An adapter as the store tells of it: what it was made from, how it was trained, how it did."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from finetune_assets.contents import CONFIG, EVALUATION, PROVENANCE, TRAINER_STATE
-from finetune_assets.evaluation.files import read_evaluation
+from finetune_assets.contents import EVALUATION, PROVENANCE, TRAINER_STATE
 from finetune_assets.reporting.numbers import Numbers, of_evaluation, of_training
 from finetune_assets.store.artifacts import ADAPTERS, EVALUATIONS, STACKS, ArtifactStore
 from finetune_assets.store.care import Artifact, Inventory
 from finetune_assets.store.champions import CHAMPIONS
-
-READ = (TRAINER_STATE, PROVENANCE, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -70,14 +66,13 @@ def newest_records(found: Inventory, namespace: str) -> dict[str, str]:
 
 
 def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | None) -> Run:
-    """Fetch and read what is known of an adapter; of its weights nothing.
+    """Read what is known of an adapter; of its weights nothing.
 
     Raises:
-        StoreError, OSError, ValueError, KeyError: if that cannot be fetched, or is not what was written there.
+        StoreError, OSError, ValueError, KeyError: if that cannot be read, or is not what was written there.
     """
-    folder = folder_of(store, adapter)
-    state, provenance = (_json(folder / name) for name in (TRAINER_STATE, PROVENANCE))
-    measured = read_evaluation(_fetched(store, evaluation, (EVALUATION,))) if evaluation else None
+    state, provenance = (json.loads(read(store, adapter, name)) for name in (TRAINER_STATE, PROVENANCE))
+    measured = json.loads(read(store, evaluation, EVALUATION)) if evaluation else None
     history = state["history"]
     return Run(
         adapter.experiment,
@@ -93,15 +88,6 @@ def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | Non
     )
 
 
-def folder_of(store: ArtifactStore, adapter: Artifact) -> Path:
-    """A folder with an adapter's settings, trainer state and provenance."""
-    return _fetched(store, adapter, READ)
-
-
-def _fetched(store: ArtifactStore, artifact: Artifact, names: Iterable[str]) -> Path:
-    ref = store.ref(artifact.kind, artifact.name, artifact.manifest)
-    return store.fetch(ref, lambda path: path in names)
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read(store: ArtifactStore, artifact: Artifact, name: str) -> str:
+    """One of an artifact's small files."""
+    return store.read(artifact.kind, artifact.name, artifact.manifest, name).decode("utf-8")
