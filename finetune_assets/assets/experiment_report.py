@@ -47,13 +47,13 @@ def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg
             return publish_built(project, REPORTS, report.fingerprint, report.fingerprint, made_from, build)
 
         made = make_once(context, project, REPORTS, report.fingerprint, make)
-        folder = project.store().fetch(made.ref)
+        folder = project.store().fetch(made.ref, lambda path: path == PAGE_MARKDOWN)
         return result(
             made,
             experiments=len(report.experiments),
             experiments_with_a_run=len(report.trained),
             champions=sum(one.champion is not None for one in report.experiments),
             not_readable=sum(bool(one.error) for one in report.experiments) + len(report.problems),
-            page=dg.MetadataValue.path(str(folder / PAGE)),
+            page=dg.MetadataValue.path(f"{made.ref.uri}/{PAGE}".removeprefix("file://")),
             report=dg.MetadataValue.md((folder / PAGE_MARKDOWN).read_text(encoding="utf-8")),
         )
