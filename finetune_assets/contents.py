@@ -1,4 +1,7 @@
-"""What the files of an adapter, an evaluation and a merged model are called, for who writes and who reads them."""
+"""What the files of an adapter, an evaluation, a merged model and a report are called.
+
+For who writes and who reads them.
+"""
 
 from pathlib import Path
 
@@ -8,6 +11,10 @@ CARD = "README.md"
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 TRAINER_STATE = "trainer_state.json"
+UTILISATION = "gpu_utilisation.csv"
+"""What the GPUs did while an adapter was trained; none without a GPU."""
+UPDATES = "updates.json"
+"""How large the update of each module is."""
 NOT_ON_THE_HUB = ("packaged/", "local/")
 """With which the names of base models begin that lie in no repository."""
 HELD_BACK = "held_back"
@@ -22,6 +29,8 @@ PLAN = "plan.json"
 """What a training was expected to take."""
 MERGE = "merge.json"
 """How far a merged model is from base and adapter."""
+PAGE, PAGE_MARKDOWN, PAGE_NUMBERS = "report.html", "report.md", "report.json"
+"""All experiments on one page, and what it was made of."""
 
 
 def write_sums(folder: Path) -> None:

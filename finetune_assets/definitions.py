@@ -6,6 +6,7 @@ from finetune_assets.assets.adapter_evaluation import adapter_evaluation
 from finetune_assets.assets.cached_base_model import cached_base_model
 from finetune_assets.assets.champion_adapter import champion_adapter
 from finetune_assets.assets.dolly_raw import dolly_raw
+from finetune_assets.assets.experiment_report import experiment_report
 from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.merged_model import merged_model
 from finetune_assets.assets.stacked_adapter import stacked_adapter
@@ -32,6 +33,7 @@ defs = dg.Definitions(
         champion_adapter,
         merged_model,
         stacked_adapter,
+        experiment_report,
     ],
     sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
     schedules=[raw_data_schedule],

@@ -42,6 +42,7 @@ def test_the_graph() -> None:
         "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model"},
         "champion_adapter": {"lora_adapter", "adapter_evaluation"},
         "merged_model": {"champion_adapter", "tokenized_dataset"},
+        "experiment_report": {"adapter_evaluation"},
         "stacked_adapter": {"champion_adapter", "tokenized_dataset", "cached_base_model"},
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result
+from finetune_assets.assets.pictures import of_rows
 from finetune_assets.assets.raw_checks import BLOCKING, PROFILE, SPECS, Profile, last_good, raw_checks
 from finetune_assets.resources.project import GOOD_TAG, Project
 from finetune_assets.store.artifacts import RAW, ArtifactRef
@@ -61,7 +62,7 @@ def _statistics(project: Project, ref: ArtifactRef) -> dict[str, Any]:
 
 
 def _describe(statistics: dict[str, Any]) -> dict[str, object]:
-    from finetune_assets.data.preview import conversations_table, rows_table
+    from finetune_assets.data.tables import conversations_table, rows_table
 
     counts = [{"category": name, "rows": rows} for name, rows in statistics["categories"].items()]
     conversations = statistics["conversation_preview"]
@@ -70,6 +71,7 @@ def _describe(statistics: dict[str, Any]) -> dict[str, object]:
         "rows_with_context": statistics["with_context"],
         "conversations": statistics["conversations"],
         "quarantined": statistics["quarantined"],
+        **of_rows(statistics),
         "categories": dg.MetadataValue.md(rows_table(counts, ["category", "rows"])),
         "preview": dg.MetadataValue.md(
             rows_table(statistics["preview"], ["instruction", "context", "response", "category"])

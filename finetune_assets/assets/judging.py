@@ -7,9 +7,11 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.making import Made, job, make_once
+from finetune_assets.assets.pictures import of_evaluation as pictures
 from finetune_assets.contents import HELD_BACK
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.reporting.numbers import of_evaluation
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import BASE_MODELS, EVALUATIONS, ArtifactRef
 from finetune_assets.store.champions import PROMOTED, Record
@@ -79,23 +81,20 @@ def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
 
 def described(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation as metadata: a number each, losses by category, answers side by side."""
-    from finetune_assets.data.preview import rows_table
+    from finetune_assets.data.tables import rows_table
 
-    contenders = evaluation["contenders"]
-    numbers = {
-        f"{metric}_{name}": value for name, metrics in contenders.items() for metric, value in sorted(metrics.items())
-    }
-    names = [*contenders]
+    names = [*evaluation["contenders"]]
     categories = [
         {**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}, "rows": str(row["rows"])}
         for row in evaluation["categories"]
     ]
     samples = [{**row, **{name: row[name] or "" for name in names}} for row in evaluation["samples"]]
     return {
-        **numbers,
+        **of_evaluation(evaluation),
         "split": evaluation["split"],
         "rows": evaluation["rows"],
         "generated_rows": evaluation["generated_rows"],
+        **pictures(evaluation),
         "loss_by_category": dg.MetadataValue.md(rows_table(categories, ["category", "rows", *names])),
         "samples": dg.MetadataValue.md(rows_table(samples, ["prompt", "expected", *names])),
     }

@@ -2,21 +2,23 @@
 
 import json
 from dataclasses import asdict, replace
-from statistics import median
 
 import dagster as dg
 
 from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, refuse_stack, result
 from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.pictures import is_drawn
+from finetune_assets.assets.pictures import of_training as pictures
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.contents import HELD_BACK, TRAINER_STATE
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.reporting.numbers import Numbers, of_training, with_cost
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
-from finetune_assets.store.history import measured, predicted, read_plan, side_by_side
+from finetune_assets.store.history import predicted, read_plan, side_by_side
 from finetune_assets.store.lineage import Lineage
 
 
@@ -24,7 +26,7 @@ from finetune_assets.store.lineage import Lineage
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="2",
+    code_version="3",
     pool="gpu",
     deps=["training_plan"],  # whose check is passed before; to train without it is a person's choice
     automation_condition=by_itself(
@@ -91,27 +93,21 @@ def training_job(
 
 
 def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str, object]:
-    folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE)
+    folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE or is_drawn(path))
     state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    last, held_out = state["history"][-1], state["held_out_loss"]
-    found = measured(state, lineage.experiment.config.hardware.price_per_hour)
+    found = with_cost(of_training(state), lineage.experiment.config.hardware.price_per_hour)
     return {
         **found,
-        "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
-        "trainable_parameters": state["trainable_parameters"],
-        "mfu": round(median(entry["mfu"] for entry in state["history"]), 3),
         "computed_by": dg.MetadataValue.json(state["active"]),
-        "train_loss": round(last["loss"], 4),
-        "grad_norm": round(last["grad_norm"], 4),
-        **{f"held_out_loss_{when}": round(loss, 4) for when, loss in held_out.items() if loss is not None},
+        **pictures(folder, state),
         **_wandb(state.get("wandb") or {}),
         **_beside_plan(lineage, ref, found),
     }
 
 
-def _beside_plan(lineage: Lineage, ref: ArtifactRef, found: dict[str, float]) -> dict[str, object]:
+def _beside_plan(lineage: Lineage, ref: ArtifactRef, found: Numbers) -> dict[str, object]:
     """What was predicted beside what was measured, where the training was planned."""
-    from finetune_assets.data.preview import rows_table
+    from finetune_assets.data.tables import rows_table
 
     if (planned := lineage.plan(ref.fingerprint)) is None:
         return {}

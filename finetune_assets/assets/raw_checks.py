@@ -110,7 +110,7 @@ def _schema(context: dg.AssetExecutionContext, files: list[str]) -> dg.AssetChec
 
 
 def _quarantine(context: dg.AssetExecutionContext, statistics: dict[str, Any], most: float) -> dg.AssetCheckResult:
-    from finetune_assets.data.preview import rows_table
+    from finetune_assets.data.tables import rows_table
 
     first = statistics["first_quarantined"]
     told = "{file}:{line}: {reason}".format(**first[0]) if first else ""
@@ -167,7 +167,7 @@ def _leakage(context: dg.AssetExecutionContext, statistics: dict[str, Any], most
 def _rows(
     statistics: dict[str, Any], numbers: list[int], more: list[str] | None = None, cells: list[list[str]] | None = None
 ) -> dg.MarkdownMetadataValue:
-    from finetune_assets.data.preview import rows_table
+    from finetune_assets.data.tables import rows_table
 
     more, cells = more or [], cells or [[]] * len(numbers)
     rows = [

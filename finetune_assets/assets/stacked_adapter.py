@@ -21,7 +21,7 @@ from finetune_assets.store.lineage import Lineage
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="1",
+    code_version="2",
     dagster_type=ARTIFACT,
     output_required=False,
     deps=[dg.AssetDep("champion_adapter", partition_mapping=dg.AllPartitionMapping())],

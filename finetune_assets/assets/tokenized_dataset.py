@@ -9,6 +9,7 @@ import dagster as dg
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, overridden, publish_built, result
 from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import TOKENIZED, ArtifactRef
@@ -21,7 +22,7 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     group_name=GROUP,
     kinds={"arrow"},
     partitions_def=experiments,
-    code_version="3",
+    code_version="4",
     dagster_type=ARTIFACT,
     check_specs=SPECS,
     automation_condition=by_itself("dolly_raw", "cached_base_model"),
@@ -64,14 +65,15 @@ def tokenized_dataset(
         statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
         checks = dataset_checks(context, statistics, config.data)
         described = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
+        described |= of_tokens(statistics, config.data.tokenization.cutoff_len)
         return result(made, checks, overridden(lineage.experiment), **described)
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
     counts = dict(statistics)
     examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")
-    for name in ("first_without_label", "first_truncated", "first_overlap"):
-        del counts[name]  # the checks name them
+    for name in ("first_without_label", "first_truncated", "first_overlap", "length_histogram", "fill_histogram"):
+        del counts[name]  # the checks name them, a picture shows them
     return {
         "dagster/row_count": sum(examples.values()),
         **{f"{split}_examples": count for split, count in examples.items()},

@@ -95,7 +95,7 @@ def _checked(context: dg.AssetExecutionContext, plan: dict[str, Any]) -> dg.Asse
 
 def _described(plan: dict[str, Any]) -> dict[str, Any]:
     """Numbers for Dagster's plots, named as those that are measured later."""
-    from finetune_assets.data.preview import rows_table
+    from finetune_assets.data.tables import rows_table
 
     rows = [{"part": part, "MiB": f"{size:,.1f}"} for part, size in plan["memory_mib"].items()]
     return {

@@ -14,11 +14,11 @@ from finetune_assets.config.schema import Columns
 
 RAW_CODE = "3"
 BASE_MODEL_CODE = "1"
-TOKENIZED_CODE = "3"
-ADAPTER_CODE = "3"
+TOKENIZED_CODE = "4"
+ADAPTER_CODE = "4"
 EVALUATION_CODE = "3"
 MERGE_CODE = "1"
-STACK_CODE = "1"
+STACK_CODE = "2"
 PLAN_CODE = "1"
 
 

@@ -166,9 +166,20 @@ def load_store_config(configs: Path) -> StoreConfig:
     return config
 
 
+def base_settings(configs: Path) -> dict[str, Any]:
+    """What every experiment begins with: the defaults, and `base.yaml` over them; what must be set is `???`."""
+    base = OmegaConf.merge(_defaults(ExperimentConfig), _read_layer(configs / "base.yaml").tree)
+    return OmegaConf.to_container(base)  # type: ignore[return-value]
+
+
 def load_resolved(path: Path) -> ExperimentConfig:
     """Read back a tree that `dump` wrote."""
     return _merge(ExperimentConfig, [_read_layer(path)], path)
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """The tree that `dump` wrote as it stands, also one of another version of this project."""
+    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
 def dump(config: ExperimentConfig) -> str:

@@ -470,5 +470,7 @@ class StoreConfig:
     keep_adapters: int = 20
     """Newest adapters of each experiment to keep, with all that they were made from, and their evaluations. Champions
     stay whatever their age."""
+    keep_reports: int = 5
+    """Newest pages of `experiment_report` to keep."""
     keep_days: float = 7.0
     """Nothing younger is removed, so that what some run is about to publish or to use stays."""

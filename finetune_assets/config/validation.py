@@ -82,7 +82,7 @@ def _shares(shares: dict[str, float]) -> Iterator[Problem]:
 
 def impossible_store_settings(config: StoreConfig) -> Iterator[Problem]:
     """Everything that is wrong with the store's settings."""
-    for name in ("keep_raw", "keep_adapters"):
+    for name in ("keep_raw", "keep_adapters", "keep_reports"):
         if getattr(config, name) < 1:
             yield name, f"{getattr(config, name)} must be at least 1"
     if not 0 <= config.keep_days < math.inf:

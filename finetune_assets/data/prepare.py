@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
 ROWS_PER_BATCH = 1_000
+LENGTH_BINS, FILL_BINS = 40, 20
+"""How finely lengths and packed sequences are counted, for people to look at."""
 EXAMPLE_SCHEMA = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.int32()), metadata={"doc": "tokens of prompt, response and end"}),
@@ -86,6 +89,10 @@ class Statistics:
     sequences: int = 0
     fill: float = 1.0
     """Share of the sequences' places that hold a token."""
+    length_histogram: dict[str, Any] = field(default_factory=dict)
+    """`width` of a bin in tokens, and `counts` of the train examples in each bin, from 0 on."""
+    fill_histogram: list[int] = field(default_factory=list)
+    """Packed sequences by the share of their places that is filled, in `FILL_BINS` bins of equal width from 0 to 1."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -254,6 +261,8 @@ def _describe_lengths(lengths: NDArray[np.int64], statistics: Statistics) -> Non
     statistics.tokens = int(lengths.sum())
     for name, share in {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}.items():
         statistics.length_quantiles[name] = int(np.quantile(lengths, share, method="nearest"))
+    width = -(-(statistics.length_quantiles["max"] + 1) // LENGTH_BINS)
+    statistics.length_histogram = {"width": width, "counts": np.bincount(lengths // width).tolist()}
 
 
 def _write_packs(lengths: NDArray[np.int64], data: Data, statistics: Statistics, out: Path) -> None:
@@ -264,5 +273,9 @@ def _write_packs(lengths: NDArray[np.int64], data: Data, statistics: Statistics,
     packs = pack(lengths, capacity)
     statistics.sequences = len(packs)
     statistics.fill = round(statistics.tokens / (capacity * len(packs)), 4)
+    starts = np.cumsum([0, *map(len, packs[:-1])])
+    filled = np.add.reduceat(lengths[np.fromiter(chain.from_iterable(packs), np.int64, len(lengths))], starts)
+    bins = np.minimum(filled * FILL_BINS // capacity, FILL_BINS - 1)
+    statistics.fill_histogram = np.bincount(bins, minlength=FILL_BINS).tolist()
     with pa.ipc.new_stream(str(out / "packs.arrow"), PACK_SCHEMA) as writer:
         writer.write_table(pa.table({"examples": pa.array(packs, pa.list_(pa.int32()))}, schema=PACK_SCHEMA))

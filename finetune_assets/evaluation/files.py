@@ -1,6 +1,7 @@
 """What an evaluation's folder holds."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def gain_of(folder: Path, confidence: float) -> tuple[Gain, str]:
     return paired_gain(before, after, np.asarray(tokens, np.int64), confidence), opponent
 
 
-def forgetting_of(evaluation: dict[str, Any]) -> float | None:
+def forgetting_of(evaluation: Mapping[str, Any]) -> float | None:
     """By how many nats a token the challenger is worse than the base on the general text; None if not measured."""
     base, challenger = (evaluation["contenders"][name].get("general_loss") for name in ("base", "challenger"))
     return None if base is None or challenger is None else challenger - base

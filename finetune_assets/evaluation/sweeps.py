@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from finetune_assets.contents import ROWS, TRAINER_STATE
+from finetune_assets.drawing.bars import Cost, losses_by_cost
+from finetune_assets.drawing.style import save
 from finetune_assets.evaluation.files import forgetting_of, read_evaluation
 from finetune_assets.evaluation.gate import Gain, paired_gain
 
@@ -100,37 +102,18 @@ def smallest(points: list[Found], behind: dict[str, Gain]) -> Found:
 
 def draw(points: list[Found], chosen: Found, title: str, path: Path) -> None:
     """Loss against each cost, the frontier as a line, the smallest that is as good as the best marked."""
-    import matplotlib
+    costs = [_cost(points, chosen, cost) for cost in COSTS]
+    save(losses_by_cost(costs, title, f"smallest within noise: {_short(chosen)}"), path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(COSTS), figsize=(13, 4.2), sharey=True, layout="constrained")
-    for panel, (cost, (label, factor)) in zip(panels, COSTS.items(), strict=True):
-        best = frontier(points, cost)
-        panel.plot([getattr(p, cost) * factor for p in best], [p.loss for p in best], color="#4c78a8", zorder=1)
-        panel.scatter(
-            [getattr(p, cost) * factor for p in points], [p.loss for p in points], color="#4c78a8", zorder=2, s=28
-        )
-        panel.scatter(
-            [getattr(chosen, cost) * factor], [chosen.loss], facecolor="none", edgecolor="#e45756", s=150, zorder=3,
-            linewidth=2, label=f"smallest within noise: {_short(chosen)}",
-        )  # fmt: skip
-        for point in points:
-            panel.annotate(
-                _short(point), (getattr(point, cost) * factor, point.loss), xytext=(4, 5), textcoords="offset points",
-                fontsize=8,
-            )  # fmt: skip
-        panel.set_xlabel(label)
-        if cost == "parameters":
-            panel.set_xscale("log")
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel("held-out loss, nats a token")
-    panels[0].legend(loc="upper right", fontsize=8)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _cost(points: list[Found], chosen: Found, cost: str) -> Cost:
+    label, factor = COSTS[cost]
+
+    def at(point: Found) -> tuple[float, float]:
+        return getattr(point, cost) * factor, point.loss
+
+    named = [(*at(point), _short(point)) for point in points]
+    return Cost(label, named, [*map(at, frontier(points, cost))], at(chosen), log=cost == "parameters")
 
 
 def _short(point: Found) -> str:

@@ -30,6 +30,8 @@ PLANS = "plans"
 """Kind of what a training was expected to take."""
 STACKS, MERGED = "stacks", "merged"
 """Kinds of adapters combined from others, and of base models with an adapter merged into them."""
+REPORTS = "reports"
+"""Kind of pages about all experiments."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
@@ -222,6 +224,21 @@ class ArtifactStore:
                     ) from e
                 return entry.folder
         return self.fetch(self.ref(ref.kind, ref.name, manifest), only)  # it was replaced since
+
+    def read(self, kind: str, name: str, manifest: Manifest, path: str) -> bytes:
+        """A small file of an artifact, verified. Past the cache, which is not made for a little of many artifacts.
+
+        Raises:
+            CorruptArtifact: if there is no such file, or it is not what the manifest says, even when read again.
+        """
+        key = f"{self.prefix(kind, name)}/{manifest.folder}/{path}"
+        wanted = next((file.sha256 for file in manifest.files if file.path == path), None)
+        with suppress(FileNotFoundError):
+            for _ in range(2 if wanted else 0):
+                content = self.objects.get(key)
+                if hashlib.sha256(content).hexdigest() == wanted:
+                    return content
+        raise CorruptArtifact(f"{self.url}/{key}: missing, or not what its manifest says; materialize it with force")
 
     def _manifest_of(self, ref: ArtifactRef) -> Manifest:
         manifest = self.manifest(ref.kind, ref.name)

@@ -23,6 +23,7 @@ from finetune_assets.store.artifacts import (
     MERGED,
     PLANS,
     RAW,
+    REPORTS,
     STACKS,
     TOKENIZED,
     ArtifactStore,
@@ -31,7 +32,7 @@ from finetune_assets.store.manifest import Manifest, ManifestError, parse
 from finetune_assets.store.objects import Objects, Stored
 
 FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
-COLLECTED = (RAW, TOKENIZED, ADAPTERS, STACKS, MERGED, PLANS, EVALUATIONS, IMPORTS, BASE_MODELS, CHECKPOINTS)
+COLLECTED = (RAW, TOKENIZED, ADAPTERS, STACKS, MERGED, PLANS, EVALUATIONS, IMPORTS, BASE_MODELS, CHECKPOINTS, REPORTS)
 """Kinds whose artifacts may go; those of any other stay."""
 READERS = 16
 
@@ -198,6 +199,7 @@ def _staying(found: Inventory, namespace: str, config: StoreConfig, limit: datet
     keep(artifact for artifact in found.artifacts if artifact.kind not in COLLECTED or artifact.created >= limit)
     ours = [artifact for artifact in found.artifacts if artifact.namespace == namespace]
     keep([artifact for artifact in ours if artifact.kind == RAW][: config.keep_raw])
+    keep([artifact for artifact in ours if artifact.kind == REPORTS][: config.keep_reports])
     of_experiment: dict[str, list[Artifact]] = defaultdict(list)
     for artifact in ours:
         if artifact.kind == ADAPTERS:

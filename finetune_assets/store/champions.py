@@ -58,6 +58,22 @@ class Record:
     before: str | None = None
 
 
+def parse_record(content: bytes, where: str) -> Record:
+    """A record as it was put at `where`, which ends in its number.
+
+    Raises:
+        StoreError: if it is none.
+    """
+    try:
+        record = Record(**json.loads(content))
+        named = RECORD.fullmatch(where.rpartition("/")[2])
+        if not named or record.number != int(named[1]) or not re.fullmatch("[0-9a-f]{64}", record.adapter):
+            raise ValueError("it is of another number or names no adapter")
+    except (ValueError, TypeError) as e:
+        raise StoreError(f"{where}: not a record of a champion ({e}); delete it") from e
+    return record
+
+
 class Champions:
     """The champions of one experiment.
 
@@ -211,13 +227,7 @@ class Champions:
 
     def _read(self, number: int) -> Record:
         key = self._key(number)
-        try:
-            record = Record(**json.loads(self.store.objects.get(key)))
-            if record.number != number or not re.fullmatch("[0-9a-f]{64}", record.adapter):
-                raise ValueError("it is of another number or names no adapter")
-        except (ValueError, TypeError) as e:
-            raise StoreError(f"{self.store.url}/{key}: not a record of a champion ({e}); delete it") from e
-        return record
+        return parse_record(self.store.objects.get(key), f"{self.store.url}/{key}")
 
     @property
     def _prefix(self) -> str:

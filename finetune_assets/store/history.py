@@ -37,7 +37,7 @@ def read_plan(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
 
 
 def predicted(plan: dict[str, Any]) -> dict[str, float]:
-    """Those of a plan's numbers that are measured later, by the names that `measured` gives them."""
+    """Those of a plan's numbers that are measured later, by the names that `reporting.numbers` gives them."""
     hours, work, devices = plan["hours"], plan["work"] or {}, plan["device"]["processes"]
     found = {
         **work,
@@ -47,24 +47,6 @@ def predicted(plan: dict[str, Any]) -> dict[str, float]:
         "cost": plan["cost"] and round(plan["cost"], 2),
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def measured(state: dict[str, Any], price_per_hour: float | None = None) -> dict[str, float]:
-    """What a training took, from its `trainer_state.json`.
-
-    Args:
-        state: The trainer's state.
-        price_per_hour: Of a device.
-    """
-    hours = state["seconds"] * state["active"]["processes"] / 3600
-    return {
-        "steps": state["steps"],
-        "tokens": state["tokens"],
-        "peak_memory_mib": state["peak_memory_mib"],
-        "training_seconds": round(state["seconds"], 1),
-        "device_hours": round(hours, 4),
-        **({} if price_per_hour is None else {"cost": round(hours * price_per_hour, 2)}),
-    }
 
 
 def side_by_side(plan: dict[str, Any], found: dict[str, float]) -> list[dict[str, str]]:

@@ -33,6 +33,7 @@ from finetune_assets.store.terminal import (
     picture,
     when,
 )
+from finetune_assets.updates import ENERGY, suggested
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,7 +162,9 @@ def publish(store: ArtifactStore, args: argparse.Namespace) -> bool:
 
 
 def show_updates(store: ArtifactStore, args: argparse.Namespace) -> bool:
-    from finetune_assets.evaluation.updates import ENERGY, draw, suggested, updates
+    from finetune_assets.drawing import modules
+    from finetune_assets.drawing.style import save
+    from finetune_assets.training.updates import updates
 
     found = updates(folder_of(store, args.adapter))
     table = new_table("module", "rank", "norm", "effective rank", f"{ENERGY:.0%} of it in")
@@ -175,7 +178,7 @@ def show_updates(store: ArtifactStore, args: argparse.Namespace) -> bool:
     for module, rank in pattern.items():
         out.print(f"    {module}: {rank}")
     if args.plot:
-        draw(found, f"Updates of {args.adapter}", args.plot)
+        save(modules.updates(found, f"Updates of {args.adapter}"), args.plot)
         out.print(f"\ndrawn in {args.plot}")
     return True
 

@@ -15,8 +15,9 @@ from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.contents import CARD, CONFIG, NOT_ON_THE_HUB, PROVENANCE, TRAINER_STATE, write_sums
 from finetune_assets.training.embeddings import experiment_tokenizer
 from finetune_assets.training.telemetry import hardware_name
+from finetune_assets.training.updates import updates
+from finetune_assets.updates import write_updates
 
-UTILISATION = "gpu_utilisation.csv"
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
@@ -52,6 +53,7 @@ def save(
     _write_json(output / TRAINER_STATE, state)
     provenance = {**made_from, "versions": _versions(), "hardware": _hardware()}
     _write_json(output / PROVENANCE, provenance)
+    write_updates(updates(output), output)
     (output / CARD).write_text(_model_card(config, provenance, state, rows), encoding="utf-8")
     write_sums(output)
 

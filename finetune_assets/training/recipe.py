@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.contents import UTILISATION
 from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
 from finetune_assets.training import checkpoint, health, memory, output
@@ -252,6 +253,7 @@ class LoraFinetune(Prepared):
         if run:
             state = {**state, "wandb": run.link()}
         if self.process.reports:
+            self.utilisation.write(self.job.output / UTILISATION)  # before the sums are
             output.save(
                 self.job.output,
                 self.model,
@@ -262,7 +264,6 @@ class LoraFinetune(Prepared):
                 self.initial_adapter,
                 self.new_tokens.rows,
             )
-            self.utilisation.write(self.job.output / output.UTILISATION)
         if run:
             numbers = {name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}
             losses = {f"held_out_loss_{when}": loss for when, loss in self.log.held_out_loss.items()}

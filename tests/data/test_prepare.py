@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
@@ -109,6 +110,10 @@ def test_packs_cover_the_train_split(rows: Path, tokenizer: PreTrainedTokenizerB
     assert all(sum(lengths[i] for i in pack) <= 192 for pack in packs)  # type: ignore[attr-defined]
     assert statistics.sequences == len(packs) < len(lengths)
     assert statistics.fill == pytest.approx(sum(lengths) / 192 / len(packs), abs=1e-4)
+    filled = [sum(lengths[i] for i in pack) / 192 for pack in packs]  # type: ignore[attr-defined]
+    assert statistics.fill_histogram == np.histogram(filled, 20, (0, 1))[0].tolist()
+    width, counts = statistics.length_histogram["width"], statistics.length_histogram["counts"]
+    assert counts == np.histogram(lengths, len(counts), (0, width * len(counts)))[0].tolist()
 
 
 def test_datasets_opens_the_files(rows: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from finetune_assets.data.prepare import EXAMPLE_SCHEMA
-from finetune_assets.data.preview import conversations_table, masked_tokens, rows_table
+from finetune_assets.data.preview import masked_tokens
+from finetune_assets.data.tables import conversations_table, rows_table
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.store.base_models import PACKAGED
 

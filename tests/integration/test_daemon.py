@@ -93,6 +93,7 @@ def test_file_lands_and_two_experiments_train(daemon: Daemon, inbox: Path, rows:
 
     drop(inbox, "b.jsonl", rows[200:])
     daemon.wait_for("two more evaluations", lambda: len(daemon.made("adapter_evaluation")) == 4)
+    daemon.wait_for("the page about them", lambda: is_told(daemon))
     daemon.wait_for("no run", daemon.quiet)
     runs = len(daemon.runs())
     (inbox / "b.jsonl").touch()
@@ -103,6 +104,12 @@ def test_file_lands_and_two_experiments_train(daemon: Daemon, inbox: Path, rows:
     daemon.project.write_experiment("three", QUICK + "lora: {rank: 2}\n")
     (made,) = daemon.wait_for("the new experiment's evaluation", lambda: daemon.made("adapter_evaluation")[4:])
     assert made.partition_key == "three"
+
+
+def is_told(daemon: Daemon) -> bool:
+    """Whether the page about all experiments is newer than all that it tells of."""
+    pages, evaluations, champions = map(daemon.made, ("experiment_report", "adapter_evaluation", "champion_adapter"))
+    return bool(pages) and pages[-1].storage_id > max(one.storage_id for one in evaluations + champions)
 
 
 @pytest.mark.real_data

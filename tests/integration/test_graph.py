@@ -22,7 +22,7 @@ from finetune_assets.resources.project import Project
 
 SHORT = ["training.max_steps=2", "evaluation.generated_rows=4"]
 EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "training_plan", "lora_adapter"}
-EVERYTHING |= {"adapter_evaluation"}
+EVERYTHING |= {"adapter_evaluation", "experiment_report"}
 
 
 def test_what_re_runs_when(project: TestProject) -> None:
@@ -34,6 +34,10 @@ def test_what_re_runs_when(project: TestProject) -> None:
     assert "grad_norm" in first.stdout
     assert "tokens/s" in first.stdout
     assert "ETA" in first.stdout
+    (page,) = project.published("reports")
+    told = json.loads((project.store.fetch(project.store.resolve("reports", page, "it")) / "report.json").read_text())
+    assert told["experiments"][0]["runs"][0]["fingerprint"] == project.published("adapters")[0]
+    assert told["experiments"][0]["runs"][0]["numbers"].keys() >= {"loss_challenger", "tokens_per_second"}
 
     demo = project.configs / "experiments" / "demo.yaml"
     lines = [line for line in demo.read_text().splitlines() if not line.startswith("#")]
@@ -46,7 +50,7 @@ def test_what_re_runs_when(project: TestProject) -> None:
 
     slower = materialize(overrides=[*SHORT, "training.learning_rate=5e-4"])
     assert slower.returncode == 0
-    assert reused(slower) == EVERYTHING - {"training_plan", "lora_adapter", "adapter_evaluation"}
+    assert reused(slower) == EVERYTHING - {"training_plan", "lora_adapter", "adapter_evaluation", "experiment_report"}
 
     shorter = materialize(overrides=[*SHORT, "data.tokenization.cutoff_len=100"])
     assert shorter.returncode == 0

@@ -86,6 +86,13 @@ def test_older_adapters_go_with_what_only_they_needed(store: ArtifactStore, make
     assert going(store, keep_adapters=2, keep_raw=1) == set()
 
 
+def test_a_few_pages_about_all_experiments_stay(store: ArtifactStore, make: Maker) -> None:
+    for digit in "1234":
+        make("reports", fp(digit), experiments=2)
+    assert going(store, keep_reports=3) == {f"reports/{fp('1')}"}
+    assert going(store, FIRST + timedelta(days=4), keep_reports=1) == set(), "all are young"
+
+
 def test_what_an_adapter_that_stays_began_from_stays(store: ArtifactStore, make: Maker) -> None:
     first = a_chain(make, "1234")
     make("adapters", fp("d"), warm_start=first["adapters"].fingerprint, experiment="demo")

@@ -17,10 +17,12 @@ __all__ = ["dataset", "finetune"]
 def publish(project: TestProject, finetune: Callable[..., LoraFinetune]) -> Callable[..., ArtifactRef]:
     """Trains an adapter and publishes it."""
 
-    def make(name: str, *overrides: str) -> ArtifactRef:
+    def make(name: str, *overrides: str, experiment: str = "demo") -> ArtifactRef:
         run = finetune(*overrides, name=name)
         fingerprint = name.encode().hex().ljust(64, "0")
-        run.job.made_from.update(fingerprint=fingerprint, base_model="owner/base", revision="c" * 40)
+        run.job.made_from.update(
+            fingerprint=fingerprint, experiment=experiment, base_model="owner/base", revision="c" * 40
+        )
         run.run()
         return project.store.publish(run.job.output, ADAPTERS, fingerprint, fingerprint, dict(run.job.made_from))
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune_assets.evaluation.updates import draw, suggested, updates
 from finetune_assets.training.model import ModelError
+from finetune_assets.training.updates import updates
+from finetune_assets.updates import suggested
 
 PREFIX = "base_model.model.model.layers"
 
@@ -49,13 +50,6 @@ def test_effective_rank_counts_directions(tmp_path: Path) -> None:
     assert [update.enough for update in (equal, one, none, falling)] == [4, 1, 1, 1]
     rank, pattern = suggested([equal, one, none, falling])
     assert (rank, pattern) == (1, {"model.layers.0.mlp.up_proj": 4})
-
-
-def test_it_is_drawn(tmp_path: Path) -> None:
-    pairs = {f"{layer}.self_attn.{kind}": (torch.randn(4, 30), torch.randn(20, 4)) for layer in (0, 1) for kind in "qv"}
-    found = updates(adapter(tmp_path / "a", pairs))
-    draw(found, "Updates", tmp_path / "plots" / "a.png")
-    assert (tmp_path / "plots" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Experiments and their latest runs, from the store alone: collected, compared, and shown on one page."""

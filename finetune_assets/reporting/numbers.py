@@ -1,0 +1,48 @@
+"""What was measured of an adapter, as numbers of the same names everywhere: in Dagster's metadata, where its plots put
+experiments side by side, in the report, and where two runs are compared."""
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from finetune_assets.evaluation.files import forgetting_of
+
+Numbers = dict[str, float]
+
+
+def of_training(state: Mapping[str, Any]) -> Numbers:
+    """Of a trainer's state; none of an adapter that was combined from others instead of trained."""
+    history = state["history"]
+    if not history:
+        return {}
+    seconds, last = state["seconds"], history[-1]
+    held_out = {f"held_out_loss_{when}": loss for when, loss in state["held_out_loss"].items() if loss is not None}
+    return {
+        "steps": state["steps"],
+        "tokens": state["tokens"],
+        "training_seconds": round(seconds, 1),
+        "training_hours": round(seconds / 3600, 4),
+        "device_hours": round(seconds * state["active"]["processes"] / 3600, 4),
+        "tokens_per_second": round(state["tokens"] / seconds, 1),
+        "trainable_parameters": state["trainable_parameters"],
+        "mfu": round(median(entry["mfu"] for entry in history), 3),
+        "peak_memory_mib": state["peak_memory_mib"],
+        "train_loss": round(last["loss"], 4),
+        "grad_norm": round(last["grad_norm"], 4),
+        **{name: round(loss, 4) for name, loss in held_out.items()},
+    }
+
+
+def of_evaluation(evaluation: Mapping[str, Any]) -> Numbers:
+    """Each contender's, as `loss_challenger`, and how much of the general text was forgotten, in nats a token."""
+    contenders, forgetting = evaluation["contenders"], forgetting_of(evaluation)
+    found = {f"{metric}_{name}": value for name, told in contenders.items() for metric, value in sorted(told.items())}
+    return found | ({} if forgetting is None else {"forgetting": forgetting})
+
+
+def with_cost(numbers: Numbers, price_per_hour: float | None) -> Numbers:
+    """With what all devices cost together, where their price is known."""
+    hours = numbers.get("device_hours")
+    if price_per_hour is None or hours is None:
+        return numbers
+    return numbers | {"cost": round(price_per_hour * hours, 4)}
