@@ -1,0 +1,127 @@
+"""Pictures of Dagster's UI for the documentation: `make screenshots`. The tests of the browser use the same functions.
+
+A picture is a row of `AFTER_DEMO` or `AFTER_BAD_ROWS`: its name, where it is, what must be seen there, what is clicked.
+Servers and the project are those of the tests, which lie on the path.
+"""
+
+import io
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from integration.cli import materialize
+from integration.daemon import Daemon, running
+from paths import ROOT
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+from projects import TestProject
+
+IMAGES = ROOT / "docs" / "images"
+SAMPLE = ROOT / "finetune_assets" / "sample" / "dolly_sample.jsonl"
+BROWSER = shutil.which("chromium")
+SIZE, COLORS, MILLISECONDS = (1440, 900), 64, 60_000
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture.
+
+    Attributes:
+        name: Of the file, without `.png`.
+        address: Path of the page; `{run}` is the newest run that succeeded.
+        seen: Texts that must be visible before it is taken.
+        clicks: Texts that are clicked first, in order.
+    """
+
+    name: str
+    address: str
+    seen: tuple[str, ...]
+    clicks: tuple[str, ...] = ()
+
+
+AFTER_DEMO = (
+    Shot("lineage", "/asset-groups", ("dolly_raw", "lora_adapter", "champion_adapter")),
+    Shot("run", "/runs/{run}", ("Success", "lora_adapter")),
+    Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("rows", "Description")),
+    Shot("tokenized_dataset", "/assets/tokenized_dataset?view=partitions&partition=demo", ("store", "uri")),
+    Shot("lora_adapter", "/assets/lora_adapter?view=partitions&partition=demo", ("store", "uri")),
+    Shot("lora_adapter-plots", "/assets/lora_adapter?view=plots", ("demo",)),
+)
+FAILED_CHECK = Shot(
+    "failed-check",
+    "/assets/dolly_raw?view=checks&checkDetail=quarantine",
+    ("Failed", "are bad and set aside, max_quarantine_share is 0.01", "first_rows"),
+)
+AFTER_BAD_ROWS = (FAILED_CHECK,)
+
+
+@contextmanager
+def serving(project: TestProject) -> Iterator[tuple[Daemon, str]]:
+    """Dagster as `make ui` starts it, and its address; the environment points to the project."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
+    with running(project, command, "Serving dagster-webserver on") as daemon:
+        yield daemon, f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def browser() -> Iterator[Page]:
+    """An empty page of a real browser."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": SIZE[0], "height": SIZE[1]})
+        page.set_default_timeout(MILLISECONDS)
+        expect.set_options(timeout=MILLISECONDS)
+        yield page
+        chromium.close()
+
+
+def take(page: Page, server: str, shot: Shot, folder: Path, run: str = "") -> None:
+    """Go there, see what must be seen, and write the picture."""
+    page.goto(server + shot.address.format(run=run))
+    for text in shot.clicks:
+        page.get_by_text(text).first.click()
+    for text in shot.seen:
+        expect(page.get_by_text(text).locator("visible=true").first).to_be_visible()
+    shoot(page, folder / f"{shot.name}.png")
+
+
+def shoot(page: Page, target: Path) -> None:
+    """Write what the page shows, in few colors: a third of the size."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.open(io.BytesIO(page.screenshot(animations="disabled")))
+    picture.convert("RGB").quantize(COLORS).save(target, optimize=True)
+
+
+def spoil(inbox: Path) -> None:
+    """A second file of rows, all cut off in the middle."""
+    lines = SAMPLE.read_text(encoding="utf-8").splitlines()
+    (inbox / "second.jsonl").write_text("\n".join(line[:40] for line in lines[:200]), encoding="utf-8")
+
+
+def main() -> None:
+    """Run the demo in a project of its own, and write all pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        project = TestProject.create(Path(folder))
+        inbox = project.root / "inbox"
+        inbox.mkdir()
+        shutil.copy(SAMPLE, inbox / "first.jsonl")
+        os.environ.update(project.environment, FINETUNE_RAW_DATA=str(inbox), HF_HUB_OFFLINE="1")
+        assert materialize().returncode == 0
+        with serving(project) as (daemon, server), browser() as page:
+            for shot in AFTER_DEMO:
+                take(page, server, shot, IMAGES, daemon.runs()[0].dagster_run.run_id)
+            spoil(inbox)
+            for shot in AFTER_BAD_ROWS:
+                take(page, server, shot, IMAGES)
+
+
+if __name__ == "__main__":
+    main()
