@@ -33,7 +33,7 @@ class Shot:
 
     Attributes:
         name: Of the file, without `.png`.
-        address: Path of the page; `{run}` is the newest run that succeeded.
+        address: Path of the page; `{run}` is the run that made the adapter.
         seen: Texts that must be visible before it is taken.
         clicks: Texts that are clicked first, in order.
     """
@@ -106,22 +106,25 @@ def spoil(inbox: Path) -> None:
     (inbox / "second.jsonl").write_text("\n".join(line[:40] for line in lines[:200]), encoding="utf-8")
 
 
-def main() -> None:
-    """Run the demo in a project of its own, and write all pictures."""
-    with tempfile.TemporaryDirectory() as folder:
-        project = TestProject.create(Path(folder))
-        inbox = project.root / "inbox"
-        inbox.mkdir()
-        shutil.copy(SAMPLE, inbox / "first.jsonl")
-        os.environ.update(project.environment, FINETUNE_RAW_DATA=str(inbox), HF_HUB_OFFLINE="1")
-        assert materialize().returncode == 0
-        with serving(project) as (daemon, server), browser() as page:
-            for shot in AFTER_DEMO:
-                take(page, server, shot, IMAGES, daemon.runs()[0].dagster_run.run_id)
-            spoil(inbox)
-            for shot in AFTER_BAD_ROWS:
-                take(page, server, shot, IMAGES)
+def take_all(project: TestProject) -> None:
+    """Run the demo in the project, and write all pictures."""
+    inbox = project.root / "inbox"
+    inbox.mkdir()
+    shutil.copy(SAMPLE, inbox / "first.jsonl")
+    os.environ.update(project.environment, FINETUNE_RAW_DATA=str(inbox), HF_HUB_OFFLINE="1")
+    demo = materialize()
+    assert demo.returncode == 0, demo.stdout
+    with serving(project) as (daemon, server), browser() as page:
+        run = daemon.made("lora_adapter")[-1].run_id
+        for shot in AFTER_DEMO:
+            take(page, server, shot, IMAGES, run)
+        spoil(inbox)
+        for shot in AFTER_BAD_ROWS:
+            take(page, server, shot, IMAGES, run)
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) / "finetune_assets"
+        root.mkdir()
+        take_all(TestProject.create(root))
