@@ -24,7 +24,7 @@ from projects import TestProject
 IMAGES = ROOT / "docs" / "images"
 SAMPLE = ROOT / "finetune_assets" / "sample" / "dolly_sample.jsonl"
 BROWSER = shutil.which("chromium")
-SIZE, COLORS, MILLISECONDS = (1440, 900), 64, 60_000
+COLORS, MILLISECONDS = 64, 60_000
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,23 @@ class Shot:
         address: Path of the page; `{run}` is the run that made the adapter.
         seen: Texts that must be visible before it is taken.
         clicks: Texts that are clicked first, in order.
+        size: Of the window, in pixels; a wide one where the page shows less in a narrow one.
     """
 
     name: str
     address: str
     seen: tuple[str, ...]
     clicks: tuple[str, ...] = ()
+    size: tuple[int, int] = (1440, 900)
 
 
 AFTER_DEMO = (
-    Shot("lineage", "/asset-groups", ("dolly_raw", "lora_adapter", "champion_adapter")),
-    Shot("run", "/runs/{run}", ("Success", "lora_adapter")),
-    Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("rows", "Description")),
-    Shot("tokenized_dataset", "/assets/tokenized_dataset?view=partitions&partition=demo", ("store", "uri")),
-    Shot("lora_adapter", "/assets/lora_adapter?view=partitions&partition=demo", ("store", "uri")),
-    Shot("lora_adapter-plots", "/assets/lora_adapter?view=plots", ("demo",)),
+    Shot("lineage", "/asset-groups", ("7 / 7 Passed", "Hugging Face"), ("Hide navigation",), (2600, 1150)),
+    Shot("run", "/runs/{run}", ("RUN_SUCCESS",)),
+    Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("Row count", "rows_with_context")),
+    Shot("tokenized_dataset", "/assets/tokenized_dataset?view=overview", ("Latest materialization", "Timestamp")),
+    Shot("lora_adapter", "/assets/lora_adapter?view=overview", ("tokens_per_second", "Kinds")),
+    Shot("lora_adapter-plots", "/assets/lora_adapter?view=overview", ("device_hours", "grad_norm"), ("Plots",)),
 )
 FAILED_CHECK = Shot(
     "failed-check",
@@ -76,7 +78,7 @@ def browser() -> Iterator[Page]:
     """An empty page of a real browser."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": SIZE[0], "height": SIZE[1]})
+        page = chromium.new_page(viewport={"width": 1440, "height": 900})
         page.set_default_timeout(MILLISECONDS)
         expect.set_options(timeout=MILLISECONDS)
         yield page
@@ -85,11 +87,13 @@ def browser() -> Iterator[Page]:
 
 def take(page: Page, server: str, shot: Shot, folder: Path, run: str = "") -> None:
     """Go there, see what must be seen, and write the picture."""
+    page.set_viewport_size({"width": shot.size[0], "height": shot.size[1]})
     page.goto(server + shot.address.format(run=run))
     for text in shot.clicks:
         page.get_by_text(text).first.click()
     for text in shot.seen:
         expect(page.get_by_text(text).locator("visible=true").first).to_be_visible()
+    page.wait_for_load_state("networkidle")
     shoot(page, folder / f"{shot.name}.png")
 
 
@@ -112,8 +116,10 @@ def take_all(project: TestProject) -> None:
     inbox.mkdir()
     shutil.copy(SAMPLE, inbox / "first.jsonl")
     os.environ.update(project.environment, FINETUNE_RAW_DATA=str(inbox), HF_HUB_OFFLINE="1")
-    demo = materialize()
-    assert demo.returncode == 0, demo.stdout
+    told = project.configs / "experiments" / "demo.yaml"  # nothing shall run but what is asked for
+    told.write_text(told.read_text().replace("subscribed: true", "subscribed: false"))
+    for run in (materialize("*lora_adapter", "demo-ranks.rank-4", ["training.max_steps=20"]), materialize()):
+        assert run.returncode == 0, run.stdout
     with serving(project) as (daemon, server), browser() as page:
         run = daemon.made("lora_adapter")[-1].run_id
         for shot in AFTER_DEMO:

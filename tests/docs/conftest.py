@@ -1,5 +1,6 @@
 """What the pages' projects begin with."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +12,20 @@ from reading.blocks import FIRST_RUN, begins_with
 from reading.reader import Reader, new_project
 from servers.ceph import environment
 
+SAID = "said.json"
+
 
 @pytest.fixture
 def first_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The project that the first page leaves behind; its training is done once for all test processes."""
+    """The project that the first page leaves behind, and in `said.json` what its commands said; its training is done once for all test processes."""
     base = tmp_path_factory.getbasetemp()
     shared = (base if worker_id == "master" else base.parent) / "first-run"
     with FileLock(f"{shared}.lock"):
-        if not (shared / "done").exists():
+        if not (shared / SAID).exists():
             shutil.rmtree(shared, ignore_errors=True)
-            new_project(shared).follow(FIRST_RUN)
-            (shared / "done").touch()
+            reader = new_project(shared)
+            reader.follow(FIRST_RUN)
+            (shared / SAID).write_text(json.dumps(reader.said), encoding="utf-8")
     return shared
 
 

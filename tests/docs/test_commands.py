@@ -1,5 +1,7 @@
 """What the documentation shows works: its commands run, print what stands there, and its files are right."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +12,21 @@ from reading.reader import Reader
 RUNNABLE = [page for page in PAGES if page != FIRST_RUN and any(b.mark == "run" or b.file for b in blocks(page))]
 
 
-def test_the_first_page(first_run: Path) -> None:
-    assert list((first_run / ".finetune" / "store").glob("*/adapters/*/manifest.json"))
+def test_the_demo_learns_to_answer_and_trains_nothing_twice(first_run: Path) -> None:
+    """`make demo` as a newcomer meets it on the first page, twice."""
+    first, second, _ = json.loads((first_run / "said.json").read_text())
+    before, after = re.search(r"exact match\W+(\d+)%\W+(\d+)%", first).groups()  # type: ignore[union-attr]
+    assert int(before) <= 5
+    assert int(after) >= 70
+    loss = re.search(r"held-out loss\W+([\d.]+)\W+([\d.]+)", first)
+    assert loss
+    assert float(loss[2]) < float(loss[1])
+    assert first.count("├") == 4, "five answers side by side"
+    assert "Nothing was trained again" not in first
+    assert "Nothing was trained again" in second
+    assert "make ui" in first
+    (manifest,) = (first_run / ".finetune" / "store").glob("*/adapters/*/manifest.json")
+    assert manifest.parent.name in first.replace("\n", "")
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)

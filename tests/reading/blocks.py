@@ -17,9 +17,8 @@ from paths import ROOT
 
 FIRST_RUN = ROOT / "docs" / "index.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(
-    r"(?:^<!-- (?P<mark>.*?) -->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
-)
+MARK = r"(?:^<!-- (?P<mark>[^\n]*) -->\n+)?"
+FENCE = re.compile(MARK + r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 BEGINS = re.compile(r"^<!-- begins: (.*) -->$", re.MULTILINE)
 MUST_BE_MARKED = ("sh", "python", "yaml")
 

@@ -31,13 +31,12 @@ class Reader:
     Attributes:
         root: The project.
         environment: Added to this process's.
-        said: What the last command printed.
+        said: What each command printed.
     """
 
     root: Path
     environment: dict[str, str]
-    said: str = ""
-    asked: str = field(default="", repr=False)
+    said: list[str] = field(default_factory=list)
 
     def follow(self, page: Path) -> None:
         """Do what a page says, from its first block to its last."""
@@ -73,14 +72,14 @@ class Reader:
             timeout=SECONDS,
             check=False,
         )
-        self.said, self.asked = done.stdout, block.where
-        assert done.returncode == block.exit_code, f"{block.where}: exit code {done.returncode}\n{self.said[-4000:]}"
+        self.said.append(done.stdout)
+        assert done.returncode == block.exit_code, f"{block.where}: exit code {done.returncode}\n{done.stdout[-4000:]}"
 
     def _compare(self, block: Block) -> None:
-        said = _plain(self.said)
+        said = _plain(self.said[-1])
         for line in filter(None, map(_plain, block.text.splitlines())):
             pattern = ".*".join(re.escape(part) for part in line.split("..."))
-            assert re.search(pattern, said), f"{block.where}: not said by {self.asked}: {line}\n{self.said[-4000:]}"
+            assert re.search(pattern, said), f"{block.where}: not said: {line}\n{said[-4000:]}"
 
 
 def _plain(text: str) -> str:
