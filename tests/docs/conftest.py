@@ -17,7 +17,10 @@ SAID = "said.json"
 
 @pytest.fixture
 def first_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The project that the first page leaves behind, and in `said.json` what its commands said; its training is done once for all test processes."""
+    """The project that the first page leaves behind, and in `said.json` what its commands said.
+
+    Its training is done once for all test processes.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = (base if worker_id == "master" else base.parent) / "first-run"
     with FileLock(f"{shared}.lock"):
