@@ -49,7 +49,7 @@ class Shot:
 AFTER_DEMO = (
     Shot("lineage", "/asset-groups", ("7 / 7 Passed", "Hugging Face"), ("Hide navigation",), (2600, 1150)),
     Shot("run", "/runs/{run}", ("RUN_SUCCESS",)),
-    Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("Row count", "rows_with_context")),
+    Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("rows_with_context", "Timestamp")),
     Shot("tokenized_dataset", "/assets/tokenized_dataset?view=overview", ("Latest materialization", "Timestamp")),
     Shot("lora_adapter", "/assets/lora_adapter?view=overview", ("tokens_per_second", "Kinds")),
     Shot("lora_adapter-plots", "/assets/lora_adapter?view=overview", ("device_hours", "grad_norm"), ("Plots",)),
@@ -118,9 +118,11 @@ def take_all(project: TestProject) -> None:
     os.environ.update(project.environment, FINETUNE_RAW_DATA=str(inbox), HF_HUB_OFFLINE="1")
     told = project.configs / "experiments" / "demo.yaml"  # nothing shall run but what is asked for
     told.write_text(told.read_text().replace("subscribed: true", "subscribed: false"))
-    for run in (materialize("*lora_adapter", "demo-ranks.rank-4", ["training.max_steps=20"]), materialize()):
-        assert run.returncode == 0, run.stdout
+    for done in (materialize("*lora_adapter", "demo-ranks.rank-4", ["training.max_steps=20"]), materialize()):
+        assert done.returncode == 0, done.stdout
     with serving(project) as (daemon, server), browser() as page:
+        before = len(daemon.made("dolly_raw"))
+        daemon.wait_for("the sensor's own run", lambda: len(daemon.made("dolly_raw")) > before and daemon.quiet())
         run = daemon.made("lora_adapter")[-1].run_id
         for shot in AFTER_DEMO:
             take(page, server, shot, IMAGES, run)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 from playwright.sync_api import expect
+from reading.blocks import PAGES
 
 from docs.graph import TARGET, draw, parents_of_assets
 from docs.screenshots import BROWSER, browser
@@ -68,6 +69,12 @@ def test_it_reads_and_searches_from_the_disk(site: Path) -> None:
         page.locator(".md-search-result__link").first.click()
         expect(page.locator("article mark").first).to_be_visible()
         assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere_on_github_too(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
 
 
 def test_the_graphs_picture_is_of_the_graph(tmp_path: Path) -> None:
