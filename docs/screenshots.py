@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import dagster as dg
 from integration.cli import materialize
 from integration.daemon import Daemon, running
 from paths import ROOT
@@ -25,6 +26,7 @@ IMAGES = ROOT / "docs" / "images"
 SAMPLE = ROOT / "finetune_assets" / "sample" / "dolly_sample.jsonl"
 BROWSER = shutil.which("chromium")
 COLORS, MILLISECONDS = 64, 60_000
+FAILED = dg.DagsterRunStatus.FAILURE
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ def shoot(page: Page, target: Path) -> None:
     picture.convert("RGB").quantize(COLORS).save(target, optimize=True)
 
 
-def spoil(inbox: Path) -> None:
-    """A second file of rows, all cut off in the middle."""
+def spoil(inbox: Path, daemon: Daemon) -> None:
+    """A second file of rows, all cut off in the middle; the run that the sensor then starts has failed."""
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()
     (inbox / "second.jsonl").write_text("\n".join(line[:40] for line in lines[:200]), encoding="utf-8")
+    daemon.wait_for("the sensor's run", lambda: [run for run in daemon.runs() if run.dagster_run.status == FAILED])
 
 
 def take_all(project: TestProject) -> None:
@@ -126,7 +129,7 @@ def take_all(project: TestProject) -> None:
         run = daemon.made("lora_adapter")[-1].run_id
         for shot in AFTER_DEMO:
             take(page, server, shot, IMAGES, run)
-        spoil(inbox)
+        spoil(inbox, daemon)
         for shot in AFTER_BAD_ROWS:
             take(page, server, shot, IMAGES, run)
 

@@ -17,7 +17,6 @@ from projects import TestProject
 from docs.screenshots import BROWSER, FAILED_CHECK, MILLISECONDS, SAMPLE, browser, serving, shoot, spoil, take
 
 PICTURES = Path(os.environ.get("FINETUNE_SCREENSHOTS") or ROOT / "build" / "screenshots")
-FAILED = dg.DagsterRunStatus.FAILURE
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="chromium is not installed (Debian: chromium)")
 
@@ -58,8 +57,7 @@ def test_materialize_watch_and_find_out_why(
     watch(page, f"{address}/runs/{run.dagster_run.run_id}")
     assert len(project.published("adapters")) == 1
 
-    spoil(inbox)
-    daemon.wait_for("the sensor's run", lambda: [run for run in daemon.runs() if run.dagster_run.status == FAILED])
+    spoil(inbox, daemon)
     find_out_why(page, address)
 
 
