@@ -41,7 +41,7 @@ bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 docs: $(VENV)/installed  ## write the generated parts of the documentation, and build it as a site in build/site
 	$(BIN)/python -m finetune_assets.config.reference
 	$(BIN)/python -m docs.graph
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 screenshots: $(VENV)/installed  ## take the documentation's pictures of Dagster's UI; needs chromium
 	PYTHONPATH=tests $(BIN)/python -m docs.screenshots

@@ -21,7 +21,7 @@ ELSEWHERE = re.compile(r"(https?:)?//")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site; with `--strict`, a link or an anchor to nothing, or a page that no menu has, is a failure."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
