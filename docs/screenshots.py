@@ -103,7 +103,8 @@ def shoot(page: Page, target: Path) -> None:
     """Write what the page shows, in few colors: a third of the size."""
     target.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.open(io.BytesIO(page.screenshot(animations="disabled")))
-    picture.convert("RGB").quantize(COLORS).save(target, optimize=True)
+    few = picture.convert("RGB").quantize(COLORS, method=Image.Quantize.MAXCOVERAGE)  # keeps a small mark's red
+    few.save(target, optimize=True)
 
 
 def spoil(inbox: Path, daemon: Daemon) -> None:
