@@ -139,7 +139,7 @@ def _shared(path: Path) -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest begin first, so that no process is left with them at the end."""
-    items.sort(key=lambda item: "integration" not in item.path.parts)
+    items.sort(key=lambda item: item.path.parent.name not in ("integration", "docs"))
 
 
 @pytest.hookimpl(wrapper=True)
