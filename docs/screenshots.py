@@ -26,6 +26,7 @@ IMAGES = ROOT / "docs" / "images"
 SAMPLE = ROOT / "finetune_assets" / "sample" / "dolly_sample.jsonl"
 BROWSER = shutil.which("chromium")
 COLORS, MILLISECONDS = 64, 60_000
+SETTLING = 2_000  # milliseconds in which the page lays out its boxes
 FAILED = dg.DagsterRunStatus.FAILURE
 
 
@@ -96,6 +97,7 @@ def take(page: Page, server: str, shot: Shot, folder: Path, run: str = "") -> No
     for text in shot.seen:
         expect(page.get_by_text(text).locator("visible=true").first).to_be_visible()
     page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(SETTLING)
     shoot(page, folder / f"{shot.name}.png")
 
 

@@ -13,7 +13,7 @@ from reading.blocks import Block, blocks
 
 from finetune_assets.config import loading
 
-SECONDS = 400
+SECONDS = 900
 COPIED = ("configs", "Makefile", "pyproject.toml", "constraints.txt", "workspace.yaml")
 LOADERS = {
     "experiments": lambda file: loading.load_experiment(file.parents[1], file.stem),
