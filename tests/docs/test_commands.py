@@ -18,7 +18,7 @@ def test_the_demo_learns_to_answer_and_trains_nothing_twice(first_run: Path) -> 
     before, after = re.search(r"exact match\W+(\d+)%\W+(\d+)%", first).groups()  # type: ignore[union-attr]
     assert int(before) <= 5
     assert int(after) >= 70
-    loss = re.search(r"held-out loss\W+([\d.]+)\W+([\d.]+)", first)
+    loss = re.search(r"│ held-out loss\W+([\d.]+)\W+([\d.]+)", first)
     assert loss
     assert float(loss[2]) < float(loss[1])
     assert first.count("├") == 4, "five answers side by side"
