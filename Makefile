@@ -6,7 +6,7 @@ JOBS ?= 2
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test soak lint ui chat bench docs clean
+.PHONY: demo test soak lint ui chat bench docs screenshots clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/python -m finetune_assets.demo
@@ -38,8 +38,13 @@ bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.evaluation
 
-docs: $(VENV)/installed  ## write the generated chapters
+docs: $(VENV)/installed  ## write the generated parts of the documentation, and build it as a site in build/site
 	$(BIN)/python -m finetune_assets.config.reference
+	$(BIN)/python -m docs.graph
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+screenshots: $(VENV)/installed  ## take the documentation's pictures of Dagster's UI; needs chromium
+	PYTHONPATH=tests $(BIN)/python -m docs.screenshots
 
 # torch first and exactly: a looser request, or one by another package, may take another build of it.
 $(VENV)/installed: pyproject.toml constraints.txt

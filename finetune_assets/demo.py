@@ -63,7 +63,7 @@ def tell(console: Console, trained_before: bool, seconds: float) -> None:
     console.print(f"Done in {seconds:.0f} s. The adapter lies in\n  {shown}", highlight=False, soft_wrap=True)
     console.print(
         "\nSee it:   make ui   (then http://127.0.0.1:3000, Lineage)\n"
-        "Go on:    README.md, 'Your own data, model, experiment'; a real model is one YAML line away:\n"
+        "Go on:    docs/your-data.md, docs/your-model.md; a real model is one YAML line away:\n"
         "          configs/experiments/smollm2-135m-dolly.yaml",
         highlight=False,
         soft_wrap=True,

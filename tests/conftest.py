@@ -2,14 +2,13 @@
 
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfFileSystem, constants
-from paths import ROOT, SHARED
+from paths import SHARED
 from projects import TestProject
 from servers import ceph as ceph_server
 from servers import hub as hub_server
@@ -36,14 +35,10 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestProject:
     """A project of this test alone, which the environment points to."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    home = tmp_path / "dagster_home"
-    home.mkdir()
-    shutil.copy(ROOT / ".dagster_home" / "dagster.yaml", home)
-    monkeypatch.setenv("FINETUNE_CONFIGS", str(tmp_path / "configs"))
-    monkeypatch.setenv("FINETUNE_NAMESPACE", "tests")
-    monkeypatch.setenv("DAGSTER_HOME", str(home))
-    return TestProject(tmp_path)
+    created = TestProject.create(tmp_path)
+    for name, value in created.environment.items():
+        monkeypatch.setenv(name, value)
+    return created
 
 
 @pytest.fixture
@@ -144,7 +139,7 @@ def _shared(path: Path) -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest begin first, so that no process is left with them at the end."""
-    items.sort(key=lambda item: "integration" not in item.path.parts)
+    items.sort(key=lambda item: item.path.parent.name not in ("integration", "docs"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,11 @@
 """A project of one test's own."""
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from paths import ROOT
 
 from finetune_assets.store.artifacts import ArtifactStore, open_store
 
@@ -12,6 +16,23 @@ class TestProject:
 
     __test__ = False
     root: Path
+
+    @classmethod
+    def create(cls, root: Path) -> "TestProject":
+        """A new one in a folder, with the configuration of now."""
+        shutil.copytree(ROOT / "configs", root / "configs")
+        (root / "dagster_home").mkdir()
+        shutil.copy(ROOT / ".dagster_home" / "dagster.yaml", root / "dagster_home")
+        return cls(root)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What makes a process work on this project."""
+        return {
+            "FINETUNE_CONFIGS": str(self.configs),
+            "FINETUNE_NAMESPACE": "tests",
+            "DAGSTER_HOME": str(self.root / "dagster_home"),
+        }
 
     @property
     def configs(self) -> Path:

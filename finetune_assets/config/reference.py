@@ -15,16 +15,18 @@ from finetune_assets.config.loading import group_of
 from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig, SweepConfig
 
 TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
-HEAD = """# Every setting
+HEAD = """<!-- begins: demo -->
+# Every setting
 
 Written from `finetune_assets/config/schema.py` by `python -m finetune_assets.config.reference`; do not edit.
 
 A setting marked † cannot change what is made, so changing it re-runs nothing. Settings of one run are given once for
 all its assets, as dotted strings:
 
+<!-- run -->
 ```sh
-dagster asset materialize --select '*' --partition demo -m finetune_assets.definitions \\
-  --config-json '{"resources": {"project": {"config": {"overrides": ["training.learning_rate=5e-4"]}}}}'
+dagster asset materialize --select '*lora_adapter' --partition demo -m finetune_assets.definitions \\
+  --config-json '{"resources": {"project": {"config": {"overrides": ["training.max_steps=5", "lora.rank=4"]}}}}'
 ```
 """
 

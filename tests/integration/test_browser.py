@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import dagster as dg
 import pytest
 from integration.cli import materialize
-from integration.daemon import Daemon, running
+from integration.daemon import Daemon
 from paths import ROOT
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from projects import TestProject
 
-BROWSER = shutil.which("chromium")
-SAMPLE = ROOT / "finetune_assets" / "sample" / "dolly_sample.jsonl"
+from docs.screenshots import BROWSER, FAILED_CHECK, MILLISECONDS, SAMPLE, browser, serving, shoot, spoil, take
+
 PICTURES = Path(os.environ.get("FINETUNE_SCREENSHOTS") or ROOT / "build" / "screenshots")
-SECONDS = 60
-FAILED = dg.DagsterRunStatus.FAILURE
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="chromium is not installed (Debian: chromium)")
 
@@ -41,28 +38,14 @@ def inbox(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ui(project: TestProject, inbox: Path) -> Iterator[tuple[Daemon, str]]:
     """Dagster as `make ui` starts it, and its address."""
     assert materialize("tokenized_dataset,cached_base_model,dolly_raw").returncode == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
-    with running(project, command, "Serving dagster-webserver on") as daemon:
-        yield daemon, f"http://127.0.0.1:{port}"
+    with serving(project) as served:
+        yield served
 
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.set_default_timeout(SECONDS * 1000)
-        expect.set_options(timeout=SECONDS * 1000)
-        yield page
-        browser.close()
-
-
-def shoot(page: Page, name: str) -> None:
-    page.screenshot(path=PICTURES / f"{name}.png", animations="disabled")
+    with browser() as opened:
+        yield opened
 
 
 def test_materialize_watch_and_find_out_why(
@@ -74,9 +57,7 @@ def test_materialize_watch_and_find_out_why(
     watch(page, f"{address}/runs/{run.dagster_run.run_id}")
     assert len(project.published("adapters")) == 1
 
-    lines = SAMPLE.read_text(encoding="utf-8").splitlines()
-    (inbox / "second.jsonl").write_text("\n".join(line[:40] for line in lines[:200]), encoding="utf-8")
-    daemon.wait_for("the sensor's run", lambda: [run for run in daemon.runs() if run.dagster_run.status == FAILED])
+    spoil(inbox, daemon)
     find_out_why(page, address)
 
 
@@ -88,7 +69,7 @@ def materialize_in_lineage(page: Page, address: str) -> None:
     page.goto(f"{address}/asset-groups")
     for asset in ("dolly_raw", "tokenized_dataset", "cached_base_model", "lora_adapter", "adapter_evaluation"):
         expect(page.get_by_role("button", name=asset).first).to_be_visible()
-    shoot(page, "lineage")
+    shoot(page, PICTURES / "lineage.png")
     page.get_by_role("button", name="lora_adapter").first.click()
     page.get_by_role("button", name="Materialize selected").click()
     page.get_by_text("Select a partition").click()
@@ -99,16 +80,12 @@ def materialize_in_lineage(page: Page, address: str) -> None:
 
 def watch(page: Page, run: str) -> None:
     page.goto(run)
-    expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=4 * SECONDS * 1000)
-    shoot(page, "run")
+    expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=4 * MILLISECONDS)
+    shoot(page, PICTURES / "run.png")
 
 
 def find_out_why(page: Page, address: str) -> None:
-    page.goto(f"{address}/assets/dolly_raw?view=checks&checkDetail=quarantine")
-    expect(page.get_by_text("Failed", exact=True).first).to_be_visible()
-    expect(page.get_by_text("are bad and set aside, max_quarantine_share is 0.01").first).to_be_visible()
-    expect(page.get_by_text("first_rows")).to_be_visible()
-    shoot(page, "failed-check")
+    take(page, address, FAILED_CHECK, PICTURES)
     page.get_by_text("[Show Markdown]").first.click()
     expect(page.get_by_role("cell", name="second.jsonl").first).to_be_visible()
-    shoot(page, "failed-check-rows")
+    shoot(page, PICTURES / "failed-check-rows.png")

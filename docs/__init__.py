@@ -1,0 +1,1 @@
+"""Tools that write the documentation's pictures and build its site."""

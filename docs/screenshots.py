@@ -1,0 +1,144 @@
+"""Pictures of Dagster's UI for the documentation: `make screenshots`. The tests of the browser use the same functions.
+
+A picture is a row of `AFTER_DEMO` or `AFTER_BAD_ROWS`: its name, where it is, what must be seen there, what is clicked.
+Servers and the project are those of the tests, which lie on the path.
+"""
+
+import io
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+from integration.cli import materialize
+from integration.daemon import Daemon, running
+from paths import ROOT
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+from projects import TestProject
+
+IMAGES = ROOT / "docs" / "images"
+SAMPLE = ROOT / "finetune_assets" / "sample" / "dolly_sample.jsonl"
+BROWSER = shutil.which("chromium")
+COLORS, MILLISECONDS = 64, 60_000
+SETTLING = 2_000  # milliseconds in which the page lays out its boxes
+FAILED = dg.DagsterRunStatus.FAILURE
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture.
+
+    Attributes:
+        name: Of the file, without `.png`.
+        address: Path of the page; `{run}` is the run that made the adapter.
+        seen: Texts that must be visible before it is taken.
+        clicks: Texts that are clicked first, in order.
+        size: Of the window, in pixels; a wide one where the page shows less in a narrow one.
+    """
+
+    name: str
+    address: str
+    seen: tuple[str, ...]
+    clicks: tuple[str, ...] = ()
+    size: tuple[int, int] = (1440, 900)
+
+
+AFTER_DEMO = (
+    Shot("lineage", "/asset-groups", ("7 / 7 Passed", "Hugging Face"), ("Hide navigation",), (2600, 1150)),
+    Shot("run", "/runs/{run}", ("RUN_SUCCESS",)),
+    Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("rows_with_context", "Timestamp")),
+    Shot("tokenized_dataset", "/assets/tokenized_dataset?view=overview", ("Latest materialization", "Timestamp")),
+    Shot("lora_adapter", "/assets/lora_adapter?view=overview", ("tokens_per_second", "Kinds")),
+    Shot("lora_adapter-plots", "/assets/lora_adapter?view=overview", ("device_hours", "grad_norm"), ("Plots",)),
+)
+FAILED_CHECK = Shot(
+    "failed-check",
+    "/assets/dolly_raw?view=checks&checkDetail=quarantine",
+    ("Failed", "are bad and set aside, max_quarantine_share is 0.01", "first_rows"),
+)
+AFTER_BAD_ROWS = (FAILED_CHECK,)
+
+
+@contextmanager
+def serving(project: TestProject) -> Iterator[tuple[Daemon, str]]:
+    """Dagster as `make ui` starts it, and its address; the environment points to the project."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
+    with running(project, command, "Serving dagster-webserver on") as daemon:
+        yield daemon, f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def browser() -> Iterator[Page]:
+    """An empty page of a real browser."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1440, "height": 900})
+        page.set_default_timeout(MILLISECONDS)
+        expect.set_options(timeout=MILLISECONDS)
+        yield page
+        chromium.close()
+
+
+def take(page: Page, server: str, shot: Shot, folder: Path, run: str = "") -> None:
+    """Go there, see what must be seen, and write the picture."""
+    page.set_viewport_size({"width": shot.size[0], "height": shot.size[1]})
+    page.goto(server + shot.address.format(run=run))
+    for text in shot.clicks:
+        page.get_by_text(text).first.click()
+    for text in shot.seen:
+        expect(page.get_by_text(text).locator("visible=true").first).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(SETTLING)
+    shoot(page, folder / f"{shot.name}.png")
+
+
+def shoot(page: Page, target: Path) -> None:
+    """Write what the page shows, in few colors: a third of the size."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.open(io.BytesIO(page.screenshot(animations="disabled")))
+    few = picture.convert("RGB").quantize(COLORS, method=Image.Quantize.MAXCOVERAGE)  # keeps a small mark's red
+    few.save(target, optimize=True)
+
+
+def spoil(inbox: Path, daemon: Daemon) -> None:
+    """A second file of rows, all cut off in the middle; the run that the sensor then starts has failed."""
+    lines = SAMPLE.read_text(encoding="utf-8").splitlines()
+    (inbox / "second.jsonl").write_text("\n".join(line[:40] for line in lines[:200]), encoding="utf-8")
+    daemon.wait_for("the sensor's run", lambda: [run for run in daemon.runs() if run.dagster_run.status == FAILED])
+
+
+def take_all(project: TestProject) -> None:
+    """Run the demo in the project, and write all pictures."""
+    inbox = project.root / "inbox"
+    inbox.mkdir()
+    shutil.copy(SAMPLE, inbox / "first.jsonl")
+    os.environ.update(project.environment, FINETUNE_RAW_DATA=str(inbox), HF_HUB_OFFLINE="1")
+    told = project.configs / "experiments" / "demo.yaml"  # nothing shall run but what is asked for
+    told.write_text(told.read_text().replace("subscribed: true", "subscribed: false"))
+    for done in (materialize("*lora_adapter", "demo-ranks.rank-4", ["training.max_steps=20"]), materialize()):
+        assert done.returncode == 0, done.stdout
+    with serving(project) as (daemon, server), browser() as page:
+        before = len(daemon.made("dolly_raw"))
+        daemon.wait_for("the sensor's own run", lambda: len(daemon.made("dolly_raw")) > before and daemon.quiet())
+        run = daemon.made("lora_adapter")[-1].run_id
+        for shot in AFTER_DEMO:
+            take(page, server, shot, IMAGES, run)
+        spoil(inbox, daemon)
+        for shot in AFTER_BAD_ROWS:
+            take(page, server, shot, IMAGES, run)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) / "finetune_assets"
+        root.mkdir()
+        take_all(TestProject.create(root))

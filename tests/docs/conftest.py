@@ -1,0 +1,60 @@
+"""What the pages' projects begin with."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import boto3
+import pytest
+from filelock import FileLock
+from reading.blocks import FIRST_RUN, begins_with
+from reading.reader import Reader, new_project
+from servers.ceph import environment
+
+SAID = "said.json"
+
+
+@pytest.fixture
+def first_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The project that the first page leaves behind, and in `said.json` what its commands said.
+
+    Its training is done once for all test processes.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "first-run"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / SAID).exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            reader = new_project(shared)
+            reader.follow(FIRST_RUN)
+            (shared / SAID).write_text(json.dumps(reader.said), encoding="utf-8")
+    return shared
+
+
+@pytest.fixture
+def reader_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[Path], Reader]:
+    """A page's reader, in a project that has what the page begins with."""
+
+    def make(page: Path) -> Reader:
+        reader, has = new_project(tmp_path / "project"), begins_with(page)
+        assert has <= {"demo", "s3"}
+        if "demo" in has:
+            made = request.getfixturevalue("first_run")
+            for name in (".finetune/store", ".dagster_home"):
+                shutil.copytree(made / name, reader.root / name, dirs_exist_ok=True)
+        if "s3" in has:
+            reader.environment.update(s3_account(request.getfixturevalue("_moto"), tmp_path / "aws"))
+        return reader
+
+    return make
+
+
+def s3_account(endpoint: str, profiles: Path) -> dict[str, str]:
+    """The bucket `my-bucket`, and an AWS profile `mine` that may use it, as a person has them."""
+    server = environment(endpoint)
+    keys = {name.lower(): server[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys).create_bucket(Bucket="my-bucket")
+    lines = ["[profile mine]", *(f"{name} = {value}" for name, value in keys.items())]
+    profiles.write_text("\n".join([*lines, f"endpoint_url = {endpoint}", "region = us-east-1"]), encoding="utf-8")
+    return {"AWS_CONFIG_FILE": str(profiles), "AWS_EC2_METADATA_DISABLED": "true"}
