@@ -8,6 +8,8 @@ import io
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +57,14 @@ AFTER_DEMO = (
     Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("rows_with_context", "Timestamp")),
     Shot("tokenized_dataset", "/assets/tokenized_dataset?view=overview", ("Latest materialization", "Timestamp")),
     Shot("lora_adapter", "/assets/lora_adapter?view=overview", ("tokens_per_second", "Kinds")),
+    Shot("training_plan", "/assets/training_plan?view=overview", ("predicted_peak_memory_mib", "Kinds")),
+    Shot("lora_adapter-curves", "/assets/lora_adapter?view=overview", ("curves",), ("[Show Markdown]",)),
+    Shot(
+        "experiment_report",
+        "/assets/experiment_report?view=overview",
+        ("experiments_with_a_run",),
+        ("[Show Markdown]",),
+    ),
     Shot("lora_adapter-plots", "/assets/lora_adapter?view=overview", ("device_hours", "grad_norm"), ("Plots",)),
 )
 FAILED_CHECK = Shot(
@@ -63,6 +73,14 @@ FAILED_CHECK = Shot(
     ("Failed", "are bad and set aside, max_quarantine_share is 0.01", "first_rows"),
 )
 AFTER_BAD_ROWS = (FAILED_CHECK,)
+TOO_SMALL = ["hardware.gpu=small card", "hardware.memory_gib=0.05", "training.max_steps=30"]
+AFTER_TOO_SMALL = (
+    Shot(
+        "failed-preflight",
+        "/assets/training_plan?view=checks&checkDetail=fits",
+        ("Failed", "it does not fit 1 x small card", "advice"),
+    ),
+)
 
 
 @contextmanager
@@ -109,6 +127,13 @@ def shoot(page: Page, target: Path) -> None:
     few.save(target, optimize=True)
 
 
+def take_report(page: Page, file: Path) -> None:
+    """The page about all experiments, as a browser opens it from the disk."""
+    subprocess.run([sys.executable, "-m", "finetune_assets.tools.report", "html", str(file)], check=True)
+    page.goto(file.as_uri())
+    shoot(page, IMAGES / "report.png")
+
+
 def spoil(inbox: Path, daemon: Daemon) -> None:
     """A second file of rows, all cut off in the middle; the run that the sensor then starts has failed."""
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()
@@ -132,6 +157,10 @@ def take_all(project: TestProject) -> None:
         run = daemon.made("lora_adapter")[-1].run_id
         for shot in AFTER_DEMO:
             take(page, server, shot, IMAGES, run)
+        take_report(page, project.root / "report.html")
+        assert materialize("training_plan", overrides=TOO_SMALL).returncode == 1
+        for shot in AFTER_TOO_SMALL:
+            take(page, server, shot, IMAGES)
         spoil(inbox, daemon)
         for shot in AFTER_BAD_ROWS:
             take(page, server, shot, IMAGES, run)
