@@ -7,7 +7,7 @@ import dagster as dg
 
 from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, refuse_stack, result
 from finetune_assets.assets.partitions import experiments
-from finetune_assets.assets.pictures import is_drawn
+from finetune_assets.assets.pictures import is_drawn, of_plan
 from finetune_assets.assets.pictures import of_training as pictures
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
@@ -116,6 +116,7 @@ def _beside_plan(lineage: Lineage, ref: ArtifactRef, found: Numbers) -> dict[str
     return {
         **{f"predicted_{name}": value for name, value in predicted(plan).items() if name in found},
         "predicted_and_measured": dg.MetadataValue.md(rows),
+        **of_plan(plan, found.get("peak_memory_mib")),
     }
 
 

@@ -30,6 +30,15 @@ def of_tokens(statistics: Mapping[str, Any], cutoff: int) -> Pictures:
     return _drawn("lengths_and_packing", lambda: tokens(lengths, cutoff, fills))
 
 
+def of_plan(plan: Mapping[str, Any], measured: float | None = None) -> Pictures:
+    """Memory by part as it was predicted, beside what was measured, in MiB, if it was."""
+    from finetune_assets.drawing.memory import by_part
+
+    if not plan["memory_mib"]:
+        return {}
+    return _drawn("memory_by_part", lambda: by_part(plan["memory_mib"], plan["usable_mib"], measured))
+
+
 def is_drawn(path: str) -> bool:
     """Whether a file of an adapter is one that `of_training` looks at."""
     return path in (UPDATES, UTILISATION)

@@ -17,6 +17,7 @@ from finetune_assets.assets.making import (
     result,
 )
 from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.assets.pictures import of_plan
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.config.fingerprint import plan_fingerprint
 from finetune_assets.contents import PLAN
@@ -105,4 +106,5 @@ def _described(plan: dict[str, Any]) -> dict[str, Any]:
         "time_known_from": plan["known_from"],
         "gradient_checkpointing": plan["gradient_checkpointing"],
         "memory": dg.MetadataValue.md(rows_table(rows, ["part", "MiB"])),
+        **of_plan(plan),
     }

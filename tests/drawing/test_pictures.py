@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune_assets.drawing import bars, data, modules, training
+from finetune_assets.drawing import bars, data, memory, modules, training
 from finetune_assets.drawing.style import as_address, as_markdown, svg
 from finetune_assets.training.telemetry import Utilisation
 from finetune_assets.updates import Update
@@ -36,6 +36,7 @@ def decoded(markdown: str) -> Image.Image:
 def drawings(folder: Path) -> dict[str, Any]:
     found = [Update(f"model.layers.{n}.self_attn.{kind}_proj", 8, n + 0.5, 2.0, 3) for n in (0, 1) for kind in "qv"]
     return {
+        "memory": memory.by_part({"runtime": 490.0, "weights": 9.3, "activations": 80.0}, 700.0, 600.0),
         "raw": data.raw_rows({"3": 2, "5": 7}, {"open_qa": 7, "": 2}),
         "tokens": data.tokens({"width": 10, "counts": [0, 3, 5]}, 30, [0, 0, 4]),
         "tokens unpacked": data.tokens({"width": 10, "counts": [0, 3, 5]}, 30, []),
