@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.progress import Progress
-from finetune_assets.relay import heard
+from finetune_assets.progress.relay import heard
 from finetune_assets.store.artifacts import ArtifactRef
 
 GRACE_SECONDS = 12

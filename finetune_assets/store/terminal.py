@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.tree import Tree
 
 from finetune_assets.errors import UserError
+from finetune_assets.progress.screen import drawn
 from finetune_assets.resources import deployment
-from finetune_assets.screen import drawn
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.care import Artifact, Inventory, made_from
 from finetune_assets.store.errors import ArtifactMissing, StoreError

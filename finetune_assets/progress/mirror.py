@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from finetune_assets.screen import Screen, drawn, is_terminal
+from finetune_assets.progress.screen import Screen, drawn, is_terminal
 
 POLL_SECONDS = 0.1
 

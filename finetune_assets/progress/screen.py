@@ -14,7 +14,7 @@ from multiprocessing import parent_process
 from typing import TYPE_CHECKING, TextIO
 
 from finetune_assets.progress import Progress
-from finetune_assets.relay import State
+from finetune_assets.progress.relay import State
 
 if TYPE_CHECKING:
     from rich.console import Console

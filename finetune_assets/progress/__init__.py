@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 
-from finetune_assets.relay import Display, State, from_environment
+from finetune_assets.progress.relay import Display, State, from_environment
 
 EVERY_SECONDS = 5.0
 """How often a line is told; what is done sooner is not told of, but for large transfers."""

@@ -34,7 +34,7 @@ def count(total=15):
                 subprocess.run(["echo", "said by a child"])
 """
 ALONE = """
-from finetune_assets import mirror
+from finetune_assets.progress import mirror
 from finetune_assets.store.terminal import told
 
 with mirror.owned(), told():
@@ -57,9 +57,9 @@ defs = dg.Definitions([counted], resources={"project": Project()}, executor=dg.i
 TRAINING = """
 import os, subprocess, sys
 from pathlib import Path
-from finetune_assets import mirror
+from finetune_assets.progress import mirror
 from finetune_assets.progress import Progress
-from finetune_assets.relay import heard
+from finetune_assets.progress.relay import heard
 
 with mirror.owned(), heard(Path(sys.argv[1]), Progress.display) as telling:
     sys.exit(subprocess.call(sys.argv[2:], env={**os.environ, **telling}))
