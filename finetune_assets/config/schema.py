@@ -319,12 +319,12 @@ class Wandb:
 
 @dataclass
 class Hardware:
-    """What `finetune-plan` plans for; with none of this, the machine that it runs on."""
+    """What a training is planned for (`training_plan`, `finetune-plan`); with none of this, the machine at hand."""
 
     gpu: str | None = None
     """The GPU's name, such as `H100`."""
     memory_gib: float | None = None
-    """Memory of one, in GiB."""
+    """Memory of one, in GiB; `null` takes what a GPU of that name usually has."""
     count: int = 1
     """How many train together, where `training.processes_per_node` is `auto`."""
     price_per_hour: float | None = None

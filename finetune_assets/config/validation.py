@@ -9,9 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune_assets.config.errors import suggest
+from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
 from finetune_assets.config.schema import (
     Data,
     ExperimentConfig,
+    Hardware,
     LmEval,
     Lora,
     Model,
@@ -48,11 +50,21 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _quantized(config)
     yield from _lora(config.lora)
     yield from _stack(config.stack) if config.stack else ()
+    yield from _hardware(config.hardware)
     if config.evaluation.lm_eval and not config.evaluation.lm_eval.tasks:
         yield "evaluation.lm_eval.tasks", "names no task; name some, or set evaluation.lm_eval to null"
     scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
     if added and isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         yield "lora.init_lora_weights", f"{scheme} cannot save the rows of data.tokenization.added_tokens; use true"
+
+
+def _hardware(hardware: Hardware) -> Iterator[Problem]:
+    for key, number in _named("hardware", hardware).items():
+        if not isinstance(number, str | None) and number <= 0 and not (key.endswith("price_per_hour") and number == 0):
+            yield key, f"{number} must be more than 0"
+    if hardware.gpu and not hardware.memory_gib and memory_gib(hardware.gpu) is None:
+        known = f"known by name: {', '.join(MEMORY_GIB)}"
+        yield "hardware.gpu", f"the memory of '{hardware.gpu}' is not known; set hardware.memory_gib too ({known})"
 
 
 def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:

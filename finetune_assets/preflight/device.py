@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from finetune_assets.config.gpus import computes_in_bf16, memory_gib
 from finetune_assets.config.schema import ExperimentConfig, Hardware
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
@@ -15,10 +16,6 @@ from finetune_assets.training.telemetry import hardware_name, nvml
 GIB = 1 << 30
 RESERVED = {"cpu": 0.95, "cuda": 0.9}
 """Share of the device's memory that is planned with; the rest goes to gaps between allocations, and to the driver."""
-WITHOUT_BF16 = ("V100", "T4", "P100", "RTX 20")
-MEMORY_GIB = {"H200": 140, "H100": 79, "B200": 178, "A100": 79, "L40S": 44, "L4": 22, "A10": 22, "RTX 4090": 23.5,
-              "RTX 3090": 23.5, "V100": 15.5, "T4": 14.5}  # fmt: skip
-"""What `nvidia-smi` shows, rounded down, by a part of the name; of a kind with several sizes the usual one."""
 AMPERE = 8
 """Compute capability from which GPUs compute in bfloat16."""
 
@@ -72,17 +69,13 @@ def device_of(hardware: Hardware, processes: str) -> Device:
     """
     if hardware.memory_gib or hardware.gpu:
         name = hardware.gpu or "GPU"
-        size = hardware.memory_gib or _memory_of(name)
+        size = hardware.memory_gib or memory_gib(name) or 0  # an unknown name is refused when settings are loaded
         count = hardware.count if processes == "auto" else int(processes)
-        return Device("cuda", int(size * GIB), count, not any(old in name for old in WITHOUT_BF16), name)
+        return Device("cuda", int(size * GIB), count, computes_in_bf16(name), name)
     if visible := gpus.visible():
         return _first_of(visible, gpus.wanted(processes, visible))
     count = 1 if processes == "auto" else int(processes)
     return Device("cpu", machine_bytes(), count, False, hardware_name(torch.device("cpu")))
-
-
-def _memory_of(name: str) -> float:
-    return next((size for part, size in MEMORY_GIB.items() if part in name), 0)
 
 
 def _first_of(visible: list[str], count: int) -> Device:

@@ -106,6 +106,8 @@ def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
         ("data.categories.0=x", ["data.categories"]),
         ("training.epochs=.inf", ["training.epochs", "inf", "finite"]),
         ("training.seed=-1", ["training.seed", "-1"]),
+        ("hardware.gpu=mine", ["hardware.gpu", "'mine'", "set hardware.memory_gib", "H100"]),
+        ("hardware.count=0", ["hardware.count", "0 must be more than 0"]),
         ("model.dtype=bfloat16", ["training.precision", "fp32 needs model.dtype float32", "bfloat16"]),
     ],
 )
