@@ -215,6 +215,8 @@ def in_run(context: dg.AssetExecutionContext, retried: bool = False) -> Iterator
         failure = _told(e)
         if retried and _may_pass(e):
             pause = RETRY_SECONDS * 2**context.retry_number * random.uniform(0.5, 1.5)
+            if context.retry_number < RETRIES:
+                context.log.warning(f"tried again in {pause:.0f} s, {context.retry_number + 1} of {RETRIES}: {failure}")
             raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=pause) from failure
         if failure is e:
             raise

@@ -74,11 +74,11 @@ def training_plan(
         trained = project.store().find(ADAPTERS, adapter) is not None
         made = make_once(context, project, PLANS, name, make, anew=not trained)
         plan = read_plan(project.store(), made.ref)
-        return result(made, [_checked(context, plan)], overridden(lineage.experiment), **_described(plan))
+        return result(made, [_checked(context, plan, made.hit)], overridden(lineage.experiment), **_described(plan))
 
 
-def _checked(context: dg.AssetExecutionContext, plan: dict[str, Any]) -> dg.AssetCheckResult:
-    told = plan["told"]
+def _checked(context: dg.AssetExecutionContext, plan: dict[str, Any], trained: bool) -> dg.AssetCheckResult:
+    told = f"not planned anew, as the adapter is trained; before that: {plan['told']}" if trained else plan["told"]
     if not plan["fits"]:
         told += ". To try it nevertheless, materialize lora_adapter alone"
     (context.log.info if plan["fits"] else context.log.error)(told)

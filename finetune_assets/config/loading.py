@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune_assets.config.errors import ConfigError, suggest
-from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig, SweepConfig
+from finetune_assets.config.schema import Columns, ExperimentConfig, RawDataConfig, StoreConfig, SweepConfig
 from finetune_assets.config.sweeps import Point, points, sweep_files
 from finetune_assets.config.validation import impossible_raw_settings, impossible_settings, impossible_store_settings
 
@@ -153,6 +153,8 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
     config = _merge(RawDataConfig, layers, path)
     for key, problem in impossible_raw_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
+    if config.source == "sample":
+        config.columns = Columns()  # the packaged rows have names of their own, whatever one's own file calls them
     return config
 
 

@@ -115,7 +115,10 @@ def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -
     numbers: dict[str, Any] = {**asdict(gain), "forgetting": forgetting, "asked": asdict(settings)}
     against, most = [], settings.max_forgetting
     if gain.rows < settings.min_rows:
-        against.append(f"only {gain.rows} rows of the gate can be compared, at least {settings.min_rows} are needed")
+        against.append(
+            f"only {gain.rows} rows of the gate can be compared, at least {settings.min_rows} are needed (more rows, a "
+            "larger data.gate_fraction, or promote it by hand: finetune-adapter promote)"
+        )
     if forgetting is not None and forgetting > most:
         against.append(
             f"it has forgotten {forgetting:.4f} nats a token of the general text, and at most {most:g} may be"

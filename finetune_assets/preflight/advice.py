@@ -31,9 +31,9 @@ def _ways_on_one(case: Case, memory: Memory) -> Iterator[str]:
         changes += change
         now = predict(changed) if change else memory
         if now.total <= case.device.usable and change:
-            yield ", ".join(changes)
+            yield " with ".join(changes)
         elif size := _fitting_size(case, now):
-            yield ", ".join([*changes, f"training.micro_batch_size={size}"])
+            yield " with ".join([*changes, f"training.micro_batch_size={size}"])
 
 
 def _steps(case: Case) -> Iterator[tuple[list[str], Case]]:
@@ -69,6 +69,6 @@ def _sharded(case: Case) -> Iterator[str]:
     room = case.device.usable - (least.total - least.weights)
     if room > 0:
         yield (
-            "training.gradient_checkpointing=true, model.quantization=nf4, training.micro_batch_size=1, "
+            "training.gradient_checkpointing=true with model.quantization=nf4 with training.micro_batch_size=1 with "
             f"training.sharding=fsdp on at least {-(-least.weights // room)} GPUs"
         )

@@ -17,6 +17,11 @@ from finetune_assets.preflight.work import Work, full_batch, work_of
 from finetune_assets.training.telemetry import multiplied_weights
 
 
+def sized(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a training will take.
@@ -53,11 +58,11 @@ class Plan:
         if self.memory is None:
             return f"nothing is known of its memory, as the model cannot be simulated ({self.unknown})"
         each = "GPU" if self.device.kind == "cuda" else "process"
-        needs = f"{self.memory.total / GIB:.2f} GiB of the {self.device.usable / GIB:.2f} that a {each} can use"
+        needs = f"{sized(self.memory.total)} of the {sized(self.device.usable)} that a {each} can use"
         where = f"{self.device.processes} x {self.device.name}"
         if self.fits:
             return f"it fits {where}: {needs}"
-        return f"it does not fit {where}: {needs}. What would, each by itself: {'; or '.join(self.advice)}"
+        return f"it does not fit {where}: {needs}. What would: {'; or '.join(self.advice)}"
 
     def to_dict(self) -> dict[str, Any]:
         work = self.work and {"steps": self.work.steps, "tokens": self.work.tokens}

@@ -26,6 +26,8 @@ SHOWN_SECONDS = 0.5
 DRAWN_A_SECOND = 5
 COVERED = 100
 """Lines that are remembered as said by a bar."""
+ROOMY = 100
+"""Columns in which there is room for all times."""
 ECHO = "^C"
 """The terminal itself writes it where the cursor is; without room for it the bar would go on in the next line."""
 CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -162,16 +164,17 @@ class Screen:
                 continue
             bar = ProgressBar(state.total, state.done, pulse=state.total is None)
             what = Text(state.what, no_wrap=True, overflow="ellipsis")
-            table.add_row(what, bar, Text(state.text), _times(state, passed))
+            table.add_row(what, bar, Text(state.text), _times(state, passed, self.console.width < ROOMY))
         return table
 
 
-def _times(state: State, passed: float) -> str:
-    """How long it has taken and will take, so many seconds after that state."""
+def _times(state: State, passed: float, narrow: bool) -> str:
+    """How long it has taken and will take, so many seconds after that state; in a narrow terminal the latter alone."""
     elapsed = str(timedelta(seconds=int(state.seconds + passed)))
-    return (
-        elapsed if state.left is None else f"{elapsed}, ETA {timedelta(seconds=round(max(0.0, state.left - passed)))}"
-    )
+    if state.left is None:
+        return elapsed
+    left = f"ETA {timedelta(seconds=round(max(0.0, state.left - passed)))}"
+    return left if narrow else f"{elapsed}, {left}"
 
 
 @contextmanager

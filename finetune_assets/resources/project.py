@@ -7,6 +7,7 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
+from finetune_assets.config.schema import RawDataConfig
 from finetune_assets.progress import mirror
 from finetune_assets.resources import alive, deployment
 from finetune_assets.store.artifacts import ArtifactStore
@@ -37,6 +38,7 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     force: bool = Field(default=False, description="Make artifacts anew even if the store has them.")
 
     _raw_version: str | None = PrivateAttr(default=None)
+    _raw_config: RawDataConfig | None = PrivateAttr(default=None)
     _alive: Lock | None = PrivateAttr(default=None)
     _drawn: ExitStack = PrivateAttr(default_factory=ExitStack)
     _experiments: dict[str, Experiment] | None = PrivateAttr(default=None)
@@ -44,7 +46,7 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Show that the run lives, and settle on its raw data and its settings. Where a person looks on, draw bars.
 
-        An experiment is read once a run: what is edited meanwhile is for the next.
+        An experiment and the settings of the raw data are read once a run: what is edited meanwhile is for the next.
 
         A run that no human started takes the raw data that `dolly_raw` read last, whatever its source is by now. So all
         its steps agree, and data that arrives while it waits is left to the run that follows.
@@ -68,7 +70,9 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def raw(self, asks_hub: bool = False) -> RawLineage:
         """The raw data; with `asks_hub`, as its source is now."""
-        config = load_raw_data_config(deployment.configs(), deployment.raw_data())
+        config = self._raw_config or load_raw_data_config(deployment.configs(), deployment.raw_data())
+        if self._experiments is not None:
+            self._raw_config = config
         version = None if asks_hub else self._raw_version
         return RawLineage(self.store(), config, deployment.root(), asks_hub, version, deployment.s3_client)
 

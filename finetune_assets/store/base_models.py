@@ -91,7 +91,7 @@ def locate(
         if not folder.is_dir():
             raise BaseModelError(f"model.base_model: folder {folder} does not exist")
         return _pin_folder(f"local/{folder.name}", folder)
-    otherwise = f"For a folder write ./{base_model}; packaged: {suggest(base_model, PACKAGED)}"
+    otherwise = f"For a folder write ./{base_model}; for a packaged model: {suggest(base_model, PACKAGED)}"
     with hub.explained(BaseModelError, f"model.base_model: '{base_model}' at '{revision}'", base_model, otherwise):
         return BaseModelSource(base_model, commit_of(base_model, revision))
 

@@ -47,8 +47,9 @@ from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.pins import Pins
 
 NO_CHAMPION = (
-    "{} has no champion yet: materialize its champion_adapter, whose check says why none was promoted, or promote one "
-    "by hand with finetune-adapter"
+    "{0} has no champion yet: materialize its champion_adapter, whose check says why none was promoted (most often too "
+    "few rows for the gate: a larger data.gate_fraction helps). To promote an adapter by hand: finetune-adapter promote "
+    '{0} FINGERPRINT --reason "..."; finetune-store list names the adapters'
 )
 
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +25,13 @@ from finetune_assets.store.terminal import new_table, out, told
 if TYPE_CHECKING:
     from finetune_assets.preflight.plan import Plan
 
-GIB = 1 << 30
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="finetune-plan", description=__doc__)
     parser.add_argument("experiment", help="the experiment's name")
-    parser.add_argument("overrides", nargs="*", help="settings that differ, such as training.micro_batch_size=8")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="settings that differ, such as training.micro_batch_size=8"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
@@ -63,15 +64,17 @@ def plan(experiment: str, overrides: list[str], as_json: bool) -> bool:
 
 def show(experiment: str, plan: "Plan") -> None:
     """Print a plan for people."""
+    from finetune_assets.preflight.plan import sized
+
     each = "GPU" if plan.device.kind == "cuda" else "process"
     out.print(f"{experiment} on {plan.device.processes} x {plan.device.name}\n")
     if plan.memory:
-        table = new_table(f"of a {each}", "GiB")
+        table = new_table(f"of a {each}", "size")
         for name, size in plan.memory.parts.items():
             if size:
-                table.add_row(name, f"{size / GIB:.2f}")
-        table.add_row("[bold]peak[/bold]", f"[bold]{plan.memory.total / GIB:.2f}[/bold]")
-        table.add_row("usable", f"{plan.device.usable / GIB:.2f}")
+                table.add_row(name, sized(size))
+        table.add_row("[bold]peak[/bold]", f"[bold]{sized(plan.memory.total)}[/bold]")
+        table.add_row("usable", sized(plan.device.usable))
         out.print(table)
     if plan.checkpointing:
         out.print("with activations computed twice (training.gradient_checkpointing)")
@@ -99,7 +102,7 @@ def shape_of(lineage: Lineage) -> Path:
         return folder  # weights or not
     with suppress(ArtifactMissing):
         return lineage.store.fetch(lineage.base_model(), lambda path: path.endswith((".json", ".py")))
-    source = lineage.base_source()
+    source = replace(lineage, asks_hub=True).base_source()
     if source.folder:
         return source.folder
     with hub.explained(UserError, f"model.base_model: '{source.repo}'", source.repo, ""):
