@@ -57,9 +57,7 @@ def lora_adapter(
         if not made.hit:
             described[GPU_HOURS] = described["device_hours"]
         elif lineage.experiment.config.wandb and "wandb_run" not in described:
-            context.log.warning(
-                "W&B has no run of this adapter, which was trained without; it is not trained again"
-            )
+            context.log.warning("W&B has no run of this adapter, which was trained without; it is not trained again")
         return result(made, tags=overridden(lineage.experiment), **described)
 
 

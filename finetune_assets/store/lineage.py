@@ -48,8 +48,8 @@ from finetune_assets.store.pins import Pins
 
 NO_CHAMPION = (
     "{0} has no champion yet: materialize its champion_adapter, whose check says why none was promoted (most often too "
-    "few rows for the gate: a larger data.gate_fraction helps). To promote an adapter by hand: finetune-adapter promote "
-    '{0} FINGERPRINT --reason "..."; finetune-store list names the adapters'
+    "few rows for the gate: a larger data.gate_fraction helps). By hand: finetune-adapter promote {0} FINGERPRINT "
+    '--reason "..."; finetune-store list names the adapters'
 )
 
 

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="finetune-plan", description=__doc__)
     parser.add_argument("experiment", help="the experiment's name")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], help="settings that differ, such as training.micro_batch_size=8"
-    )
+    differ = "settings that differ, such as training.micro_batch_size=8"
+    parser.add_argument("overrides", nargs="*", default=[], help=differ)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another

@@ -35,6 +35,27 @@ def test_what_is_edited_meanwhile_is_for_the_next_run(project: TestProject) -> N
     assert seen == [2e-3, 2e-3]
 
 
+def test_what_the_rows_are_called_is_read_once_a_run_too(project: TestProject) -> None:
+    raw, seen = project.configs / "raw_data.yaml", []
+
+    @dg.op
+    def before(project: Project) -> None:
+        seen.append(project.raw().config.columns.instruction)
+        raw.write_text("source: ./rows.csv\ncolumns: {instruction: asked}\n")
+
+    @dg.op(ins={"after": dg.In(dg.Nothing)})
+    def after(project: Project) -> None:
+        seen.append(project.raw().config.columns.instruction)
+
+    @dg.job(resource_defs={"project": Project()})
+    def run() -> None:
+        after(before())
+
+    assert run.execute_in_process().success
+    assert run.execute_in_process().success
+    assert seen == [None, None, "asked", "asked"]
+
+
 def checked(instance: dg.DagsterInstance, source: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the check `row_count` passed for so many rows in a source."""
     rows = (f'{{"instruction": "{source.name} {i}?", "response": "Answer {i}."}}\n' for i in range(count))

@@ -239,3 +239,9 @@ def test_a_stack_of_an_experiment_that_there_is_not_is_told(project: TestProject
 def test_a_text_where_a_list_is_wanted_is_told(project: TestProject) -> None:
     with pytest.raises(ConfigError, match=r"evaluation.prompts: 'hello' has the wrong type: expected a list"):
         load_experiment(project.configs, "demo", ["evaluation.prompts=hello"])
+
+
+def test_the_packaged_rows_have_names_of_their_own(project: TestProject) -> None:
+    (project.configs / "raw_data.yaml").write_text("source: ./mine.csv\ncolumns: {instruction: asked}\n")
+    assert load_raw_data_config(project.configs).columns.instruction == "asked"
+    assert load_raw_data_config(project.configs, "sample").columns.instruction is None
