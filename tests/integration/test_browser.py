@@ -37,7 +37,7 @@ def inbox(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def ui(project: TestProject, inbox: Path) -> Iterator[tuple[Daemon, str]]:
     """Dagster as `make ui` starts it, and its address."""
-    assert materialize("tokenized_dataset,cached_base_model,dolly_raw").returncode == 0
+    assert materialize("*training_plan").returncode == 0
     with serving(project) as served:
         yield served
 
