@@ -5,12 +5,15 @@ reloads it: new files in `configs/experiments/` would not train by themselves.
 """
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import dagster as dg
 
 PAUSE_SECONDS = 2
 WORKSPACE = ("-w", "workspace.yaml")
@@ -24,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     page = ["dagster-webserver", *WORKSPACE, "-h", args.host, "-p", str(args.port)]
     daemon = ["dagster-daemon", "run", *WORKSPACE]
+    if "DAGSTER_HOME" in os.environ:
+        with dg.DagsterInstance.get():
+            pass  # makes its database where there is none: of two that do so at once, both may fail
     sys.exit(serve(page, daemon))
 
 
