@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from wandb import Artifact, Run
 
-START_SECONDS = 2.0
-"""How long a server may take to answer at all before the run is recorded offline."""
+START_SECONDS, INIT_SECONDS = 5.0, 30.0
+"""How long a server may take to answer at all, and to begin a run, before it is recorded offline; training goes on."""
 FINISH_SECONDS = 8.0
 """How long wandb tries to send the last lines; then it writes its local folder, and ends."""
 TRANSFER_SECONDS = 600.0
@@ -95,7 +95,7 @@ class Tracker:
             silent=True,
             console="off",
             stop_fn=lambda: None,  # the button "Stop run" would interrupt this process, not the training
-            init_timeout=START_SECONDS + 1,
+            init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
             x_file_transfer_timeout_seconds=TRANSFER_SECONDS,  # the only requests that the former does not end
             x_file_transfer_retry_max=5,
