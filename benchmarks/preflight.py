@@ -16,16 +16,8 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import ROOT, arguments, in_process, report
+from benchmarks.train_subject import SHAPES
 
-LLAMA_70B = {
-    "hidden_size": 8192,
-    "intermediate_size": 28_672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128_256,
-    "dtype": "bfloat16",
-}
 OVERRIDES = ["hardware.gpu=H100", "data.tokenization.cutoff_len=2048", "training.precision=bf16"]
 MEASURED = "--plan-70b"
 
@@ -62,7 +54,7 @@ def plan_70b() -> dict[str, float]:
 
     imported = time.monotonic()
     experiment = load_experiment(ROOT / "configs", "demo", OVERRIDES).config
-    make_plan(AutoConfig.for_model("llama", **LLAMA_70B), experiment)
+    make_plan(AutoConfig.for_model("llama", **SHAPES["llama-3-70b"], dtype="bfloat16"), experiment)
     planned = time.monotonic()
     return {"imports_s": imported - began, "plan_s": planned - imported, "peak_mib": peak_resident_mib()}
 

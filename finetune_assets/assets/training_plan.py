@@ -23,6 +23,7 @@ from finetune_assets.config.fingerprint import plan_fingerprint
 from finetune_assets.contents import PLAN
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ADAPTERS, PLANS, ArtifactRef
+from finetune_assets.store.base_models import is_shape_file
 from finetune_assets.store.history import predicted, read_plan, trainer_states
 
 
@@ -62,7 +63,7 @@ def training_plan(
             from finetune_assets.preflight.plan import make_plan, read_shape
 
             store, config = project.store(), lineage.experiment.config
-            base_model = store.fetch(cached_base_model, lambda path: path.endswith((".json", ".py")))
+            base_model = store.fetch(cached_base_model, is_shape_file)
             shape = read_shape(base_model, config)
             plan = make_plan(shape, config, store.fetch(tokenized_dataset), trainer_states(store))
             (folder / PLAN).write_text(json.dumps(plan.to_dict()), encoding="utf-8")

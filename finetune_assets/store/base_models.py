@@ -66,6 +66,11 @@ def is_tokenizer_file(path: str) -> bool:
     return _matches(path, TOKENIZER_FILES)
 
 
+def is_shape_file(path: str) -> bool:
+    """Whether it may say what the model is: its configuration, and code of its own; never weights."""
+    return path.endswith((".json", ".py"))
+
+
 ASK_HUB = partial(hub.commit_of, repo_type="model")
 
 

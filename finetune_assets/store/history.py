@@ -13,22 +13,18 @@ LOOKED_BACK = 20
 
 
 def trainer_states(store: ArtifactStore, newest: int = LOOKED_BACK) -> Iterator[dict[str, Any]]:
-    """Trainer states of the newest adapters, the newest first; those that cannot be read are left out."""
-    for ref in newest_adapters(store, newest):
-        with suppress(UserError, OSError, ValueError):
-            folder = store.fetch(ref, lambda path: path == TRAINER_STATE)
-            yield json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    """Trainer states of the newest adapters, the newest first; those that cannot be read are left out.
 
-
-def newest_adapters(store: ArtifactStore, count: int) -> Iterator[ArtifactRef]:
-    """By when they were published, the newest first. One listing, and a manifest for each."""
+    One listing, and two small files of each.
+    """
     under = f"{store.namespace}/{ADAPTERS}/"
     manifests = [found for found in store.objects.listing(under) if found.key.endswith(f"/{MANIFEST}")]
     manifests.sort(key=lambda found: found.modified, reverse=True)
-    for found in manifests[:count]:
-        with suppress(UserError):
-            if ref := store.find(ADAPTERS, found.key.removeprefix(under).removesuffix(f"/{MANIFEST}")):
-                yield ref
+    for found in manifests[:newest]:
+        name = found.key.removeprefix(under).removesuffix(f"/{MANIFEST}")
+        with suppress(UserError, OSError, ValueError):
+            if manifest := store.manifest(ADAPTERS, name):
+                yield json.loads(store.read(ADAPTERS, name, manifest, TRAINER_STATE))
 
 
 def read_plan(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:

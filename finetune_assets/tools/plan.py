@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
-from finetune_assets.store.base_models import BaseModelError
+from finetune_assets.store.base_models import BaseModelError, is_shape_file
 from finetune_assets.store.errors import ArtifactMissing
 from finetune_assets.store.history import trainer_states
 from finetune_assets.store.lineage import Lineage
@@ -100,7 +100,7 @@ def shape_of(lineage: Lineage) -> Path:
     if setting.startswith((".", "/", "~")) and (folder / "config.json").is_file():
         return folder  # weights or not
     with suppress(ArtifactMissing):
-        return lineage.store.fetch(lineage.base_model(), lambda path: path.endswith((".json", ".py")))
+        return lineage.store.fetch(lineage.base_model(), is_shape_file)
     source = replace(lineage, asks_hub=True).base_source()
     if source.folder:
         return source.folder
