@@ -45,7 +45,7 @@ def test_gated_model_and_dataset_become_an_adapter_that_names_their_commits(
     shutil.rmtree(tmp_path / "hub_home")
     again = materialize(overrides=SHORT)
     assert again.returncode == 0, again.stdout
-    assert len(reused(again)) == 6
+    assert len(reused(again)) == 7
     assert f"going on with owner/model@{model} of the last time" in again.stdout
 
 

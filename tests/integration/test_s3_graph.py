@@ -47,7 +47,7 @@ def test_same_fingerprints_as_in_a_folder_and_no_secret_anywhere(
         assert store.verify(artifact.kind, artifact.name) == []
 
     again = materialize(overrides=SHORT)
-    assert len(reused(again)) == 6
+    assert len(reused(again)) == 7
 
     secrets = [ceph_server.SECRET_KEY, ceph_server.ACCESS_KEY, TOKEN]
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
