@@ -1,10 +1,11 @@
 """Which settings would fit, where those that are set do not."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from finetune_assets.preflight.memory import Memory, predict
-from finetune_assets.preflight.simulation import Case
+from finetune_assets.preflight.simulation import Case, NotSimulated
 
 BY_BATCH = ("activations", "workspace", "gaps")
 """Parts of the memory that grow with the micro-batch."""
@@ -29,11 +30,20 @@ def _ways_on_one(case: Case, memory: Memory) -> Iterator[str]:
     changes: list[str] = []
     for change, changed in _steps(case):
         changes += change
-        now = predict(changed) if change else memory
+        now = _predicted(changed) if change else memory
+        if now is None:
+            continue
         if now.total <= case.device.usable and change:
             yield " with ".join(changes)
         elif size := _fitting_size(case, now):
             yield " with ".join([*changes, f"training.micro_batch_size={size}"])
+
+
+def _predicted(case: Case) -> Memory | None:
+    """A change that this model does not take is no way."""
+    with suppress(NotSimulated):
+        return predict(case)
+    return None
 
 
 def _steps(case: Case) -> Iterator[tuple[list[str], Case]]:
@@ -65,7 +75,10 @@ def _with_size(case: Case, memory: Memory, size: int) -> Memory:
 def _sharded(case: Case) -> Iterator[str]:
     """With the base spread over more GPUs."""
     case = _in_nf4(case)
-    least = _with_size(case, predict(case), 1)
+    whole = _predicted(case)
+    if whole is None:
+        return
+    least = _with_size(case, whole, 1)
     room = case.device.usable - (least.total - least.weights)
     if room > 0:
         yield (

@@ -134,7 +134,10 @@ def _hours(case: Case, work: Work | None, states: Iterable[dict[str, Any]]) -> t
     if work is None:
         return None, "steps and tokens are known once tokenized_dataset is made"
     experiment, device = case.experiment, case.device
-    weights = multiplied_weights(base_on_meta(case.shape, experiment, case.dtype))
+    try:
+        weights = multiplied_weights(base_on_meta(case.shape, experiment, case.dtype))
+    except NotSimulated as e:
+        return None, f"the model cannot be built as a shape alone ({e})"
     kind = Kind(
         weights, experiment.model.quantization, device.precision(experiment), case.checkpointing, device.processes
     )

@@ -91,6 +91,11 @@ class Simulated:
 class NotSimulated(Exception):
     """A model whose step does not run on tensors without data: one that routes tokens by what they are, say."""
 
+    @classmethod
+    def because(cls, error: Exception) -> "NotSimulated":
+        """In one line of an error's own words."""
+        return cls(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+
 
 def simulate(case: Case) -> Simulated:
     """Simulate a micro-batch.
@@ -103,8 +108,10 @@ def simulate(case: Case) -> Simulated:
     log.setLevel(logging.CRITICAL)  # it prints a traceback of what is told in a sentence
     try:
         return _at_depth(case)
+    except NotSimulated:
+        raise
     except Exception as e:
-        raise NotSimulated(" ".join(f"{type(e).__name__}: {e}".split())[:200]) from e
+        raise NotSimulated.because(e) from e
     finally:
         log.setLevel(level)
 
@@ -193,16 +200,23 @@ def _on_meta(case: Case, layers: int | None = None) -> PeftModel:
 def base_on_meta(
     shape: PretrainedConfig, experiment: ExperimentConfig, dtype: torch.dtype, layers: int | None = None
 ) -> PreTrainedModel:
-    """The base alone, as it was published."""
+    """The base alone, as it was published.
+
+    Raises:
+        NotSimulated: if its class cannot be built as a shape alone.
+    """
     shape = copy.deepcopy(shape)
     if layers is not None:
         shape.num_hidden_layers = layers
         if getattr(shape, "layer_types", None):
             shape.layer_types = shape.layer_types[:layers]
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, trust_remote_code=bool(experiment.model.trust_remote_code)
-        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                shape, dtype=dtype, trust_remote_code=bool(experiment.model.trust_remote_code)
+            )
+    except Exception as e:  # a model's own code may fail in any way
+        raise NotSimulated.because(e) from e
 
 
 def _step(model: PeftModel, case: Case) -> tuple[int, int]:

@@ -8,10 +8,12 @@ from paths import ROOT
 from transformers import AutoConfig
 
 from finetune_assets.config.loading import load_experiment
-from finetune_assets.preflight import simulation
+from finetune_assets.preflight import advice, simulation
+from finetune_assets.preflight.advice import ways
 from finetune_assets.preflight.device import Device
+from finetune_assets.preflight.memory import Memory, predict
 from finetune_assets.preflight.plan import make_plan
-from finetune_assets.preflight.simulation import Case, NotSimulated, simulate
+from finetune_assets.preflight.simulation import Case, NotSimulated, base_on_meta, simulate
 
 GPU = Device("cuda", 80 << 30, 1, True, "H100")
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 500}
@@ -59,3 +61,21 @@ def test_a_model_that_cannot_be_simulated_is_planned_without_its_memory() -> Non
     assert plan.memory is None
     assert plan.fits, "what is not known forbids nothing"
     assert "nothing is known of its memory" in plan.told()
+
+
+def test_a_change_that_cannot_be_simulated_is_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(case: Case) -> Memory:
+        if case.experiment.model.quantization == "nf4":
+            raise NotSimulated("no such weights")
+        return predict(case)
+
+    monkeypatch.setattr(advice, "predict", known)
+    one = case("llama")
+    too_much = replace(predict(one), activations=100 << 30)
+    assert "nf4" not in " ".join(ways(one, too_much))
+
+
+def test_a_class_that_has_no_causal_model_is_told_in_its_own_words() -> None:
+    one = replace(case("llama"), shape=AutoConfig.for_model("t5"))
+    with pytest.raises(NotSimulated, match="ValueError: Unrecognized configuration class"):
+        base_on_meta(one.shape, one.experiment, one.dtype)
