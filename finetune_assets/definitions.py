@@ -16,7 +16,7 @@ from finetune_assets.automation.dead_runs import dead_runs_sensor
 from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
 from finetune_assets.automation.watch import alert_on_failure, alert_on_standstill
-from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.store.io_manager import ArtifactIOManager
 
@@ -40,7 +40,7 @@ defs = dg.Definitions(
     resources={
         "project": project,
         "io_manager": ArtifactIOManager(project=project),
-        "launcher": LocalLauncher(),
+        "launcher": Launcher(),
     },
     # The heavy steps are processes of their own already; a process a step would add 2 s to each.
     executor=dg.in_process_executor,

@@ -6,7 +6,7 @@ from finetune_assets.assets.judging import described, evaluate
 from finetune_assets.assets.making import GROUP, in_run, overridden, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.conditions import by_itself
-from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -24,7 +24,7 @@ def adapter_evaluation(
     tokenized_dataset: ArtifactRef,
     cached_base_model: ArtifactRef,
     project: Project,
-    launcher: dg.ResourceParam[LocalLauncher],
+    launcher: dg.ResourceParam[Launcher],
 ) -> dg.MaterializeResult[ArtifactRef]:
     """Base, champion and new adapter on the gate's rows: loss by category, generated answers, what is forgotten."""
     from finetune_assets.evaluation.files import read_evaluation

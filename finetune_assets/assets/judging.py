@@ -9,7 +9,7 @@ import dagster as dg
 from finetune_assets.assets.making import Made, job, make_once
 from finetune_assets.assets.pictures import of_evaluation as pictures
 from finetune_assets.contents import HELD_BACK
-from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import of_evaluation
 from finetune_assets.resources.project import Project
@@ -21,7 +21,7 @@ from finetune_assets.store.lineage import Lineage
 def evaluate(
     context: dg.AssetExecutionContext,
     project: Project,
-    launcher: LocalLauncher,
+    launcher: Launcher,
     lineage: Lineage,
     adapter: ArtifactRef,
     dataset: ArtifactRef,

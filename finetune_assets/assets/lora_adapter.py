@@ -12,8 +12,8 @@ from finetune_assets.assets.pictures import of_training as pictures
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.contents import HELD_BACK, TRAINER_STATE
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.job import JobSpec
-from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import Numbers, of_training, with_cost
 from finetune_assets.resources.project import Project
@@ -38,7 +38,7 @@ def lora_adapter(
     tokenized_dataset: ArtifactRef,
     cached_base_model: ArtifactRef,
     project: Project,
-    launcher: dg.ResourceParam[LocalLauncher],
+    launcher: dg.ResourceParam[Launcher],
 ) -> dg.MaterializeResult[ArtifactRef]:
     """A LoRA adapter in safetensors, trained by `torchrun`, with tokenizer, settings, log and provenance."""
     with in_run(context, retried=True):
@@ -89,6 +89,8 @@ def training_job(
             HELD_BACK: asdict(lineage.held_back(*([begun] if begun else []))),
         },
         processes=experiment.config.training.processes_per_node,
+        nodes=experiment.config.launcher.node_range,
+        rendezvous_seconds=experiment.config.launcher.rendezvous_seconds,
         scratch=True,
         keep_checkpoints=experiment.config.training.save_total_limit,
     )

@@ -104,6 +104,7 @@ def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
         cache=str(store.cache.root),
         cache_limit=store.cache.limit,
         replace=project.force,
+        settings=experiment.config.launcher,
         **spec,
     )
 

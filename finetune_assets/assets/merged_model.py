@@ -13,7 +13,7 @@ from finetune_assets.automation.conditions import by_itself
 from finetune_assets.config.fingerprint import merge_fingerprint
 from finetune_assets.config.schema import Merge
 from finetune_assets.contents import MERGE
-from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import MERGED, ArtifactRef
@@ -47,7 +47,7 @@ def merged_model(
     champion_adapter: ArtifactRef,
     tokenized_dataset: ArtifactRef,
     project: Project,
-    launcher: dg.ResourceParam[LocalLauncher],
+    launcher: dg.ResourceParam[Launcher],
 ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
     """The champion's base with the adapter's updates in its weights: a model that loads as any other.
 

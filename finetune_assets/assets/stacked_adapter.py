@@ -10,7 +10,7 @@ from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_onc
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.contents import HELD_BACK
-from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import STACKS, ArtifactRef
@@ -37,7 +37,7 @@ def stacked_adapter(
     tokenized_dataset: ArtifactRef,
     cached_base_model: ArtifactRef,
     project: Project,
-    launcher: dg.ResourceParam[LocalLauncher],
+    launcher: dg.ResourceParam[Launcher],
 ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
     """One adapter out of the champions that the experiment's group `stack` names; nothing where there is no such group.
 

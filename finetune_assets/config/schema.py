@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from finetune_assets.config.cluster import Launcher
+
 NOT_IDENTITY = {"identity": False}
 
 
@@ -357,6 +359,8 @@ class ExperimentConfig:
     """Champions of other experiments to combine, in place of training."""
     hardware: Hardware = field(default_factory=Hardware, metadata=NOT_IDENTITY)
     """What a training is planned for."""
+    launcher: Launcher = field(default_factory=Launcher, metadata=NOT_IDENTITY)
+    """Where its jobs run."""
     wandb: Wandb | None = field(default=None, metadata=NOT_IDENTITY)
     """Weights & Biases, or `null`."""
 

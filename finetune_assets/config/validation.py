@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from finetune_assets.config.cluster import TIME_LIMIT
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
 from finetune_assets.config.schema import (
@@ -51,6 +52,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _lora(config.lora)
     yield from _stack(config.stack) if config.stack else ()
     yield from _hardware(config.hardware)
+    yield from _launcher(config)
     if config.evaluation.lm_eval and not config.evaluation.lm_eval.tasks:
         yield "evaluation.lm_eval.tasks", "names no task; name some, or set evaluation.lm_eval to null"
     scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
@@ -65,6 +67,39 @@ def _hardware(hardware: Hardware) -> Iterator[Problem]:
     if hardware.gpu and not hardware.memory_gib and memory_gib(hardware.gpu) is None:
         known = f"known by name: {', '.join(MEMORY_GIB)}"
         yield "hardware.gpu", f"the memory of '{hardware.gpu}' is not known; set hardware.memory_gib too ({known})"
+
+
+def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
+    launcher, macro = config.launcher, config.training.macro_batch_size
+    nodes = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", launcher.nodes)
+    if not nodes or int(nodes[1]) > int(nodes[2] or nodes[1]):
+        yield "launcher.nodes", f"{launcher.nodes!r} must be a number from 1, or least and most as 1:4"
+        return
+    each = config.training.processes_per_node
+    processes = launcher.node_range[1] * (int(each) if each.isdecimal() else launcher.gpus_per_node or 1)
+    if launcher.node_range[1] > 1 and processes > macro:
+        yield "launcher.nodes", f"{processes} processes in all cannot share training.macro_batch_size {macro}"
+    if launcher.node_range[1] > 1 and launcher.engine == "local":
+        yield "launcher.nodes", f"{launcher.nodes!r} machines need launcher.engine slurm or kubernetes"
+    for name in ("gpus_per_node", "cpus_per_node", "rendezvous_seconds"):
+        if (number := getattr(launcher, name)) is not None and number < 1:
+            yield f"launcher.{name}", f"{number} must be at least 1"
+    if launcher.time_limit is not None and not TIME_LIMIT.fullmatch(launcher.time_limit):
+        yield (
+            "launcher.time_limit",
+            f"{launcher.time_limit!r} must be hours:minutes:seconds, or days-hours:minutes:seconds",
+        )
+    if launcher.memory is not None and not re.fullmatch(r"[1-9]\d*[MGT]", launcher.memory):
+        yield "launcher.memory", f"{launcher.memory!r} must be a size such as 64G"
+    for name in launcher.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            yield "launcher.environment", f"{name!r} is not a name of an environment variable"
+        elif re.search(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_?KEY", name, re.IGNORECASE):
+            yield (
+                "launcher.environment",
+                f"{name} looks like a secret, and settings are kept with what is made; set it in the environment, "
+                "or name a secret in launcher.kubernetes.secrets",
+            )
 
 
 def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:

@@ -17,26 +17,34 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from finetune_assets.errors import UserError
 from finetune_assets.launch import gpus
-from finetune_assets.launch.job import JobFailed, JobSpec, read
+from finetune_assets.launch.job import JobFailed, JobSpec, from_json
+from finetune_assets.launch.place import ALONE, Place
 from finetune_assets.launch.telling import in_dagster_run, in_terminal
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
 from finetune_assets.store.checkpoints import Checkpoints, Superseded
 
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MEANWHILE_SECONDS = 2
+NOT_MET = (
+    "the machines of this job did not all meet within launcher.rendezvous_seconds; see that each reaches the first one "
+    "on its port (a firewall? NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME in launcher.environment?), or raise it"
+)
 TAIL = 60
 """Lines of the worker's stderr that are told where it left no error of its own."""
 
 
-def run(spec: JobSpec) -> ArtifactRef:
-    """Run one job to its end.
+def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
+    """Run one job, or one machine's part of it, to its end.
+
+    Returns:
+        What was made; None on a machine that does not lead.
 
     Raises:
         JobFailed: with the worker's own error.
@@ -45,9 +53,10 @@ def run(spec: JobSpec) -> ArtifactRef:
     store = open_store(spec.store, spec.namespace, Path(spec.cache), spec.cache_limit)
     cache = store.cache
     doing = f"makes {spec.kind}/{spec.fingerprint}"
+    mine = place.own(spec.fingerprint)
     with (
-        cache.alone(f"job-{spec.fingerprint}", doing),  # two would write over one another's checkpoints
-        _scratch(spec, cache.scratch(spec.fingerprint)) as scratch,
+        cache.alone(f"job-{mine}", doing),  # two would write over one another's checkpoints
+        _scratch(spec, cache.scratch(mine)) as scratch,
         cache.workspace("job") as folder,
         gpus.held(spec.processes) as devices,
     ):
@@ -55,7 +64,7 @@ def run(spec: JobSpec) -> ArtifactRef:
         (folder / "made_from.json").write_text(json.dumps(spec.made_from), encoding="utf-8")
         uris = {name: ref.uri for name, ref in spec.inputs.items()}
         (folder / "uris.json").write_text(json.dumps(uris), encoding="utf-8")
-        with in_dagster_run():
+        with in_dagster_run() if place.leads else nullcontext():
             inputs = {name: store.fetch(ref) for name, ref in spec.inputs.items()}
         arguments = {
             "config": folder / "config.yaml",
@@ -67,11 +76,13 @@ def run(spec: JobSpec) -> ArtifactRef:
         }
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
         processes = _processes(spec, devices)
-        worker = Worker([*_runner(spec, processes), *flags], folder, Path(spec.cache), devices, processes)
-        output = arguments["output"]
+        worker = Worker([*_runner(spec, processes, place), *flags], folder, Path(spec.cache), devices, processes)
+        if not place.leads:
+            _run_worker(worker)
+            return None
         if not spec.scratch:
             _run_worker(worker)
-            return _publish(store, spec, output)
+            return _publish(store, spec, arguments["output"])
         checkpoints = Checkpoints(store, spec.fingerprint, spec.made_from, scratch, spec.keep_checkpoints)
         if spec.afresh:
             checkpoints.clear(numbers=False)
@@ -84,7 +95,7 @@ def run(spec: JobSpec) -> ArtifactRef:
             checkpoints.give_up()
             raise
         checkpoints.check_current()
-        ref = _publish(store, spec, output)
+        ref = _publish(store, spec, arguments["output"])
         checkpoints.clear()
         return ref
 
@@ -139,10 +150,11 @@ def _processes(spec: JobSpec, gpus: list[str]) -> int:
     return int(spec.processes)
 
 
-def _runner(spec: JobSpec, processes: int) -> list[str]:
+def _runner(spec: JobSpec, processes: int, place: Place) -> list[str]:
     if spec.processes is None:
         return [sys.executable, "-m", spec.module]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    meeting = place.meeting(spec.nodes, spec.rendezvous_seconds)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={processes}"]
     return [*torchrun, "-m", spec.module]
 
 
@@ -199,28 +211,41 @@ def _failure(told: Path, crashed: Path, tail: deque[str], code: int) -> JobFaile
     """
     if told.exists():
         answer = json.loads(told.read_text(encoding="utf-8"))
-        return JobFailed(answer["error"], answer["retriable"])
+        return JobFailed(answer["error"], answer["retriable"], telling=3)
     if crashed.exists():
         message = json.loads(crashed.read_text(encoding="utf-8"))["message"]
         if isinstance(message, str):
-            return JobFailed(message, retriable=True)
+            return JobFailed(message, retriable=True, telling=2)
         stack = message.get("extraInfo", {}).get("py_callstack", "")
-        return JobFailed(f"{message['message']}\n{stack}", retriable=True)
-    return JobFailed(f"the worker ended with code {code}; its last words:\n{''.join(tail)}", retriable=True)
+        return JobFailed(f"{message['message']}\n{stack}", retriable=True, telling=2)
+    words = "".join(tail)
+    if "RendezvousTimeoutError" in words:
+        return JobFailed(NOT_MET, retriable=True, telling=1)
+    return JobFailed(f"the worker ended with code {code}; its last words:\n{words}", retriable=True)
+
+
+def answer_of(spec: JobSpec, place: Place = ALONE) -> dict[str, Any]:
+    """What became of a job, or of one machine's part of it, as JSON."""
+    try:
+        ref = run(spec, place)
+        return {"ref": ref.to_dict() if ref else None}
+    except UserError as e:
+        return {"error": str(e), "retriable": e.retriable, "telling": getattr(e, "telling", 3)}
+    except Exception as e:
+        traceback.print_exc()
+        return {"error": f"{type(e).__name__}: {e}", "retriable": True, "telling": 2}
+
+
+def prepare() -> None:
+    """End orderly when told to, and tell in the terminal what is done."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    in_terminal()
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    in_terminal()
-    spec, result = read(Path(sys.argv[1])), Path(sys.argv[2])
-    try:
-        answer: dict[str, Any] = {"ref": run(spec).to_dict()}
-    except UserError as e:
-        answer = {"error": str(e), "retriable": e.retriable}
-    except Exception as e:
-        traceback.print_exc()
-        answer = {"error": f"{type(e).__name__}: {e}", "retriable": True}
-    result.write_text(json.dumps(answer), encoding="utf-8")
+    prepare()
+    answer = answer_of(from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
     sys.exit("error" in answer)
 
 

@@ -2,9 +2,9 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from finetune_assets.config.cluster import Launcher
 from finetune_assets.errors import UserError
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -15,11 +15,12 @@ class JobFailed(UserError):
     Args:
         text: That error.
         retriable: Whether the same job may succeed if it is run again.
+        telling: How much it says of the cause; of machines that fail together, the most telling is heard.
     """
 
-    def __init__(self, text: str, retriable: bool = False) -> None:
+    def __init__(self, text: str, retriable: bool = False, telling: int = 0) -> None:
         super().__init__(text)
-        self.retriable = retriable
+        self.retriable, self.telling = retriable, telling
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class JobSpec:
         namespace: Namespace in the store.
         cache: Node-local folder.
         cache_limit: Most bytes of artifacts that it keeps; None for no limit.
-        processes: torchrun processes (`auto` or a number); None runs the module alone, without torchrun.
+        processes: torchrun processes on each node (`auto` or a number); None runs the module alone, without torchrun.
+        nodes: Machines that work together, least and most.
+        rendezvous_seconds: How long they wait for one another.
         replace: Publish over an artifact of that name.
     """
 
@@ -52,6 +55,8 @@ class JobSpec:
     cache: str
     cache_limit: int | None = None
     processes: str | None = None
+    nodes: tuple[int, int] = (1, 1)
+    rendezvous_seconds: int = 600
     replace: bool = False
     scratch: bool = field(default=False)
     """Give the worker a folder (`--scratch`) that outlives it until a run of this fingerprint succeeds, and keep its
@@ -61,11 +66,15 @@ class JobSpec:
     afresh: bool = False
     """Go on from no checkpoint."""
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+    settings: Launcher = field(default_factory=Launcher)
+    """What is asked of a cluster. It stays with the launcher: the job is the same on every engine."""
+
+    def to_json(self) -> str:
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "settings"})
 
 
-def read(path: Path) -> JobSpec:
-    """Read back what `JobSpec.write` wrote."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return JobSpec(**{**tree, "inputs": {name: ArtifactRef(**ref) for name, ref in tree["inputs"].items()}})
+def from_json(text: str) -> JobSpec:
+    """Read back what `JobSpec.to_json` wrote."""
+    tree = json.loads(text)
+    inputs = {name: ArtifactRef(**ref) for name, ref in tree["inputs"].items()}
+    return JobSpec(**{**tree, "inputs": inputs, "nodes": tuple(tree["nodes"])})

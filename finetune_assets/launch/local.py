@@ -36,7 +36,7 @@ class LocalLauncher:
             heard(Path(folder), Progress.display) as telling,
         ):
             job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-            spec.write(job)
+            job.write_text(spec.to_json(), encoding="utf-8")
             command = [sys.executable, "-m", "finetune_assets.launch.bootstrap", str(job), str(result)]
             process = subprocess.Popen(command, env={**environ, **environment, **telling})
             try:

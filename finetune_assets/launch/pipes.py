@@ -1,18 +1,79 @@
 """Launch a job from a Dagster asset: the worker's rank 0 reports to the run through Dagster Pipes."""
 
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import dagster as dg
+from dagster_aws.pipes import PipesS3MessageReader
 
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.job import JobSpec
+from finetune_assets.launch.kubernetes import KubernetesLauncher
 from finetune_assets.launch.local import LocalLauncher
-from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.launch.slurm import SlurmLauncher
+from finetune_assets.launch.telling import MESSAGE_SECONDS
+from finetune_assets.store.artifacts import JOBS, ArtifactRef
+from finetune_assets.store.objects import Objects, boto3_client
 
 
-def run_in_pipes(context: dg.AssetExecutionContext, launcher: LocalLauncher, spec: JobSpec) -> ArtifactRef:
+def run_in_pipes(context: dg.AssetExecutionContext, launcher: Launcher, spec: JobSpec) -> ArtifactRef:
     """Run a job inside a Pipes session and return its artifact.
 
     Raises:
         JobFailed: with the worker's own error.
+        UserError: if its engine does not take it.
     """
-    injector, reader = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
-    with dg.open_pipes_session(context, injector, reader) as session:
-        return launcher.run(spec, session.get_bootstrap_env_vars())
+    engine = launcher.engine(spec)
+    if engine == "kubernetes":
+        with _through_store(spec) as reader:
+            return KubernetesLauncher().run(context, spec, reader)
+    runner = LocalLauncher() if engine == "local" else SlurmLauncher()
+    with (
+        _through_file() if engine == "local" else _through_store(spec) as reader,
+        dg.open_pipes_session(context, dg.PipesEnvContextInjector(), reader) as session,
+    ):
+        return runner.run(spec, session.get_bootstrap_env_vars())
+
+
+@contextmanager
+def _through_file() -> Iterator[dg.PipesMessageReader]:
+    yield dg.PipesTempFileMessageReader()
+
+
+@contextmanager
+def _through_store(spec: JobSpec) -> Iterator[dg.PipesMessageReader]:
+    """Messages from another machine, in objects or in a file of the store, which go when they have been read."""
+    objects, folder = Objects(spec.store), f"{spec.namespace}/{JOBS}/messages-{uuid.uuid4().hex}"
+    if objects.is_local:
+        place = Path(objects.path) / folder
+        place.mkdir(parents=True)
+        try:
+            yield dg.PipesFileMessageReader(str(place / "messages.jsonl"))
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return
+    try:
+        yield _Messages("/".join(part for part in (objects.path, folder) if part), objects.bucket)
+    finally:
+        objects.delete([stored.key for stored in objects.listing(folder)])
+
+
+class _Messages(PipesS3MessageReader):
+    """Below the store's own prefix: dagster-aws's reader itself puts them at the top of the bucket, for ever.
+
+    Args:
+        prefix: Where.
+        bucket: Of the store.
+    """
+
+    def __init__(self, prefix: str, bucket: str) -> None:
+        super().__init__(bucket=bucket, client=boto3_client(), interval=MESSAGE_SECONDS)
+        self.prefix = prefix
+
+    @contextmanager
+    def get_params(self) -> Iterator[dict[str, object]]:
+        with super().get_params() as parameters:
+            yield {**parameters, "key_prefix": self.prefix}

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +17,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune_assets.training.distributed import Process
 
 WEIGHTS, STATE, LOG = "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"
 logger = logging.getLogger(__name__)
@@ -43,20 +47,44 @@ def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, A
         shutil.rmtree(old)
 
 
-def load_newest(folder: Path, model: PeftModel, parts: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """Restore the newest checkpoint that can be read into `model` and `parts`; its log, or None if there is none."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read of a checkpoint, on the CPU."""
+
+    weights: dict[str, Tensor]
+    parts: dict[str, Any]
+    log: dict[str, Any]
+
+
+def load_newest(folder: Path, model: PeftModel, parts: dict[str, Any], process: Process) -> dict[str, Any] | None:
+    """Restore the newest checkpoint that any process can read into `model` and `parts`; its log, or None without one.
+
+    Machines that were started at different times may have kept different ones: those who lack the newest are given it.
+    """
+    found = _newest(folder)
+    steps = process.everyones(found.log["step"] if found else -1)
+    if max(steps) < 0:
+        return None
+    if min(steps) < max(steps):
+        newest = steps.index(max(steps))
+        found = process.share(found if process.rank == newest else None, of=newest)
+    assert found
+    set_peft_model_state_dict(model, {name: weight.to(process.device) for name, weight in found.weights.items()})
+    for name, part in parts.items():
+        part.load_state_dict(found.parts[name])
+    return found.log
+
+
+def _newest(folder: Path) -> Checkpoint | None:
     for checkpoint in reversed(_checkpoints(folder)):
         try:
-            weights = load_file(checkpoint / WEIGHTS, device=str(device))
-            state = torch.load(checkpoint / STATE, map_location=device, weights_only=True)
-            log = json.loads((checkpoint / LOG).read_text(encoding="utf-8"))
+            return Checkpoint(
+                load_file(checkpoint / WEIGHTS),
+                torch.load(checkpoint / STATE, map_location="cpu", weights_only=True),
+                json.loads((checkpoint / LOG).read_text(encoding="utf-8")),
+            )
         except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as e:
             logger.warning("%s cannot be read (%s); taking the one before", checkpoint, e)
-            continue
-        set_peft_model_state_dict(model, weights)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return log
     return None
 
 

@@ -80,7 +80,7 @@ class LoraFinetune(Prepared):
         return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
 
     def _resume(self) -> None:
-        found = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process.device)
+        found = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process)
         if found:
             self.log = Log(**{**found, "active": self.log.active})
             self.reporter.say(f"going on from the checkpoint of step {self.log.step}")
@@ -234,7 +234,7 @@ class LoraFinetune(Prepared):
     def _save_checkpoint_if_due(self) -> None:
         if not self.stopping and not self._saves_at(self.log.step):
             return
-        if self.process.reports:
+        if self.process.writes:
             keep = self.training.save_total_limit
             checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log), keep)
         self.process.barrier()
@@ -250,9 +250,9 @@ class LoraFinetune(Prepared):
             self.reporter.say(f"held-out loss {before:.4f} before, {after:.4f} after")
         self.log.peak_memory_mib = peak_memory_mib(self.process.device)
         state, run = vars(self.log), self.reporter.wandb_run
-        if run:
-            state = {**state, "wandb": run.link()}
-        if self.process.reports:
+        if self.config.wandb and (link := self.process.share(run.link() if run else None)):
+            state = {**state, "wandb": link}
+        if self.process.writes:
             self.utilisation.write(self.job.output / UTILISATION)  # before the sums are
             output.save(
                 self.job.output,

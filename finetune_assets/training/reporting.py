@@ -129,8 +129,10 @@ def _log_told(say: Callable[[str], None]) -> Iterator[None]:
 def _dagster_log(stack: ExitStack) -> Callable[[str], None] | None:
     try:
         from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
+
+        from finetune_assets.launch.telling import message_writer
     except ImportError:
         return None
     if not PipesEnvVarParamsLoader().is_dagster_pipes_process():
         return None
-    return stack.enter_context(open_dagster_pipes()).log.info
+    return stack.enter_context(open_dagster_pipes(message_writer=message_writer())).log.info

@@ -75,7 +75,7 @@ class Prepared:
         if isinstance(scheme, str) and scheme.startswith(REWRITES_BASE) and not self.job.warm_start:
             self.model.peft_config["default"].init_lora_weights = True
             self.initial_adapter = self.job.checkpoints / "initial"
-            if self.process.reports:
+            if self.process.writes:
                 self.model.save_pretrained(self.initial_adapter, save_embedding_layers=False)
 
     def _settle_how_to_compute(self) -> None:

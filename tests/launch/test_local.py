@@ -10,64 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_assets.launch.job import JobFailed, JobSpec, read
+from finetune_assets.launch.job import JobFailed, JobSpec, from_json
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.store.artifacts import ArtifactRef, open_store
-
-WORKER = """
-import os, pathlib, sys
-from finetune_assets.launch.process import run_worker
-run_worker("worker_body")
-"""
-BODIES = {
-    "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('data') + '/in.txt').read().upper())",
-    "user_error": "def main():\n    import finetune_assets.errors as e\n    raise e.UserError('rank: 0 is wrong')",
-    "crash": "def main():\n    raise RuntimeError('the disk is on fire')",
-    "import_error": "import no_such_module",
-    "exit": "def main():\n    print('last words', file=sys.stderr); os._exit(7)",
-    "one_rank": "def main():\n    import time\n"
-    "    if os.environ['RANK'] == '1': raise RuntimeError('rank one is ill')\n    time.sleep(600)",
-    "sleep": "def main():\n    import time\n    (out() / 'started').write_text(str(os.getpid())); time.sleep(600)",
-    "lingering": "def main():\n    import subprocess\n    subprocess.Popen(['sleep', '20'])\n"
-    "    raise RuntimeError('gone early')",
-    "hub": "def main():\n    (out() / 'x.txt').write_text(os.environ['HF_HUB_OFFLINE'])",
-}
-HELPERS = """
-import os, pathlib, sys
-def arg(name): return sys.argv[sys.argv.index('--' + name) + 1]
-def out(): return pathlib.Path(arg('output'))
-"""
-
-
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpec]:
-    """Makes jobs that run one of BODIES."""
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    (modules / "worker_main.py").write_text(WORKER)
-    monkeypatch.setenv("PYTHONPATH", str(modules))
-    store = open_store(f"file://{tmp_path}/store", "me", tmp_path / "cache")
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "in.txt").write_text("hello")
-    ref = store.publish(data, "raw", "d", "d", {})
-
-    def make(body: str, processes: str | None = "1") -> JobSpec:
-        (modules / "worker_body.py").write_text(HELPERS + BODIES[body])
-        return JobSpec(
-            module="worker_main",
-            config="a: 1\n",
-            inputs={"data": ref},
-            kind="adapters",
-            fingerprint="f1",
-            made_from={"data": "d"},
-            store=store.url,
-            namespace="me",
-            cache=str(tmp_path / "cache"),
-            processes=processes,
-        )
-
-    return make
 
 
 def adapters(tmp_path: Path) -> ArtifactRef | None:
@@ -132,16 +77,16 @@ def test_worker_never_asks_the_hub(job: Callable[..., JobSpec]) -> None:
 LAUNCH = """
 import sys
 from pathlib import Path
-from finetune_assets.launch.job import read
+from finetune_assets.launch.job import from_json
 from finetune_assets.launch.local import LocalLauncher
-LocalLauncher().run(read(Path(sys.argv[1])), {})
+LocalLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "interrupt"])
 def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path: Path, how: signal.Signals) -> None:
-    job("sleep").write(tmp_path / "job.json")
-    assert read(tmp_path / "job.json") == job("sleep")
+    (tmp_path / "job.json").write_text(job("sleep").to_json())
+    assert from_json((tmp_path / "job.json").read_text()) == job("sleep")
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
         stderr=subprocess.DEVNULL,

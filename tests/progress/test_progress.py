@@ -20,8 +20,8 @@ from finetune_assets.data import prepare as prepare_module
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import load_tokenizer
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.job import JobSpec
-from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.progress import ROWS, STEPS, Progress, gigabytes, in_parallel
 from finetune_assets.store.artifacts import open_store
@@ -169,7 +169,7 @@ def test_run_and_terminal_tell_of_what_is_published_and_fetched(
                 namespace="me",
                 cache=str(store.cache.root),
             )
-            run_in_pipes(context, LocalLauncher(), spec)
+            run_in_pipes(context, Launcher(), spec)
         return dg.MaterializeResult()
 
     with dg.DagsterInstance.get() as instance:

@@ -78,11 +78,11 @@ class Proxy:
 
 
 @contextmanager
-def running(server_url: str) -> Iterator[Proxy]:
-    """A proxy before `server_url` until the context ends."""
+def running(server_url: str, host: str = "127.0.0.1") -> Iterator[Proxy]:
+    """A proxy before `server_url` until the context ends, which listens on one of this machine's addresses."""
     where = urlsplit(server_url)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    proxy = Proxy(f"http://127.0.0.1:{listener.getsockname()[1]}", (where.hostname or "", where.port or 80))
+    listener = socket.create_server((host, 0), backlog=128)
+    proxy = Proxy(f"http://{host}:{listener.getsockname()[1]}", (where.hostname or "", where.port or 80))
 
     def accept() -> None:
         with suppress(OSError):

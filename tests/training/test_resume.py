@@ -28,9 +28,9 @@ KILLS, TERMS, STEPS = ({1: 20, 2: 20} if SOAK else {1: 2, 2: 1}), ({1: 5, 2: 5} 
 LAUNCH = """
 import sys
 from pathlib import Path
-from finetune_assets.launch.job import read
+from finetune_assets.launch.job import from_json
 from finetune_assets.launch.local import LocalLauncher
-LocalLauncher().run(read(Path(sys.argv[1])), {})
+LocalLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
 """
 SETTINGS = (
     f"training.max_steps={STEPS}",
@@ -56,7 +56,7 @@ class Machine:
 
     def start(self) -> subprocess.Popen[str]:
         job = self.folder / "job.json"
-        self.spec.write(job)
+        job.write_text(self.spec.to_json())
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", LAUNCH, str(job)]
         return subprocess.Popen(

@@ -1,0 +1,69 @@
+"""Jobs of a few lines, for every engine."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_assets.config.cluster import Launcher
+from finetune_assets.launch.job import JobSpec
+from finetune_assets.store.artifacts import open_store
+
+WORKER = """
+import os, pathlib, sys
+from finetune_assets.launch.process import run_worker
+run_worker("worker_body")
+"""
+BODIES = {
+    "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('data') + '/in.txt').read().upper())",
+    "user_error": "def main():\n    import finetune_assets.errors as e\n    raise e.UserError('rank: 0 is wrong')",
+    "crash": "def main():\n    raise RuntimeError('the disk is on fire')",
+    "import_error": "import no_such_module",
+    "exit": "def main():\n    print('last words', file=sys.stderr); os._exit(7)",
+    "one_rank": "def main():\n    import time\n"
+    "    if os.environ['RANK'] == '1': raise RuntimeError('rank one is ill')\n    time.sleep(600)",
+    "sleep": "def main():\n    import time\n    (out() / 'started').write_text(str(os.getpid())); time.sleep(600)",
+    "lingering": "def main():\n    import subprocess\n    subprocess.Popen(['sleep', '20'])\n"
+    "    raise RuntimeError('gone early')",
+    "hub": "def main():\n    (out() / 'x.txt').write_text(os.environ['HF_HUB_OFFLINE'])",
+}
+HELPERS = """
+import os, pathlib, sys
+def arg(name): return sys.argv[sys.argv.index('--' + name) + 1]
+def out(): return pathlib.Path(arg('output'))
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpec]:
+    """Makes jobs that run one of BODIES."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "worker_main.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    store = open_store(os.environ.get("FINETUNE_STORE") or f"file://{tmp_path}/store", "me", tmp_path / "cache")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "in.txt").write_text("hello")
+    ref = store.publish(data, "raw", "d", "d", {})
+
+    def make(body: str, processes: str | None = "1", nodes: tuple[int, int] = (1, 1), **settings: Any) -> JobSpec:
+        (modules / "worker_body.py").write_text(HELPERS + BODIES[body])
+        return JobSpec(
+            module="worker_main",
+            config="a: 1\n",
+            inputs={"data": ref},
+            kind="adapters",
+            fingerprint="f1",
+            made_from={"data": "d"},
+            store=store.url,
+            namespace="me",
+            cache=str(tmp_path / "cache"),
+            processes=processes,
+            nodes=nodes,
+            settings=Launcher(**settings),
+        )
+
+    return make
