@@ -25,6 +25,10 @@ BODIES = {
     "one_rank": "def main():\n    import time\n"
     "    if os.environ['RANK'] == '1': raise RuntimeError('rank one is ill')\n    time.sleep(600)",
     "sleep": "def main():\n    import time\n    (out() / 'started').write_text(str(os.getpid())); time.sleep(600)",
+    "told_to_end": "def main():\n    import signal, time\n    stop = []\n"
+    "    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
+    "    while not stop: time.sleep(0.1)\n"
+    "    (out().parents[2] / f'told-{os.environ[\"RANK\"]}').touch(); sys.exit(3)",
     "lingering": "def main():\n    import subprocess\n    subprocess.Popen(['sleep', '20'])\n"
     "    raise RuntimeError('gone early')",
     "hub": "def main():\n    (out() / 'x.txt').write_text(os.environ['HF_HUB_OFFLINE'])",

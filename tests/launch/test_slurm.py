@@ -13,6 +13,7 @@ from servers.slurm import Slurm
 from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.launch.slurm import SlurmLauncher
 from finetune_assets.store.artifacts import open_store
+from finetune_assets.store.objects import Objects
 
 Make = Callable[..., JobSpec]
 
@@ -38,14 +39,21 @@ def _on_the_cluster(cluster: Slurm, ceph: Bucket, monkeypatch: pytest.MonkeyPatc
 
 
 def left(cluster: Slurm) -> list[str]:
-    """Processes of jobs that are still there."""
-    found = []
-    for node in cluster.nodes:
-        for pid in cluster.processes_of(node):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if "slurmd" not in command.split(" ")[0]:
-                found.append(command)
-    return found
+    """Processes of jobs that are still there when Slurm has tidied up after itself."""
+    deadline = time.monotonic() + 15
+    while True:
+        pids = [pid for node in cluster.nodes for pid in cluster.processes_of(node)]
+        commands = [command for pid in pids if "slurmd" not in (command := _command(pid))]
+        if not commands or time.monotonic() > deadline:
+            return commands
+        time.sleep(0.2)
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except FileNotFoundError:
+        return "slurmd, which has ended"
 
 
 @pytest.mark.parametrize("nodes", [(1, 1), (2, 2), (1, 2)])
@@ -70,3 +78,114 @@ def test_failure_is_told_in_the_workers_own_words(job: Make, cluster: Slurm, bod
     with pytest.raises(JobFailed, match=words):
         SlurmLauncher().run(job(body, "1", (2, 2)), {})
     assert left(cluster) == []
+
+
+def test_what_cannot_run_is_refused_in_one_line(job: Make, cluster: Slurm) -> None:
+    asked = [
+        ({"slurm": SlurmJob(partition="nope")}, "launcher.slurm.partition: there is no 'nope' .* it has main, short"),
+        ({"slurm": SlurmJob(partition="short"), "time_limit": "5:00:00"}, "launcher.time_limit"),
+        ({"gpus_per_node": 8}, "launcher.gpus_per_node: this cluster has no GPUs"),
+        ({"cpus_per_node": 64}, "launcher.cpus_per_node|no node of this cluster has"),
+        ({"slurm": SlurmJob(extra_arguments=["--constraint=h100"])}, "Slurm has refused the job: .*[Ff]eature"),
+    ]
+    for settings, words in asked:
+        with pytest.raises(UserError, match=words) as refused:
+            SlurmLauncher().run(job("good", **settings), {})
+        assert not refused.value.retriable
+        assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(UserError, match="launcher.nodes"):
+        SlurmLauncher().run(job("good", "1", (3, 3)), {})
+
+
+def test_full_queue_is_told_and_tried_again(job: Make, cluster: Slurm) -> None:
+    waiting = [cluster.run("sbatch", "--parsable", "--hold", "--wrap", "true") for _ in range(6)]
+    try:
+        with pytest.raises(JobFailed, match="Slurm takes no job just now: ") as refused:
+            SlurmLauncher().run(job("good"), {})
+        assert refused.value.retriable
+    finally:
+        cluster.run("scancel", *waiting)
+
+
+def test_place_in_the_queue_and_reason_are_told(job: Make, cluster: Slurm, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "finetune_assets")
+    first = cluster.run("sbatch", "--parsable", "-N2", "--exclusive", "--wrap", "sleep 12")
+    waiting = cluster.run("sbatch", "--parsable", "--hold", "--wrap", "true")
+    SlurmLauncher().run(job("good"), {})
+    cluster.run("scancel", first, waiting)
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "PENDING (Resources)" in told or "PENDING (Priority)" in told
+    assert "of 2 that wait" in told
+    assert "RUNNING on n" in told
+    assert f"its output is {job('good').cache}/slurm/" in told
+
+
+def test_interrupt_leaves_no_job_and_no_process(job: Make, tmp_path: Path, cluster: Slurm) -> None:
+    process = start(job("sleep", "1", (2, 2)), tmp_path)
+    wait_for(lambda: len(list(Path(job("sleep").cache).glob("work/*/output/started"))) == 2)
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    assert cluster.jobs() == []
+    assert left(cluster) == []
+
+
+def test_what_a_killed_run_left_is_cancelled_by_the_next(job: Make, tmp_path: Path, cluster: Slurm) -> None:
+    process = start(job("sleep", "1", (2, 2)), tmp_path)
+    wait_for(lambda: len(list(Path(job("sleep").cache).glob("work/*/output/started"))) == 2)
+    process.kill()
+    process.wait()
+    (abandoned,) = cluster.jobs()
+    SlurmLauncher().run(job("good", "1", (2, 2)), {})
+    assert slurm.state_of(abandoned).name == "CANCELLED"
+    assert left(cluster) == []
+    forget(job("good"))
+
+
+@pytest.mark.parametrize("how", ["time limit", "preempted"])
+def test_what_slurm_ends_is_told_beforehand_and_keeps_what_it_has(job: Make, cluster: Slurm, how: str) -> None:
+    """The job itself says in its output that it was told to end."""
+    settings = {"time_limit": "0:01:00"} if how == "time limit" else {}
+    spec = job("told_to_end", "1", (2, 2), **settings)
+    if how == "preempted":
+        urgent = ("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 5")
+        timer = threading.Timer(15, lambda: cluster.run(*urgent))
+        timer.start()
+    with pytest.raises(JobFailed) as ended:
+        SlurmLauncher().run(spec, {})
+    if how == "time limit":
+        assert "has reached its time limit 0:01:00: raise launcher.time_limit" in str(ended.value)
+        assert not ended.value.retriable
+    else:
+        assert "has taken the nodes of job" in str(ended.value)
+        assert ended.value.retriable
+        timer.join()
+        wait_for(lambda: cluster.jobs() == [])
+    assert len(list(Path(spec.cache).glob("told-*"))) == 2
+    assert left(cluster) == []
+
+
+LAUNCH = """
+import sys
+from pathlib import Path
+from finetune_assets.launch.job import from_json
+from finetune_assets.launch.slurm import SlurmLauncher
+SlurmLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
+"""
+
+
+def start(spec: JobSpec, folder: Path) -> "subprocess.Popen[bytes]":
+    (folder / "job.json").write_text(spec.to_json())
+    return subprocess.Popen([sys.executable, "-c", LAUNCH, str(folder / "job.json")])
+
+
+def wait_for(so: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not so():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def forget(spec: JobSpec) -> None:
+    """What a killed launcher left in the store is for garbage collection."""
+    objects = Objects(spec.store)
+    objects.delete([stored.key for stored in objects.listing(f"{spec.namespace}/jobs")])

@@ -56,8 +56,11 @@ MinJobAge=60
 OverTimeLimit=0
 MaxJobCount={jobs}
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=02:00:00 State=UP
-PartitionName=short Nodes=ALL MaxTime=00:01:00 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
+PartitionName=main Nodes=ALL Default=YES MaxTime=02:00:00 PriorityTier=1 GraceTime=30 State=UP
+PartitionName=short Nodes=ALL MaxTime=00:10:00 PriorityTier=1 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=00:10:00 PriorityTier=9 State=UP
 """
 
 
