@@ -2,21 +2,29 @@
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from dagster_aws.pipes import PipesS3MessageReader
 
-from finetune_assets.launch.engines import Launcher
+from finetune_assets.launch.engines import Engine, Launcher
 from finetune_assets.launch.job import JobSpec
-from finetune_assets.launch.kubernetes import KubernetesLauncher
+from finetune_assets.launch.kubernetes import POLL_SECONDS, KubernetesLauncher
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.slurm import SlurmLauncher
 from finetune_assets.launch.telling import MESSAGE_SECONDS
 from finetune_assets.store.artifacts import JOBS, ArtifactRef
 from finetune_assets.store.objects import Objects, boto3_client
+
+RUNNERS: dict[Engine, Callable[[], LocalLauncher | SlurmLauncher | KubernetesLauncher]] = {
+    "local": LocalLauncher,
+    "slurm": SlurmLauncher,
+    "kubernetes": KubernetesLauncher,
+}
 
 
 def run_in_pipes(context: dg.AssetExecutionContext, launcher: Launcher, spec: JobSpec) -> ArtifactRef:
@@ -27,15 +35,20 @@ def run_in_pipes(context: dg.AssetExecutionContext, launcher: Launcher, spec: Jo
         UserError: if its engine does not take it.
     """
     engine = launcher.engine(spec)
-    if engine == "kubernetes":
-        with _through_store(spec) as reader:
-            return KubernetesLauncher().run(context, spec, reader)
-    runner = LocalLauncher() if engine == "local" else SlurmLauncher()
+    if engine == "kubernetes" and spec.nodes == (1, 1):
+        return KubernetesLauncher().run_pod(spec, partial(_in_pod, context))
     with (
         _through_file() if engine == "local" else _through_store(spec) as reader,
         dg.open_pipes_session(context, dg.PipesEnvContextInjector(), reader) as session,
     ):
-        return runner.run(spec, session.get_bootstrap_env_vars())
+        return RUNNERS[engine]().run(spec, session.get_bootstrap_env_vars())
+
+
+def _in_pod(context: dg.AssetExecutionContext, **wanted: Any) -> None:
+    from dagster_k8s import PipesK8sClient
+
+    client = PipesK8sClient(poll_interval=POLL_SECONDS)
+    client.run(context=context, pod_wait_timeout=0, delete_pod_on_completion=False, **wanted)
 
 
 @contextmanager

@@ -1,6 +1,11 @@
 """Jobs on a real Slurm of two machines, with the store on a real S3 server that they reach over their network."""
 
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +15,9 @@ from servers import slurm as slurm_server
 from servers.s3 import Bucket
 from servers.slurm import Slurm
 
+from finetune_assets.config.cluster import SlurmJob
+from finetune_assets.errors import UserError
+from finetune_assets.launch import slurm
 from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.launch.slurm import SlurmLauncher
 from finetune_assets.store.artifacts import open_store
@@ -93,7 +101,7 @@ def test_what_cannot_run_is_refused_in_one_line(job: Make, cluster: Slurm) -> No
             SlurmLauncher().run(job("good", **settings), {})
         assert not refused.value.retriable
         assert len(str(refused.value).splitlines()) == 1
-    with pytest.raises(UserError, match="launcher.nodes"):
+    with pytest.raises(UserError, match=r"launcher\.nodes"):
         SlurmLauncher().run(job("good", "1", (3, 3)), {})
 
 
