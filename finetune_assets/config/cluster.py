@@ -55,7 +55,7 @@ class Launcher:
     engine: Literal["auto", "local", "slurm", "kubernetes"] = "auto"
     """`auto` takes FINETUNE_LAUNCHER, or else `local`: the machine that Dagster runs on."""
     nodes: str = "1"
-    """Machines that train together: a number, or least and most as `1:4`, where a training may begin with fewer and go
+    """Machines that train together: a number, or least and most as `1-4`, where a training may begin with fewer and go
     on with those that are left. How many processes each runs is `training.processes_per_node`."""
     gpus_per_node: int | None = None
     """GPUs of each machine; `null` asks for none."""
@@ -78,7 +78,7 @@ class Launcher:
     @property
     def node_range(self) -> tuple[int, int]:
         """Least and most machines."""
-        least, _, most = self.nodes.partition(":")
+        least, _, most = self.nodes.partition("-")
         return int(least), int(most or least)
 
     @property

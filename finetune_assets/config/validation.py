@@ -71,9 +71,9 @@ def _hardware(hardware: Hardware) -> Iterator[Problem]:
 
 def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
     launcher, macro = config.launcher, config.training.macro_batch_size
-    nodes = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", launcher.nodes)
+    nodes = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", launcher.nodes)
     if not nodes or int(nodes[1]) > int(nodes[2] or nodes[1]):
-        yield "launcher.nodes", f"{launcher.nodes!r} must be a number from 1, or least and most as 1:4"
+        yield "launcher.nodes", f"{launcher.nodes!r} must be a number from 1, or least and most as 1-4"
         return
     each = config.training.processes_per_node
     processes = launcher.node_range[1] * (int(each) if each.isdecimal() else launcher.gpus_per_node or 1)

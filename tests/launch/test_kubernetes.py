@@ -1,0 +1,289 @@
+"""The whole life of a job on Kubernetes, by the real clients, against an API server of ours on loopback.
+
+No real cluster has run these; what that leaves open is said in docs/clusters.md.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import dagster as dg
+import kubernetes_validate
+import pytest
+from paths import ROOT
+from servers import kubernetes as kubernetes_server
+from servers.kubernetes import Server
+from servers.s3 import Bucket
+
+from finetune_assets.config.cluster import KubernetesJob, Launcher
+from finetune_assets.config.loading import load_experiment
+from finetune_assets.launch import kubernetes
+from finetune_assets.launch.engines import Launcher as Engines
+from finetune_assets.launch.job import JobSpec
+from finetune_assets.launch.manifests import headless_service, indexed_job, merged, pod_spec
+from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.launch.remote import RemoteJob
+from finetune_assets.store.artifacts import open_store
+
+Make = Callable[..., JobSpec]
+T = TypeVar("T")
+RECORDED = Path(__file__).with_name("kubernetes_requests.json")
+
+
+@pytest.fixture(autouse=True)
+def api(tmp_path: Path, ceph: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(kubernetes, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr("finetune_assets.launch.pipes.POLL_SECONDS", 0.5)
+    with kubernetes_server.running(tmp_path / "kubernetes") as running:
+        monkeypatch.setenv("KUBECONFIG", str(running.config()))  # for other processes; this one has read it already
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(running.config()))
+        monkeypatch.setenv("FINETUNE_STORE", ceph.url)
+        monkeypatch.setenv("FINETUNE_IMAGE", "registry/finetune:1")
+        monkeypatch.setenv("FINETUNE_LAUNCHER", "kubernetes")
+        yield running
+        assert running.pods() == []
+        assert running.objects == {}
+        assert [key for key in ceph.listed() if "/jobs/" in key] == []
+
+
+def run(spec: JobSpec) -> dg.ExecuteInProcessResult:
+    @dg.asset
+    def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        run_in_pipes(context, Engines(), spec)
+        return dg.MaterializeResult()
+
+    return dg.materialize([made], raise_on_error=False)
+
+
+def error(result: dg.ExecuteInProcessResult) -> str:
+    (failed,) = result.get_step_failure_events()
+    told = failed.step_failure_data.error
+    assert told
+    return str(told.cause.message if told.cause else told.message)
+
+
+NODES = pytest.mark.parametrize("nodes", [(1, 1), (2, 2)], ids=["a pod", "a job"])
+
+
+@NODES
+def test_job_ends_in_an_artifact(job: Make, tmp_path: Path, api: Server, nodes: tuple[int, int]) -> None:
+    assert run(job("good", "1", nodes)).success
+    store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")
+    ref = store.find("adapters", "f1")
+    assert ref
+    assert (store.fetch(ref) / "x.txt").read_text() == "HELLO"
+    assert [tree["kind"] for tree in api.created] == (["Pod"] if nodes == (1, 1) else ["Job", "Service"])
+
+
+@NODES
+@pytest.mark.parametrize(
+    ("body", "words"), [("user_error", "rank: 0 is wrong"), ("exit", "its last words:\nlast words")]
+)
+def test_failure_is_told_in_the_workers_own_words(job: Make, nodes: tuple[int, int], body: str, words: str) -> None:
+    assert words in error(run(job(body, "1", nodes)))
+
+
+@NODES
+def test_image_that_is_not_there_is_told(job: Make, nodes: tuple[int, int]) -> None:
+    spec = job("good", "1", nodes, kubernetes=KubernetesJob(image="registry/absent:2"))
+    told = error(run(spec))
+    assert "cannot start (ImagePullBackOff: Back-off pulling image" in told
+    assert "see launcher.kubernetes.image" in told
+
+
+@NODES
+def test_evicted_pod_is_told_and_may_be_tried_again(job: Make, api: Server, nodes: tuple[int, int]) -> None:
+    spec = job("sleep", "1", nodes)
+    thread = threading.Thread(target=lambda: api.evict(wait_for(lambda: started(api))[0]))
+    thread.start()
+    assert "was ended (Evicted): The node was low on resource" in error(run(spec))
+    thread.join()
+
+
+@NODES
+def test_time_limit_is_told(job: Make, nodes: tuple[int, int]) -> None:
+    if nodes != (1, 1):
+        pytest.skip("a Job's deadline is the real controller's")
+    told = error(run(job("sleep", "1", nodes, time_limit="0:00:12")))
+    assert "has reached its time limit: raise launcher.time_limit" in told
+
+
+def test_pod_that_waits_for_a_gpu_says_so(job: Make, api: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "finetune_assets")
+    process = start(job("good", "1", gpus_per_node=1), api)
+    wait_for(api.pods)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[0].decode()
+    assert "Pending (Unschedulable): 0/1 nodes are available: 1 Insufficient nvidia.com/gpu." in told
+
+
+@NODES
+def test_interrupt_leaves_nothing(job: Make, api: Server, nodes: tuple[int, int]) -> None:
+    process = start(job("sleep", "1", nodes), api)
+    wait_for(lambda: len(started(api)) == nodes[0])
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=90)
+    assert api.pods() == []
+
+
+@NODES
+def test_what_a_killed_run_left_is_deleted_by_the_next(job: Make, api: Server, nodes: tuple[int, int]) -> None:
+    process = start(job("sleep", "1", nodes), api)
+    wait_for(lambda: len(started(api)) == nodes[0])
+    process.kill()
+    process.wait()
+    assert len(api.pods()) == nodes[0]
+    assert run(job("good", "1", nodes)).success
+    forget(job("good"))
+
+
+def test_what_the_server_refuses_is_told(job: Make, api: Server) -> None:
+    api.refuses = "pods is forbidden: User cannot create resource"
+    for nodes in ((1, 1), (2, 2)):
+        told = error(run(job("good", "1", nodes)))
+        assert "Kubernetes has refused the job (403 Forbidden)" in told
+        assert "User cannot create resource" in told
+
+
+FULL = Launcher(
+    gpus_per_node=8,
+    cpus_per_node=64,
+    memory="512G",
+    time_limit="1-00:00:00",
+    environment={"NCCL_SOCKET_IFNAME": "eth0"},
+    kubernetes=KubernetesJob(
+        image="registry/finetune@sha256:abc",
+        node_selector={"gpu": "h100"},
+        tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        service_account="finetune",
+        secrets=["s3"],
+        queue="research",
+        pod={"priorityClassName": "low", "containers": [{"name": "worker", "imagePullPolicy": "Always"}]},
+    ),
+)
+
+
+def asked(settings: Launcher) -> dict[str, object]:
+    return {name: value for name, value in vars(settings).items() if name != "nodes"}
+
+
+@pytest.mark.parametrize("settings", [Launcher(), FULL], ids=["least", "most"])
+@pytest.mark.parametrize("nodes", [(1, 1), (4, 4), (1, 4)])
+def test_manifests_are_what_kubernetes_knows(job: Make, settings: Launcher, nodes: tuple[int, int]) -> None:
+    spec = job("good", "auto", nodes, **asked(settings))
+    remote = RemoteJob(spec.store, spec.namespace, "abc-123")
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod_spec(spec, remote)}
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "x", "uid": "u"}
+    for tree in (pod, indexed_job(spec, remote, {"A": "b"}), headless_service(spec, remote, owner)):
+        kubernetes_validate.validate(tree, kubernetes_server.VERSION, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate({**pod, "spec": {**pod["spec"], "gpu": 1}}, kubernetes_server.VERSION, strict=True)
+
+
+def test_what_is_set_is_asked_for(job: Make) -> None:
+    spec = job("good", "auto", (4, 4), **asked(FULL))
+    tree = indexed_job(spec, RemoteJob(spec.store, spec.namespace, "abc-123"), {"A": "b"})
+    pod = tree["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert tree["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+    assert tree["spec"]["activeDeadlineSeconds"] == 24 * 3600
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "512Gi"}
+    assert container["envFrom"] == [{"secretRef": {"name": "s3"}}]
+    assert container["imagePullPolicy"] == "Always"
+    variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert variables["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert variables["FINETUNE_HEAD"] == "finetune-abc-123-0.finetune-abc-123:29400"
+    assert pod["nodeSelector"] == {"gpu": "h100"}
+    assert pod["serviceAccountName"] == "finetune"
+    assert pod["priorityClassName"] == "low"
+
+
+def test_no_secret_is_in_a_manifest(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = job("good", "1", (2, 2))
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "planted-secret")
+    assert "planted-secret" not in json.dumps(indexed_job(spec, RemoteJob(spec.store, "me", "abc"), {}))
+
+
+def test_of_lists_things_of_the_same_name_are_merged() -> None:
+    base = {"a": [{"name": "x", "one": 1}], "b": 1}
+    over = {"a": [{"name": "x", "two": 2}, {"name": "y"}], "c": 3}
+    assert merged(base, over) == {"a": [{"name": "x", "one": 1, "two": 2}, {"name": "y"}], "b": 1, "c": 3}
+
+
+def test_the_clients_ask_what_they_asked_when_this_was_recorded(job: Make, api: Server) -> None:
+    """The server above answers these requests; a new client that asks others needs another look at it."""
+    for nodes in ((1, 1), (2, 2)):
+        assert run(job("good", "1", nodes)).success
+        store = open_store(os.environ["FINETUNE_STORE"], "me", api.folder / "elsewhere")
+        store.objects.delete([stored.key for stored in store.objects.listing("me/adapters")])
+    asked = {"dagster-k8s": version("dagster-k8s"), "requests": sorted(set(api.requests))}
+    if os.environ.get("RECORD"):
+        RECORDED.write_text(json.dumps(asked, indent=2) + "\n")
+    assert asked == json.loads(RECORDED.read_text())
+
+
+def test_settings_reach_the_job(project: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["launcher.engine=kubernetes", "launcher.nodes=2-4", "launcher.kubernetes.node_selector.gpu=h100"]
+    config = load_experiment(ROOT / "configs", "demo", overrides).config
+    assert config.launcher.node_range == (2, 4)
+    assert config.launcher.kubernetes.node_selector == {"gpu": "h100"}
+
+
+LAUNCH = """
+import logging, sys
+from pathlib import Path
+from typing import TypeVar
+import dagster as dg
+from finetune_assets.launch import kubernetes
+from finetune_assets.launch.engines import Launcher
+from finetune_assets.launch.job import from_json
+from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.config.cluster import Launcher as Settings
+from dataclasses import replace
+logging.basicConfig(level=logging.INFO)
+kubernetes.POLL_SECONDS = 0.5
+spec = from_json(Path(sys.argv[1]).read_text())
+spec = replace(spec, settings=Settings(gpus_per_node=int(sys.argv[2]) or None))
+@dg.asset
+def made(context):
+    run_in_pipes(context, Launcher(), spec)
+    return dg.MaterializeResult()
+dg.materialize([made])
+"""
+
+
+def start(spec: JobSpec, api: Server) -> "subprocess.Popen[bytes]":
+    path = api.folder / "job.json"
+    path.write_text(spec.to_json())
+    command = [sys.executable, "-c", LAUNCH, str(path), str(spec.settings.gpus_per_node or 0)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def started(api: Server) -> list[str]:
+    """Names of the pods whose worker computes."""
+    found = api.folder.glob("volumes/*/work/*/output/started")
+    return [path.parents[3].name for path in found]
+
+
+def wait_for(found: Callable[[], T], seconds: float = 90) -> T:
+    deadline = time.monotonic() + seconds
+    while not (now := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return now
+
+
+def forget(spec: JobSpec) -> None:
+    """What a killed launcher left in the store is for garbage collection."""
+    store = open_store(spec.store, spec.namespace, Path(spec.cache))
+    store.objects.delete([stored.key for stored in store.objects.listing(f"{spec.namespace}/jobs")])
