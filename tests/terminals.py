@@ -53,6 +53,7 @@ def run(
     """Run Python with these arguments in a terminal, until it ends; Ctrl-C is hit once `interrupt` says so."""
     process, terminal = fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background of a shell it is ignored, also by children
         os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, "TERM": "xterm-256color", **environment})
     ioctl(terminal, TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     seen, until, hit = Seen(columns or 80, lines or 24), time.monotonic() + seconds, False

@@ -54,7 +54,7 @@ class Daemon:
             if found := condition():
                 return found
             assert self.process.poll() is None, self.log.read_text()[-3000:]
-            time.sleep(0.5)
+            time.sleep(2)  # what is asked costs as much as what is waited for
         runs = (
             [(record.dagster_run.status, record.dagster_run.asset_selection) for record in self.runs()] if asks else []
         )

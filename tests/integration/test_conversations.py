@@ -38,7 +38,7 @@ def chat_log(path: Path) -> None:
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", [pytest.param("none", marks=pytest.mark.soak), "nf4"])
 def test_chat_log_becomes_an_adapter_with_its_own_tokens(
     project: TestProject, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:

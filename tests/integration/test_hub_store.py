@@ -83,7 +83,7 @@ def test_machines_that_share_a_store_have_one_winner(
     assert len(stored) == 1 + FILES, "the losers have removed theirs"
 
 
-@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize("limited", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_pool_keeps_runs_from_downloading_the_same_model(
     commit: str, hub: Hub, project: TestProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool
 ) -> None:

@@ -27,7 +27,7 @@ def test_a_sweep_finds_the_smallest_rank(
     monkeypatch.setenv("FINETUNE_RAW_DATA", str(dolly))
     experiment = EXPERIMENT.format(model=stories260k)
     project.write_experiment(
-        "real", experiment if SOAK else experiment.replace("data:\n", "data:\n  num_samples: 3000\n")
+        "real", experiment if SOAK else experiment.replace("data:\n", "data:\n  num_samples: 1500\n")
     )
     (project.configs / "sweeps" / "ranks.yaml").write_text(
         f"experiment: real\ngrid: {{lora.rank: [{', '.join(map(str, RANKS))}]}}\n"

@@ -214,6 +214,7 @@ def test_clipping_bounds_the_gradient_and_tells_the_norm_before(finetune: Finetu
     assert relative(clipped / clipped.norm(), free / free.norm()) < 1e-4
 
 
+@pytest.mark.soak
 def test_compiled_equals_eager(finetune: Finetune, tmp_path: Path) -> None:
     """With a model of one layer, as compiling takes its time."""
     if not shutil.which("c++"):

@@ -175,6 +175,7 @@ def test_loss_is_near_the_whole_ones(finetune: Finetune, quantization: str) -> N
 
 
 @pytest.mark.real_data
+@pytest.mark.soak
 def test_loss_after_training_is_near_bf16s_on_dolly(dolly: Path, stories260k: Path, tmp_path: Path) -> None:
     """Measured, from 3.98: bfloat16 3.4425, int8 3.4384, nf4 3.4587."""
     settings = ["data.num_samples=200", "data.val_fraction=0.2", "data.tokenization.packing=false"]

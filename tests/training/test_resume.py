@@ -23,7 +23,7 @@ from finetune_assets.store.artifacts import ArtifactStore, open_store
 from finetune_assets.store.base_models import PACKAGED
 
 SOAK = bool(os.environ.get("SOAK"))
-KILLS, TERMS, STEPS = ({1: 20, 2: 20} if SOAK else {1: 2, 2: 1}), ({1: 5, 2: 5} if SOAK else {2: 1}), 12
+KILLS, TERMS, STEPS = ({1: 20, 2: 20} if SOAK else {1: 1, 2: 1}), ({1: 5, 2: 5} if SOAK else {2: 1}), 12
 """Kills and SIGTERMs by the number of ranks."""
 LAUNCH = """
 import sys
@@ -210,6 +210,7 @@ def test_rank_that_is_killed_brings_all_down_and_is_told(machine: Callable[..., 
     assert not [pid for pid in everyone if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.soak
 def test_trained_again_from_the_start_if_asked(machine: Callable[..., Machine]) -> None:
     one = machine("one", 1)
     process = one.start()
