@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from dagster_aws.pipes import PipesS3MessageReader
 
 from finetune_assets.launch.engines import Engine, Launcher
 from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.kubernetes import POLL_SECONDS, KubernetesLauncher
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.slurm import SlurmLauncher
-from finetune_assets.launch.telling import MESSAGE_SECONDS
 from finetune_assets.store.artifacts import JOBS, ArtifactRef
-from finetune_assets.store.objects import Objects, boto3_client
+from finetune_assets.store.objects import Objects
 
 RUNNERS: dict[Engine, Callable[[], LocalLauncher | SlurmLauncher | KubernetesLauncher]] = {
     "local": LocalLauncher,
@@ -69,24 +67,8 @@ def _through_store(spec: JobSpec) -> Iterator[dg.PipesMessageReader]:
             shutil.rmtree(place, ignore_errors=True)
         return
     try:
-        yield _Messages("/".join(part for part in (objects.path, folder) if part), objects.bucket)
+        from finetune_assets.launch.s3_messages import Messages  # boto3 is imported where there is S3
+
+        yield Messages("/".join(part for part in (objects.path, folder) if part), objects.bucket)
     finally:
         objects.delete([stored.key for stored in objects.listing(folder)])
-
-
-class _Messages(PipesS3MessageReader):
-    """Below the store's own prefix: dagster-aws's reader itself puts them at the top of the bucket, for ever.
-
-    Args:
-        prefix: Where.
-        bucket: Of the store.
-    """
-
-    def __init__(self, prefix: str, bucket: str) -> None:
-        super().__init__(bucket=bucket, client=boto3_client(), interval=MESSAGE_SECONDS)
-        self.prefix = prefix
-
-    @contextmanager
-    def get_params(self) -> Iterator[dict[str, object]]:
-        with super().get_params() as parameters:
-            yield {**parameters, "key_prefix": self.prefix}

@@ -19,6 +19,7 @@ from finetune_assets.store.artifacts import (
     CLAIM,
     EVALUATIONS,
     IMPORTS,
+    JOBS,
     MANIFEST,
     MERGED,
     PLANS,
@@ -102,6 +103,8 @@ def inventory(objects: Objects) -> Inventory:
             attempts["/".join(parts[:-1]), CLAIM].append(stored)
         elif parts[-1] == MANIFEST:
             manifests.append(stored.key)
+        elif len(parts) > 3 and parts[1] == JOBS:
+            attempts["/".join(parts[:2]), parts[2]].append(stored)
         elif len(parts) > 2 and parts[1] in ("pins", "champions"):
             records.append(stored.key)
     artifacts, unreadable = [], {}

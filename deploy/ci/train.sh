@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Installs, and materializes an experiment: EXPERIMENT, or each whose file has changed since the commit SINCE. What the store
+# has already is not made again. Everything else is the environment's: FINETUNE_STORE, FINETUNE_LAUNCHER, ...
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+python=${PYTHON:-python3}
+if ! "$python" -c "import finetune_assets" 2>/dev/null; then
+    "$python" -m venv .venv
+    python=.venv/bin/python
+    "$python" -m pip install --quiet --constraint constraints.txt torch --index-url "${TORCH:-https://pypi.org/simple}"
+    "$python" -m pip install --quiet --constraint constraints.txt '.[kubernetes,postgres]'
+fi
+
+names=${EXPERIMENT:-$(git diff --name-only --diff-filter=AM "${SINCE:?EXPERIMENT or SINCE must be set}" -- configs/experiments |
+    sed -n 's|.*/\(.*\)\.yaml$|\1|p')}
+DAGSTER_HOME=${DAGSTER_HOME:-$(mktemp -d)}
+export DAGSTER_HOME
+for name in $names; do
+    echo "== $name"
+    "$python" -m dagster asset materialize --select '*adapter_evaluation' --partition "$name" -m finetune_assets.definitions
+done
