@@ -84,8 +84,13 @@ class Launcher:
     @property
     def seconds(self) -> int | None:
         """The time limit."""
-        found = TIME_LIMIT.fullmatch(self.time_limit or "")
-        if not found:
-            return None
-        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-        return int(timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds())
+        return seconds_of(self.time_limit or "")
+
+
+def seconds_of(said: str) -> int | None:
+    """Of `hours:minutes:seconds` or `days-hours:minutes:seconds`; None of anything else."""
+    found = TIME_LIMIT.fullmatch(said)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return int(timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds())

@@ -127,7 +127,7 @@ def _outcome(remote: RemoteJob, failure: JobFailed | None) -> ArtifactRef:
     found = remote.outcome()
     if isinstance(found, ArtifactRef):
         return found
-    if failure and failure.telling:
+    if failure and (failure.telling or (found and found.telling < 0)):
         raise failure
     raise found or failure or JobFailed(f"job {remote.id} ended and made nothing; see its output", retriable=True)
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from finetune_assets.launch.bootstrap import answer_of, prepare
 from finetune_assets.launch.place import Place
-from finetune_assets.launch.remote import RemoteJob
+from finetune_assets.launch.remote import TOLD_TO_END, RemoteJob
 
 
 def main() -> None:
@@ -22,7 +22,10 @@ def main() -> None:
     job, place = RemoteJob(sys.argv[1], sys.argv[2], sys.argv[3]), Place.from_environment()
     spec = job.spec()
     cache = os.path.expandvars(os.environ.get("FINETUNE_NODE_CACHE") or spec.cache)
-    answer = answer_of(replace(spec, cache=cache), place)
+    try:
+        answer = answer_of(replace(spec, cache=cache), place)
+    except SystemExit:
+        answer = TOLD_TO_END
     job.answer(place.node, answer)
     if "error" in answer:
         print(answer["error"], file=sys.stderr)

@@ -13,6 +13,8 @@ from finetune_assets.launch.job import JobFailed, JobSpec, from_json
 from finetune_assets.store.artifacts import JOBS, ArtifactRef
 from finetune_assets.store.objects import Objects, boto3_client
 
+TOLD_TO_END = {"error": "the job was told to end", "retriable": True, "telling": -1}
+"""What a machine answers that its engine takes away; why, the engine knows."""
 logger = logging.getLogger(__name__)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_assets.config.cluster import seconds_of
 from finetune_assets.errors import UserError
 from finetune_assets.launch.following import Followed
 from finetune_assets.launch.job import JobFailed, JobSpec
@@ -82,12 +83,16 @@ class State:
         reason: Why it waits, or how it ended.
         nodes: Where it runs.
         start: When it is expected to start, or did.
+        ran: For how many seconds it has run.
+        preempted: Whether it had to make room for another.
     """
 
     name: str
     reason: str
     nodes: str = ""
     start: str = ""
+    ran: int = 0
+    preempted: bool = False
 
 
 class SlurmLauncher:
@@ -215,7 +220,14 @@ def state_of(number: str) -> State | None:
     if done.returncode != 0:
         return State("COMPLETED", "forgotten") if "Invalid job id" in done.stderr else None
     told = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", done.stdout))
-    return State(told["JobState"], told.get("Reason", ""), told.get("NodeList", ""), told.get("StartTime", ""))
+    return State(
+        told["JobState"],
+        told.get("Reason", ""),
+        told.get("NodeList", ""),
+        told.get("StartTime", ""),
+        seconds_of(told.get("RunTime", "")) or 0,
+        told.get("PreemptTime", "None") != "None",
+    )
 
 
 def _waits(number: str, state: State) -> str:
@@ -236,6 +248,7 @@ def _outcome(state: State, number: str, remote: RemoteJob, spec: JobSpec) -> Art
     found = remote.outcome()
     if isinstance(found, ArtifactRef):
         return found
+    ended = _ended(state, spec, found)
     limit = f" {spec.settings.time_limit}" if spec.settings.time_limit else ""
     kept = "; the next run goes on from its last checkpoint" if spec.scratch else ""
     by_slurm = {
@@ -250,12 +263,22 @@ def _outcome(state: State, number: str, remote: RemoteJob, spec: JobSpec) -> Art
         ),
         "CANCELLED": JobFailed(f"Slurm's job {number} was cancelled{kept}"),
     }
-    if state.name in by_slurm:
-        raise by_slurm[state.name]
+    if ended in by_slurm:
+        raise by_slurm[ended]
     raise found or JobFailed(
         f"Slurm's job {number} ended as {state.name} ({state.reason}), and no machine told why; see its output",
         retriable=True,
     )
+
+
+def _ended(state: State, spec: JobSpec, found: JobFailed | None) -> str:
+    """As what a job ended. One that obeys when it is told to end counts as failed for Slurm."""
+    if state.name != "FAILED" or (found and found.telling >= 0):
+        return state.name
+    if state.preempted:
+        return "PREEMPTED"
+    limit = spec.settings.seconds
+    return "TIMEOUT" if limit and state.ran >= limit - GRACE_SECONDS else state.name
 
 
 def _refused(spec: JobSpec, said: str) -> UserError:

@@ -30,7 +30,7 @@ Make = Callable[..., JobSpec]
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if missing := slurm_server.missing():
         pytest.skip(f"{missing} is not there (Debian: slurm-wlm munge iproute2)")
-    with slurm_server.running(tmp_path_factory.mktemp("slurm"), jobs=6) as running:
+    with slurm_server.running(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 
 
@@ -105,14 +105,17 @@ def test_what_cannot_run_is_refused_in_one_line(job: Make, cluster: Slurm) -> No
         SlurmLauncher().run(job("good", "1", (3, 3)), {})
 
 
-def test_full_queue_is_told_and_tried_again(job: Make, cluster: Slurm) -> None:
-    waiting = [cluster.run("sbatch", "--parsable", "--hold", "--wrap", "true") for _ in range(6)]
-    try:
+@pytest.mark.soak  # sbatch itself tries for two minutes
+def test_full_queue_is_told_and_tried_again(
+    job: Make, ceph: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with slurm_server.running(tmp_path / "full", jobs=2) as full:
+        monkeypatch.setenv("SLURM_CONF", full.environment["SLURM_CONF"])
+        for _ in range(2):
+            full.run("sbatch", "--parsable", "--hold", "--wrap", "true")
         with pytest.raises(JobFailed, match="Slurm takes no job just now: ") as refused:
             SlurmLauncher().run(job("good"), {})
-        assert refused.value.retriable
-    finally:
-        cluster.run("scancel", *waiting)
+    assert refused.value.retriable
 
 
 def test_place_in_the_queue_and_reason_are_told(job: Make, cluster: Slurm, caplog: pytest.LogCaptureFixture) -> None:

@@ -151,7 +151,7 @@ def running(folder: Path, nodes: int = 2, jobs: int = 100) -> Iterator[Slurm]:
         jobs: How many jobs it takes.
     """
     short = uuid.uuid4().hex[:6]
-    network = NETWORK.format(os.getpid() % 250)
+    network = NETWORK.format(int(short, 16) % 250)
     machines = [Node(f"n{i + 1}", f"{network}.{i + 2}") for i in range(nodes)]
     cluster = Slurm(folder, f"s{short}", f"{network}.1", machines)
     for name in ("state", "spool"):

@@ -1,0 +1,148 @@
+"""The graph with training on a real Slurm of two machines, which reach a real S3 server over their network."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from integration.cli import materialize, materialize_command
+from launch.test_slurm import cluster, left, wait_for
+from projects import TestProject
+from safetensors.torch import load_file
+from servers import proxy as proxy_server
+from servers.s3 import Bucket
+from servers.slurm import Slurm
+
+__all__ = ["cluster"]
+LONG = [
+    "training.max_steps=60",
+    "training.save_steps=5",
+    "training.logging_steps=5",
+    "training.macro_batch_size=8",
+    "training.micro_batch_size=2",
+    "lora.dropout=0.1",
+]
+TWO_NODES = ["launcher.engine=slurm", "launcher.nodes=2", "training.processes_per_node=1"]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cluster(
+    cluster: Slurm, project: TestProject, ceph: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    with proxy_server.running(ceph.endpoint, cluster.controller) as forwarder:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", forwarder.url)
+        monkeypatch.setenv("FINETUNE_STORE", ceph.url)
+        monkeypatch.setenv("FINETUNE_NODE_CACHE", f"{project.root}/$SLURMD_NODENAME")
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        yield
+        assert cluster.jobs() == []
+        assert left(cluster) == []
+        assert [key for key in ceph.listed() if "/jobs/" in key] == []
+
+
+@pytest.fixture
+def prepared(project: TestProject) -> None:
+    """What a training needs is in the store."""
+    made = materialize("*tokenized_dataset,*training_plan", overrides=LONG)
+    assert made.returncode == 0, made.stdout[-3000:]
+
+
+def adapter(project: TestProject, ceph: Bucket) -> bytes:
+    """The only adapter's weights."""
+    (key,) = [key for key in ceph.listed() if key.endswith("/adapter_model.safetensors") and "/adapters/" in key]
+    return ceph.get(key)
+
+
+def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
+    project: TestProject, ceph: Bucket, cluster: Slurm, prepared: None, tmp_path: Path
+) -> None:
+    """On one node with two processes, on two nodes, and on two of which one dies; the same to the bit."""
+    one = materialize("lora_adapter", overrides=[*LONG, "training.processes_per_node=2"])
+    assert one.returncode == 0, one.stdout[-3000:]
+    expected = adapter(project, ceph)
+
+    two = materialize("lora_adapter", overrides=[*LONG, *TWO_NODES], force=True)
+    assert two.returncode == 0, two.stdout[-5000:]
+    assert "on 2 x cpu" in two.stdout
+    assert "RUNNING on n[1-2]" in two.stdout
+    assert "step 60/60 · loss" in two.stdout
+    assert adapter(project, ceph) == expected
+
+    victim = cluster.nodes[1]
+
+    def power_fails() -> None:
+        wait_for(lambda: [key for key in ceph.listed() if "/checkpoints/" in key and key.endswith("manifest.json")])
+        cluster.kill(victim)
+        time.sleep(20)
+        cluster.boot(victim)  # as a machine does by itself
+
+    thread = threading.Thread(target=power_fails)
+    thread.start()
+    hurt = materialize("lora_adapter", overrides=[*LONG, *TWO_NODES], force=True)
+    thread.join()
+    assert hurt.returncode == 0, hurt.stdout[-5000:]
+    assert "tried again in" in hurt.stdout
+    assert "going on from the checkpoint of step" in hurt.stdout
+    assert adapter(project, ceph) == expected
+    assert not [key for key in ceph.listed() if "/checkpoints/" in key]
+
+
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.soak)], ids=["another", "the first"])
+def test_where_fewer_are_enough_the_rest_goes_on(
+    project: TestProject, ceph: Bucket, cluster: Slurm, prepared: None, lost: int
+) -> None:
+    victim = cluster.nodes[lost]
+
+    def power_fails() -> None:
+        wait_for(lambda: [key for key in ceph.listed() if "/checkpoints/" in key and key.endswith("manifest.json")])
+        cluster.kill(victim)
+
+    thread = threading.Thread(target=power_fails)
+    thread.start()
+    overrides = [*LONG, *TWO_NODES, "launcher.nodes=1-2", "launcher.rendezvous_seconds=60"]
+    try:
+        run = materialize("lora_adapter", overrides=overrides)
+    finally:
+        thread.join()
+        cluster.boot(victim)
+        wait_for(lambda: cluster.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle", "idle"])
+    assert run.returncode == 0, run.stdout[-5000:]
+    assert "on 2 x cpu" in run.stdout
+    assert "on 1 x cpu" in run.stdout
+    assert "going on from the checkpoint of step" in run.stdout
+    assert ("tried again in" in run.stdout) == (lost == 0)
+    assert load_weights(adapter(project, ceph), project.root)
+
+
+def test_terminated_run_leaves_no_job_and_keeps_a_checkpoint(
+    project: TestProject, ceph: Bucket, cluster: Slurm, prepared: None
+) -> None:
+    command = materialize_command("lora_adapter", overrides=[*LONG, *TWO_NODES, "training.max_steps=5000"])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        wait_for(lambda: [key for key in ceph.listed() if "/checkpoints/" in key and key.endswith("manifest.json")])
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=90)
+    assert cluster.jobs() == []
+    assert [key for key in ceph.listed() if "/checkpoints/" in key and key.endswith("manifest.json")]
+
+
+def load_weights(content: bytes, folder: Path) -> dict[str, object]:
+    path = folder / "weights.safetensors"
+    path.write_bytes(content)
+    return dict(load_file(path))
+
+
+def test_secrets_are_nowhere(project: TestProject, ceph: Bucket, prepared: None) -> None:
+    """Of S3, which the job has from the environment."""
+    run = materialize("lora_adapter", overrides=[*TWO_NODES, "training.max_steps=1"])
+    assert run.returncode == 0, run.stdout[-3000:]
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
+    written = [path for path in project.root.rglob("*") if path.is_file() and secret in path.read_bytes()]
+    assert written == []
+    assert [key for key in ceph.listed() if secret in ceph.get(key)] == []
+    assert secret.decode() not in run.stdout
