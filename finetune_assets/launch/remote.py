@@ -60,6 +60,10 @@ class RemoteJob:
         """Tell what became of a machine's part."""
         self.objects.put(f"{self.prefix}/answer-{node}.json", json.dumps({**answer, "when": time.time()}).encode())
 
+    def has_ended(self) -> bool:
+        """Whether the machine that leads has answered."""
+        return any(True for stored in self.objects.listing(self.prefix) if stored.key.endswith("/answer-0.json"))
+
     def outcome(self) -> ArtifactRef | JobFailed | None:
         """What the machines say; None if none of them has said anything that counts."""
         keys = [stored.key for stored in self.objects.listing(self.prefix)]

@@ -28,6 +28,8 @@ GRACE_SECONDS = 60
 """A job is told so long before its time limit, and keeps a checkpoint."""
 CANCEL_SECONDS = 120
 """How long a cancelled job may take; the cluster's KillWait is 30 s where nobody has set it."""
+LINGER_SECONDS = 60
+"""How long a job may go on whose first machine has ended: where another died, srun may wait for it for ever."""
 SILENT_SECONDS = 600
 """How long a controller may be down."""
 ENDED = {
@@ -120,7 +122,7 @@ class SlurmLauncher:
             number = self._submit(spec, remote, name, output, environment)
             logger.info("Slurm has taken the job as %s; its output is %s", number, output)
             try:
-                state = self._follow(number, output)
+                state = self._follow(number, output, remote)
             except BaseException:
                 self._cancel(number)
                 raise
@@ -139,9 +141,10 @@ class SlurmLauncher:
             return done.stdout.strip().split(";")[0]
         raise _refused(spec, done.stderr)
 
-    def _follow(self, number: str, output: Path) -> State:
+    def _follow(self, number: str, output: Path, remote: RemoteJob) -> State:
         """Tell what the job does until it has ended."""
         told, pause, answered = "", POLL_SECONDS[0], time.monotonic()
+        looked = ended = 0.0
         followed = Followed(output)
         while True:
             followed.pass_on()
@@ -157,6 +160,13 @@ class SlurmLauncher:
                     logger.info("Slurm's job %s: %s", number, told)
                 if state.name == "PENDING" and state.reason in NEVER:
                     raise UserError(f"Slurm would never start job {number} ({state.reason}): {NEVER[state.reason]}")
+                if state.name == "RUNNING" and time.monotonic() - looked > LINGER_SECONDS / 2:
+                    looked = time.monotonic()
+                    ended = ended or (looked if remote.has_ended() else 0)
+                    if ended and looked - ended > LINGER_SECONDS:
+                        logger.warning("Slurm's job %s has told how it ended, and has not ended; cancelled", number)
+                        self._cancel(number)
+                        return State("FAILED", "Lingering", state.nodes)
             elif time.monotonic() - answered > SILENT_SECONDS:
                 raise JobFailed(f"Slurm's controller has not answered for {SILENT_SECONDS} s", retriable=True)
             time.sleep(pause)

@@ -12,10 +12,13 @@ import pytest
 from integration.cli import materialize, materialize_command
 from launch.test_slurm import cluster, left, wait_for
 from projects import TestProject
-from safetensors.torch import load_file
+from safetensors.torch import load
 from servers import proxy as proxy_server
 from servers.s3 import Bucket
 from servers.slurm import Slurm
+
+from finetune_assets.store.artifacts import ADAPTERS, open_store
+from finetune_assets.store.care import inventory
 
 __all__ = ["cluster"]
 LONG = [
@@ -54,8 +57,9 @@ def prepared(project: TestProject) -> None:
 
 def adapter(project: TestProject, ceph: Bucket) -> bytes:
     """The only adapter's weights."""
-    (key,) = [key for key in ceph.listed() if key.endswith("/adapter_model.safetensors") and "/adapters/" in key]
-    return ceph.get(key)
+    store = open_store(ceph.url, "tests", project.root / "elsewhere")
+    (found,) = [one for one in inventory(store.objects).artifacts if one.kind == ADAPTERS]
+    return store.read(ADAPTERS, found.name, found.manifest, "adapter_model.safetensors")
 
 
 def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
@@ -79,7 +83,7 @@ def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
         wait_for(lambda: [key for key in ceph.listed() if "/checkpoints/" in key and key.endswith("manifest.json")])
         cluster.kill(victim)
         time.sleep(20)
-        cluster.boot(victim)  # as a machine does by itself
+        cluster.boot(victim, again=True)  # as a machine does by itself
 
     thread = threading.Thread(target=power_fails)
     thread.start()
@@ -109,14 +113,14 @@ def test_where_fewer_are_enough_the_rest_goes_on(
         run = materialize("lora_adapter", overrides=overrides)
     finally:
         thread.join()
-        cluster.boot(victim)
+        cluster.boot(victim, again=True)
         wait_for(lambda: cluster.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle", "idle"])
     assert run.returncode == 0, run.stdout[-5000:]
     assert "on 2 x cpu" in run.stdout
     assert "on 1 x cpu" in run.stdout
     assert "going on from the checkpoint of step" in run.stdout
     assert ("tried again in" in run.stdout) == (lost == 0)
-    assert load_weights(adapter(project, ceph), project.root)
+    assert load(adapter(project, ceph))
 
 
 def test_terminated_run_leaves_no_job_and_keeps_a_checkpoint(
@@ -129,12 +133,6 @@ def test_terminated_run_leaves_no_job_and_keeps_a_checkpoint(
         run.communicate(timeout=90)
     assert cluster.jobs() == []
     assert [key for key in ceph.listed() if "/checkpoints/" in key and key.endswith("manifest.json")]
-
-
-def load_weights(content: bytes, folder: Path) -> dict[str, object]:
-    path = folder / "weights.safetensors"
-    path.write_bytes(content)
-    return dict(load_file(path))
 
 
 def test_secrets_are_nowhere(project: TestProject, ceph: Bucket, prepared: None) -> None:

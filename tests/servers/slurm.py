@@ -124,9 +124,10 @@ class Slurm:
         listed = subprocess.run(["ip", "netns", "pids", f"{self.name}-{node.name}"], capture_output=True, text=True)
         return [int(pid) for pid in listed.stdout.split()]
 
-    def boot(self, node: Node) -> None:
-        """Start a machine's slurmd."""
-        inner = f"hostname {node.name} && exec slurmd -D -N {node.name} -f {self.folder}/slurm.conf"
+    def boot(self, node: Node, again: bool = False) -> None:
+        """Start a machine's slurmd; `again` has it say that the machine was started anew."""
+        flags = "-D -b" if again else "-D"
+        inner = f"hostname {node.name} && exec slurmd {flags} -N {node.name} -f {self.folder}/slurm.conf"
         command = ["ip", "netns", "exec", f"{self.name}-{node.name}", "unshare", "--uts", "sh", "-c", inner]
         with open(self.folder / f"{node.name}.out", "ab") as out:
             node.process = subprocess.Popen(
