@@ -63,7 +63,7 @@ class Gate:
         """What champion_adapter said."""
         experiment = yaml.safe_load(self.settings)
         experiment["training"].update(training)
-        experiment["evaluation"]["generated_rows"] = 8
+        experiment["evaluation"] |= {"generated_rows": 4, "max_new_tokens": 8}
         (self.project.configs / "experiments" / "demo.yaml").write_text(yaml.safe_dump(experiment))
         run = materialize("*", overrides=overrides)
         assert run.returncode == 0, run.stdout[-3000:]
