@@ -51,7 +51,7 @@ def differences(
         trained = load_experiment(configs, "real", [f"training.seed={seed}"]).config
         output = tmp_path / f"{seed}" / "output"
         output.mkdir(parents=True)
-        job = Job(stories260k, dataset, output, output.parent / "scratch", dict(MADE_FROM))
+        job = Job(stories260k, dataset, output, output.parent / "scratch", MADE_FROM)
         LoraFinetune(job, trained, ALONE, Reporter(print)).run()
         contender = Contender.of_folder("challenger", stories260k, output)
         with Seats(ALONE.device).seated(contender) as model:

@@ -40,10 +40,10 @@ def owned(ceph: Bucket, name: str) -> dict[str, bytes]:
 def test_each_has_their_own_and_all_share_the_base_model(
     environments: dict[str, dict[str, str]], ceph: Bucket, proxied: Proxy
 ) -> None:
-    command = materialize_command("*lora_adapter", overrides=SHORT)
+    command = materialize_command("*", overrides=SHORT)
     run_at_once(command, [environments["production"]])
     of_production, shared = owned(ceph, "production"), owned(ceph, "base-models")
-    assert {key.split("/")[3] for key in of_production} >= {"raw", "tokenized", "adapters"}
+    assert {key.split("/")[3] for key in of_production} >= {"raw", "tokenized", "adapters", "evaluations"}
     uploads = proxied.count(r"^(PUT|POST) .*base-models")
 
     for out in run_at_once(command, [environments["alice"], environments["bob"]]):

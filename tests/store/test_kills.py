@@ -16,6 +16,7 @@ from servers.s3 import Bucket
 from store.folders import contents, make_folder
 
 from finetune_assets.store.artifacts import ArtifactStore, open_store
+from finetune_assets.store.cache import RESERVED
 
 KILLS = 50 if os.environ.get("SOAK") else 4
 """Of each of four kinds."""
@@ -97,6 +98,8 @@ def test_fetching_survives_kills(url: str, made: Path, tmp_path: Path) -> None:
         assert act("fetch", url, cache, made, "f") is not None, "a plain re-run completes"
         here = open_store(url, "me", cache)
         assert contents(here.fetch(ref)) == content
+        half = [path for path in cache.glob("partial/**/*") if path.is_file()]
+        assert {path.name for path in half} <= {RESERVED}, "no part of a file is left"
         with here.cache.workspace("next"):
             assert not [*cache.glob("partial/*")], "nothing half outlives the next use of the cache"
         forget(store, cache, None)

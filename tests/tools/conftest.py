@@ -1,6 +1,7 @@
 """An adapter that serves, in a project of its own."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from projects import TestProject
@@ -20,9 +21,8 @@ def publish(project: TestProject, finetune: Callable[..., LoraFinetune]) -> Call
     def make(name: str, *overrides: str, experiment: str = "demo") -> ArtifactRef:
         run = finetune(*overrides, name=name)
         fingerprint = name.encode().hex().ljust(64, "0")
-        run.job.made_from.update(
-            fingerprint=fingerprint, experiment=experiment, base_model="owner/base", revision="c" * 40
-        )
+        own = {"fingerprint": fingerprint, "experiment": experiment, "base_model": "owner/base", "revision": "c" * 40}
+        run.job = replace(run.job, made_from={**run.job.made_from, **own})
         run.run()
         return project.store.publish(run.job.output, ADAPTERS, fingerprint, fingerprint, dict(run.job.made_from))
 

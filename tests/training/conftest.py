@@ -58,7 +58,7 @@ def finetune(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., Lora
         output = tmp_path / name / "output"
         output.mkdir(parents=True, exist_ok=True)
         folder = dataset(config.data.tokenization)
-        job = Job(base, folder, output, tmp_path / name / "scratch", dict(MADE_FROM), warm_start)
+        job = Job(base, folder, output, tmp_path / name / "scratch", MADE_FROM, warm_start)
         return LoraFinetune(job, config, ALONE, Reporter(print))
 
     return make

@@ -188,7 +188,7 @@ def test_loss_after_training_is_near_bf16s_on_dolly(dolly: Path, stories260k: Pa
     def finetune(*overrides: str, name: str) -> LoraFinetune:
         output = tmp_path / name / "output"
         output.mkdir(parents=True)
-        job = Job(stories260k, dataset, output, tmp_path / name / "scratch", dict(MADE_FROM))
+        job = Job(stories260k, dataset, output, tmp_path / name / "scratch", MADE_FROM)
         return LoraFinetune(job, configured(*settings, *overrides), ALONE, Reporter(print))
 
     losses = held_out(finetune, "training.max_steps=20")
