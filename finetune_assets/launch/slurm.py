@@ -71,7 +71,8 @@ BUSY = ("maxsubmit", "job submit limit", "temporarily unable", "resource tempora
 SCRIPT = """#!/bin/sh
 export FINETUNE_HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
 export FINETUNE_MEETING="$SLURM_JOB_ID"
-exec srun --ntasks-per-node=1 {flags} {python} -m finetune_assets.launch.node {arguments}
+exec srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {flags} \\
+    {python} -m finetune_assets.launch.node {arguments}
 """
 logger = logging.getLogger(__name__)
 
@@ -191,10 +192,9 @@ class SlurmLauncher:
 def arguments(spec: JobSpec, name: str, output: Path) -> list[str]:
     """sbatch's, from the settings."""
     asked, (least, most) = spec.settings, spec.nodes
-    chosen = {
+    chosen = {  # no count of tasks: of a range of nodes, Slurm would then give the least
         "job-name": name,
         "nodes": f"{least}-{most}" if least < most else str(least),
-        "ntasks-per-node": 1,
         "output": output,
         "open-mode": "append",
         "export": "ALL",

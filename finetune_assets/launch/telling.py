@@ -1,10 +1,11 @@
 """Where a job's own process tells how far it is: the terminal, and the Dagster run that waits for it."""
 
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from dagster_pipes import (
     PIPES_PROTOCOL_VERSION,
@@ -15,6 +16,7 @@ from dagster_pipes import (
     PipesMessageWriter,
     PipesMessageWriterChannel,
     PipesS3MessageWriter,
+    PipesS3MessageWriterChannel,
 )
 
 from finetune_assets.store.objects import boto3_client
@@ -35,9 +37,49 @@ MESSAGE_SECONDS = 5
 
 def message_writer() -> PipesMessageWriter[Any]:
     """Takes messages to the run by the way that it listens on: a file, or objects of S3."""
-    if "bucket" in PipesEnvVarParamsLoader().load_messages_params():
-        return PipesS3MessageWriter(boto3_client(), interval=MESSAGE_SECONDS)
-    return PipesDefaultMessageWriter()
+    in_s3 = "bucket" in PipesEnvVarParamsLoader().load_messages_params()
+    writer = _S3Writer(boto3_client(), interval=MESSAGE_SECONDS) if in_s3 else PipesDefaultMessageWriter()
+    return _Restarted(writer) if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else writer
+
+
+class _S3Writer(PipesS3MessageWriter):
+    def make_channel(self, params: Mapping[str, Any]) -> PipesS3MessageWriterChannel:
+        pages = boto3_client().get_paginator("list_objects_v2")
+        place = {"Bucket": params["bucket"], "Prefix": f"{params['key_prefix']}/"}
+        told = sum(page["KeyCount"] for page in pages.paginate(**place))
+        return _S3Channel(told, boto3_client(), params["bucket"], params["key_prefix"], interval=self.interval)
+
+
+class _S3Channel(PipesS3MessageWriterChannel):
+    """Numbers its objects after those of an earlier process; dagster-pipes itself writes over them."""
+
+    def __init__(self, told: int, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.told = told
+
+    def upload_messages_chunk(self, payload: IO[str], index: int) -> None:
+        super().upload_messages_chunk(payload, self.told + index)
+
+
+class _Restarted(PipesMessageWriter[Any]):
+    """Of a worker that torchrun begins anew when it fails: the run listens on to the next one."""
+
+    def __init__(self, writer: PipesMessageWriter[Any]) -> None:
+        self.writer = writer
+
+    @contextmanager
+    def open(self, params: Mapping[str, Any]) -> Iterator[PipesMessageWriterChannel]:
+        with self.writer.open(params) as channel:
+            yield _RestartedChannel(channel)
+
+
+class _RestartedChannel(PipesMessageWriterChannel):
+    def __init__(self, channel: PipesMessageWriterChannel) -> None:
+        self.channel = channel
+
+    def write_message(self, message: PipesMessage) -> None:
+        if not (message["method"] == "closed" and (message["params"] or {}).get("exception")):
+            self.channel.write_message(message)
 
 
 @contextmanager
