@@ -88,6 +88,7 @@ class State:
         start: When it is expected to start, or did.
         ran: For how many seconds it has run.
         preempted: Whether it had to make room for another.
+        first: The node of its script, which Slurm goes on without where fewer nodes are enough.
     """
 
     name: str
@@ -96,6 +97,12 @@ class State:
     start: str = ""
     ran: int = 0
     preempted: bool = False
+    first: str = ""
+
+    @property
+    def headless(self) -> bool:
+        """Whether what is left of it waits for a machine that is lost."""
+        return self.name == "RUNNING" and self.first not in _ask("scontrol", "show", "hostnames", self.nodes).split()
 
 
 class SlurmLauncher:
@@ -145,29 +152,29 @@ class SlurmLauncher:
     def _follow(self, number: str, output: Path, remote: RemoteJob) -> State:
         """Tell what the job does until it has ended."""
         told, pause, answered = "", POLL_SECONDS[0], time.monotonic()
-        looked = ended = 0.0
-        followed = Followed(output)
+        followed, lingering = Followed(output), _Lingering(remote)
         while True:
             followed.pass_on()
             state = state_of(number)
+            if state and state.name in ENDED:
+                followed.pass_on()
+                return state
             if state:
                 answered = time.monotonic()
-                if state.name in ENDED:
-                    followed.pass_on()
-                    return state
                 now = _waits(number, state)
                 if now != told:
                     told = now
                     logger.info("Slurm's job %s: %s", number, told)
                 if state.name == "PENDING" and state.reason in NEVER:
                     raise UserError(f"Slurm would never start job {number} ({state.reason}): {NEVER[state.reason]}")
-                if state.name == "RUNNING" and time.monotonic() - looked > LINGER_SECONDS / 2:
-                    looked = time.monotonic()
-                    ended = ended or (looked if remote.has_ended() else 0)
-                    if ended and looked - ended > LINGER_SECONDS:
-                        logger.warning("Slurm's job %s has told how it ended, and has not ended; cancelled", number)
-                        self._cancel(number)
-                        return State("FAILED", "Lingering", state.nodes)
+                if state.headless:
+                    logger.warning("Slurm's job %s has lost its first node, %s; cancelled", number, state.first)
+                    self._cancel(number)
+                    return State("NODE_FAIL", "BatchHost", state.first)
+                if state.name == "RUNNING" and lingering.long():
+                    logger.warning("Slurm's job %s has told how it ended, and has not ended; cancelled", number)
+                    self._cancel(number)
+                    return State("FAILED", "Lingering", state.nodes)
             elif time.monotonic() - answered > SILENT_SECONDS:
                 raise JobFailed(f"Slurm's controller has not answered for {SILENT_SECONDS} s", retriable=True)
             time.sleep(pause)
@@ -187,6 +194,20 @@ class SlurmLauncher:
                 return
             time.sleep(0.5)
         logger.warning("Slurm's job %s was cancelled and has not ended in %d s", number, CANCEL_SECONDS)
+
+
+class _Lingering:
+    """Whether a job goes on though its first machine has told how it ended; the store is asked now and then."""
+
+    def __init__(self, remote: RemoteJob) -> None:
+        self.remote, self.looked, self.ended = remote, 0.0, 0.0
+
+    def long(self) -> bool:
+        now = time.monotonic()
+        if now - self.looked > LINGER_SECONDS / 2:
+            self.looked = now
+            self.ended = self.ended or (now if self.remote.has_ended() else 0)
+        return bool(self.ended) and now - self.ended > LINGER_SECONDS
 
 
 def arguments(spec: JobSpec, name: str, output: Path) -> list[str]:
@@ -237,6 +258,7 @@ def state_of(number: str) -> State | None:
         told.get("StartTime", ""),
         seconds_of(told.get("RunTime", "")) or 0,
         told.get("PreemptTime", "None") != "None",
+        told.get("BatchHost", ""),
     )
 
 
