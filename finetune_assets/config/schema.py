@@ -328,7 +328,8 @@ class Hardware:
     memory_gib: float | None = None
     """Memory of one, in GiB; `null` takes what a GPU of that name usually has."""
     count: int = 1
-    """How many train together, where `training.processes_per_node` is `auto`."""
+    """How many of one machine train together, where neither `training.processes_per_node` nor `launcher.gpus_per_node`
+    says it."""
     price_per_hour: float | None = None
     """Of one, in your currency."""
 

@@ -1,13 +1,13 @@
 """What a training is planned for: the hardware that the settings name, or this machine's. No GPU is touched."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from finetune_assets.config.gpus import computes_in_bf16, memory_gib
-from finetune_assets.config.schema import ExperimentConfig, Hardware
+from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
 from finetune_assets.launch import gpus
@@ -30,6 +30,7 @@ class Device:
         processes: That train together.
         bf16: Whether it computes in bfloat16.
         name: As its maker calls it.
+        nodes: Machines that they are on.
     """
 
     kind: str
@@ -37,11 +38,12 @@ class Device:
     processes: int
     bf16: bool
     name: str
+    nodes: int = 1
 
     @property
     def usable(self) -> int:
         """Bytes that one process may plan with."""
-        sharing = self.processes if self.kind == "cpu" else 1
+        sharing = self.processes // self.nodes if self.kind == "cpu" else 1
         return int(self.bytes * RESERVED[self.kind]) // sharing
 
     def precision(self, experiment: ExperimentConfig) -> str:
@@ -57,23 +59,32 @@ class Device:
         return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def device_of(hardware: Hardware, processes: str) -> Device:
-    """What the settings name, or this machine.
-
-    Args:
-        hardware: The settings.
-        processes: `training.processes_per_node`.
+def device_of(experiment: ExperimentConfig) -> Device:
+    """What the settings name, or machines like this one; of a range of machines, as many as may begin.
 
     Raises:
-        UserError: if this machine has not as many GPUs as are asked for, or does not tell what they are.
+        UserError: if this machine has not as many GPUs as are asked for, or does not tell what they are; or if they are
+            a cluster's.
     """
+    one = _one_machine(experiment)
+    nodes = experiment.launcher.node_range[0]
+    return replace(one, processes=one.processes * nodes, nodes=nodes)
+
+
+def _one_machine(experiment: ExperimentConfig) -> Device:
+    hardware, processes, asked = experiment.hardware, experiment.training.processes_per_node, experiment.launcher
     if hardware.memory_gib or hardware.gpu:
         name = hardware.gpu or "GPU"
         size = hardware.memory_gib or memory_gib(name) or 0  # an unknown name is refused when settings are loaded
-        count = hardware.count if processes == "auto" else int(processes)
+        count = (asked.gpus_per_node or hardware.count) if processes == "auto" else int(processes)
         return Device("cuda", int(size * GIB), count, computes_in_bf16(name), name)
     if visible := gpus.visible():
         return _first_of(visible, gpus.wanted(processes, visible))
+    if asked.gpus_per_node:
+        raise UserError(
+            f"launcher.gpus_per_node: {asked.gpus_per_node}, and this machine has none to plan for; say what the "
+            "cluster's are in hardware.gpu or hardware.memory_gib"
+        )
     count = 1 if processes == "auto" else int(processes)
     return Device("cpu", machine_bytes(), count, False, hardware_name(torch.device("cpu")))
 

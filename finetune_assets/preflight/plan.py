@@ -59,7 +59,8 @@ class Plan:
             return f"nothing is known of its memory, as the model cannot be simulated ({self.unknown})"
         each = "GPU" if self.device.kind == "cuda" else "process"
         needs = f"{sized(self.memory.total)} of the {sized(self.device.usable)} that a {each} can use"
-        where = f"{self.device.processes} x {self.device.name}"
+        machines = f" on {self.device.nodes} machines" if self.device.nodes > 1 else ""
+        where = f"{self.device.processes} x {self.device.name}{machines}"
         if self.fits:
             return f"it fits {where}: {needs}"
         return f"it does not fit {where}: {needs}. What would: {'; or '.join(self.advice)}"
@@ -105,7 +106,7 @@ def make_plan(
     Raises:
         UserError: if the settings ask for GPUs that are not there.
     """
-    device = device_of(experiment.hardware, experiment.training.processes_per_node)
+    device = device_of(experiment)
     work = work_of(dataset, experiment, device.processes) if dataset else None
     lengths, learned = (work.lengths, work.learned) if work else full_batch(experiment)
     case, memory, unknown = settled(Case(shape, experiment, device, lengths, learned, checkpointing=False))

@@ -1,11 +1,14 @@
 """New data under a daemon as it runs in production: PostgreSQL, what runs print in S3, the store in S3."""
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from integration.daemon import Daemon, processes_of, running
-from integration.test_daemon import QUICK, drop, inbox, rows
+from integration.test_daemon import JOB, QUICK, WORKERS, drop, inbox, rows, times_gone_on
 from paths import ROOT
 from projects import TestProject
 from servers import postgres as postgres_server
@@ -34,24 +37,38 @@ def production(project: TestProject, postgres: Postgres, ceph: Bucket, monkeypat
 
 
 @pytest.mark.real_data
-def test_two_runs_and_a_daemon_that_is_killed_lose_nothing(
+def test_daemons_come_and_go_and_nothing_is_lost(
     project: TestProject, production: Bucket, inbox: Path, rows: list[str]
 ) -> None:
+    """Two runs that outlive their daemon; then a machine that dies with all that it runs."""
     for number, name in enumerate(("one", "two")):
         project.write_experiment(name, LONGER + f"lora: {{rank: {number + 2}}}\n")
     drop(inbox, "a.jsonl", rows[:100])
     with running(project) as daemon:
-        daemon.wait_for("a training", lambda: processes_of(project, "torch.distributed.run"))
         daemon.wait_for("two runs at once", lambda: len(unfinished(daemon)) == 2)
+        daemon.wait_for("a training", lambda: processes_of(project, JOB))
         daemon.kill()
-    # running() has ended everything of that daemon's session, its code server and runs included
-    assert not processes_of(project, "dagster")
+        with running(project) as successor:
+            successor.wait_for("two evaluations", lambda: len(successor.made("adapter_evaluation")) == 2, 420)
+            successor.wait_for("no run", successor.quiet)
+            assert sorted(record.partition_key or "" for record in successor.made("lora_adapter")) == ["one", "two"]
+            assert {record.dagster_run.status for record in successor.runs()} == {dg.DagsterRunStatus.SUCCESS}
+
+            drop(inbox, "b.jsonl", rows[100:150])
+            successor.wait_for("a checkpoint", lambda: [key for key in production.listed() if "/checkpoints/" in key])
+            successor.kill()
+            for pid in processes_of(project, *WORKERS, "dagster"):
+                os.kill(pid, signal.SIGKILL)
     with running(project) as daemon:
-        daemon.wait_for("two evaluations", lambda: len(daemon.made("adapter_evaluation")) == 2, 420)
+        daemon.wait_for("two more evaluations", lambda: len(daemon.made("adapter_evaluation")) == 4, 600)
         daemon.wait_for("no run", daemon.quiet)
-        assert {record.partition_key for record in daemon.made("lora_adapter")} == {"one", "two"}
-        drop(inbox, "b.jsonl", rows[100:150])
-        daemon.wait_for("two more", lambda: len(daemon.made("adapter_evaluation")) == 4, 420)
+        assert sorted(record.partition_key or "" for record in daemon.made("lora_adapter")) == [
+            "one",
+            "one",
+            "two",
+            "two",
+        ]
+        assert times_gone_on(daemon)
     keys = production.listed()
     assert len([key for key in keys if "/adapters/" in key and key.endswith("manifest.json")]) == 4
     assert any(key.startswith("dagster-logs/") for key in keys)

@@ -146,6 +146,18 @@ def test_files_that_no_manifest_names_go(store: ArtifactStore, make: Maker) -> N
     assert left == {f"{kept}/manifest.json", f"{kept}/{new.attempt}/file.txt", "me/some/file/of/somebody.txt"}
 
 
+def test_what_a_job_of_a_cluster_has_left_goes(store: ArtifactStore) -> None:
+    """Of runs that were killed: what was asked of the machines, their answers, and messages that nobody read."""
+    keys = ["me/jobs/f1-abc/job.json", "me/jobs/f1-abc/answer-0.json", "me/jobs/messages-1/1.json"]
+    for key in [*keys, "other/jobs/f1-abc/job.json"]:
+        store.objects.put(key, b"{}")
+    assert removals(store, datetime.now(UTC)) == [], "they are young"
+    found = removals(store)
+    assert {key for removal in found for key in removal.keys} == set(keys)
+    assert all(remove(store, removal) for removal in found)
+    assert [stored.key for stored in store.objects.listing()] == ["other/jobs/f1-abc/job.json"]
+
+
 def test_what_changed_since_it_was_planned_stays(store: ArtifactStore, make: Maker) -> None:
     a_chain(make, "1234")
     a_chain(make, "5678")

@@ -10,6 +10,9 @@ import pytest
 from projects import TestProject
 
 from finetune_assets.config.loading import load_experiment
+from finetune_assets.errors import UserError
+from finetune_assets.launch.gpus import visible
+from finetune_assets.preflight.device import Device, device_of
 from finetune_assets.preflight.plan import make_plan
 from finetune_assets.preflight.speed import Past
 from finetune_assets.store.base_models import PACKAGED
@@ -58,6 +61,27 @@ def test_a_model_of_70_billion_is_planned_without_its_weights(project: TestProje
     assert smaller.returncode == 0, smaller.stderr
     assert json.loads(smaller.stdout)["fits"]
     assert float(smaller.stderr.rpartition("took ")[2].split()[0]) < 1_024
+
+
+def planned_device(project: TestProject, *overrides: str) -> Device:
+    return device_of(load_experiment(project.configs, "demo", list(overrides)).config)
+
+
+def test_machines_of_a_cluster_are_planned_for(project: TestProject) -> None:
+    here = planned_device(project)
+    two = planned_device(project, "launcher={engine: slurm, nodes: 2}", "training.processes_per_node=2")
+    assert (two.processes, two.nodes) == (4, 2)
+    assert two.usable == here.usable // 2, "two share a machine's memory"
+    gpus = planned_device(
+        project, "launcher={engine: slurm, nodes: 2-4, gpus_per_node: 2}", "hardware={gpu: H100, count: 8}"
+    )
+    assert (gpus.kind, gpus.processes, gpus.nodes) == ("cuda", 4, 2), "as many as may begin"
+
+
+@pytest.mark.skipif(visible() != [], reason="this machine has GPUs to plan for")
+def test_gpus_of_a_cluster_have_to_be_named(project: TestProject) -> None:
+    with pytest.raises(UserError, match=r"launcher\.gpus_per_node: 8, .* hardware\.gpu"):
+        planned_device(project, "launcher={engine: slurm, gpus_per_node: 8}")
 
 
 def test_an_unknown_experiment_is_told(project: TestProject) -> None:
