@@ -1,6 +1,8 @@
 """What lies in deploy/ is what the programs that read it know."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,9 @@ import dagster as dg
 import kubernetes_validate
 import pytest
 import yaml
+from integration.test_daemon import QUICK
 from paths import ROOT
+from projects import TestProject
 from servers.kubernetes import VERSION
 
 DEPLOY = ROOT / "deploy"
@@ -53,7 +57,7 @@ def test_manifests_are_what_kubernetes_knows(path: Path) -> None:
 def test_services_agree_with_one_another() -> None:
     compose: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     services = compose["services"]
-    assert services.keys() == {"postgres", "code", "daemon", "webserver"}
+    assert services.keys() == {"postgres", "code", "pools", "daemon", "webserver"}
     (location,) = yaml.safe_load((DEPLOY / "compose-workspace.yaml").read_text())["load_from"]
     assert location["grpc_server"]["host"] in services
     assert services["webserver"]["ports"] == ["127.0.0.1:3000:3000"]
@@ -75,9 +79,39 @@ def test_images_programs_are_there() -> None:
     assert "--port" in help_.stdout
 
 
-def test_one_command_deploys_from_ci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (DEPLOY / "ci" / "train.yaml").read_text()
-    workflow = yaml.safe_load(text)
+def test_one_command_deploys_from_ci(project: TestProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a repository of its own, where a commit adds one experiment."""
+    workflow = yaml.safe_load((DEPLOY / "ci" / "train.yaml").read_text())
     assert "deploy/ci/train.sh" in [step.get("run") for step in workflow["jobs"]["train"]["steps"]]
-    check = subprocess.run(["bash", "-n", DEPLOY / "ci" / "train.sh"], capture_output=True, text=True)
-    assert check.returncode == 0, check.stderr
+    command = project.root / "deploy" / "ci" / "train.sh"
+    command.parent.mkdir(parents=True)
+    shutil.copy(DEPLOY / "ci" / "train.sh", command)
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("DAGSTER_HOME", "")
+    for name, value in {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_CONFIG_GLOBAL": "/dev/null"}.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name.replace("AUTHOR", "COMMITTER"), value)
+
+    def train(**environment: str) -> "subprocess.CompletedProcess[str]":
+        given = {**os.environ, **environment}
+        return subprocess.run([command], env=given, cwd="/", capture_output=True, text=True, check=False)
+
+    def commit() -> None:
+        for arguments in (["init", "-q"], ["add", "configs"], ["commit", "-qm", "x"]):
+            subprocess.run(["git", *arguments], cwd=project.root, check=True)
+
+    commit()
+    none = train(SINCE="HEAD")
+    assert (none.returncode, none.stdout) == (0, "no experiment has changed since HEAD\n"), none.stderr
+    project.write_experiment("added", QUICK)
+    commit()
+    one = train(SINCE="HEAD~1")
+    assert one.returncode == 0, one.stderr
+    assert [line for line in one.stdout.splitlines() if line.startswith("==")] == ["== added"]
+    assert len(project.published("adapters")) == len(project.published("evaluations")) == 1
+    again = train(EXPERIMENT="added")
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do: the store has adapters/" in again.stdout + again.stderr
+    assert train(EXPERIMENT="aded").returncode != 0
+    assert "SINCE must be set" in train().stderr

@@ -16,6 +16,7 @@ names=${EXPERIMENT:-$(git diff --name-only --diff-filter=AM "${SINCE:?EXPERIMENT
     sed -n 's|.*/\(.*\)\.yaml$|\1|p')}
 DAGSTER_HOME=${DAGSTER_HOME:-$(mktemp -d)}
 export DAGSTER_HOME
+[ -n "$names" ] || echo "no experiment has changed since $SINCE"
 for name in $names; do
     echo "== $name"
     "$python" -m dagster asset materialize --select '*adapter_evaluation' --partition "$name" -m finetune_assets.definitions

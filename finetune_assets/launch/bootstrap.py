@@ -76,7 +76,9 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
         }
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
         processes = _processes(spec, devices)
-        worker = Worker([*_runner(spec, processes, place), *flags], folder, Path(spec.cache), devices, processes)
+        worker = Worker(
+            [*_runner(spec, processes, place, folder), *flags], folder, Path(spec.cache), devices, processes
+        )
         if not place.leads:
             _run_worker(worker)
             return None
@@ -150,11 +152,15 @@ def _processes(spec: JobSpec, gpus: list[str]) -> int:
     return int(spec.processes)
 
 
-def _runner(spec: JobSpec, processes: int, place: Place) -> list[str]:
+def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> list[str]:
     if spec.processes is None:
         return [sys.executable, "-m", spec.module]
-    meeting = place.meeting(spec.nodes, spec.rendezvous_seconds)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={processes}"]
+    torchrun = [
+        *[sys.executable, "-m", "torch.distributed.run"],
+        *place.meeting(spec.nodes, spec.rendezvous_seconds),
+        f"--nproc-per-node={processes}",
+        f"--log-dir={folder}",  # what it writes of its own; it leaves it in /tmp otherwise
+    ]
     return [*torchrun, "-m", spec.module]
 
 

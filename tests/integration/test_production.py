@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +18,14 @@ from servers.postgres import Postgres
 from servers.s3 import Bucket
 
 __all__ = ["inbox", "rows"]
-LONGER = QUICK.replace("max_steps: 2", "max_steps: 120, save_steps: 10, logging_steps: 10")
+LONGER = QUICK.replace("max_steps: 2", "max_steps: 40, save_steps: 4, logging_steps: 4")
 
 
 @pytest.fixture
-def postgres(tmp_path: Path) -> Iterator[Postgres]:
+def postgres() -> Iterator[Postgres]:
     if missing := postgres_server.missing():
         pytest.skip(f"{missing} is not installed (Debian: postgresql)")
-    with postgres_server.running(tmp_path / "postgres") as server:
+    with postgres_server.running() as server:
         yield server
 
 
@@ -33,6 +35,9 @@ def production(project: TestProject, postgres: Postgres, ceph: Bucket, monkeypat
     (project.root / "dagster_home" / "dagster.yaml").write_text((ROOT / "deploy" / "dagster.yaml").read_text())
     for name, value in {**postgres.environment, "FINETUNE_LOGS_BUCKET": ceph.name, "FINETUNE_STORE": ceph.url}.items():
         monkeypatch.setenv(name, value)
+    for pool in ("gpu", "hub"):  # as docs/clusters.md says
+        limit = [sys.executable, "-m", "dagster", "instance", "concurrency", "set", pool, "1"]
+        subprocess.run(limit, check=True, capture_output=True)
     return ceph
 
 

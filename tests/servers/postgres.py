@@ -1,7 +1,6 @@
 """A real PostgreSQL for tests, on loopback. Debian: `apt-get install postgresql`."""
 
 import os
-import pwd
 import shutil
 import socket
 import subprocess
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 PASSWORD = "planted-password-of-postgres"
@@ -38,24 +38,25 @@ def missing() -> str | None:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Postgres]:
+def running() -> Iterator[Postgres]:
     """A server until the context ends. It refuses to run as root, so then it runs as the user `postgres`."""
+    with TemporaryDirectory(prefix="postgres-") as folder:  # not pytest's, which are closed to other users
+        yield from _in_folder(Path(folder))
+
+
+def _in_folder(folder: Path) -> Iterator[Postgres]:
     where = programs()
     assert where
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     data, secret = folder / "data", folder / "password"
-    folder.mkdir(parents=True, exist_ok=True)
     secret.write_text(PASSWORD)
     own: dict[str, Any] = {"cwd": folder, "check": True, "capture_output": True}
     if os.getuid() == 0:
         own |= {"user": "postgres", "group": "postgres", "extra_groups": []}
         for path in (folder, secret):
             shutil.chown(path, "postgres")
-        for parent in folder.parents:
-            if pwd.getpwuid(parent.stat().st_uid).pw_uid == 0 and not parent.stat().st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o001)  # pytest's folders are closed to others
     initdb = [where / "initdb", "-D", data, "-U", "dagster", "-A", "scram-sha-256", f"--pwfile={secret}", "-E", "UTF8"]
     subprocess.run(initdb, **own)
     settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": folder, "fsync": "off"}
