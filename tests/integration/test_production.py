@@ -10,7 +10,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from integration.daemon import Daemon, processes_of, running
-from integration.test_daemon import JOB, QUICK, WORKERS, drop, inbox, rows, times_gone_on
+from integration.test_daemon import JOB, QUICK, WORKERS, drop, inbox, rows
 from paths import ROOT
 from projects import TestProject
 from servers import postgres as postgres_server
@@ -42,10 +42,7 @@ def production(project: TestProject, postgres: Postgres, ceph: Bucket, monkeypat
 
 
 @pytest.mark.real_data
-def test_daemons_come_and_go_and_nothing_is_lost(
-    project: TestProject, production: Bucket, inbox: Path, rows: list[str]
-) -> None:
-    """Two runs that outlive their daemon; then a machine that dies with all that it runs."""
+def test_two_runs_outlive_their_daemon(project: TestProject, production: Bucket, inbox: Path, rows: list[str]) -> None:
     for number, name in enumerate(("one", "two")):
         project.write_experiment(name, LONGER + f"lora: {{rank: {number + 2}}}\n")
     drop(inbox, "a.jsonl", rows[:100])
@@ -58,26 +55,44 @@ def test_daemons_come_and_go_and_nothing_is_lost(
             successor.wait_for("no run", successor.quiet)
             assert sorted(record.partition_key or "" for record in successor.made("lora_adapter")) == ["one", "two"]
             assert {record.dagster_run.status for record in successor.runs()} == {dg.DagsterRunStatus.SUCCESS}
+            assert not gone_on(successor)
+    assert adapters(production) == 2
+    assert any(key.startswith("dagster-logs/") for key in production.listed())
 
-            drop(inbox, "b.jsonl", rows[100:150])
-            successor.wait_for("a checkpoint", lambda: [key for key in production.listed() if "/checkpoints/" in key])
-            successor.kill()
-            for pid in processes_of(project, *WORKERS, "dagster"):
-                os.kill(pid, signal.SIGKILL)
+
+@pytest.mark.soak
+@pytest.mark.real_data
+def test_a_machine_that_dies_loses_nothing(
+    project: TestProject, production: Bucket, inbox: Path, rows: list[str]
+) -> None:
+    """Daemon, code server, runs and trainings at once."""
+    for number, name in enumerate(("one", "two")):
+        project.write_experiment(name, LONGER + f"lora: {{rank: {number + 2}}}\n")
+    drop(inbox, "a.jsonl", rows[:100])
     with running(project) as daemon:
-        daemon.wait_for("two more evaluations", lambda: len(daemon.made("adapter_evaluation")) == 4, 600)
+        daemon.wait_for("a checkpoint", lambda: [key for key in production.listed() if "/checkpoints/" in key])
+        daemon.kill()
+        for pid in processes_of(project, *WORKERS, "dagster"):
+            os.kill(pid, signal.SIGKILL)
+    with running(project) as daemon:
+        daemon.wait_for("two evaluations", lambda: len(daemon.made("adapter_evaluation")) == 2, 600)
         daemon.wait_for("no run", daemon.quiet)
-        assert sorted(record.partition_key or "" for record in daemon.made("lora_adapter")) == [
-            "one",
-            "one",
-            "two",
-            "two",
-        ]
-        assert times_gone_on(daemon)
-    keys = production.listed()
-    assert len([key for key in keys if "/adapters/" in key and key.endswith("manifest.json")]) == 4
-    assert any(key.startswith("dagster-logs/") for key in keys)
-    assert not [key for key in keys if "/checkpoints/" in key]
+        assert sorted(record.partition_key or "" for record in daemon.made("lora_adapter")) == ["one", "two"]
+        assert gone_on(daemon)
+    assert adapters(production) == 2
+    assert not [key for key in production.listed() if "/checkpoints/" in key]
+
+
+def adapters(bucket: Bucket) -> int:
+    """How many there are."""
+    return len([key for key in bucket.listed() if "/adapters/" in key and key.endswith("manifest.json")])
+
+
+def gone_on(daemon: Daemon) -> list[str]:
+    """What runs told of trainings that went on from a checkpoint."""
+    with daemon.instance as instance:
+        told = [entry.user_message for run in instance.get_runs() for entry in instance.all_logs(run.run_id)]
+    return [line for line in told if "going on from the checkpoint of step" in line]
 
 
 def unfinished(daemon: Daemon) -> list[object]:
