@@ -70,7 +70,7 @@ def test_a_machine_that_dies_loses_nothing(
         project.write_experiment(name, LONGER + f"lora: {{rank: {number + 2}}}\n")
     drop(inbox, "a.jsonl", rows[:100])
     with running(project) as daemon:
-        daemon.wait_for("a checkpoint", lambda: [key for key in production.listed() if "/checkpoints/" in key])
+        daemon.wait_for("a checkpoint", lambda: checkpoints(production))
         daemon.kill()
         for pid in processes_of(project, *WORKERS, "dagster"):
             os.kill(pid, signal.SIGKILL)
@@ -80,12 +80,17 @@ def test_a_machine_that_dies_loses_nothing(
         assert sorted(record.partition_key or "" for record in daemon.made("lora_adapter")) == ["one", "two"]
         assert gone_on(daemon)
     assert adapters(production) == 2
-    assert not [key for key in production.listed() if "/checkpoints/" in key]
+    assert not checkpoints(production)
 
 
 def adapters(bucket: Bucket) -> int:
     """How many there are."""
     return len([key for key in bucket.listed() if "/adapters/" in key and key.endswith("manifest.json")])
+
+
+def checkpoints(bucket: Bucket) -> list[str]:
+    """Whole ones."""
+    return [key for key in bucket.listed() if "/checkpoints/" in key and key.endswith("manifest.json")]
 
 
 def gone_on(daemon: Daemon) -> list[str]:
