@@ -30,14 +30,15 @@ class KubernetesJob:
 
     image: str | None = None
     """Container image; `null` takes FINETUNE_IMAGE."""
-    namespace: str = "default"
-    """Namespace of the pods."""
+    namespace: str | None = None
+    """Namespace of the pods; `null` takes FINETUNE_KUBERNETES_NAMESPACE, or else `default`."""
     node_selector: dict[str, str] = field(default_factory=dict)
     """Labels that a node must have."""
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     """Taints of nodes that are borne, as Kubernetes writes them."""
     service_account: str | None = None
-    """Service account, which may stand for a role that reads and writes the store."""
+    """Service account, which may stand for a role that reads and writes the store; `null` takes
+    FINETUNE_SERVICE_ACCOUNT."""
     secrets: list[str] = field(default_factory=list)
     """Names of secrets whose keys become environment variables of the job; their values are never read here."""
     shared_memory: str = "8Gi"

@@ -152,6 +152,11 @@ def _processes(spec: JobSpec, gpus: list[str]) -> int:
     return int(spec.processes)
 
 
+def _cores() -> int:
+    """Those that this process may use; a cluster gives a job a part of its machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> list[str]:
     if spec.processes is None:
         return [sys.executable, "-m", spec.module]
@@ -168,7 +173,7 @@ def _run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) ->
     """Run the worker with its output passed on, and keep what explains a failure; `meanwhile` every few seconds."""
     told, crashed = worker.folder / "user_error.json", worker.folder / "crash.json"
     environment = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // worker.processes)),
+        "OMP_NUM_THREADS": str(max(1, _cores() // worker.processes)),
         "OMP_WAIT_POLICY": "PASSIVE",  # two trainings on one machine were 8 times slower where threads wait actively
         "WANDB_DIR": str(worker.cache),  # makes a folder `wandb` in it
         "WANDB_DATA_DIR": str(worker.cache / "wandb"),

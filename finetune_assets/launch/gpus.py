@@ -39,7 +39,7 @@ def visible() -> list[str]:
 
 
 @contextmanager
-def held(processes: str | None, folder: Path = FOLDER) -> Iterator[list[str]]:
+def held(processes: str | None, folder: Path | None = None) -> Iterator[list[str]]:
     """GPUs that are this job's alone until the block is left, or the process dies; empty where there is none.
 
     Args:
@@ -51,6 +51,7 @@ def held(processes: str | None, folder: Path = FOLDER) -> Iterator[list[str]]:
     """
     there = visible()
     count = wanted(processes, there)
+    folder = folder or _folder()
     locks = {gpu: Lock(_for_all(folder / f"{gpu}.lock")) for gpu in there}
     told = False
     while True:
@@ -72,10 +73,16 @@ def held(processes: str | None, folder: Path = FOLDER) -> Iterator[list[str]]:
             locks[gpu].release()
 
 
+def _folder() -> Path:
+    """Of this machine; Slurm numbers each job's GPUs from 0, so that the same number is another GPU in another job."""
+    slurm = os.environ["SLURM_JOB_ID"] if os.environ.get("SLURM_JOB_GPUS") else ""
+    return FOLDER / slurm
+
+
 def _for_all(path: Path) -> Path:
     """A file that any user of the machine may lock, whoever was first."""
     with suppress(PermissionError):  # another user has made it, for all
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.parent.chmod(0o777)
         path.touch()
         path.chmod(0o666)

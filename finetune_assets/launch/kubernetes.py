@@ -1,10 +1,13 @@
 """Run jobs on Kubernetes: one machine's by dagster-k8s's Pipes client, several machines' as an Indexed Job.
 
-FINETUNE_IMAGE: the image of experiments that name none. The cluster is the one that this process runs in, or the
-    current context of KUBECONFIG. `pip install finetune-assets[kubernetes]` brings the clients.
+FINETUNE_IMAGE, FINETUNE_KUBERNETES_NAMESPACE, FINETUNE_SERVICE_ACCOUNT: for experiments that name none.
+
+The cluster is the one that this process runs in, or else the current context of KUBECONFIG, as dagster-k8s decides.
+`pip install finetune-assets[kubernetes]` brings the clients.
 """
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -19,6 +22,8 @@ from finetune_assets.launch.remote import RemoteJob
 from finetune_assets.store.artifacts import ArtifactRef
 
 POLL_SECONDS = 5.0
+SILENT_SECONDS = 600
+"""How long the API server may be away."""
 DELETE_SECONDS = 150
 """How long pods may take to end: their grace, and a little."""
 NOTICE_SECONDS = 30
@@ -56,7 +61,7 @@ class KubernetesLauncher:
             except Exception as e:
                 raise _refused(e) from e
             with cluster.output(remote):
-                failure = cluster.wait(remote)
+                failure = cluster.wait(remote, elastic=spec.nodes[0] < spec.nodes[1])
             return _outcome(remote, failure)
 
     def run_pod(self, spec: JobSpec, follow: Callable[..., Any]) -> ArtifactRef:
@@ -80,7 +85,7 @@ class KubernetesLauncher:
             }
             followed = _Aside(lambda: follow(**wanted))
             failure, since = None, 0.0
-            while not followed.ended(POLL_SECONDS):
+            while not followed.ended(POLL_SECONDS) or cluster.goes_on(remote):
                 now = cluster.failure(remote)
                 failure, since = now, since if failure else time.monotonic()
                 if failure and (failure.telling or time.monotonic() - since > NOTICE_SECONDS):
@@ -94,6 +99,7 @@ class _Aside:
 
     def __init__(self, do: Callable[[], Any]) -> None:
         self.error: Exception | None = None
+        self._asked = False
         self._thread = threading.Thread(target=self._run, args=(do,), daemon=True)
         self._thread.start()
 
@@ -105,13 +111,18 @@ class _Aside:
 
     def ended(self, seconds: float) -> bool:
         """Whether it has, within so long."""
-        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        else:
+            time.sleep(seconds if self._asked else 0)
+        self._asked = True
         return not self._thread.is_alive()
 
 
 @contextmanager
 def _running(spec: JobSpec) -> Iterator[tuple["Cluster", RemoteJob]]:
-    cluster = Cluster(spec.settings.kubernetes.namespace)
+    namespace = spec.settings.kubernetes.namespace or os.environ.get("FINETUNE_KUBERNETES_NAMESPACE")
+    cluster = Cluster(namespace or "default")
     remote = RemoteJob.begin(spec)
     try:
         cluster.end_former(labels(spec, remote)[ARTIFACT])
@@ -154,19 +165,40 @@ class Cluster:
     def __init__(self, namespace: str) -> None:
         try:
             import kubernetes  # type: ignore[import-untyped]
+            import urllib3
         except ImportError as e:
             raise UserError("launcher.engine: 'kubernetes' needs: pip install 'finetune-assets[kubernetes]'") from e
         try:
-            kubernetes.config.load_config()
+            if os.environ.get("KUBERNETES_SERVICE_HOST"):
+                kubernetes.config.load_incluster_config()
+            else:
+                kubernetes.config.load_kube_config()
         except kubernetes.config.ConfigException as e:
             raise UserError(f"launcher.engine: 'kubernetes' finds no cluster ({e}); set KUBECONFIG") from e
         self.namespace = namespace
         self.core, self.batch = kubernetes.client.CoreV1Api(), kubernetes.client.BatchV1Api()
-        self._missing = kubernetes.client.ApiException
+        self._refusals = (kubernetes.client.ApiException, urllib3.exceptions.HTTPError)
         self._told: dict[str, str] = {}
 
     def pods(self, selector: str) -> list[Any]:
-        return list(self.core.list_namespaced_pod(self.namespace, label_selector=selector).items)
+        return list(self._asked(self.core.list_namespaced_pod, self.namespace, label_selector=selector).items)
+
+    def _asked(self, ask: Callable[..., Any], *what: str, **more: Any) -> Any:
+        """What the API server says; it may be away for a while, and jobs go on meanwhile."""
+        deadline = time.monotonic() + SILENT_SECONDS
+        while True:
+            try:
+                return ask(*what, **more)
+            except self._refusals as e:
+                status = getattr(e, "status", None) or 500
+                if (status != 429 and status < 500) or time.monotonic() > deadline:
+                    raise _refused(e) from e
+                logger.warning("Kubernetes does not answer (%s); asked again", e)
+                time.sleep(POLL_SECONDS)
+
+    def goes_on(self, remote: RemoteJob) -> bool:
+        """Whether a pod of a job waits or runs: what followed it may have ended before it."""
+        return any(pod.status.phase in ("Pending", "Running") for pod in self.pods(f"{JOB}={remote.id}"))
 
     def failure(self, remote: RemoteJob) -> JobFailed | None:
         """Tell how the pods of a job are, where that has changed; the first that has failed or never will start."""
@@ -179,11 +211,16 @@ class Cluster:
             found = found or failure_of(pod)
         return found
 
-    def wait(self, remote: RemoteJob) -> JobFailed | None:
-        """Until a Job has ended; why, if it failed."""
+    def wait(self, remote: RemoteJob, elastic: bool) -> JobFailed | None:
+        """Until a Job has ended, or its first machine; why, if it failed.
+
+        Args:
+            remote: The job.
+            elastic: Whether the rest goes on where a pod is lost, and Kubernetes replaces it.
+        """
         name = job_name(remote)
         while True:
-            job = self.batch.read_namespaced_job(name, self.namespace)
+            job = self._asked(self.batch.read_namespaced_job, name, self.namespace)
             failure = self.failure(remote)
             for condition in job.status.conditions or []:
                 if condition.status == "True" and condition.type == "Complete":
@@ -192,8 +229,12 @@ class Cluster:
                     if condition.reason == "DeadlineExceeded":
                         return _deadline(name)
                     return failure or JobFailed(f"Kubernetes' job {name}: {condition.reason}", retriable=True)
-            if failure and failure.telling:
+            if failure and failure.telling and not (elastic and failure.retriable):
                 return failure
+            if elastic and remote.has_ended():  # pods that never found room would be waited for
+                found = remote.outcome()
+                if isinstance(found, ArtifactRef) or (found and not found.retriable):
+                    return None
             time.sleep(POLL_SECONDS)
 
     @contextmanager
@@ -237,9 +278,9 @@ class Cluster:
 
     def delete(self, selector: str) -> None:
         """Delete what bears some labels, and wait until no pod of it is left."""
-        for job in self.batch.list_namespaced_job(self.namespace, label_selector=selector).items:
+        for job in self._asked(self.batch.list_namespaced_job, self.namespace, label_selector=selector).items:
             self._gone(self.batch.delete_namespaced_job, job.metadata.name, propagation_policy="Background")
-        for service in self.core.list_namespaced_service(self.namespace, label_selector=selector).items:
+        for service in self._asked(self.core.list_namespaced_service, self.namespace, label_selector=selector).items:
             self._gone(self.core.delete_namespaced_service, service.metadata.name)
         for pod in self.pods(selector):
             self._gone(self.core.delete_namespaced_pod, pod.metadata.name)
@@ -252,9 +293,9 @@ class Cluster:
 
     def _gone(self, delete: Callable[..., Any], name: str, **options: str) -> None:
         try:
-            delete(name, self.namespace, **options)
-        except self._missing as e:
-            if e.status != 404:
+            self._asked(delete, name, self.namespace, **options)
+        except JobFailed as e:
+            if getattr(e.__cause__, "status", None) != 404:
                 raise
 
 

@@ -1,5 +1,6 @@
 """What Kubernetes is asked: a pod; for several machines an Indexed Job, whose pods find each other by name."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,8 @@ PASSED_ON = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "A
 
 def labels(spec: JobSpec, remote: RemoteJob) -> dict[str, str]:
     queue = spec.settings.kubernetes.queue
-    made = f"{spec.namespace}-{spec.fingerprint[:32]}"[-63:].lstrip("-_.")
+    store = hashlib.sha256(spec.store.encode()).hexdigest()[:8]
+    made = f"{spec.namespace}-{spec.fingerprint[:32]}-{store}"[-63:].lstrip("-_.")
     return {JOB: remote.id, ARTIFACT: made, **({QUEUE: queue} if queue else {})}
 
 
@@ -63,7 +65,7 @@ def pod_spec(spec: JobSpec, remote: RemoteJob, **environment: Any) -> dict[str, 
         "activeDeadlineSeconds": asked.seconds,
         "nodeSelector": dict(asked.kubernetes.node_selector),
         "tolerations": [dict(toleration) for toleration in asked.kubernetes.tolerations],
-        "serviceAccountName": asked.kubernetes.service_account,
+        "serviceAccountName": asked.kubernetes.service_account or os.environ.get("FINETUNE_SERVICE_ACCOUNT"),
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
         "volumes": [
             {"name": "cache", "emptyDir": {}},

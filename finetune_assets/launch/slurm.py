@@ -4,14 +4,17 @@ FINETUNE_SLURM_FOLDER: folder that this machine and the nodes share, for the job
     FINETUNE_CACHE.
 """
 
+import hashlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +29,8 @@ POLL_SECONDS = 2.0, 15.0
 """How often the controller is asked: at first, and in a job that has gone on for long. It serves others too."""
 GRACE_SECONDS = 60
 """A job is told so long before its time limit, and keeps a checkpoint."""
+TOLD_SECONDS = GRACE_SECONDS + 60 + 15
+"""How long before its limit a job that obeys may have ended: Slurm tells it up to 60 s earlier than it is asked to."""
 CANCEL_SECONDS = 120
 """How long a cancelled job may take; the cluster's KillWait is 30 s where nobody has set it."""
 LINGER_SECONDS = 60
@@ -66,8 +71,13 @@ REFUSED = {
     "more processors requested than permitted": "launcher.cpus_per_node: {cpus} are more than a node has",
 }
 """What sbatch says to a job that would never run, and which setting it means."""
-BUSY = ("maxsubmit", "job submit limit", "temporarily unable", "resource temporarily unavailable", "unable to contact")
+BUSY = (
+    "maxsubmit", "job submit limit", "temporarily unable", "resource temporarily unavailable", "unable to contact",
+    "timed out", "connection refused", "communication", "zero bytes",
+)  # fmt: skip
 """What it says where another time may do."""
+OWN = ("SLURM_CONF", "SLURM_JWT")
+"""Of Slurm's variables, those that say which cluster is asked, and by whom."""
 SCRIPT = """#!/bin/sh
 export FINETUNE_HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
 export FINETUNE_MEETING="$SLURM_JOB_ID"
@@ -121,7 +131,8 @@ class SlurmLauncher:
         """
         if not shutil.which("sbatch"):
             raise UserError("launcher.engine: 'slurm' needs sbatch, squeue, scontrol and scancel on this machine")
-        name = f"finetune-{spec.namespace}-{spec.fingerprint[:16]}"
+        store = hashlib.sha256(spec.store.encode()).hexdigest()[:8]
+        name = f"finetune-{spec.namespace}-{spec.fingerprint[:16]}-{store}"
         self._cancel_former(name)
         remote = RemoteJob.begin(spec)
         try:
@@ -141,12 +152,13 @@ class SlurmLauncher:
     def _submit(self, spec: JobSpec, remote: RemoteJob, name: str, output: Path, environment: Mapping[str, str]) -> str:
         output.parent.mkdir(parents=True, exist_ok=True)
         given = {**os.environ, **spec.settings.environment, **environment}
-        for inherited in [name for name in given if name.startswith(("SLURM_JOB", "SLURM_STEP", "SBATCH_"))]:
-            del given[inherited]  # where Dagster itself runs in a job
+        if "SLURM_JOB_ID" in given:  # Dagster itself runs in a job, whose options srun would take for its own
+            given = {key: value for key, value in given.items() if not key.startswith("SLURM_") or key in OWN}
         command = ["sbatch", "--parsable", *arguments(spec, name, output)]
         done = subprocess.run(command, input=script(spec, remote), env=given, capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout.strip().split(";")[0]
+        self._cancel_former(name)  # a controller that did not answer in time may have taken it
         raise _refused(spec, done.stderr)
 
     def _follow(self, number: str, output: Path, remote: RemoteJob) -> State:
@@ -187,10 +199,10 @@ class SlurmLauncher:
             self._cancel(number)
 
     def _cancel(self, number: str) -> None:
-        subprocess.run(["scancel", number], capture_output=True)
-        deadline = time.monotonic() + CANCEL_SECONDS
+        deadline, told = time.monotonic() + CANCEL_SECONDS, False
         while time.monotonic() < deadline:
-            if number not in _ask("squeue", "-h", "-o", "%i", "-t", "all", "-j", number).split() or _gone(number):
+            told = told or subprocess.run(["scancel", number], capture_output=True).returncode == 0
+            if _gone(number):
                 return
             time.sleep(0.5)
         logger.warning("Slurm's job %s was cancelled and has not ended in %d s", number, CANCEL_SECONDS)
@@ -206,7 +218,8 @@ class _Lingering:
         now = time.monotonic()
         if now - self.looked > LINGER_SECONDS / 2:
             self.looked = now
-            self.ended = self.ended or (now if self.remote.has_ended() else 0)
+            with suppress(UserError):  # a store that is away for a while; the job itself bears that
+                self.ended = self.ended or (now if self.remote.has_ended() else 0)
         return bool(self.ended) and now - self.ended > LINGER_SECONDS
 
 
@@ -240,8 +253,8 @@ def script(spec: JobSpec, remote: RemoteJob) -> str:
     flags = ["--no-kill", "--kill-on-bad-exit=0"] if least < most else ["--kill-on-bad-exit=1"]
     if spec.settings.cpus_per_node:
         flags.append(f"--cpus-per-task={spec.settings.cpus_per_node}")  # srun does not take it from sbatch since 22.05
-    python = spec.settings.slurm.python or sys.executable
-    words = " ".join(f"'{word}'" for word in (remote.store, remote.namespace, remote.id))
+    python = shlex.quote(spec.settings.slurm.python or sys.executable)
+    words = shlex.join((remote.store, remote.namespace, remote.id))
     return SCRIPT.format(flags=" ".join(flags), python=python, arguments=words)
 
 
@@ -310,7 +323,7 @@ def _ended(state: State, spec: JobSpec, found: JobFailed | None) -> str:
     if state.preempted:
         return "PREEMPTED"
     limit = spec.settings.seconds
-    return "TIMEOUT" if limit and state.ran >= limit - GRACE_SECONDS else state.name
+    return "TIMEOUT" if limit and state.ran >= limit - TOLD_SECONDS else state.name
 
 
 def _refused(spec: JobSpec, said: str) -> UserError:

@@ -120,6 +120,29 @@ def test_evicted_pod_is_told_and_may_be_tried_again(job: Make, api: Server, node
     thread.join()
 
 
+@NODES
+def test_server_that_is_away_for_a_while_ends_nothing(job: Make, api: Server, nodes: tuple[int, int]) -> None:
+    def upgrade() -> None:
+        wait_for(lambda: len(started(api)) == nodes[0])
+        api.away = time.monotonic() + 4
+
+    thread = threading.Thread(target=upgrade)
+    thread.start()
+    assert run(job("slow", "1", nodes)).success
+    thread.join()
+
+
+def test_where_fewer_are_enough_an_evicted_pod_is_replaced(job: Make, api: Server) -> None:
+    def evict() -> None:
+        wait_for(lambda: len(started(api)) == 2)
+        api.evict(next(name for name in started(api) if "-1-" in name))
+
+    thread = threading.Thread(target=evict)
+    thread.start()
+    assert run(job("slow", "1", (1, 2))).success
+    thread.join()
+
+
 def test_time_limit_is_told(job: Make) -> None:
     """A pod's; a Job's deadline is the real controller's."""
     told = error(run(job("sleep", "1", time_limit="0:00:12")))

@@ -19,6 +19,7 @@ from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
 from finetune_assets.launch import slurm
 from finetune_assets.launch.job import JobFailed, JobSpec
+from finetune_assets.launch.remote import RemoteJob
 from finetune_assets.launch.slurm import SlurmLauncher
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.store.objects import Objects
@@ -103,6 +104,25 @@ def test_what_cannot_run_is_refused_in_one_line(job: Make, cluster: Slurm) -> No
         assert len(str(refused.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"launcher\.nodes"):
         SlurmLauncher().run(job("good", "1", (3, 3)), {})
+
+
+def test_options_of_a_job_that_dagster_runs_in_are_not_its_jobs(
+    job: Make, cluster: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"JOB_ID": "1", "CPUS_PER_TASK": "64", "MEM_PER_CPU": "1", "NTASKS": "9"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert SlurmLauncher().run(job("good", memory="1G"), {})
+
+
+def test_job_goes_on_while_its_store_is_away(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lingering = slurm._Lingering(RemoteJob.begin(job("good")))
+    monkeypatch.setattr(RemoteJob, "has_ended", _away)
+    assert not lingering.long()
+    lingering.remote.end()
+
+
+def _away(*_: object) -> bool:
+    raise UserError("the store does not answer")
 
 
 @pytest.mark.soak  # sbatch itself tries for two minutes

@@ -62,6 +62,8 @@ class Server:
     requests: list[str] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
     refuses: str = ""
+    away: float = 0
+    """Until when it answers 503, on the monotonic clock."""
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def pods(self) -> list[str]:
@@ -216,6 +218,10 @@ class Server:
             for pod in mine:
                 if pod.process and pod.process.poll() is None:
                     pod.process.terminate()
+        else:
+            going = {_index(pod) for pod in mine if pod.tree["status"]["phase"] != "Failed"}
+            for index in {_index(pod) for pod in mine} - going:
+                self._start_of_job(job, index)
 
     def delete(self, kind: str, name: str) -> bool:
         with self.lock:
@@ -277,6 +283,8 @@ def _answer(http: BaseHTTPRequestHandler, server: Server) -> None:
     namespace, kind, name, log = found.groups()
     asked = f"{kind}{'/NAME' if name else ''}{log or ''}"
     server.requests.append(" ".join([http.command, asked, *sorted(query)]))
+    if time.monotonic() < server.away:
+        return _send(http, 503, _status(503, "ServiceUnavailable", "the server is being upgraded"))
     if server.refuses and http.command == "POST":
         return _send(http, 403, _status(403, "Forbidden", server.refuses))
     server.refresh()
@@ -297,6 +305,10 @@ def _answer(http: BaseHTTPRequestHandler, server: Server) -> None:
         items = [tree for (one, _), tree in server.objects.items() if one == kind and _selected(tree, query)]
         version, name_of_kind = KINDS[kind]
         return _send(http, 200, {"apiVersion": version, "kind": f"{name_of_kind}List", "metadata": {}, "items": items})
+
+
+def _index(pod: Pod) -> int:
+    return int(pod.tree["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"])
 
 
 def _selected(tree: dict[str, Any], query: dict[str, str]) -> bool:
