@@ -7,6 +7,7 @@ on which nothing else is.
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -159,7 +160,7 @@ def running(folder: Path, nodes: int = 2, jobs: int = 100) -> Iterator[Slurm]:
         (folder / name).mkdir(parents=True)
     lines = [f"NodeName={node.name} NodeAddr={node.address} CPUs=2 State=UNKNOWN" for node in machines]
     (folder / "slurm.conf").write_text(
-        CONF.format(folder=folder, controller=cluster.controller, port=6817, jobs=jobs, nodes="\n".join(lines))
+        CONF.format(folder=folder, controller=cluster.controller, port=_free_port(), jobs=jobs, nodes="\n".join(lines))
     )
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     try:
@@ -168,6 +169,13 @@ def running(folder: Path, nodes: int = 2, jobs: int = 100) -> Iterator[Slurm]:
         yield cluster
     finally:
         _end(cluster)
+
+
+def _free_port() -> int:
+    """Of this machine, on which another test's controller may run."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
 
 
 def _start(cluster: Slurm) -> None:
