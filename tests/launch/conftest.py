@@ -19,6 +19,8 @@ run_worker("worker_body")
 BODIES = {
     "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('data') + '/in.txt').read().upper())",
     "slow": "def main():\n    import time\n    (out() / 'started').touch(); time.sleep(8); (out() / 'x.txt').touch()",
+    "slower": "def main():\n    import time\n"
+    "    (out() / 'started').touch(); time.sleep(30); (out() / 'x.txt').touch()",
     "user_error": "def main():\n    import finetune_assets.errors as e\n    raise e.UserError('rank: 0 is wrong')",
     "crash": "def main():\n    raise RuntimeError('the disk is on fire')",
     "import_error": "import no_such_module",
@@ -28,6 +30,7 @@ BODIES = {
     "sleep": "def main():\n    import time\n    (out() / 'started').write_text(str(os.getpid())); time.sleep(600)",
     "told_to_end": "def main():\n    import signal, time\n    stop = []\n"
     "    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
+    "    (out() / 'started').touch()\n"
     "    while not stop: time.sleep(0.1)\n"
     "    (out().parents[2] / f'told-{os.environ[\"RANK\"]}').touch(); sys.exit(3)",
     "lingering": "def main():\n    import subprocess\n    subprocess.Popen(['sleep', '20'])\n"

@@ -139,8 +139,10 @@ def test_where_fewer_are_enough_an_evicted_pod_is_replaced(job: Make, api: Serve
 
     thread = threading.Thread(target=evict)
     thread.start()
-    assert run(job("slow", "1", (1, 2))).success
+    # long enough for the first to see it; else torchrun waits five minutes at its end for the one that is gone
+    assert run(job("slower", "1", (1, 2))).success
     thread.join()
+    assert len([name for name in api.running_once if "-1-" in name]) == 2
 
 
 def test_time_limit_is_told(job: Make) -> None:

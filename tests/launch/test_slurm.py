@@ -111,7 +111,7 @@ def test_options_of_a_job_that_dagster_runs_in_are_not_its_jobs(
 ) -> None:
     for name, value in {"JOB_ID": "1", "CPUS_PER_TASK": "64", "MEM_PER_CPU": "1", "NTASKS": "9"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert SlurmLauncher().run(job("good", memory="1G"), {})
+    assert SlurmLauncher().run(job("good"), {})
 
 
 def test_job_goes_on_while_its_store_is_away(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +131,7 @@ def test_full_queue_is_told_and_tried_again(
 ) -> None:
     with slurm_server.running(tmp_path / "full", jobs=2) as full:
         monkeypatch.setenv("SLURM_CONF", full.environment["SLURM_CONF"])
-        for _ in range(2):
-            full.run("sbatch", "--parsable", "--hold", "--wrap", "true")
+        full.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true")  # one less than the most
         with pytest.raises(JobFailed, match="Slurm takes no job just now: ") as refused:
             SlurmLauncher().run(job("good"), {})
     assert refused.value.retriable
@@ -141,7 +140,7 @@ def test_full_queue_is_told_and_tried_again(
 def test_place_in_the_queue_and_reason_are_told(job: Make, cluster: Slurm, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "finetune_assets")
     first = cluster.run("sbatch", "--parsable", "-N2", "--exclusive", "--wrap", "sleep 12")
-    waiting = cluster.run("sbatch", "--parsable", "--hold", "--wrap", "true")
+    waiting = cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true")
     SlurmLauncher().run(job("good"), {})
     cluster.run("scancel", first, waiting)
     told = " ".join(record.getMessage() for record in caplog.records)
@@ -175,21 +174,26 @@ def test_what_a_killed_run_left_is_cancelled_by_the_next(job: Make, tmp_path: Pa
 @pytest.mark.parametrize("how", ["time limit", "preempted"])
 def test_what_slurm_ends_is_told_beforehand_and_keeps_what_it_has(job: Make, cluster: Slurm, how: str) -> None:
     """The job itself says in its output that it was told to end."""
-    settings = {"time_limit": "0:01:00"} if how == "time limit" else {}
+    settings = {"time_limit": "0:02:00"} if how == "time limit" else {}
     spec = job("told_to_end", "1", (2, 2), **settings)
     if how == "preempted":
         urgent = ("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 5")
-        timer = threading.Timer(15, lambda: cluster.run(*urgent))
-        timer.start()
+
+        def preempt() -> None:
+            wait_for(lambda: len(list(Path(spec.cache).glob("work/*/output/started"))) == 2)
+            cluster.run(*urgent)
+
+        thread = threading.Thread(target=preempt)
+        thread.start()
     with pytest.raises(JobFailed) as ended:
         SlurmLauncher().run(spec, {})
     if how == "time limit":
-        assert "has reached its time limit 0:01:00: raise launcher.time_limit" in str(ended.value)
+        assert "has reached its time limit 0:02:00: raise launcher.time_limit" in str(ended.value)
         assert not ended.value.retriable
     else:
         assert "has taken the nodes of job" in str(ended.value)
         assert ended.value.retriable
-        timer.join()
+        thread.join()
         wait_for(lambda: cluster.jobs() == [])
     assert len(list(Path(spec.cache).glob("told-*"))) == 2
     assert left(cluster) == []

@@ -61,6 +61,7 @@ class Server:
     running: dict[str, Pod] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
+    running_once: list[str] = field(default_factory=list)
     refuses: str = ""
     away: float = 0
     """Until when it answers 503, on the monotonic clock."""
@@ -129,6 +130,7 @@ class Server:
 
     def _start(self, tree: dict[str, Any], more: dict[str, str] | None = None) -> None:
         name, container = tree["metadata"]["name"], tree["spec"]["containers"][0]
+        self.running_once.append(name)
         pod = self.running[name] = Pod(tree, self.folder / f"{name}.log")
         pod.output.touch()
         if int(container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu", 0)) > GPUS:
