@@ -196,6 +196,11 @@ class Cluster:
                 logger.warning("Kubernetes does not answer (%s); asked again", e)
                 time.sleep(POLL_SECONDS)
 
+    def leads(self, remote: RemoteJob) -> bool:
+        """Whether the first pod of a Job has not failed."""
+        first = [pod for pod in self.pods(f"{JOB}={remote.id}") if _number(pod) == "0"]
+        return not any(pod.status.phase == "Failed" for pod in first)
+
     def goes_on(self, remote: RemoteJob) -> bool:
         """Whether a pod of a job waits or runs: what followed it may have ended before it."""
         return any(pod.status.phase in ("Pending", "Running") for pod in self.pods(f"{JOB}={remote.id}"))
@@ -216,7 +221,7 @@ class Cluster:
 
         Args:
             remote: The job.
-            elastic: Whether the rest goes on where a pod is lost, and Kubernetes replaces it.
+            elastic: Whether the rest goes on where a pod is lost that is not the first.
         """
         name = job_name(remote)
         while True:
@@ -229,7 +234,7 @@ class Cluster:
                     if condition.reason == "DeadlineExceeded":
                         return _deadline(name)
                     return failure or JobFailed(f"Kubernetes' job {name}: {condition.reason}", retriable=True)
-            if failure and failure.telling and not (elastic and failure.retriable):
+            if failure and failure.telling and not (elastic and failure.retriable and self.leads(remote)):
                 return failure
             if elastic and remote.has_ended():  # pods that never found room would be waited for
                 found = remote.outcome()
@@ -263,12 +268,11 @@ class Cluster:
                 thread.join(POLL_SECONDS)
 
     def _pass_on(self, pod: Any) -> None:
-        node = (pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index", "?")
         with suppress(Exception):
             read: Callable[..., Any] = self.core.read_namespaced_pod_log
             stream = read(pod.metadata.name, self.namespace, follow=True, _preload_content=False)
             for line in stream:
-                sys.stderr.write(f"[{node}] {line.decode(errors='replace')}")
+                sys.stderr.write(f"[{_number(pod)}] {line.decode(errors='replace')}")
 
     def end_former(self, artifact: str) -> None:
         """End what a run that was killed has left: it could never publish beside this one."""
@@ -297,6 +301,11 @@ class Cluster:
         except JobFailed as e:
             if getattr(e.__cause__, "status", None) != 404:
                 raise
+
+
+def _number(pod: Any) -> str:
+    """Of a Job's pod."""
+    return str((pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index", "?"))
 
 
 def described(pod: Any) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 from finetune_assets.config.cluster import Launcher
 from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobSpec
-from finetune_assets.launch.place import RESTARTS
 from finetune_assets.launch.remote import RemoteJob
 
 JOB, ARTIFACT = "finetune/job", "finetune/artifact"
@@ -79,7 +78,8 @@ def indexed_job(spec: JobSpec, remote: RemoteJob, messages: Mapping[str, str]) -
     """A Job of as many pods as the job may have machines; each knows its number.
 
     With a fixed number of machines, one that is lost ends all: Dagster begins anew, from the last checkpoint. Where
-    fewer are enough, Kubernetes replaces it, and the new pod joins the others.
+    fewer are enough, the others go on; it is not replaced, for torchrun's agents may wait for each other for ever where
+    one comes back before they have missed it.
     """
     least, most = spec.nodes
     name = job_name(remote)
@@ -101,7 +101,7 @@ def indexed_job(spec: JobSpec, remote: RemoteJob, messages: Mapping[str, str]) -
             "completions": most,
             "parallelism": most,
             "completionMode": "Indexed",
-            "backoffLimit": RESTARTS * most if least < most else 0,
+            **({"backoffLimitPerIndex": 0, "maxFailedIndexes": most - least} if least < most else {"backoffLimit": 0}),
             "ttlSecondsAfterFinished": KEEP_SECONDS,
             **deadline,
             "template": {"metadata": {"labels": known}, "spec": {**pod, "subdomain": name}},

@@ -19,8 +19,9 @@ run_worker("worker_body")
 BODIES = {
     "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('data') + '/in.txt').read().upper())",
     "slow": "def main():\n    import time\n    (out() / 'started').touch(); time.sleep(8); (out() / 'x.txt').touch()",
-    "slower": "def main():\n    import time\n"
-    "    (out() / 'started').touch(); time.sleep(30); (out() / 'x.txt').touch()",
+    "of_two": "def main():\n    import time\n    (out() / 'started').touch(); time.sleep(20)\n"
+    "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': raise RuntimeError('the other is gone')\n"
+    "    (out() / 'x.txt').write_text(os.environ['WORLD_SIZE'])",
     "user_error": "def main():\n    import finetune_assets.errors as e\n    raise e.UserError('rank: 0 is wrong')",
     "crash": "def main():\n    raise RuntimeError('the disk is on fire')",
     "import_error": "import no_such_module",

@@ -132,17 +132,24 @@ def test_server_that_is_away_for_a_while_ends_nothing(job: Make, api: Server, no
     thread.join()
 
 
-def test_where_fewer_are_enough_an_evicted_pod_is_replaced(job: Make, api: Server) -> None:
+@pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.soak), 0], ids=["another", "the first"])
+def test_where_fewer_are_enough_the_rest_goes_on(job: Make, tmp_path: Path, api: Server, lost: int) -> None:
     def evict() -> None:
         wait_for(lambda: len(started(api)) == 2)
-        api.evict(next(name for name in started(api) if "-1-" in name))
+        api.evict(next(name for name in started(api) if f"-{lost}-" in name))
 
     thread = threading.Thread(target=evict)
     thread.start()
-    # long enough for the first to see it; else torchrun waits five minutes at its end for the one that is gone
-    assert run(job("slower", "1", (1, 2))).success
+    ended = run(job("of_two", "1", (1, 2)))
     thread.join()
-    assert len([name for name in api.running_once if "-1-" in name]) == 2
+    if lost == 0:
+        assert "was ended (Evicted): The node was low on resource" in error(ended)
+        return
+    assert ended.success
+    store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")
+    ref = store.find("adapters", "f1")
+    assert ref
+    assert (store.fetch(ref) / "x.txt").read_text() == "1"
 
 
 def test_time_limit_is_told(job: Make) -> None:

@@ -61,7 +61,6 @@ class Server:
     running: dict[str, Pod] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
-    running_once: list[str] = field(default_factory=list)
     refuses: str = ""
     away: float = 0
     """Until when it answers 503, on the monotonic clock."""
@@ -130,7 +129,6 @@ class Server:
 
     def _start(self, tree: dict[str, Any], more: dict[str, str] | None = None) -> None:
         name, container = tree["metadata"]["name"], tree["spec"]["containers"][0]
-        self.running_once.append(name)
         pod = self.running[name] = Pod(tree, self.folder / f"{name}.log")
         pod.output.touch()
         if int(container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu", 0)) > GPUS:
@@ -214,16 +212,14 @@ class Server:
         phases = [pod.tree["status"]["phase"] for pod in mine]
         if phases.count("Succeeded") == job["spec"]["completions"]:
             job["status"]["conditions"] = [{"type": "Complete", "status": "True"}]
-        elif phases.count("Failed") > job["spec"]["backoffLimit"]:
-            condition = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}
+        elif phases.count("Failed") > job["spec"].get("backoffLimit", job["spec"].get("maxFailedIndexes")):
+            elastic = "maxFailedIndexes" in job["spec"]
+            reason = "MaxFailedIndexesExceeded" if elastic else "BackoffLimitExceeded"
+            condition = {"type": "Failed", "status": "True", "reason": reason}
             job["status"]["conditions"] = [condition]
             for pod in mine:
                 if pod.process and pod.process.poll() is None:
                     pod.process.terminate()
-        else:
-            going = {_index(pod) for pod in mine if pod.tree["status"]["phase"] != "Failed"}
-            for index in {_index(pod) for pod in mine} - going:
-                self._start_of_job(job, index)
 
     def delete(self, kind: str, name: str) -> bool:
         with self.lock:
@@ -307,10 +303,6 @@ def _answer(http: BaseHTTPRequestHandler, server: Server) -> None:
         items = [tree for (one, _), tree in server.objects.items() if one == kind and _selected(tree, query)]
         version, name_of_kind = KINDS[kind]
         return _send(http, 200, {"apiVersion": version, "kind": f"{name_of_kind}List", "metadata": {}, "items": items})
-
-
-def _index(pod: Pod) -> int:
-    return int(pod.tree["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"])
 
 
 def _selected(tree: dict[str, Any], query: dict[str, str]) -> bool:
