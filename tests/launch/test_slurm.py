@@ -131,7 +131,7 @@ def test_full_queue_is_told_and_tried_again(
 ) -> None:
     with slurm_server.running(tmp_path / "full", jobs=2) as full:
         monkeypatch.setenv("SLURM_CONF", full.environment["SLURM_CONF"])
-        full.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true")  # one less than the most
+        full.run("sbatch", "--parsable", "--output=/dev/null", "--hold", "--wrap", "true")  # one less than the most
         with pytest.raises(JobFailed, match="Slurm takes no job just now: ") as refused:
             SlurmLauncher().run(job("good"), {})
     assert refused.value.retriable
@@ -139,8 +139,8 @@ def test_full_queue_is_told_and_tried_again(
 
 def test_place_in_the_queue_and_reason_are_told(job: Make, cluster: Slurm, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "finetune_assets")
-    first = cluster.run("sbatch", "--parsable", "-N2", "--exclusive", "--wrap", "sleep 12")
-    waiting = cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true")
+    first = cluster.run("sbatch", "--parsable", "--output=/dev/null", "-N2", "--exclusive", "--wrap", "sleep 12")
+    waiting = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--hold", "--wrap", "true")
     SlurmLauncher().run(job("good"), {})
     cluster.run("scancel", first, waiting)
     told = " ".join(record.getMessage() for record in caplog.records)
@@ -177,7 +177,17 @@ def test_what_slurm_ends_is_told_beforehand_and_keeps_what_it_has(job: Make, clu
     settings = {"time_limit": "0:02:00"} if how == "time limit" else {}
     spec = job("told_to_end", "1", (2, 2), **settings)
     if how == "preempted":
-        urgent = ("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 5")
+        urgent = (
+            "sbatch",
+            "--parsable",
+            "--output=/dev/null",
+            "-p",
+            "urgent",
+            "-N2",
+            "--exclusive",
+            "--wrap",
+            "sleep 5",
+        )
 
         def preempt() -> None:
             wait_for(lambda: len(list(Path(spec.cache).glob("work/*/output/started"))) == 2)
