@@ -1,5 +1,6 @@
 """What a launcher is asked to run: store references in, one artifact out."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -68,6 +69,12 @@ class JobSpec:
 
     settings: Launcher = field(default_factory=Launcher)
     """What is asked of a cluster. It stays with the launcher: the job is the same on every engine."""
+
+    @property
+    def makes(self) -> str:
+        """Names what comes out, in which store: of two jobs of that name only one may go on."""
+        store = hashlib.sha256(self.store.encode()).hexdigest()[:8]
+        return f"{self.namespace}-{self.fingerprint[:32]}-{store}"
 
     def to_json(self) -> str:
         return json.dumps({name: value for name, value in asdict(self).items() if name != "settings"})

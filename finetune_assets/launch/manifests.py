@@ -1,6 +1,5 @@
 """What Kubernetes is asked: a pod; for several machines an Indexed Job, whose pods find each other by name."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -25,9 +24,7 @@ PASSED_ON = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "A
 
 def labels(spec: JobSpec, remote: RemoteJob) -> dict[str, str]:
     queue = spec.settings.kubernetes.queue
-    store = hashlib.sha256(spec.store.encode()).hexdigest()[:8]
-    made = f"{spec.namespace}-{spec.fingerprint[:32]}-{store}"[-63:].lstrip("-_.")
-    return {JOB: remote.id, ARTIFACT: made, **({QUEUE: queue} if queue else {})}
+    return {JOB: remote.id, ARTIFACT: spec.makes[-63:].lstrip("-_."), **({QUEUE: queue} if queue else {})}
 
 
 def pod_spec(spec: JobSpec, remote: RemoteJob, **environment: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ FINETUNE_SLURM_FOLDER: folder that this machine and the nodes share, for the job
     FINETUNE_CACHE.
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -131,8 +130,7 @@ class SlurmLauncher:
         """
         if not shutil.which("sbatch"):
             raise UserError("launcher.engine: 'slurm' needs sbatch, squeue, scontrol and scancel on this machine")
-        store = hashlib.sha256(spec.store.encode()).hexdigest()[:8]
-        name = f"finetune-{spec.namespace}-{spec.fingerprint[:16]}-{store}"
+        name = f"finetune-{spec.makes}"
         self._cancel_former(name)
         remote = RemoteJob.begin(spec)
         try:
