@@ -76,9 +76,8 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
         }
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
         processes = _processes(spec, devices)
-        worker = Worker(
-            [*_runner(spec, processes, place, folder), *flags], folder, Path(spec.cache), devices, processes
-        )
+        command = [*_runner(spec, processes, place, folder), *flags]
+        worker = Worker(command, folder, Path(spec.cache), devices, processes)
         if not place.leads:
             _run_worker(worker)
             return None

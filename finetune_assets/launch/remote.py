@@ -5,10 +5,12 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from finetune_assets.errors import UserError
 from finetune_assets.launch.job import JobFailed, JobSpec, from_json
 from finetune_assets.store.artifacts import JOBS, ArtifactRef
 from finetune_assets.store.objects import Objects, boto3_client
@@ -61,8 +63,10 @@ class RemoteJob:
         self.objects.put(f"{self.prefix}/answer-{node}.json", json.dumps({**answer, "when": time.time()}).encode())
 
     def has_ended(self) -> bool:
-        """Whether the machine that leads has answered."""
-        return any(True for stored in self.objects.listing(self.prefix) if stored.key.endswith("/answer-0.json"))
+        """Whether the machine that leads is known to have answered; a store that is away for a while ends no job."""
+        with suppress(UserError):
+            return any(stored.key.endswith("/answer-0.json") for stored in self.objects.listing(self.prefix))
+        return False
 
     def outcome(self) -> ArtifactRef | JobFailed | None:
         """What the machines say; None if none of them has said anything that counts."""

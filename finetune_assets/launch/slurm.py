@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,8 +215,7 @@ class _Lingering:
         now = time.monotonic()
         if now - self.looked > LINGER_SECONDS / 2:
             self.looked = now
-            with suppress(UserError):  # a store that is away for a while; the job itself bears that
-                self.ended = self.ended or (now if self.remote.has_ended() else 0)
+            self.ended = self.ended or (now if self.remote.has_ended() else 0)
         return bool(self.ended) and now - self.ended > LINGER_SECONDS
 
 

@@ -38,16 +38,20 @@ MESSAGE_SECONDS = 5
 def message_writer() -> PipesMessageWriter[Any]:
     """Takes messages to the run by the way that it listens on: a file, or objects of S3."""
     in_s3 = "bucket" in PipesEnvVarParamsLoader().load_messages_params()
-    writer = _S3Writer(boto3_client(), interval=MESSAGE_SECONDS) if in_s3 else PipesDefaultMessageWriter()
+    writer = _S3Writer() if in_s3 else PipesDefaultMessageWriter()
     return _Restarted(writer) if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else writer
 
 
 class _S3Writer(PipesS3MessageWriter):
+    def __init__(self) -> None:
+        self.s3 = boto3_client()
+        super().__init__(self.s3, interval=MESSAGE_SECONDS)
+
     def make_channel(self, params: Mapping[str, Any]) -> PipesS3MessageWriterChannel:
-        pages = boto3_client().get_paginator("list_objects_v2")
+        pages = self.s3.get_paginator("list_objects_v2")
         place = {"Bucket": params["bucket"], "Prefix": f"{params['key_prefix']}/"}
         told = sum(page["KeyCount"] for page in pages.paginate(**place))
-        return _S3Channel(told, boto3_client(), params["bucket"], params["key_prefix"], interval=self.interval)
+        return _S3Channel(told, self.s3, params["bucket"], params["key_prefix"], interval=self.interval)
 
 
 class _S3Channel(PipesS3MessageWriterChannel):

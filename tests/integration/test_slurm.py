@@ -85,6 +85,7 @@ def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
     assert "on 2 x cpu" in two.stdout
     assert "RUNNING on n[1-2]" in two.stdout
     assert "step 60/60 · loss" in two.stdout
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in one.stdout + two.stdout
     assert adapter(project, ceph) == expected
 
     victim = cluster.nodes[1]

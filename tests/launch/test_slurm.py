@@ -116,8 +116,9 @@ def test_options_of_a_job_that_dagster_runs_in_are_not_its_jobs(
 
 def test_job_goes_on_while_its_store_is_away(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lingering = slurm._Lingering(RemoteJob.begin(job("good")))
-    monkeypatch.setattr(RemoteJob, "has_ended", _away)
-    assert not lingering.long()
+    with monkeypatch.context() as away:
+        away.setattr(Objects, "listing", _away)
+        assert not lingering.long()
     lingering.remote.end()
 
 
