@@ -5,7 +5,8 @@
 
 from finetune_assets.launch.process import ERROR_FILE, die_with_parent
 
-die_with_parent()
+if __name__ == "__main__":  # not in the fork server, which imports this for its children
+    die_with_parent()
 
 import json
 import os
@@ -19,17 +20,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 from finetune_assets.errors import UserError
-from finetune_assets.launch import gpus
+from finetune_assets.launch import gpus, warm
 from finetune_assets.launch.job import JobFailed, JobSpec, from_json
 from finetune_assets.launch.place import ALONE, Place
 from finetune_assets.launch.telling import in_dagster_run, in_terminal
+from finetune_assets.progress import Progress
+from finetune_assets.progress.relay import from_environment
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
 from finetune_assets.store.checkpoints import Checkpoints, Superseded
 
+TORCHRUN = "torch.distributed.run"
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MEANWHILE_SECONDS = 2
 NOT_MET = (
@@ -76,8 +81,8 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
         }
         flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
         processes = _processes(spec, devices)
-        command = [*_runner(spec, processes, place, folder), *flags]
-        worker = Worker(command, folder, Path(spec.cache), devices, processes)
+        module, leading = _runner(spec, processes, place, folder)
+        worker = Worker(module, [*leading, *flags], folder, Path(spec.cache), devices, processes)
         if not place.leads:
             _run_worker(worker)
             return None
@@ -130,14 +135,16 @@ class Worker:
     """What computes.
 
     Attributes:
-        command: How it is started.
+        module: What is started.
+        arguments: Its arguments.
         folder: For what explains a failure.
         cache: For what outlives the job: W&B's folders.
         gpus: Those that are its own; empty where it computes on the CPU.
         processes: How many share this machine's cores.
     """
 
-    command: list[str]
+    module: str
+    arguments: list[str]
     folder: Path
     cache: Path
     gpus: list[str]
@@ -156,16 +163,33 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> list[str]:
+def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> tuple[str, list[str]]:
+    """The module that is started, torchrun or the worker alone, and its first arguments."""
     if spec.processes is None:
-        return [sys.executable, "-m", spec.module]
+        return spec.module, []
     torchrun = [
-        *[sys.executable, "-m", "torch.distributed.run"],
         *place.meeting(spec.nodes, spec.rendezvous_seconds),
         f"--nproc-per-node={processes}",
         f"--log-dir={folder}",  # what it writes of its own; it leaves it in /tmp otherwise
     ]
-    return [*torchrun, "-m", spec.module]
+    if not warm.was_forked():
+        return TORCHRUN, [*torchrun, "-m", spec.module]
+    # torchrun forks the ranks, too, and each runs the module's file in the interpreter that it has
+    return TORCHRUN, [*torchrun, "--start-method=fork", "--run-path", _file_of(spec.module)]
+
+
+def _file_of(module: str) -> str:
+    """The file that `python -m MODULE` runs.
+
+    Raises:
+        ModuleNotFoundError: if there is no such module.
+    """
+    spec = find_spec(module)
+    if spec and spec.submodule_search_locations is not None:
+        spec = find_spec(f"{module}.__main__")
+    if not spec or not spec.origin:
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+    return spec.origin
 
 
 def _run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -187,11 +211,10 @@ def _run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) ->
         environment.pop(name, None)  # of a job around this one
     if worker.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(worker.gpus)
-    process = subprocess.Popen(
-        worker.command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=die_with_parent
-    )
+    process = warm.start(worker.module, worker.arguments, environment, subprocess.PIPE, binds=True)
     tail: deque[str] = deque(maxlen=TAIL)
     # Read aside: something that the worker started may hold its stderr open after it has ended
+    assert process.stderr
     reader = threading.Thread(target=_pass_on, args=(process.stderr, tail), daemon=True)
     reader.start()
     try:
@@ -249,6 +272,7 @@ def answer_of(spec: JobSpec, place: Place = ALONE) -> dict[str, Any]:
 def prepare() -> None:
     """End orderly when told to, and tell in the terminal what is done."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    Progress.display = from_environment()
     in_terminal()
 
 

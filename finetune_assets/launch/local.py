@@ -2,17 +2,18 @@
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from os import environ
 from pathlib import Path
 
+from finetune_assets.launch import warm
 from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.progress import Progress
 from finetune_assets.progress.relay import heard
 from finetune_assets.store.artifacts import ArtifactRef
 
+BOOTSTRAP = "finetune_assets.launch.bootstrap"
 GRACE_SECONDS = 12
 """For a last checkpoint, when a person ends a run and looks on. Where a step takes longer, the one before counts; a
 scheduler that takes the machine away tells the bootstrap itself, and gives the time that it has."""
@@ -37,8 +38,7 @@ class LocalLauncher:
         ):
             job, result = Path(folder) / "job.json", Path(folder) / "result.json"
             job.write_text(spec.to_json(), encoding="utf-8")
-            command = [sys.executable, "-m", "finetune_assets.launch.bootstrap", str(job), str(result)]
-            process = subprocess.Popen(command, env={**environ, **environment, **telling})
+            process = warm.start(BOOTSTRAP, [str(job), str(result)], {**environ, **environment, **telling})
             try:
                 code = process.wait()
             except BaseException:
@@ -52,7 +52,7 @@ class LocalLauncher:
         return ArtifactRef(**answer["ref"])
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: warm.Process) -> None:
     """End the bootstrap; the kernel ends whatever it started."""
     process.terminate()
     try:

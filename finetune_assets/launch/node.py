@@ -4,7 +4,7 @@ FINETUNE_NODE_CACHE: node-local folder for fetched artifacts and running jobs; v
     `$TMPDIR/finetune`, are filled in there. By default FINETUNE_CACHE of the machine that Dagster runs on.
 """
 
-from finetune_assets.launch.process import die_with_parent
+from finetune_assets.launch.process import FORKSERVER, OFF, die_with_parent
 
 die_with_parent()
 
@@ -19,6 +19,7 @@ from finetune_assets.launch.remote import TOLD_TO_END, RemoteJob
 
 def main() -> None:
     prepare()
+    os.environ[FORKSERVER] = OFF  # what the environment of the machine that asks says of its own is not for here
     job, place = RemoteJob(sys.argv[1], sys.argv[2], sys.argv[3]), Place.from_environment()
     spec = job.spec()
     cache = os.path.expandvars(os.environ.get("FINETUNE_NODE_CACHE") or spec.cache)

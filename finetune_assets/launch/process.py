@@ -4,30 +4,47 @@ import ctypes
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from finetune_assets.errors import UserError
+from finetune_assets.progress import Progress
+from finetune_assets.progress.relay import from_environment
 
 PR_SET_PDEATHSIG = 1
 ERROR_FILE = "FINETUNE_ERROR_FILE"
 """Environment variable: where a worker writes what a `UserError` says, as JSON, before it ends."""
+FORKSERVER = "FINETUNE_FORKSERVER"
+"""Environment variable: socket of the server that forked this process, or `off`; see `launch.warm`."""
+OFF = "off"
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent dies, even by SIGKILL (Linux; elsewhere nothing).
 
     Without it, a killed Dagster step orphans torchrun, and the retry starts a second training beside the first.
+
+    Args:
+        parent: Process ID of the parent, where the caller knew it before this process was forked.
     """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def show_as(module: str, arguments: Sequence[str]) -> None:
+    """Have `ps` show a forked process as `python -m MODULE ARGUMENTS`, not as the server that it was forked from."""
+    from setproctitle import setproctitle
+
+    setproctitle(shlex.join([sys.executable, "-m", module, *arguments]))
 
 
 def forbid_hub() -> None:
@@ -49,7 +66,11 @@ def run_worker(module: str) -> None:
     The module is imported here, so that an import that fails is told like any other error.
     """
     die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's own handler, in a rank that it has forked
+    if os.environ.get(FORKSERVER, OFF) != OFF:
+        show_as(module.rpartition(".")[0], sys.argv[1:])
     forbid_hub()
+    Progress.display = from_environment()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
     warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
     from torch.distributed.elastic.multiprocessing.errors import record

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 
-from finetune_assets.progress.relay import Display, State, from_environment
+from finetune_assets.progress.relay import Display, State
 
 EVERY_SECONDS = 5.0
 """How often a line is told; what is done sooner is not told of, but for large transfers."""
@@ -79,7 +79,8 @@ class Progress:
         logs: Whether it tells lines; without, it is a bar alone.
     """
 
-    display: Display | None = from_environment()
+    display: Display | None = None
+    """Where bars go; set when a process begins, not when this module is imported."""
     _numbers = itertools.count()
 
     def __init__(self, what: str, total: int | None, unit: Unit = BYTES, done: int = 0, logs: bool = True) -> None:
