@@ -143,6 +143,12 @@ def nothing_to_do(context: dg.AssetExecutionContext, check: str, why: str) -> dg
     return dg.AssetCheckResult(passed=True, check_name=check, description=f"nothing to check: {why}")
 
 
+def trains_later(context: dg.AssetExecutionContext) -> bool:
+    """Whether this run also trains an adapter."""
+    selected = context.run.asset_selection
+    return selected is None or dg.AssetKey("lora_adapter") in selected
+
+
 def overridden(experiment: Experiment) -> dict[str, str]:
     """Tags of what was made with settings of one run alone: nothing that happens by itself goes by it."""
     return {OVERRIDES_TAG: str(len(experiment.overrides))} if experiment.overrides else {}

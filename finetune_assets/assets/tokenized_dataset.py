@@ -7,10 +7,20 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
-from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, overridden, publish_built, result
+from finetune_assets.assets.making import (
+    ARTIFACT,
+    GROUP,
+    in_run,
+    make_once,
+    overridden,
+    publish_built,
+    result,
+    trains_later,
+)
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.automation.conditions import by_itself
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import TOKENIZED, ArtifactRef
 from finetune_assets.store.base_models import is_tokenizer_file
@@ -28,7 +38,11 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     automation_condition=by_itself("dolly_raw", "cached_base_model"),
 )
 def tokenized_dataset(
-    context: dg.AssetExecutionContext, dolly_raw: ArtifactRef, cached_base_model: ArtifactRef, project: Project
+    context: dg.AssetExecutionContext,
+    dolly_raw: ArtifactRef,
+    cached_base_model: ArtifactRef,
+    project: Project,
+    launcher: dg.ResourceParam[Launcher],
 ) -> dg.MaterializeResult:
     """The experiment's rows: selected, split by content, put into its prompt, tokenized, masked and packed.
 
@@ -45,6 +59,8 @@ def tokenized_dataset(
             from finetune_assets.data.preview import masked_tokens
             from finetune_assets.data.tokenization import check_positions, load_tokenizer
 
+            if trains_later(context):
+                launcher.prepare(config.launcher)
             store = project.store()
             base_model = store.fetch(cached_base_model, is_tokenizer_file)
             check_positions(base_model, config.data)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from setproctitle import getproctitle
 
-from finetune_assets.launch.process import die_with_parent, show_as
+from finetune_assets.launch.process import die_with_parent, set_threads, show_as
 
 TORCHRUN = "torch.distributed.run"
 PRELOADED = (
@@ -65,10 +65,7 @@ class Request:
         sys.path[:] = [self.folder, *added, *(path for path in sys.path if path not in inherited)]
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
-        if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():  # which OpenMP reads only when it is loaded
-            import torch
-
-            torch.set_num_threads(int(threads))
+        set_threads()
         sys.argv = [self.module, *self.arguments]
         show_as(self.module, self.arguments)
         if self.module == TORCHRUN:
@@ -87,10 +84,13 @@ class Server:
     Attributes:
         listener: Socket that clients connect to.
         children: Those that run, each with the connection of its client.
+        ending: Asked by SIGTERM to end, which it does after its children: they may have a checkpoint to keep, and would
+            be killed with it.
     """
 
     listener: socket.socket
     children: dict[ForkProcess, socket.socket] = field(default_factory=dict)
+    ending: bool = False
 
     def __post_init__(self) -> None:
         self.woken, waker = os.pipe()
@@ -98,14 +98,15 @@ class Server:
         os.set_blocking(waker, False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the children, and the process that waits for them
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "ending", True))
         signal.set_wakeup_fd(waker)
         self.selector = selectors.DefaultSelector()
         for file in (self.listener, self.woken, LIFELINE):
             self.selector.register(file, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Serve until the lifeline breaks."""
-        while True:
+        """Serve until the lifeline breaks, or the last child has ended after SIGTERM."""
+        while self.children or not self.ending:
             for key, _ in self.selector.select():
                 if key.fileobj is self.listener:
                     self._accept()
@@ -138,6 +139,7 @@ class Server:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         die_with_parent(server)
         self.selector.close()
         for other in (self.listener, connection, *self.children.values()):

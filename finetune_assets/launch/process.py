@@ -47,6 +47,18 @@ def show_as(module: str, arguments: Sequence[str]) -> None:
     setproctitle(shlex.join([sys.executable, "-m", module, *arguments]))
 
 
+def set_threads() -> None:
+    """Have a forked process compute with OMP_NUM_THREADS threads, which OpenMP reads only when it is loaded.
+
+    Needed without that variable, too, before the first threads begin: PyTorch replaces a pool of threads that a fork has
+    lost when it is next asked for, and two threads that ask at once find none ("Invalid thread pool!").
+    """
+    import torch
+
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(int(threads) if threads.isdecimal() else torch.get_num_threads())
+
+
 def forbid_hub() -> None:
     """See to it that this process reads folders and never asks the Hub.
 
@@ -69,6 +81,7 @@ def run_worker(module: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's own handler, in a rank that it has forked
     if os.environ.get(FORKSERVER, OFF) != OFF:
         show_as(module.rpartition(".")[0], sys.argv[1:])
+        set_threads()
     forbid_hub()
     Progress.display = from_environment()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import

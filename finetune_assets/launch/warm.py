@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from finetune_assets.launch import forkserver, gpus
 from finetune_assets.launch.process import FORKSERVER, OFF, die_with_parent
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 class Process(Protocol):
     """What launchers use of `subprocess.Popen`."""
 
+    returncode: Any
     stderr: IO[str] | None
 
     def poll(self) -> int | None: ...
@@ -94,7 +95,7 @@ def is_safe() -> bool:
     return sys.platform == "linux" and not gpus.visible()
 
 
-def warm_up() -> None:
+def prepare() -> None:
     """Have this process's fork server import, where it will have one, while something else is done."""
     if FORKSERVER not in os.environ and is_safe():
         own()

@@ -1,16 +1,34 @@
-"""`dagster asset materialize`, as CI runs it."""
+"""`dagster asset materialize`, as CI runs it, with its workers forked from the fork server of the tests."""
 
 import json
+import os
 import subprocess
 import sys
 
+from finetune_assets.launch import warm
+from finetune_assets.launch.process import FORKSERVER
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, and where a run that is started with it forks its workers."""
+    return {**os.environ, **({FORKSERVER: warm.own().address} if FORKSERVER not in os.environ else {})}
+
 
 def materialize(
-    select: str = "*", partition: str | None = "demo", overrides: list[str] | None = None, force: bool = False
+    select: str = "*",
+    partition: str | None = "demo",
+    overrides: list[str] | None = None,
+    force: bool = False,
+    own_server: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run it and return exit code and output (stdout and stderr together, in `stdout`)."""
+    """Run it and return exit code and output (stdout and stderr together, in `stdout`).
+
+    With `own_server`, its workers are forked from a fork server of its own, as they are outside of tests.
+    """
     command = materialize_command(select, partition, overrides, force)
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    variables = dict(os.environ) if own_server else environment()
+    return subprocess.run(command, env=variables, check=False, **pipes)  # type: ignore[call-overload]
 
 
 def materialize_command(
@@ -29,9 +47,3 @@ def run_at_once(command: list[str], environments: list[dict[str, str]]) -> list[
     ended = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0] * len(running), "\n".join(ended)
     return ended
-
-
-def reused(run: subprocess.CompletedProcess[str]) -> set[str]:
-    """Assets that said there was nothing to do."""
-    lines = (line for line in run.stdout.splitlines() if "nothing to do" in line)
-    return {line.split(" - ")[-2] for line in lines}

@@ -3,20 +3,20 @@
 import json
 import os
 import random
-import re
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from integration.cli import materialize
+from integration.graph import Graph
 from projects import TestProject
 
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.data.rows import Split, draw, side_of
 from finetune_assets.data.sources import SAMPLE
-from finetune_assets.store.champions import Champions, Record
+from finetune_assets.store.champions import BY_HAND, PROMOTED, ROLLED_BACK, Champions, Record
+from finetune_assets.tools import adapter
 
 SOAK = bool(os.environ.get("SOAK"))
 Rows = dict[Split, list[dict[str, str]]]
@@ -51,82 +51,80 @@ def write(path: Path, rows: Rows) -> None:
 class Gate:
     """Edits the experiment and the rows, and lets the whole graph run."""
 
-    def __init__(self, project: TestProject, raw: Path) -> None:
-        self.project, self.raw = project, raw
+    def __init__(self, project: TestProject, graph: Graph, raw: Path) -> None:
+        self.project, self.graph, self.raw = project, graph, raw
         self.settings = (project.configs / "experiments" / "demo.yaml").read_text()
 
     @property
     def history(self) -> list[Record]:
         return Champions(self.project.store, "demo").history()
 
-    def train(self, overrides: list[str] | None = None, **training: float) -> str:
-        """What champion_adapter said."""
+    def train(self, overrides: Sequence[str] = (), **training: float) -> dict[str, Any]:
+        """What the gate measured, and whether the new adapter serves (`passed`)."""
         experiment = yaml.safe_load(self.settings)
         experiment["training"].update(training)
         experiment["evaluation"] |= {"generated_rows": 4, "max_new_tokens": 8}
         (self.project.configs / "experiments" / "demo.yaml").write_text(yaml.safe_dump(experiment))
-        run = materialize("*", overrides=overrides)
-        assert run.returncode == 0, run.stdout[-3000:]
-        said = [line for line in run.stdout.splitlines() if " INFO " in line and " champion_adapter - " in line]
-        return next(line for line in said if " is " in line).partition("champion_adapter - ")[2]
+        run = self.graph.run(overrides=overrides)
+        assert run.success, run.log
+        checks = run.result.get_asset_check_evaluations()
+        (gate,) = (check for check in checks if check.asset_key.to_user_string() == "champion_adapter")
+        numbers = {name: entry.value for name, entry in gate.metadata.items()}
+        return {**numbers, "passed": gate.passed, "reason": gate.description or ""}
+
+    def served(self) -> dict[str, bytes]:
+        """The files of the champion."""
+        champion = Champions(self.project.store, "demo").champion()
+        assert champion
+        return {path.name: path.read_bytes() for path in self.project.store.fetch(champion).iterdir()}
 
 
-def command(*arguments: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-m", "finetune_assets.tools.adapter", *arguments], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-def test_what_is_better_is_promoted_and_what_is_not_is_refused(project: TestProject, raw: Path, rows: Rows) -> None:
-    gate = Gate(project, raw)
-    said = gate.train(max_steps=20)
-    assert re.search(r"is promoted \(record 1\): it gains on the base \+\d+\.\d+ nats a token over 51 rows", said)
-
-    said = gate.train(max_steps=60)
-    assert re.search(r"is promoted \(record 2\): it gains on the champion \+\d+\.\d+", said), said
+def test_what_is_better_is_promoted_and_what_is_not_is_refused(
+    project: TestProject, graph: Graph, raw: Path, rows: Rows
+) -> None:
+    gate = Gate(project, graph, raw)
+    assert gate.train(max_steps=20)["passed"]
+    assert gate.train(max_steps=60)["passed"]
     first, second = gate.history
+    assert [record.action for record in gate.history] == [PROMOTED, PROMOTED]
     assert (first.against, second.against) == (None, first.adapter)
+    for record in gate.history:
+        assert record.numbers["rows"] == 51
+        assert record.numbers["mean"] > record.numbers["lower"] > 0
     evaluation = project.store.resolve("evaluations", second.evaluation or "", "adapter_evaluation")
     found = json.loads((project.store.fetch(evaluation) / "evaluation.json").read_text())
     assert found["contenders"].keys() == {"base", "challenger", "champion"}
     assert all({"base", "challenger", "champion", "expected"} <= sample.keys() for sample in found["samples"])
-    served = {path.name: path.read_bytes() for path in project.store.fetch(_champion(project)).iterdir()}
+    served = gate.served()
 
     if SOAK:
-        said = gate.train(max_steps=60)
-        assert "is the champion already (record 2): a gain of 0" in said
+        assert gate.train(max_steps=60)["passed"], "it serves already"
+        assert gate.history == [first, second]
 
-    said = gate.train(["training.seed=3"], max_steps=60)
-    assert "is not promoted by itself: it was made with settings of one run alone (training.seed=3)" in said
+    overridden = gate.train(["training.seed=3"], max_steps=60)
+    assert not overridden["passed"]
+    assert "training.seed=3" in overridden["reason"]
 
     shuffled = [row["response"] for row in rows[Split.TRAIN]]
     random.Random(0).shuffle(shuffled)
     wrong = [{**row, "response": answer} for row, answer in zip(rows[Split.TRAIN], shuffled, strict=True)]
     write(raw, {**rows, Split.TRAIN: wrong})
-    said = gate.train(max_steps=60)
-    assert re.search(r"is refused: .*it gains on the champion -\d+\.\d+ nats a token", said), said
+    worse = gate.train(max_steps=60)
+    assert not worse["passed"]
+    assert worse["mean"] < 0
 
     if SOAK:
         write(raw, {**rows, Split.TRAIN: rows[Split.TRAIN][:10]})
-        said = gate.train(max_steps=60, learning_rate=5.0e-3)
-        assert re.search(
-            r"is refused: it has forgotten \d+\.\d+ nats a token of the general text, and at most 2 may be", said
-        )
+        forgetful = gate.train(max_steps=60, learning_rate=5.0e-3)
+        assert not forgetful["passed"]
+        assert forgetful["forgetting"] > 2
     assert gate.history == [first, second], "what is refused leaves no record"
 
-    command("rollback", "demo", "--reason", "a test")
-    before = {path.name: path.read_bytes() for path in project.store.fetch(_champion(project)).iterdir()}
-    assert before != served
+    adapter.main(["rollback", "demo", "--reason", "a test"])
+    assert gate.served() != served
     raw.write_bytes(SAMPLE.read_bytes())
-    said = gate.train(max_steps=60)
-    assert "is not promoted by itself: it was rolled back" in said
-    command("promote", "demo", second.adapter[:16], "--reason", "it was right")
-    again = {path.name: path.read_bytes() for path in project.store.fetch(_champion(project)).iterdir()}
-    assert again == served, "to the byte"
-    assert [record.action for record in gate.history] == ["promoted", "promoted", "rolled back", "promoted by hand"]
-
-
-def _champion(project: TestProject):  # type: ignore[no-untyped-def]
-    return Champions(project.store, "demo").champion()
+    assert not gate.train(max_steps=60)["passed"], "it was rolled back, and comes back by hand alone"
+    assert gate.history[-1].action == ROLLED_BACK
+    adapter.main(["promote", "demo", second.adapter[:16], "--reason", "it was right"])
+    assert gate.served() == served, "to the byte"
+    assert [record.action for record in gate.history] == [PROMOTED, PROMOTED, ROLLED_BACK, BY_HAND]

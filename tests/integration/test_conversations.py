@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from data.chats import CHATML
-from integration.cli import materialize
+from integration.graph import Graph
 from peft import PeftModel
 from projects import TestProject
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,18 +38,17 @@ def chat_log(path: Path) -> None:
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
-@pytest.mark.parametrize("quantization", [pytest.param("none", marks=pytest.mark.soak), "nf4"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.system)])
 def test_chat_log_becomes_an_adapter_with_its_own_tokens(
-    project: TestProject, monkeypatch: pytest.MonkeyPatch, quantization: str
+    project: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
     chat_log(project.root / "chats.jsonl")
     monkeypatch.setenv("FINETUNE_RAW_DATA", "./chats.jsonl")
     folder = Path(shutil.copytree(PACKAGED["demo-base"], project.root / "model"))
     (folder / "chat_template.jinja").write_text(CHATML)
     project.write_experiment("chat", EXPERIMENT.replace("QUANTIZATION", quantization))
-    run = materialize(partition="chat")
-    assert run.returncode == 0, run.stdout
-    assert "2 new tokens" in run.stdout
+    run = graph.run(partition="chat")
+    assert run.success, run.log
 
     (name,) = project.published("adapters")
     adapter = project.store.fetch(project.store.resolve("adapters", name, "lora_adapter"))

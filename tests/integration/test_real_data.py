@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from integration.cli import materialize
+from integration.graph import Graph
 from projects import TestProject
 
 from finetune_assets.store.champions import Champions
@@ -33,16 +33,16 @@ evaluation: {{generated_rows: 4, max_new_tokens: 16}}
 
 
 @pytest.mark.real_data
+@pytest.mark.system
 def test_all_of_dolly_through_the_graph(
-    project: TestProject, dolly: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+    project: TestProject, graph: Graph, dolly: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """15,011 rows prepared, at most 300 of them trained on by two processes: the held-out loss falls by a fifth,
     and the gate promotes on over 500 rows that were never seen."""
     monkeypatch.setenv("FINETUNE_RAW_DATA", str(dolly))
     project.write_experiment("real", EXPERIMENT.format(model=stories260k))
-    run = materialize("*champion_adapter", "real")
-    assert run.returncode == 0, run.stdout
-    assert "on 2 x cpu" in run.stdout
+    run = graph.run("*champion_adapter", "real")
+    assert run.success, run.log
 
     (tokenized,) = project.published("tokenized")
     dataset = project.store.fetch(project.store.resolve("tokenized", tokenized, "tokenized_dataset"))
@@ -66,4 +66,4 @@ def test_all_of_dolly_through_the_graph(
     assert all(row["challenger"] < row["base"] for row in found["categories"])
     (record,) = Champions(project.store, "real").history()
     assert record.numbers["lower"] > 0
-    assert record.reason in run.stdout
+    assert record.reason in run.log

@@ -1,12 +1,11 @@
 """Champions in use: merged into their base, and two of them stacked into one that is judged like any other."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from integration.cli import materialize, reused
+from integration.graph import Graph
 from peft import PeftModel
 from projects import TestProject
 from safetensors.torch import load_file
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_assets.store.artifacts import MERGED, STACKS
 from finetune_assets.store.base_models import PACKAGED
-from finetune_assets.store.champions import Champions
+from finetune_assets.store.champions import PROMOTED, Champions
 
 STACK = """
 model: {base_model: demo-base, dtype: float32}
@@ -25,7 +24,7 @@ stack:
 
 
 @pytest.fixture
-def champions(project: TestProject) -> None:
+def champions(project: TestProject, graph: Graph) -> None:
     """Two experiments over one base, of which each has trained a champion; the first is also merged."""
     settings = (project.configs / "experiments" / "demo.yaml").read_text()
     settings = settings.replace("epochs: 15", "max_steps: 40").replace("max_new_tokens: 8", "generated_rows: 4")
@@ -33,9 +32,9 @@ def champions(project: TestProject) -> None:
     project.write_experiment("two", settings.replace("max_steps: 40", "max_steps: 40\n  seed: 7"))
     project.write_experiment("both", settings[: settings.index("model:")] + STACK + settings[settings.index("data:") :])
     for name in ("one", "two"):
-        run = materialize("*champion_adapter,merged_model", name)
-        assert run.returncode == 0, run.stdout[-3000:]
-        assert "is promoted (record 1)" in run.stdout
+        run = graph.run(["*champion_adapter", "merged_model"], name)
+        assert run.success, run.log
+        assert run.metadata("champion_adapter")["champion"] == 1
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -49,7 +48,7 @@ def with_adapter(folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(base, folder).eval()
 
 
-def test_champions_are_merged_and_stacked(project: TestProject, champions: None) -> None:
+def test_champions_are_merged_and_stacked(project: TestProject, graph: Graph, champions: None) -> None:
     store = project.store
     served = {name: store.fetch(Champions(store, name).champion()) for name in ("one", "two")}
     (name,) = project.published(MERGED)
@@ -58,14 +57,17 @@ def test_champions_are_merged_and_stacked(project: TestProject, champions: None)
     assert (logits(alone) - logits(with_adapter(served["one"]))).abs().max() < 1e-4
     assert json.loads((merged / "merge.json").read_text())["largest"] < 1e-4
 
-    refused = materialize("lora_adapter", "both")
-    assert refused.returncode != 0
-    assert "stack" in refused.stdout
+    refused = graph.run("lora_adapter", "both")
+    assert refused.failures.keys() == {"lora_adapter"}
+    assert "stack" in refused.failures["lora_adapter"]
 
-    select = "tokenized_dataset,stacked_adapter"
-    run = materialize(select, "both")
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert re.search(r"is promoted \(record 1\): it gains on the base \+\d+\.\d+ nats a token over 51 rows", run.stdout)
+    select = ["tokenized_dataset", "stacked_adapter"]
+    run = graph.run(select, "both")
+    assert run.success, run.log
+    (record,) = Champions(store, "both").history()
+    assert (record.number, record.action, record.against) == (1, PROMOTED, None)
+    assert record.numbers["rows"] == 51
+    assert record.numbers["mean"] > 0
     stack = store.fetch(Champions(store, "both").champion())
     assert project.published(STACKS) == [Champions(store, "both").champion().name]
     module = "base_model.model.model.layers.0.mlp.up_proj"
@@ -82,6 +84,6 @@ def test_champions_are_merged_and_stacked(project: TestProject, champions: None)
     )
     logits(with_adapter(stack))
 
-    again = materialize(select, "both")
-    assert "is the champion already (record 1)" in again.stdout
-    assert "stacked_adapter" in reused(again)
+    again = graph.run(select, "both")
+    assert again.reused >= {"stacked_adapter"}
+    assert Champions(store, "both").history() == [record]

@@ -176,6 +176,15 @@ def test_a_kill_leaves_no_process(owner: Callable[[str], tuple[int, int, int]], 
     wait_for(lambda: not any(map(is_alive, numbers.values())), 5)
 
 
+def test_a_server_that_is_asked_to_end_waits_for_its_children(owner: Callable[[str], tuple[int, int, int]]) -> None:
+    me, server, child = owner("child.wait()")
+    os.kill(server, signal.SIGTERM)
+    time.sleep(0.5)  # nothing can be waited for where nothing is to happen
+    assert is_alive(child)
+    os.kill(child, signal.SIGTERM)
+    wait_for(lambda: not any(map(is_alive, (me, server, child))), 5)
+
+
 def test_without_its_server_a_worker_is_a_fresh_interpreter(
     owner: Callable[[str], tuple[int, int, int]], tmp_path: Path
 ) -> None:
