@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -209,6 +210,7 @@ def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[1]))
     preload()
     Server(listener).serve()
+    shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def show_as(module: str, arguments: Sequence[str]) -> None:
 def set_threads() -> None:
     """Have a forked process compute with OMP_NUM_THREADS threads, which OpenMP reads only when it is loaded.
 
-    Needed without that variable, too, before the first threads begin: PyTorch replaces a pool of threads that a fork has
-    lost when it is next asked for, and two threads that ask at once find none ("Invalid thread pool!").
+    Needed without that variable, too, and before the first threads begin: PyTorch replaces a pool of threads that a
+    fork has lost when it is next asked for, and two threads that ask at once find none ("Invalid thread pool!").
     """
     import torch
 

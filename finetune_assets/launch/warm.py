@@ -26,6 +26,7 @@ from typing import IO, Any, Protocol
 from finetune_assets.launch import forkserver, gpus
 from finetune_assets.launch.process import FORKSERVER, OFF, die_with_parent
 
+END_SECONDS = 1
 logger = logging.getLogger(__name__)
 
 
@@ -57,12 +58,7 @@ class ForkServer:
             listener.bind(self.address)
             listener.listen()
             file = listener.fileno()
-            command = [
-                sys.executable,
-                "-P",
-                forkserver.__file__,
-                str(file),
-            ]  # by its file: see what it says of torchrun
+            command = [sys.executable, "-P", forkserver.__file__, str(file)]  # as a file: see what it does for torchrun
             self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, pass_fds=[file])
         atexit.register(self.close)
 
@@ -72,6 +68,9 @@ class ForkServer:
             return  # a fork of the owner, which ends by itself
         if self._process.stdin:
             self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        self._process.kill()  # it notices only between its imports
         self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -129,11 +128,11 @@ def start(
         stderr: `subprocess.PIPE`, or None for that of this process.
         binds: Have the kernel kill it when this process dies; for modules that do not see to it themselves.
     """
-    if (address := _address()) != OFF:
-        try:
+    try:
+        if (address := _address()) != OFF:
             return ForkedProcess(address, module, arguments, {**environment, FORKSERVER: address}, stderr)
-        except OSError as e:
-            logger.debug("no worker can be forked from %s: %s", address, e)
+    except OSError as e:
+        logger.debug("no worker can be forked: %s", e)
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env={**environment, FORKSERVER: OFF},
