@@ -42,6 +42,8 @@ PRELOADED = (
     "finetune_assets.training.cli",
     "finetune_assets.evaluation.cli",
 )
+CLIENT_SECONDS = 10
+"""For a client to say what it wants, while others wait."""
 FORK = get_context("fork")
 HEADER_BYTES = 4
 LIFELINE = 0
@@ -121,6 +123,7 @@ class Server:
 
     def _accept(self) -> None:
         connection, _ = self.listener.accept()
+        connection.settimeout(CLIENT_SECONDS)
         try:
             header, files, _, _ = socket.recv_fds(connection, HEADER_BYTES, 3)
             request = Request(**json.loads(_exactly(connection, int.from_bytes(header, "big"))))
@@ -152,13 +155,16 @@ class Server:
 
     def _hear(self, child: ForkProcess) -> None:
         """Pass on signals; kill the child of a client that is gone."""
-        connection = self.children[child]
+        connection = self.children.get(child)
+        if connection is None:
+            return
         try:
             signals = connection.recv(16)
         except OSError:
             signals = b""
         for number in signals or (signal.SIGKILL,):
-            os.kill(child.pid or 0, number)  # it is not reaped yet, so that the number is its own
+            if child.exitcode is None and child.pid:  # else the number may be another process's by now
+                os.kill(child.pid, number)
         if not signals:
             self.selector.unregister(connection)
 
