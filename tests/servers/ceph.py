@@ -2,6 +2,8 @@
 
 Debian: `apt-get install radosgw ceph-mon ceph-osd ceph-common`. All files are in one folder, and it runs as this user.
 
+It takes smaller parts of an upload than S3 does, so that tests of several parts need few bytes.
+
 `shared` gives all test processes of one session the same server. A process of its own keeps it, and stops it as soon as
 no user is left: each of them holds a lock on a file, which the kernel releases however the user ends. The daemons die
 with their keeper.
@@ -75,6 +77,7 @@ rgw_data = {folder}/rgw
 rgw_frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw_thread_pool_size = 64
 rgw_enable_usage_log = false
+rgw_multipart_min_part_size = 65536
 rgw_gc_obj_min_wait = 5
 rgw_gc_processor_period = 5
 """
