@@ -173,6 +173,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in reports:
         folder, _, rest = report.nodeid.removeprefix("tests/").partition("/")
         folders[folder if rest else "tests"] += report.duration
+    if not folders:
+        return
     terminalreporter.section("test seconds by folder")
     for folder, seconds in folders.most_common():
         terminalreporter.write_line(f"{seconds:8.1f} s {folder}")

@@ -40,13 +40,18 @@ print("done", flush=True)
 """
 
 
-@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.system), pytest.param(50, marks=pytest.mark.soak)])
-def kills(request: pytest.FixtureRequest) -> int:
-    """How many."""
-    return int(request.param)
+CASES = pytest.mark.parametrize(
+    ("url", "kills"),
+    [
+        ("s3", 2),
+        *(pytest.param(kind, 4, marks=pytest.mark.system) for kind in ("file", "s3")),
+        *(pytest.param(kind, 50, marks=pytest.mark.soak) for kind in ("file", "s3")),
+    ],
+    indirect=["url"],
+)
 
 
-@pytest.fixture(params=["s3", pytest.param("file", marks=pytest.mark.system)])
+@pytest.fixture
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "file":
         return f"file://{tmp_path}/store"
@@ -75,6 +80,7 @@ def act(what: str, url: str, cache: Path, made: Path, name: str, kill_after: flo
         return time.monotonic() - began
 
 
+@CASES
 def test_publishing_survives_kills(url: str, kills: int, made: Path, tmp_path: Path) -> None:
     store, rng, content = open_store(url, "me", tmp_path / "cache"), random.Random(4), contents(made)
     seconds = min(act("publish", url, tmp_path / "cache", made, f"whole{i}") or 0 for i in range(2))
@@ -92,6 +98,7 @@ def test_publishing_survives_kills(url: str, kills: int, made: Path, tmp_path: P
     print(f"{kills} kills while publishing, {visible} of them after the manifest was there")
 
 
+@CASES
 def test_fetching_survives_kills(url: str, kills: int, made: Path, tmp_path: Path) -> None:
     store, rng, content = open_store(url, "me", tmp_path / "cache"), random.Random(5), contents(made)
     ref = store.publish(made, "raw", "f", "f", {})
