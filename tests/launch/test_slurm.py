@@ -144,7 +144,7 @@ def test_place_in_the_queue_and_reason_are_told(job: Make, cluster: Slurm, caplo
         wait_for(lambda: told("PENDING", "of 2") and (told("Resources") or told("Priority")))
         cluster.run("scancel", first, waiting)
 
-    with in_background(make_room):
+    with in_background(make_room, cluster):
         SlurmLauncher().run(job("good"), {})
     assert told("RUNNING", "n")
     assert told(f"{job('good').cache}/slurm/")
@@ -188,7 +188,7 @@ def test_job_is_told_of_its_time_limit_and_keeps_what_it_has(job: Make, cluster:
         # Slurm looks each 30 s, and tells a job 60 s before its end: it has 30 to 90 s from now
         cluster.limit(number, minutes + (1 if seconds < 30 else 2))
 
-    with in_background(reach_the_limit), pytest.raises(JobFailed, match=r"launcher\.time_limit") as ended:
+    with in_background(reach_the_limit, cluster), pytest.raises(JobFailed, match=r"launcher\.time_limit") as ended:
         SlurmLauncher().run(spec, {})
     assert not ended.value.retriable
     assert told_to_end(spec) == 2
@@ -203,7 +203,7 @@ def test_job_that_is_preempted_is_told_and_keeps_what_it_has(job: Make, cluster:
         wait_for(lambda: started(spec) == 2)
         cluster.run("sbatch", "--parsable", "--output=/dev/null", *urgent)
 
-    with in_background(preempt), pytest.raises(JobFailed) as ended:
+    with in_background(preempt, cluster), pytest.raises(JobFailed) as ended:
         SlurmLauncher().run(spec, {})
     assert ended.value.retriable
     assert told_to_end(spec) == 2
@@ -222,12 +222,22 @@ def told_to_end(spec: JobSpec) -> int:
 
 
 @contextmanager
-def in_background(act: Callable[[], None]) -> Iterator[None]:
-    """Do something meanwhile; what goes wrong with it is the test's failure."""
+def in_background(act: Callable[[], None], cluster: Slurm) -> Iterator[None]:
+    """Do something meanwhile; where it goes wrong the test fails, and nothing waits for the job any longer."""
+
+    def act_or_end() -> None:
+        try:
+            act()
+        except BaseException:
+            cluster.clear()
+            raise
+
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(act)
-        yield
-        done.result()
+        done = pool.submit(act_or_end)
+        try:
+            yield
+        finally:
+            done.result()
 
 
 LAUNCH = """
