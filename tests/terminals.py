@@ -54,7 +54,7 @@ def run(
     shows: Callable[[Seen], bool] = lambda seen: True,
     interrupt: bool = False,
     environment: Mapping[str, str] = {},
-    seconds: float = 300,
+    seconds: float = 120,
 ) -> Seen:
     """Run Python with these arguments in a terminal, until it ends.
 

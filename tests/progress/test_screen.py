@@ -93,7 +93,7 @@ def test_a_bar_is_drawn_below_what_is_written_and_taken_away() -> None:
 
 @pytest.mark.parametrize("columns", [20, 0])
 def test_a_terminal_may_be_narrow_or_say_nothing_of_itself(columns: int) -> None:
-    shows = lambda seen: seen.ever("rows")  # noqa: E731
+    shows = lambda seen: seen.ever("10 of 15")  # noqa: E731
     seen = terminals.run("-c", COUNTING + ALONE, columns=columns, lines=columns, shows=shows)
     assert seen.code == 0
     assert "after" in seen.lines
