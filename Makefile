@@ -6,15 +6,18 @@ JOBS ?= 2
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test soak lint ui chat bench docs screenshots clean
+.PHONY: demo test test-system soak lint ui chat bench docs screenshots clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/python -m finetune_assets.demo
 
-test: $(VENV)/installed  ## all tests, in JOBS processes
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+test: $(VENV)/installed  ## tests for every change, ten minutes in JOBS=2 processes
+	$(BIN)/python -m pytest -n $(JOBS) -m "not system" --durations=20 $(ARGS)
 
-soak: $(VENV)/installed  ## all tests at their full counts
+test-system: $(VENV)/installed  ## the other tests: Slurm, PostgreSQL, every page of the documentation, sweeps
+	$(BIN)/python -m pytest -n $(JOBS) -m system --durations=20 $(ARGS)
+
+soak: $(VENV)/installed  ## all tests of both kinds at their full counts
 	SOAK=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/installed  ## style, import rules, types, definitions

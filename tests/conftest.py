@@ -3,6 +3,7 @@
 import logging
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,11 +85,19 @@ def _moto() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def _ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ceph_server.Ceph]:
+def for_all_workers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all test processes of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def _ceph(for_all_workers: Path) -> Iterator[str]:
+    """The URL of a real S3 server, one for all test processes."""
     if missing := ceph_server.missing():
         pytest.skip(f"{missing} is not installed (Debian: radosgw ceph-mon ceph-osd ceph-common)")
-    with ceph_server.running(tmp_path_factory.mktemp("ceph")) as running:
-        yield running
+    with ceph_server.shared(for_all_workers / "ceph") as url:
+        yield url
 
 
 @pytest.fixture
@@ -98,9 +107,9 @@ def moto(_moto: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 
 
 @pytest.fixture
-def ceph(_ceph: ceph_server.Ceph, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+def ceph(_ceph: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A bucket of a real S3 server, which the environment points to."""
-    return _bucket(_ceph.url, monkeypatch)
+    return _bucket(_ceph, monkeypatch)
 
 
 @pytest.fixture
@@ -153,3 +162,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         report.outcome = "failed"
         report.longrepr = f"skipped in CI, where no part may be missing: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long the tests of each folder took, of all test processes together; `--durations` has the slowest."""
+    reports = [
+        one for reports in terminalreporter.stats.values() for one in reports if isinstance(one, pytest.TestReport)
+    ]
+    folders = Counter[str]()
+    for report in reports:
+        folder, _, rest = report.nodeid.removeprefix("tests/").partition("/")
+        folders[folder if rest else "tests"] += report.duration
+    if not folders:
+        return
+    terminalreporter.section("test seconds by folder")
+    for folder, seconds in folders.most_common():
+        terminalreporter.write_line(f"{seconds:8.1f} s {folder}")
+    terminalreporter.write_line(f"{sum(folders.values()):8.1f} s in all")

@@ -8,10 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from fcntl import ioctl
+from pathlib import Path
 from pty import fork
+from tempfile import TemporaryDirectory
 from termios import TIOCSWINSZ
 
 import pyte
+
+SEEN = "TERMINAL_HAS_SHOWN"
+"""Environment variable: a file that comes to be once the terminal has shown what a test waits for."""
 
 
 class Seen:
@@ -46,29 +51,43 @@ def run(
     *arguments: str,
     columns: int = 120,
     lines: int = 60,
-    interrupt: Callable[[Seen], bool] = lambda seen: False,
+    shows: Callable[[Seen], bool] = lambda seen: True,
+    interrupt: bool = False,
     environment: Mapping[str, str] = {},
     seconds: float = 120,
 ) -> Seen:
-    """Run Python with these arguments in a terminal, until it ends; Ctrl-C is hit once `interrupt` says so."""
-    process, terminal = fork()
-    if process == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background of a shell it is ignored, also by children
-        os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, "TERM": "xterm-256color", **environment})
-    ioctl(terminal, TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-    seen, until, hit = Seen(columns or 80, lines or 24), time.monotonic() + seconds, False
-    try:
-        while output := _read(terminal, until):
-            seen.take(output)
-            if not hit and interrupt(seen):
-                os.write(terminal, b"\x03")
-                hit = True
-    finally:
-        if time.monotonic() > until:
-            os.kill(process, signal.SIGKILL)
-        os.close(terminal)
-        seen.code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    return seen
+    """Run Python with these arguments in a terminal, until it ends.
+
+    Args:
+        arguments: Python's.
+        columns: Of the terminal; 0 if it does not say.
+        lines: Of the terminal; 0 if it does not say.
+        shows: What is waited for; the program finds the file of `SEEN` then.
+        interrupt: Hit Ctrl-C instead.
+        environment: Added to this process's own.
+        seconds: After which the program is ended.
+    """
+    with TemporaryDirectory() as folder:
+        file, arguments = Path(folder) / "seen", (sys.executable, *arguments)
+        variables = {**os.environ, "TERM": "xterm-256color", SEEN: str(file), **environment}
+        process, terminal = fork()
+        if process == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background of a shell it is ignored, also by children
+            os.execve(sys.executable, arguments, variables)
+        ioctl(terminal, TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        seen, until, shown = Seen(columns or 80, lines or 24), time.monotonic() + seconds, False
+        try:
+            while output := _read(terminal, until):
+                seen.take(output)
+                if not shown and shows(seen):
+                    shown = True
+                    os.write(terminal, b"\x03") if interrupt else file.touch()
+        finally:
+            if time.monotonic() > until:
+                os.kill(process, signal.SIGKILL)
+            os.close(terminal)
+            seen.code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return seen
 
 
 def _read(terminal: int, until: float) -> bytes:

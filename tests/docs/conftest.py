@@ -16,13 +16,12 @@ SAID = "said.json"
 
 
 @pytest.fixture
-def first_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def first_run(for_all_workers: Path) -> Path:
     """The project that the first page leaves behind, and in `said.json` what its commands said.
 
     Its training is done once for all test processes.
     """
-    base = tmp_path_factory.getbasetemp()
-    shared = (base if worker_id == "master" else base.parent) / "first-run"
+    shared = for_all_workers / "first-run"
     with FileLock(f"{shared}.lock"):
         if not (shared / SAID).exists():
             shutil.rmtree(shared, ignore_errors=True)

@@ -55,6 +55,7 @@ def test_no_page_loads_from_elsewhere(site: Path) -> None:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style.name
 
 
+@pytest.mark.system
 @pytest.mark.skipif(BROWSER is None, reason="chromium is not installed (Debian: chromium)")
 def test_it_reads_and_searches_from_the_disk(site: Path) -> None:
     with browser() as page:

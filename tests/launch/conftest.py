@@ -16,6 +16,8 @@ import os, pathlib, sys
 from finetune_assets.launch.process import run_worker
 run_worker("worker_body")
 """
+LINGERS = 120
+"""For how many seconds a worker's child outlives it."""
 BODIES = {
     "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('data') + '/in.txt').read().upper())",
     "slow": "def main():\n    import time\n    (out() / 'started').touch(); time.sleep(8); (out() / 'x.txt').touch()",
@@ -34,7 +36,8 @@ BODIES = {
     "    (out() / 'started').touch()\n"
     "    while not stop: time.sleep(0.1)\n"
     "    (out().parents[2] / f'told-{os.environ[\"RANK\"]}').touch(); sys.exit(3)",
-    "lingering": "def main():\n    import subprocess\n    subprocess.Popen(['sleep', '20'])\n"
+    "lingering": f"def main():\n    import subprocess\n    child = subprocess.Popen(['sleep', '{LINGERS}'])\n"
+    "    (out().parents[2] / 'lingers').write_text(str(child.pid))\n"
     "    raise RuntimeError('gone early')",
     "hub": "def main():\n    (out() / 'x.txt').write_text(os.environ['HF_HUB_OFFLINE'])",
 }

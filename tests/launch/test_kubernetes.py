@@ -36,7 +36,11 @@ from finetune_assets.store.objects import Objects
 
 Make = Callable[..., JobSpec]
 T = TypeVar("T")
+SECONDS = 300
+"""How long something may take that happens in a few seconds where nothing else runs."""
 RECORDED = Path(__file__).with_name("kubernetes_requests.json")
+SYSTEM = pytest.mark.system
+"""Of the lives of jobs, one is for every change."""
 
 
 @pytest.fixture
@@ -82,10 +86,12 @@ def error(result: dg.ExecuteInProcessResult) -> str:
     return str(told.cause.message if told.cause else told.message)
 
 
-NODES = pytest.mark.parametrize("nodes", [(1, 1), (2, 2)], ids=["a pod", "a job"])
+KINDS = [(1, 1), (2, 2)]
+NAMES = ["a pod", "a job"]
+NODES = pytest.mark.parametrize("nodes", KINDS, ids=NAMES)
 
 
-@NODES
+@pytest.mark.parametrize("nodes", [KINDS[0], pytest.param(KINDS[1], marks=SYSTEM)], ids=NAMES)
 def test_job_ends_in_an_artifact(in_s3: None, job: Make, tmp_path: Path, api: Server, nodes: tuple[int, int]) -> None:
     assert run(job("good", "1", nodes)).success
     store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")
@@ -95,31 +101,38 @@ def test_job_ends_in_an_artifact(in_s3: None, job: Make, tmp_path: Path, api: Se
     assert [tree["kind"] for tree in api.created] == (["Pod"] if nodes == (1, 1) else ["Job", "Service"])
 
 
+@SYSTEM
 @NODES
-@pytest.mark.parametrize(
-    ("body", "words"), [("user_error", "rank: 0 is wrong"), ("exit", "its last words:\nlast words")]
-)
-def test_failure_is_told_in_the_workers_own_words(job: Make, nodes: tuple[int, int], body: str, words: str) -> None:
-    assert words in error(run(job(body, "1", nodes)))
+@pytest.mark.parametrize(("body", "own_words"), [("user_error", "rank: 0 is wrong"), ("exit", "\nlast words")])
+def test_failure_is_told_in_the_workers_own_words(job: Make, nodes: tuple[int, int], body: str, own_words: str) -> None:
+    assert own_words in error(run(job(body, "1", nodes)))
 
 
 @NODES
-def test_image_that_is_not_there_is_told(job: Make, nodes: tuple[int, int]) -> None:
+def test_image_that_is_not_there_is_named(job: Make, nodes: tuple[int, int]) -> None:
     spec = job("good", "1", nodes, kubernetes=KubernetesJob(image="registry/absent:2"))
-    told = error(run(spec))
-    assert "cannot start (ImagePullBackOff: Back-off pulling image" in told
-    assert "see launcher.kubernetes.image" in told
+    message = error(run(spec))
+    assert all(fact in message for fact in ("ImagePullBackOff", "registry/absent:2", "launcher.kubernetes.image"))
 
 
+@SYSTEM
 @NODES
 def test_evicted_pod_is_told_and_may_be_tried_again(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     spec = job("sleep", "1", nodes)
     thread = threading.Thread(target=lambda: api.evict(wait_for(lambda: started(api))[0]))
     thread.start()
-    assert "was ended (Evicted): The node was low on resource" in error(run(spec))
+    failed = run(spec)
     thread.join()
+    assert_evicted(failed)
 
 
+def assert_evicted(failed: dg.ExecuteInProcessResult) -> None:
+    """What Kubernetes says of it, word for word."""
+    message = error(failed)
+    assert all(fact in message for fact in ("Evicted", "The node was low on resource: ephemeral-storage."))
+
+
+@SYSTEM
 @NODES
 def test_server_that_is_away_for_a_while_ends_nothing(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     def upgrade() -> None:
@@ -132,6 +145,7 @@ def test_server_that_is_away_for_a_while_ends_nothing(job: Make, api: Server, no
     thread.join()
 
 
+@SYSTEM
 @pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.soak), 0], ids=["another", "the first"])
 def test_where_fewer_are_enough_the_rest_goes_on(job: Make, tmp_path: Path, api: Server, lost: int) -> None:
     def evict() -> None:
@@ -143,7 +157,7 @@ def test_where_fewer_are_enough_the_rest_goes_on(job: Make, tmp_path: Path, api:
     ended = run(job("of_two", "1", (1, 2)))
     thread.join()
     if lost == 0:
-        assert "was ended (Evicted): The node was low on resource" in error(ended)
+        assert_evicted(ended)
         return
     assert ended.success
     store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")
@@ -154,29 +168,34 @@ def test_where_fewer_are_enough_the_rest_goes_on(job: Make, tmp_path: Path, api:
 
 def test_time_limit_is_told(job: Make) -> None:
     """A pod's; a Job's deadline is the real controller's."""
-    told = error(run(job("sleep", "1", time_limit="0:00:12")))
-    assert "has reached its time limit: raise launcher.time_limit" in told
+    assert "launcher.time_limit" in error(run(job("sleep", "1", time_limit="0:00:02")))
 
 
-def test_pod_that_waits_for_a_gpu_says_so(job: Make, api: Server, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "finetune_assets")
+@SYSTEM
+def test_pod_that_waits_for_a_gpu_says_so(job: Make, api: Server) -> None:
     process = start(job("good", "1", gpus_per_node=1), api)
-    wait_for(api.pods)
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[0].decode()
-    assert "Pending (Unschedulable): 0/1 nodes are available: 1 Insufficient nvidia.com/gpu." in told
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            if b"Unschedulable" in line:
+                break
+        assert b"0/1 nodes are available: 1 Insufficient nvidia.com/gpu." in line
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=SECONDS)
 
 
+@SYSTEM
 @NODES
 def test_interrupt_leaves_nothing(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     process = start(job("sleep", "1", nodes), api)
     wait_for(lambda: len(started(api)) == nodes[0])
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=90)
+    process.communicate(timeout=SECONDS)
     assert api.pods() == []
 
 
+@SYSTEM
 @NODES
 def test_what_a_killed_run_left_is_deleted_by_the_next(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     process = start(job("sleep", "1", nodes), api)
@@ -188,12 +207,12 @@ def test_what_a_killed_run_left_is_deleted_by_the_next(job: Make, api: Server, n
     forget(job("good"))
 
 
-def test_what_the_server_refuses_is_told(job: Make, api: Server) -> None:
+@NODES
+def test_what_the_server_refuses_is_told(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     api.refuses = "pods is forbidden: User cannot create resource"
-    for nodes in ((1, 1), (2, 2)):
-        told = error(run(job("good", "1", nodes)))
-        assert "Kubernetes has refused the job (403 Forbidden)" in told
-        assert "User cannot create resource" in told
+    message = error(run(job("good", "1", nodes)))
+    assert "403" in message
+    assert api.refuses in message
 
 
 FULL = Launcher(
@@ -262,6 +281,7 @@ def test_of_lists_things_of_the_same_name_are_merged() -> None:
     assert merged(base, over) == {"a": [{"name": "x", "one": 1, "two": 2}, {"name": "y"}], "b": 1, "c": 3}
 
 
+@SYSTEM
 def test_the_clients_ask_what_they_asked_when_this_was_recorded(job: Make, api: Server) -> None:
     """The server above answers these requests; a new client that asks others needs another look at it."""
     for nodes in ((1, 1), (2, 2)):
@@ -317,7 +337,7 @@ def started(api: Server) -> list[str]:
     return [path.parents[3].name for path in found]
 
 
-def wait_for(found: Callable[[], T], seconds: float = 90) -> T:
+def wait_for(found: Callable[[], T], seconds: float = SECONDS) -> T:
     deadline = time.monotonic() + seconds
     while not (now := found()):
         assert time.monotonic() < deadline

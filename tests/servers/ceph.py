@@ -1,14 +1,23 @@
 """A real S3 server for tests: Ceph's RADOS gateway over one monitor and one object store daemon, on loopback.
 
-Debian: `apt-get install radosgw ceph-mon ceph-osd ceph-common`. Everything lies in one folder and runs as this user.
+Debian: `apt-get install radosgw ceph-mon ceph-osd ceph-common`. All files are in one folder, and it runs as this user.
+
+It takes smaller parts of an upload than S3 does, so that tests of several parts need few bytes.
+
+`shared` gives all test processes of one session the same server. A process of its own keeps it, and stops it as soon as
+no user is left: each of them holds a lock on a file, which the kernel releases however the user ends. The daemons die
+with their keeper.
 """
 
+import ctypes
+import fcntl
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,9 +25,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock
+
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
 ACCESS_KEY, SECRET_KEY = "AKPLANTEDACCESSKEY01", "planted-secret-key-for-tests-0123456789"
 START_SECONDS = 120
+POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1
 
 CONF = """
 [global]
@@ -64,6 +77,7 @@ rgw_data = {folder}/rgw
 rgw_frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw_thread_pool_size = 64
 rgw_enable_usage_log = false
+rgw_multipart_min_part_size = 65536
 rgw_gc_obj_min_wait = 5
 rgw_gc_processor_period = 5
 """
@@ -122,6 +136,56 @@ def running(folder: Path) -> Iterator[Ceph]:
             process.wait()
 
 
+@contextmanager
+def shared(folder: Path) -> Iterator[str]:
+    """The URL of the one server that all processes with this folder use; the first of them starts it.
+
+    Args:
+        folder: The same for all of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "users", "wb") as users:
+        with FileLock(folder / "start.lock"):
+            fcntl.flock(users, fcntl.LOCK_SH)  # a server that is about to stop has stopped before this returns
+            if not (folder / "url").exists():
+                _start_keeper(folder)
+        yield (folder / "url").read_text()
+
+
+def _start_keeper(folder: Path) -> None:
+    with open(folder / "keeper.out", "ab") as out:
+        keeper = subprocess.Popen(
+            [sys.executable, __file__, str(folder), "--shared"], stdout=out, stderr=out, start_new_session=True
+        )
+    while not (folder / "url").exists():
+        if keeper.poll() is not None:
+            raise RuntimeError(f"no S3 server was started; see {folder / 'keeper.out'}")
+        time.sleep(0.1)
+
+
+def _keep(folder: Path) -> None:
+    """Run a server until no process holds its lock on the file `users`."""
+    data, url = folder / uuid.uuid4().hex[:8], folder / "url"
+    with open(folder / "users", "wb") as users:
+        with running(data) as server:
+            ready = folder / "url.new"
+            ready.write_text(server.url)
+            ready.rename(url)
+            while not _locked(users.fileno()):
+                time.sleep(POLL_SECONDS)
+            url.unlink()
+        shutil.rmtree(data / "osd")  # as large as all that was stored; the logs stay
+
+
+def _locked(file: int) -> bool:
+    """Lock a file if nobody else has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _start(server: Ceph, conf: Path, fsid: str, port: int) -> None:
     folder, deadline = server.folder, time.monotonic() + START_SECONDS
     monmap = folder / "monmap"
@@ -145,7 +209,14 @@ def _start(server: Ceph, conf: Path, fsid: str, port: int) -> None:
 def _daemon(server: Ceph, conf: Path, *command: str) -> None:
     with open(server.folder / f"{command[0]}.out", "wb") as out:
         arguments = [*command, "-f", "--conf", str(conf)]
-        server.processes.append(subprocess.Popen(arguments, stdout=out, stderr=subprocess.STDOUT))
+        server.processes.append(
+            subprocess.Popen(arguments, stdout=out, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        )
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _osd(server: Ceph, conf: Path, deadline: float) -> None:
@@ -200,9 +271,10 @@ def _free_ports(count: int) -> list[int]:
 
 def main() -> None:
     """Run one until Ctrl-C, and print what a client needs: `python tests/servers/ceph.py FOLDER`."""
-    import sys
-
-    with running(Path(sys.argv[1]).resolve()) as server:
+    folder = Path(sys.argv[1]).resolve()
+    if "--shared" in sys.argv:
+        return _keep(folder)
+    with running(folder) as server:
         print(json.dumps(environment(server.url)), flush=True)
         signal.pause()
 

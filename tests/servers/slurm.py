@@ -19,7 +19,8 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "ip", "unshare", "nsenter")
 NETWORK = "10.213.{}"
 """Of one cluster; the controller is its `.0.1`."""
-START_SECONDS = 60
+START_SECONDS = 120
+CLEAR_SECONDS = 180
 
 CONF = """
 ClusterName=tests
@@ -110,6 +111,27 @@ class Slurm:
         """Numbers of the jobs that wait or run."""
         return self.run("squeue", "-h", "-o", "%i").split()
 
+    def clear(self) -> None:
+        """End all jobs, and wait until nothing of them is left."""
+        deadline = time.monotonic() + CLEAR_SECONDS
+        while jobs := self.jobs():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Slurm's jobs {', '.join(jobs)} do not end; see {self.folder}")
+            subprocess.run(["scancel", *jobs], env=os.environ | self.environment, capture_output=True)
+            time.sleep(0.5)
+
+    def ready(self) -> bool:
+        """Whether all machines wait for a job."""
+        return _idle(self) == len(self.nodes)
+
+    def has_lost(self, node: Node) -> bool:
+        """Whether the controller has noticed that a machine is gone."""
+        return self.run("sinfo", "-h", "-N", "-n", node.name, "-p", "main", "-o", "%T").startswith("down")
+
+    def limit(self, job: str, minutes: int) -> None:
+        """Change how long a job may run."""
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
     def kill(self, node: Node) -> None:
         """All of a machine at once, as where the power fails."""
         assert node.process
@@ -191,7 +213,7 @@ def _start(cluster: Slurm) -> None:
     )
     for node in cluster.nodes:
         cluster.boot(node)
-    _wait(cluster, lambda: _idle(cluster) == len(cluster.nodes))
+    _wait(cluster, cluster.ready)
 
 
 def _idle(cluster: Slurm) -> int:

@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
-BIG = 20 << 20
-"""Bytes of a file that goes up in several parts."""
+SMALL = 320 << 10
+"""Bytes of the large file in a folder where its size does not matter."""
+SEVERAL_PARTS = 20 << 20
+"""Bytes of a file that is uploaded in several parts."""
 
 
-def make_folder(folder: Path, big: int = BIG) -> Path:
+def make_folder(folder: Path, big: int = SMALL) -> Path:
     """A folder with a large file, one below a folder, and an empty one."""
     (folder / "sub").mkdir(parents=True)
     (folder / "big.bin").write_bytes(os.urandom(big))

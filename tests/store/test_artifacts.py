@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from finetune_assets.store.artifacts import ArtifactStore, open_store
 from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
 from finetune_assets.store.manifest import FileEntry, ManifestError
 
-KILLS = 60 if os.environ.get("SOAK") else 8
+KILLS, WRITERS = (60, 8) if os.environ.get("SOAK") else (3, 4)
+SIZE = 1 << 20
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def store(tmp_path: Path) -> ArtifactStore:
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "made"
     (folder / "sub").mkdir(parents=True)
-    (folder / "a.bin").write_bytes(os.urandom(5 << 20))
+    (folder / "a.bin").write_bytes(os.urandom(SIZE))
     (folder / "sub" / "b.txt").write_text("b")
     return folder
 
@@ -47,7 +49,7 @@ def test_what_is_fetched_is_what_was_published(store: ArtifactStore, folder: Pat
     assert store.find("raw", "f1") is None
     ref = store.publish(folder, "raw", "f1", "f1", {"source": "x"})
     assert store.find("raw", "f1") == ref
-    assert (ref.files, ref.size) == (2, (5 << 20) + 1)
+    assert (ref.files, ref.size) == (2, SIZE + 1)
     assert contents(store.fetch(ref)) == contents(folder)
 
 
@@ -72,7 +74,7 @@ def test_without_its_manifest_an_artifact_does_not_exist(store: ArtifactStore, f
     store.publish(folder, "raw", "f1", "f1", {})
     manifest_path(tmp_path).unlink()
     assert store.find("raw", "f1") is None
-    with pytest.raises(ArtifactMissing, match="materialize dolly_raw first"):
+    with pytest.raises(ArtifactMissing, match="dolly_raw"):
         store.resolve("raw", "f1", made_by="dolly_raw")
 
 
@@ -126,43 +128,45 @@ def test_manifest_that_leads_outside_is_refused(
         else replace(manifest, folder=path)
     )
     manifest_path(tmp_path).write_bytes(bad.to_json())
-    with pytest.raises(ManifestError, match="not a plain relative path"):
+    with pytest.raises(ManifestError, match=re.escape(f"'{path}'")):
         store.fetch(ref)
     assert not (tmp_path / "cache" / "artifacts").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change",
     [
-        ({"kind": "tokenized"}, "of another artifact"),
-        ({"fingerprint": "f2"}, "of another artifact"),
-        ({"folder": "a/b"}, "plain name"),
-        ({"created": "yesterday"}, "not a manifest"),
-        ({"files": (FileEntry("a.bin", -1, "0" * 64),)}, "cannot be"),
-        ({"files": (FileEntry("a.bin", 1, "no hash"),)}, "cannot be"),
-        ({"files": (FileEntry("a.bin", 1, "0" * 64),) * 2}, "twice"),
+        {"kind": "tokenized"},
+        {"fingerprint": "f2"},
+        {"folder": "a/b"},
+        {"created": "yesterday"},
+        {"files": (FileEntry("a.bin", -1, "0" * 64),)},
+        {"files": (FileEntry("a.bin", 1, "no hash"),)},
+        {"files": (FileEntry("a.bin", 1, "0" * 64),) * 2},
     ],
 )
 def test_manifest_that_cannot_be_is_refused(
-    store: ArtifactStore, folder: Path, tmp_path: Path, change: dict[str, Any], words: str
+    store: ArtifactStore, folder: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     store.publish(folder, "raw", "f1", "f1", {})
     manifest = store.manifest("raw", "f1")
     assert manifest
     manifest_path(tmp_path).write_bytes(replace(manifest, **change).to_json())
-    with pytest.raises(ManifestError, match=words):
+    with pytest.raises(ManifestError, match=r"me/raw/f1/manifest\.json"):
         store.find("raw", "f1")
+    manifest_path(tmp_path).write_bytes(manifest.to_json())
+    assert store.find("raw", "f1"), "it was the change"
 
 
 def test_manifest_with_a_changed_bit_is_refused(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
     store.publish(folder, "raw", "f1", "f1", {"source": "this"})
     manifest_path(tmp_path).write_text(manifest_path(tmp_path).read_text().replace("this", "that"))
-    with pytest.raises(ManifestError, match="not as it was written"):
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
         store.find("raw", "f1")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1, "files": [{}]}', "null"])
-def test_what_is_no_manifest_is_told(store: ArtifactStore, folder: Path, tmp_path: Path, text: str) -> None:
+def test_what_is_no_manifest_is_refused(store: ArtifactStore, folder: Path, tmp_path: Path, text: str) -> None:
     store.publish(folder, "raw", "f1", "f1", {})
     manifest_path(tmp_path).write_text(text)
     with pytest.raises(ManifestError, match=r"manifest\.json"):
@@ -178,13 +182,13 @@ def test_namespaces_share_base_models_alone(store: ArtifactStore, folder: Path, 
 
 
 @pytest.mark.parametrize("url", ["", "store", "file://relative", "ftp://x/y", "file:/x"])
-def test_unusable_url_is_told(url: str, tmp_path: Path) -> None:
+def test_unusable_url_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="FINETUNE_STORE"):
         open_store(url, "me", tmp_path)
 
 
 @pytest.mark.parametrize("place", ["file", "under a file"])
-def test_store_that_cannot_be_a_folder_is_told(tmp_path: Path, place: str) -> None:
+def test_store_that_cannot_be_a_folder_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("x")
     path = tmp_path / "file" / ("x" if place == "under a file" else "")
     with pytest.raises(StoreError, match="FINETUNE_STORE"):
@@ -192,14 +196,14 @@ def test_store_that_cannot_be_a_folder_is_told(tmp_path: Path, place: str) -> No
 
 
 @pytest.mark.parametrize("namespace", ["", "my team", "a/b", "..", "é"])
-def test_unusable_namespace_is_told(tmp_path: Path, namespace: str) -> None:
+def test_unusable_namespace_is_refused(tmp_path: Path, namespace: str) -> None:
     with pytest.raises(StoreError, match="FINETUNE_NAMESPACE"):
         open_store(f"file://{tmp_path}/store", namespace, tmp_path)
 
 
 def test_empty_folder_is_not_published(store: ArtifactStore, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(StoreError, match="empty"):
+    with pytest.raises(StoreError, match=re.escape(f"{tmp_path}/empty")):
         store.publish(tmp_path / "empty", "raw", "f1", "f1", {})
 
 
@@ -248,12 +252,12 @@ def test_killed_publisher_and_reader_leave_no_half_artifact(tmp_path: Path, fold
 def test_of_many_writers_one_wins(tmp_path: Path, folder: Path) -> None:
     url = f"file://{tmp_path}/store"
     ready = SPAWN.Event()
-    writers = [SPAWN.Process(target=_publish, args=(ready, url, folder, tmp_path / "cache")) for _ in range(8)]
+    writers = [SPAWN.Process(target=_publish, args=(ready, url, folder, tmp_path / "cache")) for _ in range(WRITERS)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert [writer.exitcode for writer in writers] == [0] * 8
+    assert [writer.exitcode for writer in writers] == [0] * WRITERS
     store = open_store(url, "me", tmp_path / "cache")
     ref = store.resolve("raw", "f1", "x")
     assert contents(store.fetch(ref)) == contents(folder)

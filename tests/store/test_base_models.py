@@ -1,6 +1,7 @@
 """Base models from the package, a folder, and the real Hub client against a Hub of ours."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -46,30 +47,23 @@ def test_folder_is_pinned_by_its_content(tmp_path: Path) -> None:
     assert locate("./mine", "main", tmp_path).revision != before.revision
 
 
-@pytest.mark.parametrize(
-    ("removed", "words"),
-    [
-        ("config.json", "no config.json"),
-        ("model.safetensors", "no weights"),
-        ("tokenizer.json", "no tokenizer"),
-    ],
-)
-def test_incomplete_folder_is_told(tmp_path: Path, removed: str, words: str) -> None:
+@pytest.mark.parametrize("removed", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_incomplete_folder_is_refused(tmp_path: Path, removed: str) -> None:
     folder = Path(shutil.copytree(PACKAGED["demo-base"], tmp_path / "mine"))
     (folder / removed).unlink()
-    with pytest.raises(BaseModelError, match=words):
+    with pytest.raises(BaseModelError, match=rf"{folder}.*{re.escape(removed)}"):
         locate("./mine", "main", tmp_path)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(PACKAGED["demo-base"], tmp_path / "mine"))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BaseModelError, match=r"pickled weights \(pytorch_model\.bin\).*safetensors"):
+    with pytest.raises(BaseModelError, match=r"pytorch_model\.bin.*model\.safetensors"):
         locate("./mine", "main", tmp_path)
 
 
-def test_missing_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="does not exist"):
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match=rf"model\.base_model.*{tmp_path}/gone"):
         locate("./gone", "main", tmp_path)
 
 
@@ -100,7 +94,7 @@ def test_gated_model_says_what_to_do_and_opens_with_a_token(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("owner/gated", files(), gated=True)
-    with pytest.raises(BaseModelError, match=r"gated.*owner/gated.*HF_TOKEN"):
+    with pytest.raises(BaseModelError, match=rf"{hub.url}/owner/gated.*HF_TOKEN"):
         locate("owner/gated", "main", tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     collect_into(locate("owner/gated", "main", tmp_path), tmp_path)
@@ -108,17 +102,17 @@ def test_gated_model_says_what_to_do_and_opens_with_a_token(
 
 
 @pytest.mark.parametrize(
-    ("name", "revision", "words"),
+    ("name", "revision", "facts"),
     [
-        ("owner/gone", "main", r"not on the Hub.*\./owner/gone"),
-        ("demo-bsae", "main", "did you mean 'demo-base'"),
-        ("owner/model", "v9", "no such branch, tag or commit"),
-        ("not a name!", "main", "not on the Hub"),
+        ("owner/gone", "main", r"owner/gone.*\./owner/gone"),
+        ("demo-bsae", "main", "demo-bsae.*'demo-base'"),
+        ("owner/model", "v9", "owner/model.*v9"),
+        ("not a name!", "main", "not a name!"),
     ],
 )
-def test_unknown_model_or_revision_is_told(hub: Hub, tmp_path: Path, name: str, revision: str, words: str) -> None:
+def test_unknown_model_or_revision_is_refused(hub: Hub, tmp_path: Path, name: str, revision: str, facts: str) -> None:
     hub.add("owner/model", files())
-    with pytest.raises(BaseModelError, match=words):
+    with pytest.raises(BaseModelError, match=facts):
         locate(name, revision, tmp_path)
 
 
@@ -126,17 +120,17 @@ def test_hub_with_pickled_weights_only_downloads_nothing(hub: Hub, tmp_path: Pat
     repo = files()
     repo["pytorch_model.bin"] = repo.pop("model.safetensors")
     hub.add("owner/pickled", repo)
-    with pytest.raises(BaseModelError, match="pickled weights"):
+    with pytest.raises(BaseModelError, match=r"owner/pickled.*pytorch_model\.bin"):
         collect_into(locate("owner/pickled", "main", tmp_path), tmp_path)
     assert not any("/resolve/" in request for request in hub.requests)
 
 
-def test_failing_and_unreachable_hub_are_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_and_unreachable_hub_are_refused(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.failing = 500
-    with pytest.raises(BaseModelError, match="refused \\(500\\)"):
+    with pytest.raises(BaseModelError, match="500"):
         locate("owner/model", "main", tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(BaseModelError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+    with pytest.raises(BaseModelError, match=r"http://127\.0\.0\.1:9"):
         locate("owner/model", "main", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE"):
@@ -176,12 +170,12 @@ def test_sharded_model_is_fetched_whole_and_nothing_else(hub: Hub, tmp_path: Pat
     assert not any("consolidated" in request or "modeling_other" in request for request in hub.requests)
 
 
-def test_missing_shard_is_told_before_any_is_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_missing_shard_is_refused_before_any_is_fetched(hub: Hub, tmp_path: Path) -> None:
     repo = sharded(tmp_path / "shards")
     gone = max(name for name in repo if name.startswith("model-0"))
     del repo[gone]
     hub.add("owner/sharded", repo)
-    with pytest.raises(BaseModelError, match=rf"names {gone}, which is missing \(1 of"):
+    with pytest.raises(BaseModelError, match=re.escape(gone)):
         collect_into(locate("owner/sharded", "main", tmp_path), tmp_path)
     assert not any("model-0" in request for request in hub.requests)
 
@@ -203,7 +197,7 @@ def test_damaged_file_is_fetched_again(hub: Hub, tmp_path: Path, name: str) -> N
     assert (tmp_path / name).read_bytes() == files()[name]
     hub.add("owner/other", files())
     hub.damaged[name] = 10
-    with pytest.raises(DamagedDownload, match=f"{name} arrives damaged"):
+    with pytest.raises(DamagedDownload, match=re.escape(name)):
         collect_into(locate("owner/other", "main", tmp_path), tmp_path)
 
 
@@ -219,24 +213,24 @@ def test_file_that_was_damaged_in_the_clients_cache_is_noticed(hub: Hub, tmp_pat
     assert (tmp_path / "model.safetensors").read_bytes() == files()["model.safetensors"]
 
 
-def test_throttled_hub_is_waited_for_or_told(hub: Hub, tmp_path: Path) -> None:
+def test_throttled_hub_is_waited_for_or_named(hub: Hub, tmp_path: Path) -> None:
     hub.add("owner/model", files())
     source = locate("owner/model", "main", tmp_path)
     hub.failing, hub.failures_left = 429, 2
     collect_into(source, tmp_path)
     hub.failing, hub.failures_left = 429, None
-    with pytest.raises(BaseModelError, match=r"slow down \(429\); wait some minutes, or set HF_TOKEN"):
+    with pytest.raises(BaseModelError, match=r"429.*HF_TOKEN"):
         locate("owner/model", "main", tmp_path)
 
 
-def test_refused_token_is_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_token_is_refused(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("owner/model", files())
     hub.failing = 401
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    with pytest.raises(BaseModelError, match=r"does not accept HF_TOKEN \(401\)"):
+    with pytest.raises(BaseModelError, match=r"HF_TOKEN.*401"):
         locate("owner/model", "main", tmp_path)
     hub.failing = None
-    with pytest.raises(BaseModelError, match=r"private \(HF_TOKEN is not valid or may not read it\)"):
+    with pytest.raises(BaseModelError, match=r"owner/secret.*HF_TOKEN"):
         locate("owner/secret", "main", tmp_path)
 
 
@@ -261,7 +255,7 @@ def test_model_with_its_own_code_is_refused_until_this_version_is_trusted(hub: H
     commit = hub.add("owner/new", changed(OWN_CODE, **{"modeling_new.py": b"x = 1"}))
     source = locate("owner/new", "main", tmp_path)
     with pytest.raises(
-        BaseModelError, match=rf"modeling_new\.NewForCausalLM.*set model.trust_remote_code to owner/new@{commit}"
+        BaseModelError, match=rf"modeling_new\.NewForCausalLM.*model\.trust_remote_code.*owner/new@{commit}"
     ):
         collect_into(source, tmp_path)
     assert not any("model.safetensors" in request for request in hub.requests), "refused before the weights"
@@ -272,7 +266,7 @@ def test_model_with_its_own_code_is_refused_until_this_version_is_trusted(hub: H
 def test_code_of_another_repository_is_refused_even_if_trusted(hub: Hub, tmp_path: Path) -> None:
     elsewhere = {**OWN_CODE, "auto_map": {"AutoModelForCausalLM": "someone/else--modeling_new.NewForCausalLM"}}
     hub.add("owner/new", changed(elsewhere))
-    with pytest.raises(BaseModelError, match=r"another repository \(someone/else--modeling_new"):
+    with pytest.raises(BaseModelError, match=r"someone/else--modeling_new"):
         collect_into(locate("owner/new", "main", tmp_path), tmp_path, trusted=True)
 
 
@@ -289,29 +283,29 @@ def test_folder_with_its_own_code_is_named_by_its_content(tmp_path: Path) -> Non
     source = locate("./mine", "main", tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(BaseModelError, match=f"set model.trust_remote_code to local/mine@{source.revision}"):
+    with pytest.raises(BaseModelError, match=rf"model\.trust_remote_code.*local/mine@{source.revision}"):
         collect_into(source, out)
     (folder / "modeling_new.py").write_text("x = 2")
     assert locate("./mine", "main", tmp_path).version != source.version, "other code is another version"
 
 
 @pytest.mark.parametrize(
-    ("repo", "words"),
+    ("repo", "facts"),
     [
-        (files(**{"config.json": b"{oops"}), r"config\.json is not JSON"),
-        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "an adapter; name the base model"),
-        ({**files(), "model.safetensors": b"\0" * 100}, r"model\.safetensors is damaged"),
+        (files(**{"config.json": b"{oops"}), r"config\.json"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, r"config\.json.*adapter"),
+        ({**files(), "model.safetensors": b"\0" * 100}, r"model\.safetensors"),
         (
             {"weights.safetensors" if n == "model.safetensors" else n: b for n, b in files().items()},
-            "only weights.safe",
+            r"weights\.safetensors",
         ),
-        (files(**{"model.safetensors.index.json": b"[]"}), "is not a JSON object"),
-        (files(**{"model.safetensors.index.json": b"{}"}), "has no weight_map"),
+        (files(**{"model.safetensors.index.json": b"[]"}), r"model\.safetensors\.index\.json"),
+        (files(**{"model.safetensors.index.json": b"{}"}), r"model\.safetensors\.index\.json.*weight_map"),
     ],
 )
-def test_unusable_repository_is_told(hub: Hub, tmp_path: Path, repo: dict[str, bytes], words: str) -> None:
+def test_unusable_repository_is_refused(hub: Hub, tmp_path: Path, repo: dict[str, bytes], facts: str) -> None:
     hub.add("owner/odd", repo)
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(BaseModelError, match=words):
+    with pytest.raises(BaseModelError, match=facts):
         collect_into(locate("owner/odd", "main", tmp_path), out)

@@ -1,5 +1,7 @@
 """The node-local cache: no request when warm, bounded, shared, and never handing on what was not verified."""
 
+import errno
+import json
 import logging
 import os
 import shutil
@@ -13,13 +15,15 @@ from pathlib import Path
 import pytest
 from store.folders import contents, make_folder
 
+from finetune_assets.progress import gigabytes
 from finetune_assets.store import cache as cache_module
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
 from finetune_assets.store.cache import NodeCache
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.locks import Lock
 
-MB = 1_000_000
+MB = 100_000
+"""What is a tenth of an artifact here: what holds for small ones holds for large ones."""
 
 
 @pytest.fixture(autouse=True)
@@ -101,14 +105,14 @@ def test_link_in_the_store_is_refused(tmp_path: Path) -> None:
     stored.unlink()
     (tmp_path / "same.txt").write_text("small")
     stored.symlink_to(tmp_path / "same.txt")
-    with pytest.raises(StoreError, match="a link instead of a file"):
+    with pytest.raises(StoreError, match=r"sub/small\.txt"):
         store.fetch(ref)
 
 
 def test_link_out_of_a_folder_is_not_published(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "made")
     (folder / "passwd").symlink_to("/etc/passwd")
-    with pytest.raises(StoreError, match="leads out of its folder"):
+    with pytest.raises(StoreError, match="passwd"):
         store_at(tmp_path).publish(folder, "raw", "f1", "f1", {})
 
 
@@ -128,10 +132,9 @@ def test_what_is_in_use_stays_and_the_limit_holds(tmp_path: Path) -> None:
     refs = {name: publish(store, tmp_path, name, 10 * MB) for name in ("a", "b", "c")}
     kept = store.fetch(refs["a"])
     store.fetch(refs["b"])
-    with pytest.raises(
-        StoreError, match=r"FINETUNE_CACHE_LIMIT: raise it, 25\.0 MB.*10\.0 MB, and 20\.0 MB are in use"
-    ):
+    with pytest.raises(StoreError, match="FINETUNE_CACHE_LIMIT") as error:
         store.fetch(refs["c"])
+    assert all(gigabytes(size) in str(error.value) for size in (25 * MB, 10 * MB, 20 * MB)), "limit, size, in use"
     assert cached(store) == {"a", "b"}
     assert contents(kept)
     release_all()
@@ -156,17 +159,17 @@ def test_what_another_process_uses_stays_until_it_dies(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout
         assert other.stdout.readline()
-        with pytest.raises(StoreError, match="in use by others"):
+        with pytest.raises(StoreError, match="FINETUNE_CACHE_LIMIT"):
             store.fetch(refs["b"])
         other.kill()
     store.fetch(refs["b"])
     assert cached(store) == {"b"}
 
 
-def test_artifact_larger_than_the_limit_is_told(tmp_path: Path) -> None:
+def test_artifact_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
     store = store_at(tmp_path, limit=5 * MB)
     ref = publish(store, tmp_path, "a", 10 * MB)
-    with pytest.raises(StoreError, match=r"FINETUNE_CACHE_LIMIT: raise it, 5\.0 MB are too few"):
+    with pytest.raises(StoreError, match=f"FINETUNE_CACHE_LIMIT.*{gigabytes(5 * MB)}"):
         store.fetch(ref)
     assert cached(store) == set()
     assert not list(store.cache.root.rglob("*.bin"))
@@ -174,20 +177,20 @@ def test_artifact_larger_than_the_limit_is_told(tmp_path: Path) -> None:
 
 def test_part_of_an_artifact_counts_as_that_part(tmp_path: Path) -> None:
     store = store_at(tmp_path, limit=5 * MB)
-    ref = store.publish(make_folder(tmp_path / "made"), "raw", "f1", "f1", {})
+    ref = store.publish(make_folder(tmp_path / "made", 10 * MB), "raw", "f1", "f1", {})
     assert set(contents(store.fetch(ref, lambda path: path != "big.bin"))) == {"sub/small.txt", "empty"}
 
 
-def test_full_disk_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_refused_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_at(tmp_path)
     ref = publish(store, tmp_path, "a", 10 * MB)
     monkeypatch.setattr(cache_module, "FREE_BYTES", shutil.disk_usage(tmp_path).free)
-    with pytest.raises(StoreError, match=r"no space left; me--raw--a needs 10\.0 MB.*FINETUNE_CACHE"):
+    with pytest.raises(StoreError, match=r"me--raw--a.*FINETUNE_CACHE"):
         store.fetch(ref)
 
 
 FULL = """
-import resource, signal, sys
+import json, resource, signal, sys
 from pathlib import Path
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.store.errors import StoreError
@@ -198,19 +201,19 @@ store = open_store(sys.argv[1], "me", Path(sys.argv[2]))
 try:
     print(store.fetch(store.find("raw", "a")))
 except StoreError as e:
-    print("told:", e)
+    print(json.dumps(str(e)))
 """
 
 
 @pytest.mark.parametrize("short", [1, 100, 5 * MB])
-def test_file_that_cannot_be_written_to_its_end_is_told(tmp_path: Path, short: int) -> None:
+def test_file_that_cannot_be_written_to_its_end_is_refused(tmp_path: Path, short: int) -> None:
     """The kernel writes what fits and says how much; only the next write fails, and after the last there is none."""
     store = store_at(tmp_path)
     ref = publish(store, tmp_path, "a", 10 * MB)
     command = [sys.executable, "-c", FULL, store.url, str(tmp_path / "cache"), str(10 * MB - short)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert told.startswith("told: ")
-    assert "cannot be written (File too large); see FINETUNE_CACHE" in told
+    message = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert os.strerror(errno.EFBIG) in message
+    assert "FINETUNE_CACHE" in message
     assert not list((tmp_path / "cache").rglob("*.bin"))
     assert (store.fetch(ref) / "file.bin").stat().st_size == 10 * MB
 
@@ -238,7 +241,7 @@ def test_what_a_fetch_under_way_has_reserved_is_not_given_away(tmp_path: Path) -
         cache.make_room(second, 10 * MB, 10 * MB)
 
 
-def test_who_waits_is_told_for_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_waits_says_for_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = NodeCache(tmp_path)
     caplog.set_level(logging.INFO, "finetune_assets")
     entered, leave = threading.Event(), threading.Event()
@@ -255,9 +258,9 @@ def test_who_waits_is_told_for_what(tmp_path: Path, caplog: pytest.LogCaptureFix
     threading.Timer(1.2, leave.set).start()
     with cache.alone("x", "fetches base-models/x"):
         thread.join()
-    told = next(record.getMessage() for record in caplog.records if "waiting" in record.getMessage())
-    assert f"waiting for process {os.getpid()}, which fetches base-models/x since" in told
-    assert told.endswith("fetching: 1.0 GB of 2.0 GB")
+    told = [record.getMessage() for record in caplog.records if record.name != "finetune_assets.test"]
+    for fact in (str(os.getpid()), "fetches base-models/x", "fetching: 1.0 GB of 2.0 GB"):
+        assert any(fact in message for message in told)
 
 
 def test_lock_files_and_workspaces_go_with_their_holders(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -199,17 +200,19 @@ def test_list_and_show(command: Any, make: Maker, store: ArtifactStore) -> None:
     code, told = command("list")
     assert code == 0
     assert [line.split()[0] for line in told.splitlines()[1:5]] == ["evaluations", "adapters", "tokenized", "raw"]
-    assert "4 artifacts" in told
     code, told = command("list", "adapters", "--json")
     assert json.loads(told)["made_from"]["experiment"] == "demo"
     code, told = command("show", "333")
     assert chain["adapters"].uri in told
     assert fp("2") in told
-    tree = told.partition("made from\n")[2]
+    tree = told.partition("file.txt")[2]
     assert tree.index(f"tokenized/{'2' * 12}") < tree.index(f"raw/{'1' * 12}") < tree.index(f"evaluations/{'4' * 12}")
-    assert "'nothing': no artifact of that name" in command("show", "nothing")[1]
-    make("raw", fp("3"))
-    assert "2 artifacts begin so" in command("show", "333")[1]
+    for name in ("nothing", "333"):
+        if name == "333":
+            make("raw", fp("3"))
+        code, told = command("show", name)
+        assert code != 0
+        assert f"'{name}'" in told
     assert command("show", "adapters/333")[0] == 0
 
 
@@ -219,7 +222,8 @@ def test_verify_finds_damage_in_store_and_cache(command: Any, make: Maker, store
     (Path(chain["raw"].uri.removeprefix("file://")) / "file.txt").write_text("changed")
     code, told = command("verify")
     assert code == 1
-    assert f"damaged raw/{'1' * 12} file.txt" in told
+    (line,) = [line for line in told.splitlines() if "file.txt" in line]
+    assert f"raw/{'1' * 12}" in line
     assert command("verify", "tokenized/2")[0] == 0
 
     cached = store.fetch(chain["adapters"]) / "file.txt"
@@ -231,7 +235,8 @@ def test_verify_finds_damage_in_store_and_cache(command: Any, make: Maker, store
     os.utime(cached, ns=(when, when))
     code, told = command("verify", "--cache")
     assert code == 1
-    assert "in use: end what uses it" in told, "by this process"
+    assert "file.txt" in told
+    assert cached.exists(), "this process uses it"
 
 
 def test_fetch_copies_into_a_new_folder(command: Any, store: ArtifactStore, tmp_path: Path) -> None:
@@ -242,26 +247,32 @@ def test_fetch_copies_into_a_new_folder(command: Any, store: ArtifactStore, tmp_
     assert contents(tmp_path / "out") == contents(folder)
     (tmp_path / "out" / "empty").write_text("mine to change")
     code, told = command("fetch", "adapters/1", str(tmp_path / "out"))
-    assert "exists already; name a new folder" in told
+    assert code != 0
+    assert str(tmp_path / "out") in told
     assert (tmp_path / "out" / "empty").read_text() == "mine to change"
 
 
+def gone_of(told: str) -> set[str]:
+    """Artifacts that a line of gc's table names."""
+    return set(re.findall(r"me/(\w+/\w{8})", told))
+
+
 def test_gc_removes_only_when_told_to(command: Any, make: Maker, store: ArtifactStore, tmp_path: Path) -> None:
-    a_chain(make, "1234")
+    chain = {f"{ref.kind}/{ref.name[:8]}" for ref in a_chain(make, "1234").values()}
     a_chain(make, "5678")
     (tmp_path / "store.yaml").write_text("keep_raw: 1\nkeep_adapters: 1\nkeep_days: 0\n")
     (store.cache.scratch(fp("9")) / "step-1").mkdir(parents=True)
     before = {stored.key for stored in store.objects.listing()}
     code, told = command("gc")
     assert code == 0
-    assert "to remove: 4 artifacts or attempts" in told
-    assert "1 trainings on this machine that never ended" in told
-    assert "Nothing was removed. Run again with --delete." in told
+    assert gone_of(told) == chain
+    assert "--delete" in told
     assert {stored.key for stored in store.objects.listing()} == before
     assert store.cache.scratch(fp("9")).exists()
-    assert "0 artifacts or attempts" in command("gc", "--older-than", "10000")[1]
+    assert gone_of(command("gc", "--older-than", "10000")[1]) == set()
     code, told = command("gc", "--delete")
-    assert "removed: 4 artifacts or attempts" in told
+    assert code == 0
+    assert gone_of(told) == chain
     assert not store.cache.scratch(fp("9")).exists()
     left = inventory(store.objects)
     assert {artifact.manifest.fingerprint[0] for artifact in left.artifacts} == set("5678")
@@ -275,23 +286,24 @@ def test_cache_is_shown(command: Any, make: Maker, store: ArtifactStore, monkeyp
     code, told = command("cache")
     assert code == 0
     assert f"me--raw--{fp('1')}" in told
-    assert "in use" in told
-    assert "of at most 5.0 GB (FINETUNE_CACHE_LIMIT)" in told
+    assert "5.0 GB" in told
     monkeypatch.setenv("FINETUNE_CACHE_LIMIT", "much")
-    assert command("cache")[0] == "finetune-store: FINETUNE_CACHE_LIMIT: 'much' is not a size; write it as 200GB"
+    code, told = command("cache")
+    assert code != 0
+    assert "FINETUNE_CACHE_LIMIT: 'much'" in told
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "facts"),
     [
-        ("keep_raw: 0", r"store\.yaml: keep_raw: 0 must be at least 1"),
-        ("keep_days: -1", "keep_days"),
-        ("keep_adaptors: 3", "did you mean 'keep_adapters'"),
+        ("keep_raw: 0", r"store\.yaml.*keep_raw: 0"),
+        ("keep_days: -1", r"store\.yaml.*keep_days: -1"),
+        ("keep_adaptors: 3", r"store\.yaml.*keep_adaptors.*keep_adapters"),
     ],
 )
-def test_settings_that_cannot_be_are_told(tmp_path: Path, text: str, words: str) -> None:
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, text: str, facts: str) -> None:
     (tmp_path / "store.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=facts):
         load_store_config(tmp_path)
 
 

@@ -15,7 +15,7 @@ from finetune_assets.store.champions import ChampionMoved, Champions, Record
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 
 SPAWN = multiprocessing.get_context("spawn")  # the object store client's threads do not survive a fork
-KILLS = 50 if os.environ.get("SOAK") else 5
+KILLS, WRITERS = (50, 8) if os.environ.get("SOAK") else (3, 4)
 
 
 @pytest.fixture
@@ -59,14 +59,14 @@ def test_a_decision_against_an_earlier_champion_is_refused(
 ) -> None:
     champions = Champions(store, "demo")
     champions.promote(promoted(adapter(1)), after=0)
-    with pytest.raises(ChampionMoved, match=r"another adapter was promoted meanwhile \(record 1\)"):
+    with pytest.raises(ChampionMoved):
         champions.promote(promoted(adapter(2)), after=0)
     assert len(champions.history()) == 1
 
 
 def test_a_person_promotes_with_a_reason(store: ArtifactStore, adapter: Callable[[int], ArtifactRef]) -> None:
     champions = Champions(store, "demo")
-    with pytest.raises(StoreError, match="say why"):
+    with pytest.raises(StoreError, match="--reason"):
         champions.promote_by_hand(adapter(1), " ", "me")
     record = champions.promote_by_hand(adapter(1), "the first", "me")
     assert record is not None
@@ -79,7 +79,7 @@ def test_roll_back_is_a_record_and_restores_the_files(
     store: ArtifactStore, adapter: Callable[[int], ArtifactRef]
 ) -> None:
     champions = Champions(store, "demo")
-    with pytest.raises(StoreError, match="nothing was promoted yet"):
+    with pytest.raises(StoreError, match="demo"):
         champions.roll_back("why not", "me")
     for number in (1, 2, 3):
         against = f"{number - 1:064x}" if number > 1 else None
@@ -90,37 +90,38 @@ def test_roll_back_is_a_record_and_restores_the_files(
     assert (store.fetch(champions.champion()) / "adapter_model.safetensors").read_bytes() == b"\2" * 100  # type: ignore[arg-type]
     assert champions.withdrawn().keys() == {adapter(3).fingerprint}
     assert champions.roll_back("further", "me").adapter == adapter(1).fingerprint, "not what was rolled back itself"
-    with pytest.raises(StoreError, match="no champion before 5 that was not rolled back itself"):
+    with pytest.raises(StoreError, match=r"\b5\b"):
         champions.roll_back("all the way", "me")
     assert champions.withdrawn().keys() == {adapter(2).fingerprint, adapter(3).fingerprint}
     champions.promote_by_hand(adapter(3), "it was the microphone", "me")
     assert champions.withdrawn().keys() == {adapter(2).fingerprint}
-    for wrong, told in ((9, "no record 9; there are 1 to 6"), (3, "record 3 serves already")):
-        with pytest.raises(StoreError, match=told):
+    for wrong in (9, 3):
+        with pytest.raises(StoreError, match=rf"\b{wrong}\b"):
             champions.roll_back("so", "me", to=wrong)
+    assert len(champions.history()) == 6
 
 
 def test_the_first_champion_has_none_before_it(store: ArtifactStore, adapter: Callable[[int], ArtifactRef]) -> None:
     champions = Champions(store, "demo")
     champions.promote(promoted(adapter(1)), after=0)
-    with pytest.raises(StoreError, match="champion 1 is the first"):
+    with pytest.raises(StoreError, match=r"\b1\b"):
         champions.roll_back("so", "me")
 
 
-def test_a_champion_that_is_gone_is_told(store: ArtifactStore, adapter: Callable[[int], ArtifactRef]) -> None:
+def test_a_champion_that_is_gone_is_refused(store: ArtifactStore, adapter: Callable[[int], ArtifactRef]) -> None:
     champions = Champions(store, "demo")
     champions.promote(promoted(adapter(1)), after=0)
     champions.promote(promoted(adapter(2)), after=1)
     store.objects.delete([f"{store.prefix(ADAPTERS, adapter(2).name)}/manifest.json"])
-    with pytest.raises(ArtifactMissing, match=r"champion 2 of demo is no longer in the store.*roll back"):
+    with pytest.raises(ArtifactMissing, match=f"{2:064x}"):
         champions.champion()
     assert champions.roll_back("lost", "me").adapter == adapter(1).fingerprint
 
 
-def test_a_record_that_is_none_is_told_with_its_key(store: ArtifactStore) -> None:
+def test_a_record_that_is_none_is_refused_with_its_key(store: ArtifactStore) -> None:
     store.objects.put("me/champions/demo/00000001.json", b"{")
     store.objects.put("me/champions/demo/notes.txt", b"mine")
-    with pytest.raises(StoreError, match=r"champions/demo/00000001.json: not a record of a champion"):
+    with pytest.raises(StoreError, match=r"champions/demo/00000001\.json"):
         Champions(store, "demo").current()
 
 
@@ -132,21 +133,21 @@ def _promote(root: Path, number: int, ready: object) -> None:
     Champions(store, "demo").promote_by_hand(ref, f"reason {number}", f"process {number}")
 
 
-def test_of_eight_at_once_each_has_its_line(
+def test_of_several_at_once_each_has_its_line(
     store: ArtifactStore, adapter: Callable[[int], ArtifactRef], tmp_path: Path
 ) -> None:
-    ready = SPAWN.Barrier(8)
-    for number in range(8):
+    ready = SPAWN.Barrier(WRITERS)
+    for number in range(WRITERS):
         adapter(number)
-    processes = [SPAWN.Process(target=_promote, args=(tmp_path, number, ready)) for number in range(8)]
+    processes = [SPAWN.Process(target=_promote, args=(tmp_path, number, ready)) for number in range(WRITERS)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
     history = Champions(store, "demo").history()
-    assert [record.number for record in history] == [*range(1, 9)]
-    assert sorted(record.reason for record in history) == [f"reason {number}" for number in range(8)]
+    assert [record.number for record in history] == [*range(1, WRITERS + 1)]
+    assert sorted(record.reason for record in history) == [f"reason {number}" for number in range(WRITERS)]
     for before, record in pairwise(history):
         assert record.before == before.adapter
 

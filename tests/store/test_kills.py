@@ -1,6 +1,7 @@
 """kill -9 at any moment of publishing and fetching, in a folder and on a real S3 server.
 
-A half artifact is visible 0 times, a wrong byte is read 0 times, and a plain re-run always completes.
+A half artifact is visible 0 times, a wrong byte is read 0 times, and a plain re-run always completes. For every change
+this is run on S3; kills on a folder are also in test_artifacts.
 """
 
 import os
@@ -18,15 +19,16 @@ from store.folders import contents, make_folder
 from finetune_assets.store.artifacts import ArtifactStore, open_store
 from finetune_assets.store.cache import RESERVED
 
-KILLS = 50 if os.environ.get("SOAK") else 4
-"""Of each of four kinds."""
-BIG = 60 << 20
+BIG, PART = (60 << 20, 8 << 20) if os.environ.get("SOAK") else (5 << 20, 1 << 20)
+"""Bytes of the large file and of its parts."""
 
 ACT = """
 import sys
 from pathlib import Path
+from finetune_assets.store import objects
 from finetune_assets.store.artifacts import open_store
-what, url, cache, made, name = sys.argv[1:]
+what, url, cache, made, name, part = sys.argv[1:]
+objects.PART = int(part)
 store = open_store(url, "me", Path(cache))
 ref = store.find("raw", name)  # connected, and all is imported
 print("ready", flush=True)
@@ -38,7 +40,18 @@ print("done", flush=True)
 """
 
 
-@pytest.fixture(params=["file", "s3"])
+CASES = pytest.mark.parametrize(
+    ("url", "kills"),
+    [
+        ("s3", 2),
+        *(pytest.param(kind, 4, marks=pytest.mark.system) for kind in ("file", "s3")),
+        *(pytest.param(kind, 50, marks=pytest.mark.soak) for kind in ("file", "s3")),
+    ],
+    indirect=["url"],
+)
+
+
+@pytest.fixture
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "file":
         return f"file://{tmp_path}/store"
@@ -53,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def act(what: str, url: str, cache: Path, made: Path, name: str, kill_after: float | None = None) -> float | None:
     """Let a process do something, and kill it so many seconds after it began; how long it took if it was not."""
-    command = [sys.executable, "-c", ACT, what, url, str(cache), str(made), name]
+    command = [sys.executable, "-c", ACT, what, url, str(cache), str(made), name, str(PART)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
@@ -67,11 +80,12 @@ def act(what: str, url: str, cache: Path, made: Path, name: str, kill_after: flo
         return time.monotonic() - began
 
 
-def test_publishing_survives_kills(url: str, made: Path, tmp_path: Path) -> None:
+@CASES
+def test_publishing_survives_kills(url: str, kills: int, made: Path, tmp_path: Path) -> None:
     store, rng, content = open_store(url, "me", tmp_path / "cache"), random.Random(4), contents(made)
-    seconds = min(act("publish", url, tmp_path / "cache", made, f"whole{i}") or 0 for i in range(3))
+    seconds = min(act("publish", url, tmp_path / "cache", made, f"whole{i}") or 0 for i in range(2))
     visible = 0
-    for i in range(KILLS):
+    for i in range(kills):
         name = f"p{i}"
         act("publish", url, tmp_path / "cache", made, name, kill_after=rng.uniform(0, seconds))
         fresh = open_store(url, "me", tmp_path / f"fresh{i}")
@@ -81,14 +95,15 @@ def test_publishing_survives_kills(url: str, made: Path, tmp_path: Path) -> None
         assert act("publish", url, tmp_path / "cache", made, name), "a plain re-run completes"
         assert store.verify("raw", name) == []
         forget(store, tmp_path / f"fresh{i}", name)
-    print(f"{KILLS} kills while publishing, {visible} of them after the manifest was there")
+    print(f"{kills} kills while publishing, {visible} of them after the manifest was there")
 
 
-def test_fetching_survives_kills(url: str, made: Path, tmp_path: Path) -> None:
+@CASES
+def test_fetching_survives_kills(url: str, kills: int, made: Path, tmp_path: Path) -> None:
     store, rng, content = open_store(url, "me", tmp_path / "cache"), random.Random(5), contents(made)
     ref = store.publish(made, "raw", "f", "f", {})
-    seconds = min(act("fetch", url, tmp_path / f"whole{i}", made, "f") or 0 for i in range(3))
-    for i in range(KILLS):
+    seconds = min(act("fetch", url, tmp_path / f"whole{i}", made, "f") or 0 for i in range(2))
+    for i in range(kills):
         cache = tmp_path / f"cache{i}"
         act("fetch", url, cache, made, "f", kill_after=rng.uniform(0, seconds))
         for path in cache.glob("artifacts/*/*/**/*"):

@@ -33,7 +33,7 @@ def test_last_answer_is_used_while_the_hub_is_down(
     for status in (500, 503, 429):
         hub.failing = status
         assert asked(store) == commit
-    assert f"going on with owner/rows@{commit} of the last time" in caplog.text
+    assert commit in caplog.text
     hub.failing = None
     moved = hub.add("datasets/owner/rows", {"a.jsonl": b"{} "})
     assert asked(store) == moved != commit
@@ -60,9 +60,9 @@ def test_refusal_is_not_taken_for_a_hub_that_is_down(hub: Hub, store: ArtifactSt
 
 def test_without_an_answer_the_hub_must_be_up(hub: Hub, store: ArtifactStore) -> None:
     hub.failing = 500
-    with pytest.raises(BaseModelError, match="refused"), explained(BaseModelError, "it", "owner/rows", ""):
+    with pytest.raises(BaseModelError, match="500"), explained(BaseModelError, "it", "owner/rows", ""):
         asked(store)
-    with pytest.raises(ArtifactMissing, match="materialize dolly_raw first"):
+    with pytest.raises(ArtifactMissing, match="dolly_raw"):
         Pins(store, "dataset", "dolly_raw").commit_of("owner/rows", "main")
 
 

@@ -1,10 +1,11 @@
 """The same store on S3: what is published is what is fetched, and what is wrong is told. On moto."""
 
+import re
 from pathlib import Path
 
 import pytest
 from servers.s3 import Bucket
-from store.folders import contents, make_folder
+from store.folders import SEVERAL_PARTS, contents, make_folder
 
 from finetune_assets.store import objects
 from finetune_assets.store.artifacts import ArtifactStore, open_store
@@ -21,7 +22,8 @@ def folder(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "made")
 
 
-def test_what_is_fetched_is_what_was_published(store: ArtifactStore, folder: Path, moto: Bucket) -> None:
+def test_what_is_fetched_is_what_was_published(store: ArtifactStore, tmp_path: Path, moto: Bucket) -> None:
+    folder = make_folder(tmp_path / "large", SEVERAL_PARTS)
     assert store.find("raw", "f1") is None
     ref = store.publish(folder, "raw", "f1", "f1", {"source": "x"})
     assert store.find("raw", "f1") == ref
@@ -81,31 +83,25 @@ def test_damage_at_rest_is_refused(store: ArtifactStore, folder: Path, moto: Buc
     body = bytearray(moto.get(key))
     body[12345] ^= 1
     moto.put(key, bytes(body))
-    with pytest.raises(CorruptArtifact, match=r"big\.bin.*force"):
+    with pytest.raises(CorruptArtifact, match=r"big\.bin"):
         store.fetch(ref)
     assert store.verify("raw", "f1") == ["big.bin"]
     moto.client.delete_object(Bucket=moto.name, Key=key)
-    with pytest.raises(CorruptArtifact, match=r"big\.bin.*missing"):
+    with pytest.raises(CorruptArtifact, match=r"big\.bin"):
         store.fetch(ref)
     assert not list((tmp_path / "cache").rglob("big.bin"))
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
-    [
-        ("s3://", "is not a store"),
-        ("s3:/bucket/prefix", "is not a store"),
-        ("s3://bucket/prefix?versionId=1", "is not a store"),
-        ("http://bucket/prefix", "is not a store"),
-    ],
+    "url", ["s3://", "s3:/bucket/prefix", "s3://bucket/prefix?versionId=1", "http://bucket/prefix"]
 )
-def test_url_that_is_none_is_told(tmp_path: Path, url: str, words: str) -> None:
-    with pytest.raises(StoreError, match=words):
+def test_url_that_is_none_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(StoreError, match=rf"FINETUNE_STORE.*{re.escape(url)}"):
         open_store(url, "me", tmp_path)
 
 
 def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="do not belong into a URL") as refusal:
+    with pytest.raises(StoreError, match="FINETUNE_STORE") as refusal:
         open_store("s3://AKIAKEY:verysecret@bucket/prefix", "me", tmp_path)
     assert "verysecret" not in str(refusal.value)
     assert "AKIAKEY" not in str(refusal.value)
@@ -113,7 +109,7 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> No
 
 def test_missing_bucket_is_not_taken_for_an_empty_store(moto: Bucket, tmp_path: Path) -> None:
     store = open_store("s3://there-is-no-such-bucket", "me", tmp_path)
-    with pytest.raises(StoreError, match=r"no such bucket; create it, or correct FINETUNE_STORE"):
+    with pytest.raises(StoreError, match=r"there-is-no-such-bucket.*FINETUNE_STORE"):
         store.find("raw", "f1")
 
 
@@ -122,7 +118,7 @@ def test_no_credentials_says_how_to_give_some(moto: Bucket, tmp_path: Path, monk
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    with pytest.raises(StoreError, match=r"no credentials.*AWS_ACCESS_KEY_ID.*AWS_PROFILE"):
+    with pytest.raises(StoreError, match=r"AWS_ACCESS_KEY_ID.*AWS_PROFILE"):
         open_store(moto.url, "me", tmp_path).find("raw", "f1")
 
 
@@ -138,12 +134,12 @@ def test_credentials_of_a_profile_are_used(
     assert contents(store.fetch(store.publish(folder, "raw", "f1", "f1", {}))) == contents(folder)
 
 
-def test_server_that_is_not_there_is_told(
+def test_server_that_is_not_there_is_tried_again_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moto: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     monkeypatch.setattr(objects, "RETRIES", {**objects.RETRIES, "max_retries": 1})
     monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.01)
-    with pytest.raises(StoreError, match=r"cannot be reached; see AWS_ENDPOINT_URL_S3; try again later"):
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL_S3"):
         open_store(moto.url, "me", tmp_path).find("raw", "f1")
-    assert caplog.text.count("trying again") == 2
+    assert len([record for record in caplog.records if record.name == objects.logger.name]) == objects.TRIES - 1

@@ -1,0 +1,301 @@
+"""What is made of Slurm's answers: recorded from a real cluster, and printed again by programs of the same names.
+
+`test_slurm` has the real ones.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_assets.config.cluster import SlurmJob
+from finetune_assets.errors import UserError
+from finetune_assets.launch import slurm
+from finetune_assets.launch.job import JobFailed, JobSpec
+from finetune_assets.launch.remote import TOLD_TO_END, RemoteJob
+from finetune_assets.launch.slurm import SlurmLauncher, State
+from finetune_assets.store.objects import Objects
+
+Make = Callable[..., JobSpec]
+Says = Callable[..., None]
+ANSWERS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("slurm_answers.json").read_text())["answers"]
+PROGRAM = """#!/bin/sh
+echo "{name} $*" >> {folder}/asked
+answer={folder}/answers/{name}
+[ "$1 $2" != "show hostnames" ] || answer="$answer-hostnames"
+[ ! -e "$answer-after-scancel" ] || ! grep -q ^scancel {folder}/asked || answer="$answer-after-scancel"
+[ -e "$answer" ] || exit 0
+cat "$answer.err" >&2
+cat "$answer"
+exit $(cat "$answer.code")
+"""
+
+
+@pytest.fixture
+def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
+    """Makes one of Slurm's programs print a recorded answer; others print nothing."""
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"):
+        program = tmp_path / "bin" / name
+        program.write_text(PROGRAM.format(name=name, folder=tmp_path))
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+
+    def make(program: str, answer: str) -> None:
+        path, recorded = tmp_path / "answers" / program, ANSWERS[answer]
+        path.write_text(recorded["out"])
+        path.with_name(f"{program}.err").write_text(recorded["err"])
+        path.with_name(f"{program}.code").write_text(str(recorded["code"]))
+
+    make("scontrol-hostnames", "hostnames")
+    return make
+
+
+def asked(tmp_path: Path, program: str) -> list[str]:
+    """What a program was asked."""
+    lines = (tmp_path / "asked").read_text().splitlines()
+    return [line.partition(" ")[2] for line in lines if line.startswith(program)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        ("running", State("RUNNING", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
+        ("pending", State("PENDING", "Resources", "", "2026-11-28T01:26:39")),
+        ("held", State("PENDING", "JobHeldUser", "", "Unknown")),
+        ("completing", State("COMPLETING", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
+        ("cancelled", State("CANCELLED", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
+        ("cancelled before it ran", State("CANCELLED", "Resources", "", "2026-11-27T23:26:44")),
+        ("failed", State("FAILED", "NonZeroExitCode", "n1", "2026-11-27T23:26:48", 0, False, "n1")),
+        ("completed", State("COMPLETED", "None", "n1", "2026-11-27T23:26:48", 1, False, "n1")),
+        ("lost node", State("NODE_FAIL", "NodeDown", "n[1-2]", "2026-11-27T23:27:24", 28, False, "n1")),
+        ("lost first node", State("RUNNING", "None", "n2", "2026-11-27T23:29:14", 29, False, "n1")),
+        ("preempted", State("PREEMPTED", "None", "n[1-2]", "2026-11-27T23:28:35", 34, True, "n1")),
+        ("time limit", State("TIMEOUT", "TimeLimit", "n1", "2026-11-27T23:29:53", 63, False, "n1")),
+    ],
+)
+def test_state_of_a_job(says: Says, answer: str, state: State) -> None:
+    says("scontrol", answer)
+    assert slurm.state_of("1") == state
+    assert (state.name in slurm.ENDED) == (state.name not in ("RUNNING", "PENDING", "COMPLETING"))
+
+
+def test_job_that_is_forgotten_has_ended_and_a_silent_controller_says_nothing(says: Says) -> None:
+    says("scontrol", "unknown")
+    state = slurm.state_of("99999")
+    assert state
+    assert state.name in slurm.ENDED
+    says("scontrol", "no controller")
+    assert slurm.state_of("1") is None
+
+
+def test_job_that_has_lost_its_first_node_is_noticed(says: Says, tmp_path: Path) -> None:
+    says("scontrol", "running")
+    state = slurm.state_of("1")
+    assert state
+    assert not state.headless
+    says("scontrol", "lost first node")
+    state = slurm.state_of("1")
+    assert state
+    (tmp_path / "answers" / "scontrol-hostnames").write_text("n2\n")
+    assert state.headless
+
+
+def test_place_in_the_queue(says: Says) -> None:
+    says("scontrol", "pending")
+    says("squeue", "squeue")
+    state = slurm.state_of("2")
+    assert state
+    for number, place in (("2", "1 of 3"), ("4", "2 of 3"), ("3", "3 of 3")):
+        text = slurm._waits(number, state)
+        assert all(fact in text for fact in ("PENDING", "Resources", place, "2026-11-28T01:26:39"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "settings", "facts"),
+    [
+        (
+            "sbatch partition",
+            {"slurm": SlurmJob(partition="nope")},
+            ("launcher.slurm.partition", "'nope'", "main", "short", "urgent"),
+        ),
+        ("sbatch gpus", {"gpus_per_node": 8}, ("launcher.gpus_per_node",)),
+        ("sbatch time", {"time_limit": "abc"}, ("--time",)),
+        ("sbatch memory", {"memory": "9999G"}, ("memory",)),
+        ("sbatch constraint", {"slurm": SlurmJob(extra_arguments=["--constraint=h100"])}, ("feature",)),
+    ],
+)
+def test_refusal_names_the_setting(
+    job: Make, says: Says, tmp_path: Path, answer: str, settings: dict[str, Any], facts: tuple[str, ...]
+) -> None:
+    says("sbatch", answer)
+    says("sinfo", "sinfo")
+    with pytest.raises(UserError) as refused:
+        SlurmLauncher().run(job("good", **settings), {})
+    assert not refused.value.retriable
+    assert all(fact in str(refused.value) for fact in facts)
+    assert len(str(refused.value).splitlines()) == 1
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying\n"
+        "sbatch: error: Batch job submission failed: Resource temporarily unavailable",
+        "sbatch: error: QOSMaxSubmitJobPerUserLimit\n"
+        "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's "
+        "size and/or time limits)",
+    ],
+)
+def test_busy_controller_may_be_tried_again(job: Make, said: str) -> None:
+    refused = slurm._refused(job("good"), said)
+    assert isinstance(refused, JobFailed)
+    assert refused.retriable
+
+
+@pytest.mark.parametrize(
+    ("answer", "setting"),
+    [
+        ("too many nodes", "launcher.nodes"),
+        ("too long", "launcher.time_limit"),
+        ("too many cores", "launcher.cpus_per_node"),
+    ],
+)
+def test_job_that_would_wait_for_ever_is_cancelled(
+    job: Make, says: Says, tmp_path: Path, answer: str, setting: str
+) -> None:
+    says("sbatch", "sbatch")
+    says("scontrol", answer)
+    says("scontrol-after-scancel", "cancelled before it ran")
+    with pytest.raises(UserError, match=setting) as refused:
+        SlurmLauncher().run(job("good"), {})
+    assert not refused.value.retriable
+    assert asked(tmp_path, "scancel") == ["1"]
+    assert_nothing_left(tmp_path)
+
+
+def test_job_of_a_killed_run_is_cancelled_first(job: Make, says: Says, tmp_path: Path) -> None:
+    says("squeue", "squeue")
+    says("scontrol", "running")
+    says("scontrol-after-scancel", "cancelled")
+    says("sbatch", "sbatch partition")
+    with pytest.raises(UserError):
+        SlurmLauncher().run(job("good"), {})
+    assert asked(tmp_path, "scancel")[:3] == ["2", "4", "3"]
+    assert f"--name finetune-{job('good').makes}" in asked(tmp_path, "squeue")[0]
+
+
+def test_headless_job_is_cancelled_and_may_be_tried_again(job: Make, says: Says, tmp_path: Path) -> None:
+    says("sbatch", "sbatch")
+    says("scontrol", "lost first node")
+    says("scontrol-after-scancel", "cancelled")
+    (tmp_path / "answers" / "scontrol-hostnames").write_text("n2\n")
+    with pytest.raises(JobFailed, match="n1") as failed:
+        SlurmLauncher().run(job("good", "1", (1, 2)), {})
+    assert failed.value.retriable
+    assert asked(tmp_path, "scancel") == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "retriable", "fact"),
+    [
+        ("time limit", False, "launcher.time_limit"),
+        ("preempted", True, ""),
+        ("lost node", True, "n[1-2]"),
+        ("cancelled", False, ""),
+        ("failed", True, "NonZeroExitCode"),
+        ("completed", True, "COMPLETED"),
+    ],
+)
+def test_how_a_job_without_an_answer_ended(job: Make, says: Says, answer: str, retriable: bool, fact: str) -> None:
+    says("sbatch", "sbatch")
+    says("scontrol", answer)
+    with pytest.raises(JobFailed) as failed:
+        SlurmLauncher().run(job("good"), {})
+    assert failed.value.retriable == retriable
+    assert fact in str(failed.value)
+
+
+OWN = {"error": "rank: 0 is wrong", "retriable": False, "telling": 0}
+
+
+@pytest.mark.parametrize(
+    ("state", "answer", "retriable", "fact"),
+    [
+        (State("FAILED", "NonZeroExitCode", ran=600), OWN, False, "rank: 0 is wrong"),
+        (State("FAILED", "NonZeroExitCode", ran=600), TOLD_TO_END, False, "launcher.time_limit"),
+        (State("FAILED", "NonZeroExitCode", ran=10), TOLD_TO_END, True, ""),
+        (State("FAILED", "NonZeroExitCode", ran=10, preempted=True), TOLD_TO_END, True, ""),
+        (State("TIMEOUT", "TimeLimit", ran=600), TOLD_TO_END, False, "launcher.time_limit"),
+    ],
+)
+def test_a_workers_own_error_counts_more_than_what_slurm_says(
+    job: Make, state: State, answer: dict[str, Any], retriable: bool, fact: str
+) -> None:
+    spec = job("good", time_limit="0:10:00")
+    remote = RemoteJob.begin(spec)
+    remote.answer(0, answer)
+    with pytest.raises(JobFailed) as failed:
+        slurm._outcome(state, "7", remote, spec)
+    assert failed.value.retriable == retriable
+    assert fact in str(failed.value)
+
+
+def test_what_is_set_is_asked_for(job: Make) -> None:
+    settings = {
+        "gpus_per_node": 8,
+        "cpus_per_node": 64,
+        "memory": "512G",
+        "time_limit": "1-00:00:00",
+        "slurm": SlurmJob("gpu", "me", "high", "/opt/python", ["--constraint=h100"]),
+    }
+    spec = job("good", "auto", (2, 4), **settings)
+    arguments = slurm.arguments(spec, "finetune-x", Path("/logs/x.log"))
+    assert set(arguments) >= {
+        "--job-name=finetune-x",
+        "--nodes=2-4",
+        "--output=/logs/x.log",
+        "--gpus-per-node=8",
+        "--cpus-per-task=64",
+        "--mem=512G",
+        "--time=1-00:00:00",
+        f"--signal=TERM@{slurm.GRACE_SECONDS}",
+        "--partition=gpu",
+        "--account=me",
+        "--qos=high",
+        "--no-requeue",
+        "--no-kill",
+    }
+    assert arguments[-1] == "--constraint=h100", "the last wins"
+    script = slurm.script(spec, RemoteJob(spec.store, "me", "abc"))
+    assert "--cpus-per-task=64" in script
+    assert "/opt/python -m finetune_assets.launch.node" in script
+    least = slurm.arguments(job("good"), "finetune-x", Path("/logs/x.log"))
+    assert not [flag for flag in least if flag.startswith(("--signal", "--time", "--mem", "--gpus", "--no-kill"))]
+
+
+def test_job_goes_on_while_its_store_is_away(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lingering = slurm._Lingering(RemoteJob.begin(job("good")))
+    with monkeypatch.context() as away:
+        away.setattr(Objects, "listing", _away)
+        assert not lingering.long()
+    lingering.remote.end()
+
+
+def _away(*_: object) -> bool:
+    raise UserError("the store does not answer")
+
+
+def test_without_slurm_the_setting_is_named(job: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"launcher\.engine.*sbatch"):
+        SlurmLauncher().run(job("good"), {})
+
+
+def assert_nothing_left(tmp_path: Path) -> None:
+    assert [stored.key for stored in Objects(f"file://{tmp_path}/store").listing("me/jobs")] == []
