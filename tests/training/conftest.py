@@ -8,7 +8,7 @@ import pytest
 import torch
 from paths import ROOT
 from raw import ingest
-from training.models import CONFIGS, save_model
+from training.models import CONFIGS, VOCABULARIES, save_model
 
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.schema import ExperimentConfig, Tokenization
@@ -52,12 +52,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folders of base models, each made once: `packaged`, or a tiny random one of `CONFIGS`."""
+    """Folders of base models, each made once: `packaged`, or a tiny random one of `models.py`."""
     made = {"packaged": BASE}
 
     def make(name: str) -> Path:
         if name not in made:
-            made[name] = save_model(CONFIGS[name], tmp_path_factory.mktemp(name))
+            made[name] = save_model({**CONFIGS, **VOCABULARIES}[name], tmp_path_factory.mktemp(name))
         return made[name]
 
     return make
