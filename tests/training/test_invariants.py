@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from training.conftest import FinishedRun
-from training.measuring import gradients, relative, token_losses, unbounded
+from training.measuring import gradients, relative, token_losses, unbounded, without_fused_lora
 from training.models import CONFIGS, save_model
 from transformers import LlamaForCausalLM
 
@@ -174,8 +174,7 @@ def test_fused_lora_equals_pefts(
     settings = ("training.max_grad_norm=0", "lora.use_rslora=true", f"lora.dropout={dropout}")
     fused, plain = (finetune(*settings, base=tiny, name=name) for name in ("fused", "plain"))
     assert fused.log.active["fused_lora_layers"] == 7 * fused.model.config.num_hidden_layers
-    for module in plain.model.modules():
-        vars(module).pop("forward", None)
+    without_fused_lora(plain)
     kept = torch.rand(1, 4096, 1024) >= dropout
     monkeypatch.setattr(lora, "kept_by_dropout", lambda x, share: kept[:, : x.shape[1], : x.shape[2]])
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * kept[:, : x.shape[1], : x.shape[2]] / (1 - self.p))
