@@ -1,12 +1,14 @@
 """Trainings on the packaged model, small enough to run many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from paths import ROOT
 from raw import ingest
+from training.models import CONFIGS, VOCABULARIES, save_model
 
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.schema import ExperimentConfig, Tokenization
@@ -21,6 +23,7 @@ from finetune_assets.training.state import Job
 
 ALONE = Process(rank=0, world=1, device=torch.device("cpu"))
 MADE_FROM = {"fingerprint": "f" * 64, "experiment": "demo", "base_model": "packaged/demo-base", "revision": "r"}
+BASE: Path = PACKAGED["demo-base"]
 
 
 def configured(*overrides: str) -> ExperimentConfig:
@@ -40,25 +43,91 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             made[kind] = tmp_path_factory.mktemp("dataset")
             data = configured("data.num_samples=80").data
             data.tokenization = tokenization
-            tokenizer = load_tokenizer(str(PACKAGED["demo-base"]), tokenization.added_tokens)
+            tokenizer = load_tokenizer(str(BASE), tokenization.added_tokens)
             prepare_dataset(rows, tokenizer, data, "salt", made[kind])
         return made[kind]
 
     return make
 
 
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of base models, each made once: `packaged`, or a tiny random one of `models.py`."""
+    made = {"packaged": BASE}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = save_model({**CONFIGS, **VOCABULARIES}[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
+
+
+def make_run(
+    folder: Path, dataset: Callable[..., Path], *overrides: str, base: Path = BASE, warm_start: Path | None = None
+) -> LoraFinetune:
+    """A training that is ready to run, with its output and checkpoints below `folder`."""
+    config = configured(*overrides)
+    output = folder / "output"
+    output.mkdir(parents=True, exist_ok=True)
+    job = Job(base, dataset(config.data.tokenization), output, folder / "scratch", MADE_FROM, warm_start)
+    return LoraFinetune(job, config, ALONE, Reporter(print))
+
+
 @pytest.fixture
 def finetune(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., LoraFinetune]:
     """Makes trainings; `name` keeps their folders apart."""
 
-    def make(
-        *overrides: str, name: str = "run", warm_start: Path | None = None, base: Path = PACKAGED["demo-base"]
-    ) -> LoraFinetune:
-        config = configured(*overrides)
-        output = tmp_path / name / "output"
-        output.mkdir(parents=True, exist_ok=True)
-        folder = dataset(config.data.tokenization)
-        job = Job(base, folder, output, tmp_path / name / "scratch", MADE_FROM, warm_start)
-        return LoraFinetune(job, config, ALONE, Reporter(print))
+    def make(*overrides: str, name: str = "run", warm_start: Path | None = None, base: Path = BASE) -> LoraFinetune:
+        return make_run(tmp_path / name, dataset, *overrides, base=base, warm_start=warm_start)
 
     return make
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A training that has ended, shared by the tests of a session.
+
+    Attributes:
+        run: The training; its log, model and output folder are only to be read.
+        printed: The lines that it reported.
+        files: Size and time of change of every file that it left.
+    """
+
+    run: LoraFinetune
+    printed: list[str]
+    files: dict[Path, tuple[int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", self.current_files())
+
+    def current_files(self) -> dict[Path, tuple[int, int]]:
+        folder = self.run.job.output.parent
+        stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+_FINISHED: dict[tuple[object, ...], FinishedRun] = {}
+
+
+@pytest.fixture
+def trained(
+    dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., FinishedRun]]:
+    """Runs each training once a session; a test that changes the files of one fails."""
+    used: list[FinishedRun] = []
+
+    def make(*overrides: str, base: Path = BASE, warm_start: Path | None = None) -> FinishedRun:
+        key = (overrides, base, warm_start)
+        if key not in _FINISHED:
+            run = make_run(tmp_path_factory.mktemp("trained"), dataset, *overrides, base=base, warm_start=warm_start)
+            printed: list[str] = []
+            run.reporter.say = printed.append
+            run.run()
+            _FINISHED[key] = FinishedRun(run, printed)
+        used.append(_FINISHED[key])
+        return _FINISHED[key]
+
+    yield make
+    for finished in used:
+        assert finished.current_files() == finished.files, "this test changed a training that other tests read"

@@ -58,6 +58,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }
 
+VOCABULARIES: dict[str, PreTrainedConfig] = {
+    "one row too few": LlamaConfig(**{**SHAPE, "vocab_size": VOCABULARY - 1}),
+    "one spare row": LlamaConfig(**{**SHAPE, "vocab_size": VOCABULARY + 1}, tie_word_embeddings=True),
+    "spare rows": LlamaConfig(**{**SHAPE, "vocab_size": VOCABULARY + 5}),
+}
+"""Models whose embeddings have other numbers of rows than the tokenizer has tokens."""
+
 
 def save_model(config: PreTrainedConfig, folder: Path, max_shard_size: str = "5GB") -> Path:
     """Write a random model of this configuration and the packaged tokenizer."""

@@ -1,6 +1,7 @@
 """Folders of base models: whole and sharded, tied and not, with their own code, damaged, and not fitting together."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training.measuring import names
 from training.models import CONFIGS, save_model
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -73,37 +75,41 @@ def test_tied_embeddings_stored_as_output_alone_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_missing_weight_is_told(quantization: str, folder: Path) -> None:
+def test_missing_weight_is_refused(quantization: str, folder: Path) -> None:
     edit(folder, lambda tensors: tensors.pop(UP))
-    with pytest.raises(ModelError, match=rf"base_model: \S*base does not fit together: .* lack the weight {UP};"):
+    with pytest.raises(ModelError) as error:
         load(folder, quantization=quantization)
+    assert names(error, "model.base_model", folder, UP)
 
 
-def test_number_of_missing_weights_is_told(folder: Path) -> None:
+def test_missing_weights_are_counted(folder: Path) -> None:
     configure(folder, num_hidden_layers=5)
-    with pytest.raises(ModelError, match=r"lack the weight model\.layers\.4\..* \(and 8 more\)"):
+    with pytest.raises(ModelError, match=r"model\.layers\.4\.\S+ .*\b8\b"):
         load(folder)
 
 
-def test_output_layer_that_is_missing_and_not_tied_is_told(folder: Path) -> None:
+def test_output_layer_that_is_missing_and_not_tied_is_refused(folder: Path) -> None:
     configure(folder, tie_word_embeddings=False)
-    with pytest.raises(ModelError, match=r"lack the weight lm_head\.weight;"):
+    with pytest.raises(ModelError) as error:
         load(folder)
+    assert names(error, "lm_head.weight")
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_mismatched_shapes_are_told(quantization: str, folder: Path) -> None:
+def test_mismatched_shapes_are_refused(quantization: str, folder: Path) -> None:
     """transformers says nothing about those that it quantizes."""
     configure(folder, intermediate_size=500)
-    told = r"layers\.0\.mlp\.down_proj\.weight is \[192, 512\] in its files, .* wants \[192, 500\] \(and 11 more\)"
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError) as error:
         load(folder, quantization=quantization)
+    assert names(error, "model.layers.0.mlp.down_proj.weight", [192, 512], [192, 500])
+    assert re.search(r"\[192, 500\].*\b11\b", str(error.value)), "the number of the others"
 
 
-def test_embeddings_of_another_vocabulary_are_told(folder: Path) -> None:
+def test_embeddings_of_another_vocabulary_are_refused(folder: Path) -> None:
     configure(folder, vocab_size=1_030)
-    with pytest.raises(ModelError, match=r"embed_tokens\.weight is \[1024, 192\] in its files, .* \[1030, 192\];"):
+    with pytest.raises(ModelError) as error:
         load(folder)
+    assert names(error, "model.embed_tokens.weight", [1024, 192], [1030, 192])
 
 
 def break_shard(folder: Path) -> None:
@@ -130,48 +136,45 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "the index maps nothing": (lose_weight_map, "KeyError"),
     "weights are cut": (cut_weights, "SafetensorError"),
     "weights are gone": (lambda folder: (folder / "model.safetensors").unlink(), "OSError"),
-    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "config is no table": (lambda folder: (folder / "config.json").write_text("[]"), "model_type"),
     "config of a wrong type": (lambda folder: configure(folder, hidden_size="abc"), "hidden_size"),
     "heads that do not divide": (lambda folder: configure(folder, num_attention_heads=7), "attention heads"),
     "quantized in a way unknown": (lambda folder: configure(folder, quantization_config={"bits": 4}), "quant"),
-    "newer than transformers": (
-        lambda folder: configure(folder, model_type="fancy9"),
-        "knows no architecture 'fancy9'; install a newer one",
-    ),
-    "no language model": (
-        lambda folder: configure(folder, model_type="clip"),
-        "CLIPConfig is of no causal language model",
-    ),
+    "newer than transformers": (lambda folder: configure(folder, model_type="fancy9"), "fancy9"),
+    "no language model": (lambda folder: configure(folder, model_type="clip"), "CLIPConfig"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_told_in_one_line(damage: str, folder: Path) -> None:
-    spoil, told = DAMAGES[damage]
+def test_damage_is_reported_in_one_line(damage: str, folder: Path) -> None:
+    spoil, fact = DAMAGES[damage]
     spoil(folder)
-    with pytest.raises(ModelError, match=r"model\.base_model: \S*base does not load") as caught:
+    with pytest.raises(ModelError) as error:
         load(folder)
-    assert told in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
+    assert names(error, "model.base_model", folder)
+    assert fact in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
-def test_weights_quantized_in_a_way_unknown_are_told(folder: Path) -> None:
+def test_weights_quantized_in_a_way_unknown_are_refused(folder: Path) -> None:
     """transformers would take the quantized numbers for weights."""
     configure(folder, quantization_config={"quant_method": "zzz"})
-    with pytest.raises(ModelError, match=r"quantized in a way that the installed transformers does not know \(zzz\)"):
+    with pytest.raises(ModelError) as error:
         load(folder)
+    assert names(error, "model.base_model", "zzz")
 
 
 def test_weights_that_are_quantized_already_stay_as_they_are(folder: Path) -> None:
-    """bitsandbytes' own format loads as it was saved; asking for another kind is no longer passed over."""
+    """bitsandbytes' own format loads as it was saved; another kind is refused."""
     expected = logits(folder, quantization="int8")
     stored = folder.parent / "stored"
     load(folder, quantization="int8").save_pretrained(stored)
     assert torch.equal(logits(stored), expected)
-    with pytest.raises(ModelError, match=r"quantized already, which model\.quantization nf4 cannot do again.*to none"):
+    with pytest.raises(ModelError) as error:
         load(stored, quantization="nf4")
+    assert names(error, "model.quantization", "nf4", "none")
 
 
 CODE = """
@@ -226,8 +229,9 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_own_code_is_refused_without_asking(own_code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
     (own_code / "bigram.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(ModelError, match=r"Read that code.*model\.trust_remote_code to owner/name@commit"):
+    with pytest.raises(ModelError) as error:
         load(own_code)
+    assert names(error, "model.trust_remote_code", "owner/name@commit")
 
 
 def test_own_code_runs_where_it_is_trusted(own_code: Path) -> None:
@@ -236,10 +240,11 @@ def test_own_code_runs_where_it_is_trusted(own_code: Path) -> None:
     assert torch.allclose(logits(own_code, trust_remote_code=TRUSTED), mixed @ tensors["lm_head.weight"].T, atol=1e-5)
 
 
-def test_own_code_that_fails_is_told(own_code: Path) -> None:
+def test_own_code_that_fails_is_reported(own_code: Path) -> None:
     (own_code / "bigram.py").write_text("raise LookupError('out of luck')")
-    with pytest.raises(ModelError, match=r"does not load with these settings: LookupError: out of luck"):
+    with pytest.raises(ModelError) as error:
         load(own_code, trust_remote_code=TRUSTED)
+    assert names(error, "model.base_model", own_code, "LookupError: out of luck")
 
 
 def test_answers_need_no_token_to_pad_with(folder: Path) -> None:

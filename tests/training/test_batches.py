@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from training.measuring import names
 
 from finetune_assets.config.schema import Training
 from finetune_assets.training.batches import BatchError, TrainOrder
@@ -71,6 +72,7 @@ def test_grouping_by_length_pads_little() -> None:
     assert padding(True) < padding(False) / 2
 
 
-def test_too_small_a_batch_for_the_processes_is_told() -> None:
-    with pytest.raises(BatchError, match=r"macro_batch_size: 2 .* 4 processes"):
+def test_too_small_a_batch_for_the_processes_is_refused() -> None:
+    with pytest.raises(BatchError) as error:
         order(world=4, macro_batch_size=2, micro_batch_size=1)
+    assert names(error, "training.macro_batch_size", 2, "training.processes_per_node", 4)

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training.measuring import gradients, relative, token_losses, unbounded
+from training.conftest import FinishedRun
+from training.measuring import gradients, relative, token_losses, unbounded, without_fused_lora
 from training.models import CONFIGS, save_model
 from transformers import LlamaForCausalLM
 
@@ -25,6 +26,18 @@ Finetune = Callable[..., LoraFinetune]
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def plain(trained: Callable[..., FinishedRun]) -> LoraFinetune:
+    """A training with the defaults, only to be read."""
+    return trained("training.max_steps=2", "training.macro_batch_size=2", "training.micro_batch_size=2").run
+
+
+@pytest.fixture
+def tiny(base_model: Callable[[str], Path]) -> Path:
+    """A base model of 32 dimensions."""
+    return base_model("llama")
+
+
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
 def test_packed_equals_alone_token_by_token(finetune: Finetune, attention: str) -> None:
     """An example packed between others has the loss that it has alone; the mean would hide a leak."""
@@ -33,14 +46,14 @@ def test_packed_equals_alone_token_by_token(finetune: Finetune, attention: str) 
     packs = sorted(run.sequences, key=len, reverse=True)[:3]
     assert min(map(len, packs)) > 2
     packed = token_losses(run, collate(packs, run.train, CPU, run.flat))
-    unbounded(run)
-    alone = torch.cat([token_losses(run, collate([[example]], run.train, CPU)) for pack in packs for example in pack])
-    assert (packed - alone).abs().max() < 1e-5
+    with unbounded(run):
+        alone = [token_losses(run, collate([[example]], run.train, CPU)) for pack in packs for example in pack]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-5
 
 
-def test_a_leak_would_be_seen(finetune: Finetune) -> None:
-    """The test above is able to fail: told of no boundary, examples see one another, and losses differ by far."""
-    run = finetune()
+def test_a_leak_would_be_seen(plain: LoraFinetune, finetune: Finetune) -> None:
+    """The test above is able to fail: without boundaries examples see one another, and losses differ by far."""
+    run = plain
     pack = max(run.sequences, key=len)
     batch = collate([pack], run.train, CPU, flat=True)
     right = token_losses(run, batch)
@@ -53,17 +66,15 @@ def test_a_leak_would_be_seen(finetune: Finetune) -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_no_batch_has_an_attention_mask(finetune: Finetune, flat: bool) -> None:
+def test_no_batch_has_an_attention_mask(plain: LoraFinetune, flat: bool) -> None:
     """One of ones beside position ids would switch off, silently, what keeps examples apart."""
-    run = finetune()
-    assert not [name for name in collate(run.sequences[:3], run.train, CPU, flat).inputs if "mask" in name]
+    assert not [name for name in collate(plain.sequences[:3], plain.train, CPU, flat).inputs if "mask" in name]
 
 
-def test_attention_without_boundaries_refuses(finetune: Finetune) -> None:
-    run = finetune()
-    batch = collate([max(run.sequences, key=len)], run.train, CPU)
-    with pytest.raises(UnsupportedAttention, match="where examples end"):
-        run.model(**batch.inputs)
+def test_attention_without_boundaries_refuses(plain: LoraFinetune) -> None:
+    batch = collate([max(plain.sequences, key=len)], plain.train, CPU)
+    with pytest.raises(UnsupportedAttention):
+        plain.model(**batch.inputs)
 
 
 def test_flat_batch_has_no_padding(finetune: Finetune) -> None:
@@ -113,11 +124,11 @@ def test_attention_that_would_not_be_the_models_own_refuses(extra: dict[str, obj
 
 @pytest.mark.parametrize(("way", "settings"), [("fused", []), ("chunked", ["lora.modules_to_save=[lm_head]"])])
 def test_chunked_loss_equals_plain(
-    finetune: Finetune, monkeypatch: pytest.MonkeyPatch, way: str, settings: list[str]
+    finetune: Finetune, tiny: Path, monkeypatch: pytest.MonkeyPatch, way: str, settings: list[str]
 ) -> None:
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 40 * 1024 * 4)  # 40 tokens of the vocabulary at a time
     same = ("training.max_grad_norm=0", *settings)
-    run, plain = finetune(*same, name="chunked"), finetune(*same, name="plain")
+    run, plain = (finetune(*same, base=tiny, name=name) for name in ("chunked", "plain"))
     assert run.summed_loss.way == way
     plain.summed_loss.way = "whole"
     batch = run.work(0).batches[0]
@@ -127,8 +138,8 @@ def test_chunked_loss_equals_plain(
     assert relative(gradients(run), gradients(plain)) < 1e-5
 
 
-def test_loss_of_nothing_learned_is_zero(finetune: Finetune) -> None:
-    run = finetune()
+def test_loss_of_nothing_learned_is_zero(finetune: Finetune, tiny: Path) -> None:
+    run = finetune(base=tiny)
     batch = run.work(0).batches[0]
     for way in ("fused", "chunked", "whole"):
         run.summed_loss.way = way
@@ -137,9 +148,10 @@ def test_loss_of_nothing_learned_is_zero(finetune: Finetune) -> None:
         assert float(loss) == 0
 
 
-def test_loss_that_is_not_the_models_own_is_noticed(finetune: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_that_is_not_the_models_own_is_noticed(
+    plain: LoraFinetune, finetune: Finetune, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model that scales its logits, as some do, in a place that is not known here."""
-    run = finetune()
     forward = LlamaForCausalLM.forward
 
     def scaled(self: LlamaForCausalLM, *args: object, **kwargs: object) -> object:
@@ -149,19 +161,20 @@ def test_loss_that_is_not_the_models_own_is_noticed(finetune: Finetune, monkeypa
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
     other = finetune(name="scaled")
-    assert (run.summed_loss.way, other.summed_loss.way) == ("fused", "whole")
+    assert (plain.summed_loss.way, other.summed_loss.way) == ("fused", "whole")
     batch = other.work(0).batches[0]
     assert float(other.summed_loss(batch)) == pytest.approx(float(token_losses(other, batch).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_fused_lora_equals_pefts(finetune: Finetune, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+def test_fused_lora_equals_pefts(
+    finetune: Finetune, tiny: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
     """Also with dropout, where both drop the same."""
     settings = ("training.max_grad_norm=0", "lora.use_rslora=true", f"lora.dropout={dropout}")
-    fused, plain = finetune(*settings, name="fused"), finetune(*settings, name="plain")
+    fused, plain = (finetune(*settings, base=tiny, name=name) for name in ("fused", "plain"))
     assert fused.log.active["fused_lora_layers"] == 7 * fused.model.config.num_hidden_layers
-    for module in plain.model.modules():
-        vars(module).pop("forward", None)
+    without_fused_lora(plain)
     kept = torch.rand(1, 4096, 1024) >= dropout
     monkeypatch.setattr(lora, "kept_by_dropout", lambda x, share: kept[:, : x.shape[1], : x.shape[2]])
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * kept[:, : x.shape[1], : x.shape[2]] / (1 - self.p))
@@ -184,31 +197,25 @@ def test_dropout_drops_its_share_and_follows_the_seed(share: float) -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("micro", [1, 3])
-def test_accumulation_equals_one_batch(finetune: Finetune, micro: int, packing: bool) -> None:
+def test_accumulation_equals_one_batch(finetune: Finetune, tiny: Path, micro: int, packing: bool) -> None:
     same = (f"data.tokenization.packing={packing}", "training.max_grad_norm=0")
-    whole = gradients(finetune(*same, "training.micro_batch_size=8"))
-    parts = gradients(finetune(*same, f"training.micro_batch_size={micro}"))
+    whole = gradients(finetune(*same, "training.micro_batch_size=8", base=tiny))
+    parts = gradients(finetune(*same, f"training.micro_batch_size={micro}", base=tiny))
     assert whole.norm() > 0
     assert relative(parts, whole) < 1e-5
 
 
-def test_packed_equals_padded(finetune: Finetune) -> None:
+def test_packed_equals_padded(finetune: Finetune, tiny: Path) -> None:
     """The same examples in one global batch give the same gradient, packed or each in a row of its own."""
     everything = ("training.macro_batch_size=1000", "training.micro_batch_size=8", "training.max_grad_norm=0")
-    packed = gradients(finetune(*everything))
-    padded = gradients(finetune(*everything, "data.tokenization.packing=false"))
+    packed = gradients(finetune(*everything, base=tiny))
+    padded = gradients(finetune(*everything, "data.tokenization.packing=false", base=tiny))
     assert relative(packed, padded) < 1e-5
 
 
-def test_checkpointing_changes_memory_alone(finetune: Finetune) -> None:
-    plain = gradients(finetune("training.max_grad_norm=0"))
-    checkpointed = gradients(finetune("training.max_grad_norm=0", "training.gradient_checkpointing=true"))
-    assert relative(checkpointed, plain) < 1e-6
-
-
-def test_clipping_bounds_the_gradient_and_tells_the_norm_before(finetune: Finetune) -> None:
-    free = gradients(finetune("training.max_grad_norm=0"))
-    clipped = gradients(finetune("training.max_grad_norm=0.001"))
+def test_clipping_bounds_the_gradient(finetune: Finetune, tiny: Path) -> None:
+    free = gradients(finetune("training.max_grad_norm=0", base=tiny))
+    clipped = gradients(finetune("training.max_grad_norm=0.001", base=tiny))
     assert free.norm() > 0.01
     assert float(clipped.norm()) == pytest.approx(0.001, rel=1e-3)
     assert relative(clipped / clipped.norm(), free / free.norm()) < 1e-4
