@@ -58,6 +58,8 @@ class World:
         failing_checks: Experiments whose dataset fails its blocking check.
         too_large: Experiments whose training does not fit.
         raw_is_bad: Whether raw data fails its blocking check.
+        cursor: What the last look remembers for the next one.
+        graphs: The definitions of the graph, by the experiments that are its partitions.
     """
 
     project: TestProject
@@ -69,6 +71,15 @@ class World:
     failing_checks: set[str] = field(default_factory=set)
     too_large: set[str] = field(default_factory=set)
     cursor: Any = None
+    graphs: dict[tuple[str, ...], dg.Definitions] = field(default_factory=dict)
+
+    def copy(self, project: TestProject) -> "World":
+        """A world with the same history, for a project with the same configuration."""
+        copied = World(project, raw=self.raw, cursor=self.cursor)
+        for storage in ("run_storage", "event_log_storage"):  # of an ephemeral instance: SQLite in memory
+            ours, theirs = (getattr(world.instance, storage)._held_conn.connection for world in (self, copied))
+            ours.dbapi_connection.backup(theirs.dbapi_connection)
+        return copied
 
     def experiments(self) -> list[str]:
         return sorted(path.stem for path in (self.project.configs / "experiments").glob("*.yaml"))
@@ -76,9 +87,14 @@ class World:
     def write(self, name: str, more: str = "", text: str = EXPERIMENT) -> None:
         self.project.write_experiment(name, text + more)
 
-    def assets(self) -> list[dg.AssetsDefinition]:
-        partitions = dg.StaticPartitionsDefinition(self.experiments())
-        return [self._raw(), *(self._like(asset, partitions) for asset in REAL)]
+    def graph(self) -> dg.Definitions:
+        """The graph, with an experiment for each file of now."""
+        experiments = tuple(self.experiments())
+        if experiments not in self.graphs:
+            partitions = dg.StaticPartitionsDefinition(experiments)
+            assets = [self._raw(), *(self._like(asset, partitions) for asset in REAL)]
+            self.graphs[experiments] = dg.Definitions(assets=assets)
+        return self.graphs[experiments]
 
     def _raw(self) -> dg.AssetsDefinition:
         @dg.asset(name="dolly_raw", check_specs=[dg.AssetCheckSpec("good", asset="dolly_raw", blocking=True)])
@@ -137,7 +153,7 @@ class World:
 
     def run(self, assets: set[str], experiment: str | None = None, **tags: str) -> bool:
         """Materialize as one run; whether it succeeded."""
-        job = dg.Definitions(assets=self.assets()).resolve_implicit_global_asset_job_def()
+        job = self.graph().resolve_implicit_global_asset_job_def()
         selection = [dg.AssetKey(name) for name in sorted(assets)]
         done = job.execute_in_process(
             asset_selection=selection,
@@ -154,8 +170,7 @@ class World:
 
     def look(self) -> dict[str, set[str]]:
         """What one look requests, by experiment."""
-        defs = dg.Definitions(assets=self.assets())
-        result = dg.evaluate_automation_conditions(defs, self.instance, cursor=self.cursor)
+        result = dg.evaluate_automation_conditions(self.graph(), self.instance, cursor=self.cursor)
         self.cursor = result.cursor
         found: dict[str, set[str]] = {}
         for name in REAL:
@@ -179,24 +194,39 @@ class World:
         return ticks
 
 
+def with_three_experiments(project: TestProject) -> TestProject:
+    """The project with two subscribed experiments, a and b, and one that is not."""
+    for path in (project.configs / "experiments").glob("*.yaml"):
+        path.unlink()
+    for name in ("a", "b"):
+        project.write_experiment(name, EXPERIMENT)
+    project.write_experiment("not", EXPERIMENT.replace("true", "false"))
+    return project
+
+
 @pytest.fixture
 def world(project: TestProject) -> World:
     """Two subscribed experiments, a and b, and one that is not."""
-    for path in (project.configs / "experiments").glob("*.yaml"):
-        path.unlink()
-    made = World(project)
-    for name in ("a", "b"):
-        made.write(name)
-    made.write("not", text=EXPERIMENT.replace("true", "false"))
-    return made
+    return World(with_three_experiments(project))
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world after its first data, of which each test has a copy."""
+    project = with_three_experiments(TestProject.create(tmp_path_factory.mktemp("trained")))
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in project.environment.items():
+            environment.setenv(name, value)
+        world = World(project)
+        world.new_data("v1")
+        assert world.settle() == [{"a": ALL, "b": ALL}]
+    return world
 
 
 @pytest.fixture
-def trained(world: World) -> World:
-    """The same, after its first data."""
-    world.new_data("v1")
-    world.settle()
-    return world
+def trained(_trained: World, project: TestProject) -> World:
+    """Two subscribed experiments after their first data."""
+    return _trained.copy(with_three_experiments(project))
 
 
 def test_no_data(world: World) -> None:
@@ -408,7 +438,7 @@ def test_two_versions_between_two_looks(trained: World) -> None:
 def test_upstream_in_progress(trained: World) -> None:
     """While a run that makes an input is going on, nothing is requested on top of it."""
     trained.new_data("v2")
-    job = dg.Definitions(assets=trained.assets()).resolve_implicit_global_asset_job_def()
+    job = trained.graph().resolve_implicit_global_asset_job_def()
     raw = job.get_subset(asset_selection={dg.AssetKey("dolly_raw")})
     run = trained.instance.create_run_for_job(raw, asset_selection=frozenset({dg.AssetKey("dolly_raw")}))
     _start(trained.instance, run)

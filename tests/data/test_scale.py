@@ -1,15 +1,17 @@
-"""Rows by the hundred thousand; by the million with `make soak`."""
+"""Rows by the ten thousand; by the million with `make soak`."""
 
 import json
 import os
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 
 COUNT = 1_000_000 if os.environ.get("SOAK") else 60_000
 
 
+@pytest.mark.system
 def test_many_rows_are_prepared_in_little_memory() -> None:
     """Raw rows to packed tokens in a process of its own, torch and transformers included."""
     command = [sys.executable, "-m", "benchmarks.scale", "--alone", "--rows", str(COUNT)]

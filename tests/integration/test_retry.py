@@ -1,49 +1,54 @@
 """A training that dies in the night is gone on with by itself."""
 
 import os
-import re
 import signal
-import subprocess
-from pathlib import Path
+import threading
+import time
 
-from integration.cli import materialize_command
+import dagster as dg
+import pytest
+from integration.daemon import first_steps, ranks_of
 from projects import TestProject
 
+from finetune_assets.assets import making
+from finetune_assets.definitions import defs
 
-def test_run_whose_worker_is_killed_goes_on_by_itself(project: TestProject) -> None:
-    overrides = ["training.max_steps=16", "training.save_steps=3", "training.logging_steps=1"]
-    run = subprocess.Popen(
-        materialize_command("*lora_adapter", overrides=overrides),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=project.root,
-    )
-    said = ""
-    assert run.stdout
-    for line in run.stdout:
-        said += line
-        if "step 8/16" in line:
-            os.kill(_rank(project), signal.SIGKILL)
-            break
-    said += run.communicate(timeout=300)[0]
-    assert run.returncode == 0, said[-3000:]
-    assert re.search(r"tried again in \d+ s, 1 of 3: ", said)
-    begun = re.search(r"going on from the checkpoint of step (\d+)", said)
-    assert begun
-    assert int(begun[1]) >= 6
+STEPS, SAVED = 20, 3
+
+
+def test_run_whose_worker_is_killed_goes_on_by_itself(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making, "RETRY_SECONDS", 0.1)
+    overrides = [f"training.max_steps={STEPS}", f"training.save_steps={SAVED}", "training.logging_steps=1"]
+    with dg.DagsterInstance.ephemeral() as instance:
+        killer = threading.Thread(target=_kill_the_rank, args=[project])
+        killer.start()
+        done = dg.materialize(
+            [asset for asset in defs.assets or [] if isinstance(asset, dg.AssetsDefinition)],
+            selection=dg.AssetSelection.assets("lora_adapter").upstream(),
+            resources=dict(defs.resources or {}),
+            partition_key="demo",
+            instance=instance,
+            run_config={"resources": {"project": {"config": {"overrides": overrides}}}},
+            raise_on_error=False,
+        )
+        killer.join()
+        again = [event.step_key for event in done.all_events if event.is_step_up_for_retry]
+        begun = first_steps(instance, done.run_id, STEPS)
+    assert done.success
+    assert again == ["lora_adapter"]
+    assert begun[0] == 1
+    assert len(begun) == 2
+    assert begun[1] > SAVED
+    assert begun[1] % SAVED == 1, "it begins after what was saved last"
     assert len(project.published("adapters")) == 1
     assert not project.leftovers()
 
 
-def _rank(project: TestProject) -> int:
-    """The process that trains, which torchrun started."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        ours = any(word.startswith(str(project.cache).encode()) for word in words)
-        if ours and b"finetune_assets.training" in words and b"torch.distributed.run" not in words:
-            return int(folder.name)
-    raise AssertionError("no process trains")
+def _kill_the_rank(project: TestProject) -> None:
+    """Once there is a checkpoint to go on from."""
+    end = time.monotonic() + 240
+    while not any(project.store_root.rglob("checkpoints/**/manifest.json")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    (rank,) = ranks_of(project)
+    os.kill(rank, signal.SIGKILL)
