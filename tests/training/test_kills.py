@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 
 import pytest
+from processes import AGENT, JOB, RANK, SERVER, family, runs
 from training.conftest import dataset
 from training.test_resume import STEPS, Machine, machine, undisturbed, wait_for_step
 
@@ -19,48 +19,9 @@ from finetune_assets.launch.process import FORKSERVER
 
 __all__ = ["dataset", "machine", "undisturbed"]
 ROUNDS = 5 if os.environ.get("SOAK") else 1
-RUN, SERVER, PARENT, JOB, AGENT, RANK = "run", "fork server", "its parent", "job", "agent", "rank"
-COMMANDS = {
-    SERVER: "finetune_assets/launch/forkserver.py",
-    JOB: "finetune_assets.launch.bootstrap",
-    AGENT: "torch.distributed.run",
-    RANK: "finetune_assets.training",
-}
-"""What the command line of each has, in the order of looking."""
+RUN, PARENT = "run", "parent of the fork server"
+NAMES = {"rank": RANK, "fork server": SERVER, "job": JOB, "agent": AGENT, RUN: "", PARENT: ""}
 HOLDER = "import sys; from finetune_assets.launch import warm; print(warm.own().address, flush=True); sys.stdin.read()"
-
-
-def alive(root: int) -> dict[int, str]:
-    """Command lines of the processes that come of one, and its own."""
-    parents, commands = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            commands[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if state != "Z":
-            parents[int(folder.name)] = int(parent)
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family and pid not in family}:
-        family |= more
-    return {pid: commands[pid] for pid in family & parents.keys()}
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def part(family: dict[int, str], name: str) -> int:
-    """The process that has a part in the training."""
-    return next(
-        pid
-        for pid, command in family.items()
-        if next((part for part, words in COMMANDS.items() if words in command), None) == name
-    )
 
 
 @contextmanager
@@ -81,7 +42,8 @@ def first_step(out: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "victim", [RANK, SERVER, *(pytest.param(name, marks=pytest.mark.system) for name in (JOB, AGENT, RUN, PARENT))]
+    "victim",
+    ["rank", "fork server", *(pytest.param(name, marks=pytest.mark.system) for name in ("job", "agent", RUN, PARENT))],
 )
 def test_nothing_is_left_and_the_next_run_ends_bit_equal(
     machine: Callable[..., Machine],
@@ -94,15 +56,17 @@ def test_nothing_is_left_and_the_next_run_ends_bit_equal(
     draw = random.Random(victim)
     for number in range(ROUNDS):
         one = machine(f"{victim} {number}", 2)
-        with a_server_elsewhere() as (holder, environment):
-            process = one.start(**(environment if victim == PARENT else {}))
+        with a_server_elsewhere() if victim == PARENT else nullcontext((0, {})) as (holder, environment):
+            process = one.start(**environment)
             step = draw.randint(5, STEPS - 2)
             wait_for_step(process, step)
-            family = alive(process.pid) | (alive(holder) if victim == PARENT else {})
-            pid = {RUN: process.pid, PARENT: holder}.get(victim) or part(family, victim)
-            os.kill(pid, signal.SIGKILL)
+            everyone = family(process.pid) | (family(holder) if holder else {})
+            parts = {RUN: [process.pid], PARENT: [holder]}
+            of_part = parts.get(victim) or [one.pid for one in everyone.values() if one.part == NAMES[victim]]
+            assert len(of_part) == (2 if victim == "rank" else 1)
+            os.kill(of_part[0], signal.SIGKILL)
             end = time.monotonic() + 5
-            while left := {pid: command for pid, command in family.items() if pid != process.pid and runs(pid)}:
+            while left := [one for one in everyone.values() if one.pid != process.pid and runs(one.pid)]:
                 assert time.monotonic() < end, left
                 time.sleep(0.05)
             process.communicate(timeout=60)

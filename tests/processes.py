@@ -1,0 +1,75 @@
+"""Processes of this machine, as `ps` shows them."""
+
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+
+SERVER, JOB = "finetune_assets/launch/forkserver.py", "finetune_assets.launch.bootstrap"
+AGENT, RANK = "torch.distributed.run", "-m finetune_assets.training"
+"""What the command lines of the parts of a training have."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that runs.
+
+    Attributes:
+        pid: Its number.
+        parent: Its parent's.
+        command: Its command line.
+        environment: The environment that it began with; that of a forked process is its parent's.
+    """
+
+    pid: int
+    parent: int
+    command: str
+    environment: str
+
+    @property
+    def part(self) -> str:
+        """Which part of a training it is; empty if none."""
+        return next((words for words in (SERVER, JOB, AGENT, RANK) if words in self.command), "")
+
+
+def running() -> dict[int, Process]:
+    """All processes that have not ended, by number."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            texts = [(folder / name).read_bytes().replace(b"\0", b" ") for name in ("cmdline", "environ")]
+        except OSError:
+            continue
+        if state != "Z":
+            pid = int(folder.name)
+            found[pid] = Process(pid, int(parent), *(text.decode(errors="replace") for text in texts))
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether a process has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def family(root: int) -> dict[int, Process]:
+    """A process and all that come of it."""
+    there = running()
+    members: Set[int] = {root}
+    while more := {one.pid for one in there.values() if one.parent in members} - members:
+        members |= more
+    return {pid: there[pid] for pid in members & there.keys()}
+
+
+def of_project(root: Path, *words: str) -> list[Process]:
+    """Processes whose command line has one of `words`; it names the project, or the environment of an ancestor does."""
+    there = running()
+
+    def belongs(one: Process | None) -> bool:
+        if one is None:
+            return False
+        return any(str(root) in text for text in (one.command, one.environment)) or belongs(there.get(one.parent))
+
+    return [one for one in there.values() if any(word in one.command for word in words) and belongs(one)]
