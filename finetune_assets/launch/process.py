@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import warnings
-from importlib import import_module
 from pathlib import Path
 
 from finetune_assets.errors import UserError
+from finetune_assets.model_libraries import import_lean
 
 PR_SET_PDEATHSIG = 1
 ERROR_FILE = "FINETUNE_ERROR_FILE"
@@ -57,7 +57,7 @@ def run_worker(module: str) -> None:
     @record
     def main() -> None:
         try:
-            import_module(module).main()
+            import_lean(module).main()
         except UserError as e:
             if path := os.environ.get(ERROR_FILE):
                 told = {"error": str(e), "retriable": e.retriable}
