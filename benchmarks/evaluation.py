@@ -26,8 +26,9 @@ from finetune_assets.evaluation.gate import paired_gain
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out
 from finetune_assets.store.base_models import PACKAGED
-from finetune_assets.training.batches import Examples, collate, evaluation_batches
+from finetune_assets.training.batches import collate
 from finetune_assets.training.distributed import Process
+from finetune_assets.training.order import Examples, evaluation_batches
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
 from finetune_assets.training.state import Job

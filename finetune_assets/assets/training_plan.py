@@ -64,7 +64,7 @@ def training_plan(
 
             store, config = project.store(), lineage.experiment.config
             base_model = store.fetch(cached_base_model, is_shape_file)
-            shape = read_shape(base_model, config)
+            shape = read_shape(base_model, config, store.cache)
             plan = make_plan(shape, config, store.fetch(tokenized_dataset), trainer_states(store))
             (folder / PLAN).write_text(json.dumps(plan.to_dict()), encoding="utf-8")
 

@@ -13,11 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.errors import DataError, RefusedRow
+from finetune_assets.data.labels import IGNORED
 from finetune_assets.data.prompts import Rendered, make_renderer
 from finetune_assets.data.rows import Row
-
-IGNORED = -100
-"""Label of a token that is not learned, as PyTorch's cross-entropy and every trainer know it."""
 
 
 class Refused(NamedTuple):

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training.attention import settle
-from finetune_assets.training.batches import Examples, collate, evaluation_batches
+from finetune_assets.training.batches import collate
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, base_of, compute_precision
+from finetune_assets.training.order import Examples, evaluation_batches
 
 
 class RowLosses:

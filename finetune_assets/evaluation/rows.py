@@ -16,7 +16,7 @@ from finetune_assets.config.schema import Data, ExperimentConfig
 from finetune_assets.data.ingest import PARQUET
 from finetune_assets.data.rows import HeldBack
 from finetune_assets.data.tokenization import IGNORED, Encoder
-from finetune_assets.training.batches import Examples
+from finetune_assets.training.order import Examples
 
 FIRST_WORDS = ("The", "It", "In", "A", "Yes")
 """With which answers begin."""

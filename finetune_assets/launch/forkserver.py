@@ -32,15 +32,16 @@ from pathlib import Path
 from setproctitle import getproctitle
 
 from finetune_assets.launch.process import die_with_parent, set_threads, show_as
+from finetune_assets.model_libraries import import_lean
 
 TORCHRUN = "torch.distributed.run"
 PRELOADED = (
     "torch",
     TORCHRUN,
-    "transformers.models.llama.modeling_llama",
-    "finetune_assets.launch.bootstrap",
     "finetune_assets.training.cli",
     "finetune_assets.evaluation.cli",
+    "finetune_assets.launch.bootstrap",
+    "transformers.models.llama.modeling_llama",
 )
 CLIENT_SECONDS = 10
 """For a client to say what it wants, while others wait."""
@@ -205,7 +206,7 @@ def preload() -> None:
     for name in PRELOADED:
         if selector.select(0):
             os._exit(0)
-        import_module(name)
+        import_lean(name)
     selector.close()
     getproctitle()  # finds the place of the title by the environment, which a child changes
     gc.collect()

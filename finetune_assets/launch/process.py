@@ -9,10 +9,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from finetune_assets.errors import UserError
+from finetune_assets.model_libraries import import_lean
 from finetune_assets.progress import Progress
 from finetune_assets.progress.relay import from_environment
 
@@ -91,7 +91,7 @@ def run_worker(module: str) -> None:
     @record
     def main() -> None:
         try:
-            import_module(module).main()
+            import_lean(module).main()
         except UserError as e:
             if path := os.environ.get(ERROR_FILE):
                 told = {"error": str(e), "retriable": e.retriable}

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
+from finetune_assets.preflight.case import Case, NotSimulated
 from finetune_assets.preflight.memory import Memory, predict
-from finetune_assets.preflight.simulation import Case, NotSimulated
 
 BY_BATCH = ("activations", "workspace", "gaps")
 """Parts of the memory that grow with the micro-batch."""

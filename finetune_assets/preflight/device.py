@@ -4,14 +4,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from finetune_assets.config.gpus import computes_in_bf16, memory_gib
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
 from finetune_assets.launch import gpus
-from finetune_assets.training.telemetry import hardware_name, nvml
+from finetune_assets.training.telemetry import cpu_name, nvml
 
 GIB = 1 << 30
 RESERVED = {"cpu": 0.95, "cuda": 0.9}
@@ -51,12 +49,12 @@ class Device:
         wanted = experiment.training.precision
         return wanted if wanted != "auto" else "bf16" if self.bf16 else "fp32"
 
-    def dtype(self, experiment: ExperimentConfig) -> torch.dtype:
-        """As `weights_dtype` decides there."""
+    def dtype(self, experiment: ExperimentConfig) -> str:
+        """As `weights_dtype` decides there, by its name in torch."""
         name: str = experiment.model.dtype
         if name == "auto":
             name = COMPUTED_AS_STORED.get(experiment.training.precision) or ("bfloat16" if self.bf16 else "float32")
-        return getattr(torch, name)  # type: ignore[no-any-return]
+        return name
 
 
 def device_of(experiment: ExperimentConfig) -> Device:
@@ -86,7 +84,7 @@ def _one_machine(experiment: ExperimentConfig) -> Device:
             "cluster's are in hardware.gpu or hardware.memory_gib"
         )
     count = 1 if processes == "auto" else int(processes)
-    return Device("cpu", machine_bytes(), count, False, hardware_name(torch.device("cpu")))
+    return Device("cpu", machine_bytes(), count, False, cpu_name())
 
 
 def _first_of(visible: list[str], count: int) -> Device:

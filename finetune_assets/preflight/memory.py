@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from finetune_assets.preflight.simulation import Case, Simulated, simulate
+from finetune_assets.preflight.case import Case, Simulated, simulate, stored_dtype
 
 MIB = 1 << 20
 RUNTIME_BYTES = {"cpu": 490 * MIB, "cuda": 0}
@@ -11,6 +11,8 @@ the driver's own 0.5 GiB are in `RESERVED`."""
 GAPS = {"cpu": 1.4, "cuda": 1.0}
 """What a process takes over what is alive at the highest point. glibc keeps what tensors give back, in gaps that the
 next ones often do not fit: 37% to 43% more (benchmarks/RESULTS.md). A GPU's peak counts what is alive."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number, by its type."""
 MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """AdamW's two of a trained weight."""
 
@@ -79,9 +81,10 @@ def _weights(case: Case, found: Simulated) -> int:
 
 
 def _mapped(case: Case, found: Simulated) -> int:
-    stored = getattr(case.shape, "dtype", None) or case.dtype
-    as_read = case.device.kind == "cpu" and stored == case.dtype
-    return round(found.quantized * stored.itemsize) if as_read else 0
+    if case.device.kind != "cpu" or not found.quantized:
+        return 0
+    as_read = (stored_dtype(case.shape) or case.dtype) == case.dtype
+    return round(found.quantized * BYTES[case.dtype]) if as_read else 0
 
 
 def _optimizer(case: Case, found: Simulated) -> int:

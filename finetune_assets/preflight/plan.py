@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
-
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.preflight.advice import ways
+from finetune_assets.preflight.case import Case, NotSimulated, Shape, multiplied_weights
 from finetune_assets.preflight.device import GIB, Device, device_of
 from finetune_assets.preflight.memory import MIB, Memory, predict
-from finetune_assets.preflight.simulation import Case, NotSimulated, base_on_meta
+from finetune_assets.preflight.results import Results
 from finetune_assets.preflight.speed import Kind, Past, speed
 from finetune_assets.preflight.work import Work, full_batch, work_of
-from finetune_assets.training.telemetry import multiplied_weights
+from finetune_assets.store.cache import NodeCache
 
 
 def sized(size: float) -> str:
@@ -83,14 +82,20 @@ class Plan:
         }
 
 
-def read_shape(folder: Path, experiment: ExperimentConfig) -> PretrainedConfig:
-    """The configuration of a base model's folder; its weights need not be there."""
-    own_code = bool(experiment.model.trust_remote_code)
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=own_code)
+def read_shape(folder: Path, experiment: ExperimentConfig, cache: NodeCache | None = None) -> Shape:
+    """The configuration of a base model's folder; its weights need not be there.
+
+    Args:
+        folder: The folder.
+        experiment: The settings.
+        cache: Where results of simulations are kept, if they are to be.
+    """
+    results = Results(cache.root / "simulations") if cache else None
+    return Shape.read(folder, bool(experiment.model.trust_remote_code), results)
 
 
 def make_plan(
-    shape: PretrainedConfig,
+    shape: Shape,
     experiment: ExperimentConfig,
     dataset: Path | None = None,
     states: Iterable[dict[str, Any]] = (),
@@ -136,7 +141,7 @@ def _hours(case: Case, work: Work | None, states: Iterable[dict[str, Any]]) -> t
         return None, "steps and tokens are known once tokenized_dataset is made"
     experiment, device = case.experiment, case.device
     try:
-        weights = multiplied_weights(base_on_meta(case.shape, experiment, case.dtype))
+        weights = multiplied_weights(case)
     except NotSimulated as e:
         return None, f"the model cannot be built as a shape alone ({e})"
     kind = Kind(

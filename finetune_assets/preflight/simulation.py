@@ -9,7 +9,6 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.preflight.device import Device
+from finetune_assets.config.schema import Lora
+from finetune_assets.preflight.case import NotSimulated, Question, Simulated
 from finetune_assets.training.batches import Batch
 from finetune_assets.training.lora import speed_up
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, base_of, layers_of, peft_config, trainable
+from finetune_assets.training.telemetry import multiplied_weights
 
 SIMULATED = "simulated"
 """The name under which transformers knows the attention of a simulation."""
@@ -34,71 +34,8 @@ LONGEST_PATTERN = 8
 """Kinds of layers that may follow one another before they repeat; a model without such a pattern is simulated whole."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A micro-batch of a model on a device.
-
-    Attributes:
-        shape: The base model's configuration.
-        experiment: The settings.
-        device: Where it is to be trained; nothing is asked of it.
-        lengths: Tokens of the micro-batch's examples, which lie end to end.
-        learned: How many of all their tokens are learned.
-        checkpointing: Whether activations are computed twice.
-    """
-
-    shape: PretrainedConfig
-    experiment: ExperimentConfig
-    device: Device
-    lengths: list[int]
-    learned: int
-    checkpointing: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the base's weights, and what quantized ones are computed in."""
-        return self.device.dtype(self.experiment)
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """What a model and one micro-batch take, in bytes where nothing else is said.
-
-    Attributes:
-        weights: The frozen weights, as bitsandbytes keeps those that it quantizes.
-        quantized: Numbers in quantized weights.
-        largest_layer: The frozen weights of the largest layer.
-        trained: Trained weights.
-        trained_count: Numbers in them.
-        kept: By the backward pass, of the forward pass: the activations.
-        peak: The highest there is at once beside weights, gradients and optimizer, activations included.
-    """
-
-    weights: float
-    quantized: float
-    largest_layer: float
-    trained: float
-    trained_count: float
-    kept: float
-    peak: float
-
-    def beyond(self, shallower: "Simulated", by: float) -> "Simulated":
-        """With more layers: `by` times as many as it has more than `shallower`."""
-        ours, theirs = vars(self), vars(shallower)
-        return Simulated(**{name: ours[name] + by * (ours[name] - theirs[name]) for name in ours})
-
-
-class NotSimulated(Exception):
-    """A model whose step does not run on tensors without data: one that routes tokens by what they are, say."""
-
-    @classmethod
-    def because(cls, error: Exception) -> "NotSimulated":
-        """In one line of an error's own words."""
-        return cls(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-
-
-def simulate(case: Case) -> Simulated:
-    """Simulate a micro-batch.
+def simulated(shape: PretrainedConfig, question: Question) -> Simulated:
+    """Simulate a micro-batch of a model.
 
     Raises:
         NotSimulated: if the model cannot be.
@@ -107,7 +44,7 @@ def simulate(case: Case) -> Simulated:
     level = log.level
     log.setLevel(logging.CRITICAL)  # it prints a traceback of what is told in a sentence
     try:
-        return _at_depth(case)
+        return _at_depth(shape, question)
     except NotSimulated:
         raise
     except Exception as e:
@@ -116,20 +53,26 @@ def simulate(case: Case) -> Simulated:
         log.setLevel(level)
 
 
-def _at_depth(case: Case) -> Simulated:
-    depth = getattr(case.shape, "num_hidden_layers", 0)
-    pattern = (
-        None if _names_layers(case.experiment) else _pattern(base_on_meta(case.shape, case.experiment, case.dtype))
-    )
+def multiplied_weights_of(shape: PretrainedConfig, question: Question) -> int:
+    """Weights of a model that a token is multiplied with.
+
+    Raises:
+        NotSimulated: if its class cannot be built as a shape alone.
+    """
+    return multiplied_weights(base_on_meta(shape, question))
+
+
+def _at_depth(shape: PretrainedConfig, question: Question) -> Simulated:
+    depth = getattr(shape, "num_hidden_layers", 0)
+    pattern = None if _names_layers(question.lora) else _pattern(base_on_meta(shape, question))
     if pattern is None or depth <= 3 * pattern:
-        return _simulated(case, None)
-    shallow, deep = _simulated(case, pattern), _simulated(case, 2 * pattern)
+        return _simulated(shape, question, None)
+    shallow, deep = _simulated(shape, question, pattern), _simulated(shape, question, 2 * pattern)
     return deep.beyond(shallow, (depth - 2 * pattern) / pattern)
 
 
-def _names_layers(experiment: ExperimentConfig) -> bool:
+def _names_layers(lora: Lora) -> bool:
     """Whether layers get adapters that differ."""
-    lora = experiment.lora
     names = [*lora.rank_pattern, *(lora.target_modules if isinstance(lora.target_modules, list) else [])]
     return lora.layers_to_transform is not None or any(char.isdigit() for name in names for char in name)
 
@@ -150,8 +93,8 @@ def _pattern(base: PreTrainedModel) -> int | None:
     return None
 
 
-def _simulated(case: Case, layers: int | None) -> Simulated:
-    model = _on_meta(case, layers)
+def _simulated(shape: PretrainedConfig, question: Question, layers: int | None) -> Simulated:
+    model = _on_meta(shape, question, layers)
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     trained = trainable(model)
     sizes = {
@@ -161,7 +104,7 @@ def _simulated(case: Case, layers: int | None) -> Simulated:
         "trained": sum(parameter.nbytes for parameter in trained),
         "trained_count": sum(parameter.numel() for parameter in trained),
     }
-    kept, peak = _step(model, case)
+    kept, peak = _step(model, question)
     return Simulated(**sizes, kept=kept, peak=peak)
 
 
@@ -184,22 +127,18 @@ def quantized_bytes(weight: Tensor, kind: str) -> int:
     return -(-count // 2) + blocks + 4 * -(-blocks // 256)
 
 
-def _on_meta(case: Case, layers: int | None = None) -> PeftModel:
+def _on_meta(shape: PretrainedConfig, question: Question, layers: int | None = None) -> PeftModel:
     """The model with its adapter as shapes alone, of fewer layers where that is asked for."""
-    experiment = case.experiment
-    base = base_on_meta(case.shape, experiment, case.dtype, layers)
-    mixed = not experiment.training.precision.startswith("full_")
+    base = base_on_meta(shape, question, layers)
     with torch.device("meta"):
-        if experiment.model.quantization != "none":
-            _quantize(base, experiment.model.quantization)
+        if question.quantization != "none":
+            _quantize(base, question.quantization)
         return get_peft_model(
-            base, peft_config(experiment.lora, base), autocast_adapter_dtype=mixed, low_cpu_mem_usage=True
+            base, peft_config(question.lora, base), autocast_adapter_dtype=question.mixed, low_cpu_mem_usage=True
         )
 
 
-def base_on_meta(
-    shape: PretrainedConfig, experiment: ExperimentConfig, dtype: torch.dtype, layers: int | None = None
-) -> PreTrainedModel:
+def base_on_meta(shape: PretrainedConfig, question: Question, layers: int | None = None) -> PreTrainedModel:
     """The base alone, as it was published.
 
     Raises:
@@ -213,15 +152,15 @@ def base_on_meta(
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                shape, dtype=dtype, trust_remote_code=bool(experiment.model.trust_remote_code)
+                shape, dtype=getattr(torch, question.dtype), trust_remote_code=question.own_code
             )
     except Exception as e:  # a model's own code may fail in any way
         raise NotSimulated.because(e) from e
 
 
-def _step(model: PeftModel, case: Case) -> tuple[int, int]:
+def _step(model: PeftModel, question: Question) -> tuple[int, int]:
     """Bytes that a forward pass keeps, and the most there is at once until the backward pass has ended."""
-    lengths, device = case.lengths, case.device.kind
+    lengths, device = question.lengths, question.device
     AttentionInterface.register(SIMULATED, _attention(lengths, device))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -230,7 +169,7 @@ def _step(model: PeftModel, case: Case) -> tuple[int, int]:
         loss.chunks_on = device
         base = base_of(model)
         base.set_attn_implementation(SIMULATED)
-        if case.checkpointing:
+        if question.checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         model.train()
@@ -238,9 +177,9 @@ def _step(model: PeftModel, case: Case) -> tuple[int, int]:
         for parameter in trainable(model):
             parameter.grad = torch.zeros_like(parameter)
             there.append(parameter.grad)
-        batch = _batch(lengths, case.learned)
+        batch = _batch(lengths, question.learned)
         with _Counting(there) as counting:
-            with autocast(case.device.precision(case.experiment), torch.device("cpu")):
+            with autocast(question.precision, torch.device("cpu")):
                 total = loss(batch)
             kept = counting.now
             total.backward()

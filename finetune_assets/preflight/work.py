@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.training.batches import Examples, TrainOrder, read_packs
+from finetune_assets.training.order import Examples, TrainOrder, read_packs
 
 
 @dataclass(frozen=True)

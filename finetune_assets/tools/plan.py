@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.errors import UserError
-from finetune_assets.resources.project import Project
+from finetune_assets.resources import deployment
 from finetune_assets.store.base_models import BaseModelError, is_shape_file
 from finetune_assets.store.errors import ArtifactMissing
 from finetune_assets.store.history import trainer_states
-from finetune_assets.store.lineage import Lineage
+from finetune_assets.store.lineage import Lineage, RawLineage
 from finetune_assets.store.terminal import new_table, out, told
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def plan(experiment: str, overrides: list[str], as_json: bool) -> bool:
     """Print the plan of an experiment; whether it fits."""
-    project = Project(overrides=overrides)
-    lineage = project.lineage(experiment)
+    raw_config = load_raw_data_config(deployment.configs(), deployment.raw_data())
+    raw = RawLineage(deployment.store(), raw_config, deployment.root(), connect=deployment.s3_client)
+    lineage = Lineage(raw, load_experiment(deployment.configs(), experiment, overrides))
     config = lineage.experiment.config
     folder = shape_of(lineage)
     from finetune_assets.preflight.plan import make_plan, read_shape
@@ -53,7 +55,7 @@ def plan(experiment: str, overrides: list[str], as_json: bool) -> bool:
     dataset = None
     with suppress(ArtifactMissing, BaseModelError):
         dataset = lineage.store.fetch(lineage.tokenized())
-    made = make_plan(read_shape(folder, config), config, dataset, trainer_states(lineage.store))
+    made = make_plan(read_shape(folder, config, lineage.store.cache), config, dataset, trainer_states(lineage.store))
     if as_json:
         out.print_json(json.dumps(made.to_dict()))
     else:

@@ -15,8 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from finetune_assets.training.batches import Examples
 from finetune_assets.training.model import ModelError, base_of
+from finetune_assets.training.order import Examples
 
 VARLEN = "varlen"
 """The name under which transformers knows this attention."""

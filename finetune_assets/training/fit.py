@@ -68,13 +68,21 @@ def misquantized(base: PreTrainedModel, folder: Path, wanted: str) -> str | None
     transformers keeps the folder's own kind where another is asked for, and reads a kind that it does not know as if
     its numbers were weights, warning alone.
     """
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    stored = stored_quantization(folder)
     if stored and wanted != "none":
         return f"its weights are quantized already, which model.quantization {wanted} cannot do again; set it to none"
     if stored and getattr(base, "hf_quantizer", None) is None:
         kind = stored.get("quant_method")
         return f"its weights are quantized in a way that the installed transformers does not know ({kind})"
     return None
+
+
+def stored_quantization(folder: Path) -> dict[str, Any] | None:
+    """How a folder's weights are quantized already; None where they are not."""
+    stored: dict[str, Any] | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+        "quantization_config"
+    )
+    return stored
 
 
 def _more(names: list[Any]) -> str:

@@ -14,7 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
-from finetune_assets.training.fit import explain, misfit, misquantized
+from finetune_assets.model_libraries import use_bitsandbytes
+from finetune_assets.training.fit import explain, misfit, misquantized, stored_quantization
 
 
 class ModelError(UserError):
@@ -50,6 +51,8 @@ def load_base(folder: Path, model: Model, training: Training, device: torch.devi
     quantization = _quantization(model, dtype)
     disable_progress_bar()
     try:
+        if quantization or stored_quantization(folder):
+            use_bitsandbytes()
         base, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

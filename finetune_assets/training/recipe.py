@@ -15,9 +15,10 @@ from finetune_assets.contents import UTILISATION
 from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
 from finetune_assets.training import checkpoint, health, memory, output
-from finetune_assets.training.batches import TrainOrder, collate, evaluation_batches
+from finetune_assets.training.batches import collate
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.optimizer import make_optimizer, make_scheduler
+from finetune_assets.training.order import TrainOrder, evaluation_batches
 from finetune_assets.training.reporting import Reporter, StepReport
 from finetune_assets.training.setup import Prepared
 from finetune_assets.training.state import Job, Log, Step, Window, Work

@@ -10,12 +10,13 @@ from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import REWRITES_BASE
 from finetune_assets.training import memory
 from finetune_assets.training.attention import settle
-from finetune_assets.training.batches import Batch, Examples, collate, read_packs
+from finetune_assets.training.batches import Batch, collate
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, make_room
 from finetune_assets.training.lora import speed_up
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, compute_precision, layers_of, load_base, trainable, with_adapter
+from finetune_assets.training.order import Examples, read_packs
 from finetune_assets.training.sharding import resident_bytes, shard
 from finetune_assets.training.state import Job, Log
 from finetune_assets.training.telemetry import CONVENTION, hardware_name, multiplied_weights, peak_flops

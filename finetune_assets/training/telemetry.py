@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from typing import TYPE_CHECKING, Any
 
 from finetune_assets.resident import peak_resident_mib
+
+if TYPE_CHECKING:  # planning asks for rates and names, without torch
+    import torch
+    from torch import nn
 
 CONVENTION = (
     "4N floating point operations a token, N being the base's weights that are multiplied (with the output layer, "
@@ -30,8 +30,11 @@ PEAK_TFLOPS = {
 SAMPLE_SECONDS = 1.0
 
 
-def multiplied_weights(model: nn.Module) -> int:
+def multiplied_weights(model: "nn.Module") -> int:
     """Weights of a frozen model that a token is multiplied with; of quantized layers, as many as they stand for."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     found: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -41,8 +44,10 @@ def multiplied_weights(model: nn.Module) -> int:
     return sum(found.values())
 
 
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+def peak_flops(device: "torch.device", precision: str) -> tuple[float, str]:
     """The device's dense matrix rate in operations a second, and where it is known from."""
+    import torch
+
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
         for part, rate in PEAK_TFLOPS.items():
@@ -53,7 +58,9 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     return measured, f"{measured / 1e12:.3g} TFLOP/s (measured here, matrices of 1,024)"
 
 
-def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+def _measured_flops(device: "torch.device", dtype: "torch.dtype", size: int = 1024, seconds: float = 0.2) -> float:
+    import torch
+
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = 0.0
     until = time.monotonic() + seconds
@@ -66,10 +73,17 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, 
     return best
 
 
-def hardware_name(device: torch.device) -> str:
-    """As its maker calls it; of a CPU with its number of cores, which how fast it is depends on."""
+def hardware_name(device: "torch.device") -> str:
+    """As its maker calls it."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    """This machine's CPU as its maker calls it, with its number of cores, on which its speed depends."""
     named = re.search(r"^model name\s*: (.+)$", _cpu_info(), re.MULTILINE)
     return f"{named[1].strip() if named else platform.machine()}, {os.cpu_count()} cores"
 
@@ -81,9 +95,11 @@ def _cpu_info() -> str:
         return ""
 
 
-def peak_memory_mib(device: torch.device) -> int:
+def peak_memory_mib(device: "torch.device") -> int:
     """Of this process: of its GPU where it has one, else resident memory."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) >> 20
     return round(peak_resident_mib())
 
@@ -101,7 +117,7 @@ class Utilisation:
         self.step = 0
 
     @contextmanager
-    def sampling(self, device: torch.device) -> Iterator[None]:
+    def sampling(self, device: "torch.device") -> Iterator[None]:
         """Sample in a thread of its own until the block is left."""
         driver = nvml() if device.type == "cuda" else None
         if driver is None:

@@ -24,7 +24,7 @@ from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Co
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out, questions
 from finetune_assets.store.base_models import PACKAGED
-from finetune_assets.training.batches import Examples
+from finetune_assets.training.order import Examples
 from finetune_assets.training.recipe import LoraFinetune
 
 FOLDER = PACKAGED["demo-base"]

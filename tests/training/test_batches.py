@@ -7,7 +7,7 @@ import pytest
 from training.measuring import names
 
 from finetune_assets.config.schema import Training
-from finetune_assets.training.batches import BatchError, TrainOrder
+from finetune_assets.training.order import BatchError, TrainOrder
 
 LENGTHS = np.random.default_rng(0).integers(1, 500, 1_003)
 
