@@ -20,7 +20,8 @@ from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.assets.pictures import of_plan
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.config.fingerprint import plan_fingerprint
-from finetune_assets.contents import PLAN
+from finetune_assets.config.loading import dump
+from finetune_assets.launch.local import run_alone
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ADAPTERS, PLANS, ArtifactRef
 from finetune_assets.store.base_models import is_shape_file
@@ -60,13 +61,19 @@ def training_plan(
         name = plan_fingerprint(adapter)
 
         def build(folder: Path) -> None:
-            from finetune_assets.preflight.plan import make_plan, read_shape
-
-            store, config = project.store(), lineage.experiment.config
-            base_model = store.fetch(cached_base_model, is_shape_file)
-            shape = read_shape(base_model, config, store.cache)
-            plan = make_plan(shape, config, store.fetch(tokenized_dataset), trainer_states(store))
-            (folder / PLAN).write_text(json.dumps(plan.to_dict()), encoding="utf-8")
+            store = project.store()
+            with store.cache.workspace("plan") as given:
+                (given / "config.yaml").write_text(dump(lineage.experiment.config), encoding="utf-8")
+                (given / "states.json").write_text(json.dumps([*trainer_states(store)]), encoding="utf-8")
+                inputs = {
+                    "config": given / "config.yaml",
+                    "states": given / "states.json",
+                    "base-model": store.fetch(cached_base_model, is_shape_file),
+                    "dataset": store.fetch(tokenized_dataset),
+                    "results": store.cache.simulations,
+                    "output": folder,
+                }
+                run_alone("finetune_assets.preflight", inputs, store.cache.root)
 
         def make() -> ArtifactRef:
             made_from = {"experiment": lineage.experiment.name, "lora_adapter": adapter}

@@ -84,17 +84,17 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
         module, leading = _runner(spec, processes, place, folder)
         worker = Worker(module, [*leading, *flags], folder, Path(spec.cache), devices, processes)
         if not place.leads:
-            _run_worker(worker)
+            run_worker(worker)
             return None
         if not spec.scratch:
-            _run_worker(worker)
+            run_worker(worker)
             return _publish(store, spec, arguments["output"])
         checkpoints = Checkpoints(store, spec.fingerprint, spec.made_from, scratch, spec.keep_checkpoints)
         if spec.afresh:
             checkpoints.clear(numbers=False)
         checkpoints.fetch_newest()
         try:
-            _run_worker(worker, checkpoints.publish_new)
+            run_worker(worker, checkpoints.publish_new)
         except BaseException as e:
             if not isinstance(e, Superseded):
                 checkpoints.publish_new()
@@ -137,7 +137,7 @@ class Worker:
     Attributes:
         module: What is started.
         arguments: Its arguments.
-        folder: For what explains a failure.
+        folder: Empty, for what explains a failure.
         cache: For what outlives the job: W&B's folders.
         gpus: Those that are its own; empty where it computes on the CPU.
         processes: How many share this machine's cores.
@@ -192,8 +192,16 @@ def _file_of(module: str) -> str:
     return spec.origin
 
 
-def _run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Run the worker with its output passed on, and keep what explains a failure; `meanwhile` every few seconds."""
+def run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Run a worker with its output passed on, and wait for its end.
+
+    Args:
+        worker: The worker.
+        meanwhile: Called every few seconds.
+
+    Raises:
+        JobFailed: with the worker's own error.
+    """
     told, crashed = worker.folder / "user_error.json", worker.folder / "crash.json"
     environment = {
         "OMP_NUM_THREADS": str(max(1, _cores() // worker.processes)),

@@ -40,6 +40,8 @@ PRELOADED = (
     TORCHRUN,
     "finetune_assets.training.cli",
     "finetune_assets.evaluation.cli",
+    "finetune_assets.preflight.cli",
+    "finetune_assets.preflight.simulation",
     "finetune_assets.launch.bootstrap",
     "transformers.models.llama.modeling_llama",
 )

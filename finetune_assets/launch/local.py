@@ -8,6 +8,7 @@ from os import environ
 from pathlib import Path
 
 from finetune_assets.launch import warm
+from finetune_assets.launch.bootstrap import Worker, run_worker
 from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.progress import Progress
 from finetune_assets.progress.relay import heard
@@ -50,6 +51,22 @@ class LocalLauncher:
             answer = {**killed, **answer}
             raise JobFailed(answer["error"], answer["retriable"])
         return ArtifactRef(**answer["ref"])
+
+
+def run_alone(module: str, arguments: Mapping[str, Path], cache: Path) -> None:
+    """Run a worker that needs neither GPU nor torchrun nor store, and wait for its end.
+
+    Args:
+        module: The worker.
+        arguments: Its arguments by name, without dashes.
+        cache: Node-local folder.
+
+    Raises:
+        JobFailed: with the worker's own error.
+    """
+    flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        run_worker(Worker(module, flags, Path(folder), cache, gpus=[], processes=1))
 
 
 def _stop(process: warm.Process) -> None:

@@ -13,7 +13,6 @@ from finetune_assets.preflight.memory import MIB, Memory, predict
 from finetune_assets.preflight.results import Results
 from finetune_assets.preflight.speed import Kind, Past, speed
 from finetune_assets.preflight.work import Work, full_batch, work_of
-from finetune_assets.store.cache import NodeCache
 
 
 def sized(size: float) -> str:
@@ -82,16 +81,16 @@ class Plan:
         }
 
 
-def read_shape(folder: Path, experiment: ExperimentConfig, cache: NodeCache | None = None) -> Shape:
+def read_shape(folder: Path, experiment: ExperimentConfig, results: Path | None = None) -> Shape:
     """The configuration of a base model's folder; its weights need not be there.
 
     Args:
         folder: The folder.
         experiment: The settings.
-        cache: Where results of simulations are kept, if they are to be.
+        results: Folder where results of simulations are kept, if they are to be: `NodeCache.simulations`.
     """
-    results = Results(cache.root / "simulations") if cache else None
-    return Shape.read(folder, bool(experiment.model.trust_remote_code), results)
+    kept = Results(results) if results else None
+    return Shape.read(folder, bool(experiment.model.trust_remote_code), kept)
 
 
 def make_plan(

@@ -240,6 +240,11 @@ class NodeCache:
             found.append(Cached(entry, entry.size(), used, not free))
         return found
 
+    @property
+    def simulations(self) -> Path:
+        """Where results of simulations are kept, a small file each."""
+        return self.root / "simulations"
+
     def scratch(self, fingerprint: str) -> Path:
         """A folder that outlives a job that fails, for the next attempt at the same fingerprint."""
         return self.root / "scratch" / fingerprint

@@ -55,7 +55,9 @@ def plan(experiment: str, overrides: list[str], as_json: bool) -> bool:
     dataset = None
     with suppress(ArtifactMissing, BaseModelError):
         dataset = lineage.store.fetch(lineage.tokenized())
-    made = make_plan(read_shape(folder, config, lineage.store.cache), config, dataset, trainer_states(lineage.store))
+    made = make_plan(
+        read_shape(folder, config, lineage.store.cache.simulations), config, dataset, trainer_states(lineage.store)
+    )
     if as_json:
         out.print_json(json.dumps(made.to_dict()))
     else:
