@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import dagster as dg
+import processes
 import pytest
 import torch
 from integration.cli import materialize
@@ -26,8 +27,16 @@ EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "training_p
 EVERYTHING |= {"adapter_evaluation", "experiment_report"}
 
 
-def test_command_line_runs_the_whole_graph(project: TestProject) -> None:
+def test_command_line_runs_the_whole_graph(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """`dagster asset materialize`, with two ranks below a fork server of the run's own, and progress in its output."""
+    interpreters = tmp_path / "interpreters"
+    (tmp_path / "traps").mkdir()
+    (tmp_path / "traps" / "sitecustomize.py").write_text(
+        f"import sys\nwith open({str(interpreters)!r}, 'a') as file: print(*sys.orig_argv, file=file)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "traps"))
     two = [*SHORT, "training.processes_per_node=2", "training.micro_batch_size=2"]
     run = materialize(overrides=two, own_server=True)
     assert run.returncode == 0, run.stdout
@@ -40,6 +49,10 @@ def test_command_line_runs_the_whole_graph(project: TestProject) -> None:
     assert trained["fingerprint"] == adapter
     assert trained["numbers"].keys() >= {"loss_challenger", "tokens_per_second"}
     assert not project.leftovers_of_builds()
+    ours = [line for line in interpreters.read_text().splitlines() if "finetune_assets/" in line or "torch" in line]
+    ours += [line for line in interpreters.read_text().splitlines() if "-m finetune_assets." in line]
+    assert len(ours) == 1, "plan, job, torchrun, ranks and evaluation are forked from one interpreter"
+    assert processes.SERVER in ours[0]
 
 
 def test_what_re_runs_when(project: TestProject, graph: Graph) -> None:
