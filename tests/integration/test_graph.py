@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import dagster as dg
-import processes
 import pytest
 import torch
 from integration.cli import materialize
 from integration.graph import Graph
 from peft import PeftModel
+from processes import AGENT, JOB, RANK, SERVER
 from projects import TestProject
 from safetensors.torch import load_file
 from servers import wandb as wandb_server
@@ -49,10 +49,9 @@ def test_command_line_runs_the_whole_graph(
     assert trained["fingerprint"] == adapter
     assert trained["numbers"].keys() >= {"loss_challenger", "tokens_per_second"}
     assert not project.leftovers_of_builds()
-    ours = [line for line in interpreters.read_text().splitlines() if "finetune_assets/" in line or "torch" in line]
-    ours += [line for line in interpreters.read_text().splitlines() if "-m finetune_assets." in line]
-    assert len(ours) == 1, "plan, job, torchrun, ranks and evaluation are forked from one interpreter"
-    assert processes.SERVER in ours[0]
+    workers = (SERVER, JOB, AGENT, RANK, "-m finetune_assets.evaluation", "-m finetune_assets.preflight")
+    started = [word for line in interpreters.read_text().splitlines() for word in workers if word in line]
+    assert started == [SERVER], "all workers are forked from one interpreter"
 
 
 def test_what_re_runs_when(project: TestProject, graph: Graph) -> None:
