@@ -72,7 +72,7 @@ def test_too_many_are_refused(four: Path) -> None:
 def test_waits_until_a_killed_job_lets_go(four: Path) -> None:
     script = (
         "import logging, sys, time; from pathlib import Path; from finetune_assets.launch.gpus import held\n"
-        "logging.basicConfig(level='INFO', format='waits', stream=sys.stdout)\n"
+        "logging.basicConfig(level='INFO', format='%(levelname)s', stream=sys.stdout)\n"
         "with held('3', Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     job = subprocess.Popen([sys.executable, "-c", script, str(four)], stdout=subprocess.PIPE, text=True)
@@ -80,7 +80,7 @@ def test_waits_until_a_killed_job_lets_go(four: Path) -> None:
     assert job.stdout.readline() == "held\n"
     waiting = subprocess.Popen([sys.executable, "-c", script, str(four)], stdout=subprocess.PIPE, text=True)
     assert waiting.stdout
-    assert waiting.stdout.readline() == "waits\n"
+    assert waiting.stdout.readline() == "INFO\n", "it says that it waits"
     with held("1", four) as one:
         assert one == ["3"], "who waits for three holds none meanwhile"
     job.send_signal(signal.SIGKILL)

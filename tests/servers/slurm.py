@@ -5,6 +5,7 @@ on which nothing else is.
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -174,8 +175,7 @@ def running(folder: Path, nodes: int = 2, jobs: int = 100) -> Iterator[Slurm]:
         nodes: How many machines it has.
         jobs: How many jobs it takes.
     """
-    short = uuid.uuid4().hex[:6]
-    network = NETWORK.format(int(short, 16) % 250)
+    short, network = uuid.uuid4().hex[:6], _free_network()
     machines = [Node(f"n{i + 1}", f"{network}.{i + 2}") for i in range(nodes)]
     cluster = Slurm(folder, f"s{short}", f"{network}.1", machines)
     for name in ("state", "spool"):
@@ -191,6 +191,13 @@ def running(folder: Path, nodes: int = 2, jobs: int = 100) -> Iterator[Slurm]:
         yield cluster
     finally:
         _end(cluster)
+
+
+def _free_network() -> str:
+    """One that no other cluster of this machine has."""
+    taken = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True).stdout
+    networks = [NETWORK.format(number) for number in random.sample(range(250), 250)]
+    return next(network for network in networks if f" {network}.1/" not in taken)
 
 
 def _free_port() -> int:

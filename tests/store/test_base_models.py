@@ -213,7 +213,7 @@ def test_file_that_was_damaged_in_the_clients_cache_is_noticed(hub: Hub, tmp_pat
     assert (tmp_path / "model.safetensors").read_bytes() == files()["model.safetensors"]
 
 
-def test_throttled_hub_is_waited_for_or_named(hub: Hub, tmp_path: Path) -> None:
+def test_throttled_hub_is_waited_for_and_then_named(hub: Hub, tmp_path: Path) -> None:
     hub.add("owner/model", files())
     source = locate("owner/model", "main", tmp_path)
     hub.failing, hub.failures_left = 429, 2
