@@ -116,13 +116,16 @@ def test_failed_run_is_told_with_its_own_error(hook: list[dict[str, Any]], monke
     ).for_run_failure()
     watch.alert_on_failure(context)
     (told,) = hook
-    assert told["text"].startswith("*failed: lora_adapter for demo*\n")
+    title = told["text"].splitlines()[0]
+    assert "lora_adapter" in title
+    assert "demo" in title
     assert "no such target module 'q_prj'" in told["text"]
     assert f"http://dagster.example.org/runs/{done.run_id}" in told["text"]
     assert "Traceback" not in told["text"]
 
 
-def test_killed_run_is_told_as_such(hook: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("repeated", [True, False])
+def test_killed_run_is_told_and_whether_it_is_started_again(hook: list[dict[str, Any]], repeated: bool) -> None:
     instance = dg.DagsterInstance.ephemeral()
 
     @dg.asset(name="dolly_raw")
@@ -131,15 +134,17 @@ def test_killed_run_is_told_as_such(hook: list[dict[str, Any]]) -> None:
     job = dg.define_asset_job("__anonymous_asset_job_of_a_sensor").resolve(
         asset_graph=dg.Definitions(assets=[reads]).resolve_asset_graph()
     )
-    run = instance.create_run_for_job(job, tags={"dagster/will_retry": "true"})
+    run = instance.create_run_for_job(job, tags={"dagster/will_retry": str(repeated).lower()})
     event = instance.report_run_failed(run)
     context = dg.build_run_status_sensor_context(
         "alert_on_failure", event, instance, dagster_run=instance.get_run_by_id(run.run_id)
     ).for_run_failure()
     watch.alert_on_failure(context)
     (told,) = hook
-    assert told["text"].startswith("*failed: dolly_raw*\nits process is gone: it was killed, or had no memory left")
-    assert "The daemon starts it again." in told["text"]
+    title, cause, *more = told["text"].splitlines()
+    assert "dolly_raw" in title
+    assert "process" in cause
+    assert len(more) == repeated
 
 
 def test_failed_check_is_told_with_what_it_found(hook: list[dict[str, Any]]) -> None:
@@ -177,13 +182,13 @@ def test_standstill_is_told_once(
 
     tick()
     tick()
-    assert ["are used up" in told["text"] for told in hook] == [True]
+    assert ["arrivals.gpu_hours_a_day" in told["text"] for told in hook] == [True]
     now = time.time()
     monkeypatch.setattr(watch.time, "time", lambda: now + 400)
     tick()
     tick()
-    assert "raw_data_sensor has stopped" in hook[1]["text"]
     assert len(hook) == 2
+    assert "raw_data_sensor" in hook[1]["text"]
     monkeypatch.setattr(watch.time, "time", lambda: now)
     tick()
     monkeypatch.setattr(watch.time, "time", lambda: now + 800)

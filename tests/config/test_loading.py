@@ -67,65 +67,67 @@ def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "facts"),
     [
-        ("training.lerning_rate=1", ["training.lerning_rate", "1", "did you mean 'learning_rate'"]),
-        ("trainig.seed=1", ["trainig", "did you mean 'training'"]),
-        ("training.learning_rate=fast", ["training.learning_rate", "'fast'", "Float"]),
-        ("training.seed=1.5", ["training.seed", "1.5", "Integer"]),
+        ("training.lerning_rate=1", ["training.lerning_rate", "'learning_rate'"]),
+        ("trainig.seed=1", ["trainig", "'training'"]),
+        ("training.learning_rate=fast", ["training.learning_rate", "'fast'"]),
+        ("training.seed=1.5", ["training.seed", "1.5"]),
         ("training.gradient_checkpointing=maybe", ["training.gradient_checkpointing", "maybe"]),
-        ("model.quantization=int9", ["model.quantization", "int9", "did you mean 'int8'"]),
-        ("training.lr_scheduler=polynomial", ["training.lr_scheduler", "constant, cosine, linear"]),
-        ("lora=3", ["lora", "expected a group of settings", "3"]),
+        ("model.quantization=int9", ["model.quantization", "int9", "'int8'"]),
+        ("training.lr_scheduler=polynomial", ["training.lr_scheduler", "constant", "cosine", "linear"]),
+        ("lora=3", ["lora", "3"]),
         ("lora.target_modules=q_proj", ["lora.target_modules", "'q_proj'", "all-linear"]),
         ("training.micro_batch_size=64", ["training.micro_batch_size", "64", "macro_batch_size 8"]),
         ("training.processes_per_node=many", ["training.processes_per_node", "many", "auto"]),
-        ("training.processes_per_node=9", ["9 processes cannot share", "macro_batch_size 8"]),
+        ("training.processes_per_node=9", ["training.processes_per_node", "9", "macro_batch_size 8"]),
         ("data.val_fraction=1.5", ["data.val_fraction", "1.5"]),
-        ("data.val_fraction=0.97", ["data.val_fraction", "leaves none to train on"]),
+        ("data.val_fraction=0.97", ["data.val_fraction", "0.97"]),
         ("data.categories=[]", ["data.categories", "null"]),
-        ("data.tokenization.packing_length=8", ["packing_length", "8", "cutoff_len 192"]),
-        ("data.tokenization.cutoff_len=1", ["cutoff_len", "1"]),
-        ("data.prompt_template.prompt_no_input='Do: ### Response:'", ["prompt_no_input", "'{instruction}' is missing"]),
+        ("data.tokenization.packing_length=8", ["data.tokenization.packing_length", "8", "cutoff_len 192"]),
+        ("data.tokenization.cutoff_len=1", ["data.tokenization.cutoff_len", "1"]),
+        ("data.tokenization.added_tokens=[' ']", ["data.tokenization.added_tokens", "' '"]),
+        ("data.prompt_template.prompt_no_input='Do: ### Response:'", ["prompt_no_input", "'{instruction}'"]),
         (
             "data.prompt_template.prompt_input='{instruction} {input} ### Response:'",
-            ["prompt_input", "unknown placeholder '{input}'", "context"],
+            ["data.prompt_template.prompt_input", "'{input}'", "context"],
         ),
-        ("data.prompt_template.response_split='### Answer:'", ["response_split", "### Answer:", "last words"]),
-        ("lora.rank=0", ["lora.rank", "0", "at least 1"]),
+        ("data.prompt_template.response_split='### Answer:'", ["data.prompt_template.response_split", "### Answer:"]),
+        ("lora.rank=0", ["lora.rank", "0", "1"]),
         ("lora.dropout=1", ["lora.dropout", "1.0"]),
         ("training.learning_rate=-1", ["training.learning_rate", "-1"]),
         ("training.epochs=nan", ["training.epochs", "nan"]),
-        ("lora.init_lora_weights=gausian", ["init_lora_weights", "did you mean 'gaussian'"]),
-        ("wandb.mode=offline", ["wandb.project", "must be set"]),
-        ("training.seed", ["expected key=value"]),
-        ("description=${oc.env:HOME}", ["description", "must be literal"]),
+        ("lora.init_lora_weights=gausian", ["lora.init_lora_weights", "'gausian'", "'gaussian'"]),
+        ("wandb.mode=offline", ["wandb.project"]),
+        ("training.seed", ["training.seed", "key=value"]),
+        ("description=${oc.env:HOME}", ["description", "${oc.env:HOME}"]),
         ("training.learning_rate=${", ["training.learning_rate", "${"]),
         ("data.categories=[a", ["data.categories", "[a"]),
         ("description=: a: b", ["description"]),
         ("data.categories.0=x", ["data.categories"]),
-        ("training.epochs=.inf", ["training.epochs", "inf", "finite"]),
+        ("training.epochs=.inf", ["training.epochs", "inf"]),
         ("training.seed=-1", ["training.seed", "-1"]),
-        ("hardware.gpu=mine", ["hardware.gpu", "'mine'", "set hardware.memory_gib", "H100"]),
-        ("hardware.count=0", ["hardware.count", "0 must be more than 0"]),
-        ("launcher.engine=slrm", ["launcher.engine", "did you mean 'slurm'"]),
-        ("launcher.nodes=0", ["launcher.nodes", "'0'", "least and most as 1-4"]),
-        ("launcher.nodes=4-2", ["launcher.nodes", "'4-2'", "least and most as 1-4"]),
-        ("launcher={engine: local, nodes: 2}", ["launcher.nodes", "'2'", "slurm or kubernetes"]),
-        ("launcher.nodes=9", ["launcher.nodes", "9 processes in all", "macro_batch_size 8"]),
-        ("launcher={nodes: 2, gpus_per_node: 8}", ["launcher.nodes", "16 processes in all"]),
-        ("launcher.gpus_per_node=0", ["launcher.gpus_per_node", "0 must be at least 1"]),
-        ("launcher.rendezvous_seconds=0", ["launcher.rendezvous_seconds", "0 must be at least 1"]),
+        ("model.trust_remote_code='true'", ["model.trust_remote_code", "'true'", "owner/name@commit"]),
+        ("hardware.gpu=mine", ["hardware.gpu", "'mine'", "hardware.memory_gib", "H100"]),
+        ("hardware.count=0", ["hardware.count", "0"]),
+        ("launcher.engine=slrm", ["launcher.engine", "'slrm'", "'slurm'"]),
+        ("launcher.nodes=0", ["launcher.nodes", "'0'", "1-4"]),
+        ("launcher.nodes=4-2", ["launcher.nodes", "'4-2'", "1-4"]),
+        ("launcher={engine: local, nodes: 2}", ["launcher.nodes", "'2'", "slurm", "kubernetes"]),
+        ("launcher.nodes=9", ["launcher.nodes", "9 processes", "macro_batch_size 8"]),
+        ("launcher={nodes: 2, gpus_per_node: 8}", ["launcher.nodes", "16 processes"]),
+        ("launcher.gpus_per_node=0", ["launcher.gpus_per_node", "0", "1"]),
+        ("launcher.rendezvous_seconds=0", ["launcher.rendezvous_seconds", "0", "1"]),
         ("launcher.time_limit=90", ["launcher.time_limit", "'90'", "hours:minutes:seconds"]),
-        ("launcher.slurm.partitoin=gpu", ["launcher.slurm.partitoin", "did you mean 'partition'"]),
-        ("model.dtype=bfloat16", ["training.precision", "fp32 needs model.dtype float32", "bfloat16"]),
+        ("launcher.slurm.partitoin=gpu", ["launcher.slurm.partitoin", "'partition'"]),
+        ("model.dtype=bfloat16", ["training.precision", "fp32", "model.dtype", "bfloat16"]),
     ],
 )
-def test_wrong_override_is_one_clear_error(override: str, words: list[str]) -> None:
+def test_wrong_override_is_named_in_one_line(override: str, facts: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         load_experiment(CONFIGS, "demo", [override])
-    for word in words:
-        assert word in str(error.value)
+    for fact in facts:
+        assert fact in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -141,28 +143,29 @@ def test_quantization_refuses_what_it_cannot_be_trained_with(quantization: str, 
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "facts"),
     [
-        ("training: {sed: 1}", ["mine.yaml", "training.sed", "did you mean 'seed'"]),
-        ("training:\n  seed: [1\n", ["mine.yaml", "line", "YAML"]),
-        ("training: {seed: 1}\ntraining: {seed: 2}", ["mine.yaml", "line 2", "duplicate"]),
-        ("- a\n- b", ["mine.yaml", "name: value"]),
-        ("just words", ["mine.yaml"]),
-        ("", ["mine.yaml", "model.base_model", "must be set"]),
-        ("model: {base_model: '???'}", ["mine.yaml", "model.base_model", "must be set"]),
-        ("model: {base_model: x}\ntraining: {micro_batch_size: 99}", ["mine.yaml", "micro_batch_size", "99"]),
-        ("model: {base_model: '${oc.env:HF_TOKEN}'}", ["mine.yaml", "model.base_model", "literal"]),
-        ('description: "costs ${"', ["mine.yaml", "${"]),
-        ("5", ["mine.yaml"]),
-        ("description: a\x00b", ["mine.yaml"]),
+        ("training: {sed: 1}", ["training.sed", "'seed'"]),
+        ("training:\n  seed: [1\n", ["line 3", "YAML"]),
+        ("training: {seed: 1}\ntraining: {seed: 2}", ["line 2", "training"]),
+        ("- a\n- b", []),
+        ("just words", []),
+        ("", ["model.base_model"]),
+        ("model: {base_model: '???'}", ["model.base_model"]),
+        ("model: {base_model: x}\ntraining: {micro_batch_size: 99}", ["training.micro_batch_size", "99"]),
+        ("model: {base_model: '${oc.env:HF_TOKEN}'}", ["model.base_model", "${oc.env:HF_TOKEN}"]),
+        ('description: "costs ${"', ["${"]),
+        ("5", []),
+        ("description: a\x00b", []),
     ],
 )
-def test_wrong_file_is_named(configs: Path, text: str, words: list[str]) -> None:
+def test_wrong_file_is_named(configs: Path, text: str, facts: list[str]) -> None:
     (configs / "experiments" / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError) as error:
         load_experiment(configs, "mine")
-    for word in words:
-        assert word in str(error.value)
+    for fact in ("mine.yaml", *facts):
+        assert fact in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("scheme", ["pissa", "olora", "pissa_niter_4"])
@@ -177,7 +180,7 @@ def test_wrong_file_is_named(configs: Path, text: str, words: list[str]) -> None
     ],
 )
 def test_initialisation_that_could_not_be_saved_is_refused(scheme: str, name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"lora.{name}: cannot be used with init_lora_weights {scheme}"):
+    with pytest.raises(ConfigError, match=rf"lora\.{name}: .*init_lora_weights {scheme}"):
         load_experiment(CONFIGS, "demo", [f"lora.init_lora_weights={scheme}", f"lora.{name}={value}"])
 
 
@@ -188,18 +191,18 @@ def test_a_comment_may_speak_of_anything(configs: Path) -> None:
 
 def test_a_mistake_in_base_yaml_names_base_yaml(configs: Path) -> None:
     (configs / "base.yaml").write_text("lora: {rank: 0}")
-    with pytest.raises(ConfigError, match=r"base\.yaml"):
+    with pytest.raises(ConfigError, match=r"base\.yaml: lora\.rank: "):
         load_experiment(configs, "smollm2-135m-dolly")
 
 
 def test_latin_1_file_is_named(configs: Path) -> None:
     (configs / "experiments" / "mine.yaml").write_bytes("description: für".encode("latin-1"))
-    with pytest.raises(ConfigError, match="UTF-8"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml: .*UTF-8"):
         load_experiment(configs, "mine")
 
 
 def test_unknown_experiment_names_the_nearest(configs: Path) -> None:
-    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+    with pytest.raises(ConfigError, match=r"'dmeo'.*'demo'"):
         load_experiment(configs, "dmeo")
 
 
@@ -227,13 +230,28 @@ def test_raw_data_environment_wins(configs: Path) -> None:
 
 def test_raw_data_unknown_setting(configs: Path) -> None:
     (configs / "raw_data.yaml").write_text("sorce: sample")
-    with pytest.raises(ConfigError, match="did you mean 'source'"):
+    with pytest.raises(ConfigError, match=r"raw_data\.yaml: sorce: .*'source'"):
         load_raw_data_config(configs)
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("max_quarantine_share: 1.5", ["max_quarantine_share", "1.5"]),
+        ("columns: {instruction: text, response: text}", ["columns.instruction", "'text'"]),
+    ],
+)
+def test_wrong_raw_data_setting_is_named(configs: Path, text: str, facts: list[str]) -> None:
+    (configs / "raw_data.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_raw_data_config(configs)
+    for fact in ("raw_data.yaml", *facts):
+        assert fact in str(error.value)
 
 
 @pytest.mark.parametrize("scheme", ["pissa", "olora"])
 def test_added_tokens_and_a_scheme_that_cannot_save_them(scheme: str) -> None:
-    with pytest.raises(ConfigError, match=rf"lora\.init_lora_weights: {scheme} cannot save the rows of"):
+    with pytest.raises(ConfigError, match=rf"lora\.init_lora_weights: {scheme} .*added_tokens"):
         load_experiment(
             ROOT / "configs", "demo", [f"lora.init_lora_weights={scheme}", "data.tokenization.added_tokens=['<x>']"]
         )
@@ -242,12 +260,12 @@ def test_added_tokens_and_a_scheme_that_cannot_save_them(scheme: str) -> None:
 def test_a_stack_of_an_experiment_that_there_is_not_is_told(project: TestProject) -> None:
     text = "model: {base_model: demo-base}\nstack: {adapters: {demo: 0.5, smolm2-135m-dolly: 0.5}}\n"
     project.write_experiment("both", text)
-    with pytest.raises(ConfigError, match=r"smolm2-135m-dolly: no such experiment; did you mean 'smollm2-135m-dolly'"):
+    with pytest.raises(ConfigError, match=r"stack\.adapters.*smolm2-135m-dolly.*'smollm2-135m-dolly'"):
         load_experiment(project.configs, "both")
 
 
 def test_a_text_where_a_list_is_wanted_is_told(project: TestProject) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation.prompts: 'hello' has the wrong type: expected a list"):
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: 'hello' "):
         load_experiment(project.configs, "demo", ["evaluation.prompts=hello"])
 
 

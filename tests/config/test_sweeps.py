@@ -59,35 +59,35 @@ def test_a_sample_is_drawn_by_seed(configs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "facts"),
     [
-        ("experiment: demo\n", "grid: names no setting"),
-        ("experiment: demo\ngrid: {lora.rank: 4}\n", r"grid.lora.rank: 4 must be a list"),
-        ("experiment: demo\ngrid: {lora.rank: []}\n", r"must be a list of values"),
-        ("experiment: demo\ngrid: {lora.rank: [4, 4]}\n", r"two points would be named bad.rank-4"),
-        ("experiment: demo\ngrdi: {}\n", r"grdi: unknown setting.*did you mean 'grid'"),
-        ("experiment: demo\ngrid: {a.b: [1, 2, 3, 4], c.d: [1, 2], e.f: " + str([*range(200)]) + "}\n", "set `sample`"),
-        ("grid: {lora.rank: [4]}\n", "experiment: must be set"),
+        ("experiment: demo\n", r"grid: "),
+        ("experiment: demo\ngrid: {lora.rank: 4}\n", r"grid\.lora\.rank: 4 "),
+        ("experiment: demo\ngrid: {lora.rank: []}\n", r"grid\.lora\.rank: "),
+        ("experiment: demo\ngrid: {lora.rank: [4, 4]}\n", r"bad\.rank-4"),
+        ("experiment: demo\ngrdi: {}\n", r"grdi: .*'grid'"),
+        ("experiment: demo\ngrid: {a.b: [1, 2, 3, 4], c.d: [1, 2], e.f: " + str([*range(200)]) + "}\n", "`sample`"),
+        ("grid: {lora.rank: [4]}\n", "experiment: "),
     ],
 )
 def test_a_broken_sweep_is_told_and_takes_nothing_down(
-    configs: Path, caplog: pytest.LogCaptureFixture, text: str, told: str
+    configs: Path, caplog: pytest.LogCaptureFixture, text: str, facts: str
 ) -> None:
     write(configs, "bad", text)
-    with pytest.raises(ConfigError, match=told) as refused:
+    with pytest.raises(ConfigError, match=facts) as refused:
         load_sweep(configs, "bad")
     assert "bad.yaml" in str(refused.value)
     with caplog.at_level(logging.ERROR):
         assert "demo" in experiment_names(configs)
-    assert "sweep bad has no experiments" in caplog.text
+    assert any("sweep bad" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize(
     ("grid", "told"),
     [
-        ("{lora.rnk: [4]}", r"sweeps/odd.yaml: lora.rnk: unknown setting.*did you mean 'rank'"),
-        ("{lora.rank: [0]}", r"sweeps/odd.yaml: lora.rank: 0 must be at least 1"),
-        ("{lora.rank: [low]}", r"sweeps/odd.yaml: lora.rank: 'low' has the wrong type"),
+        ("{lora.rnk: [4]}", r"sweeps/odd\.yaml: lora\.rnk: .*'rank'"),
+        ("{lora.rank: [0]}", r"sweeps/odd\.yaml: lora\.rank: 0 "),
+        ("{lora.rank: [low]}", r"sweeps/odd\.yaml: lora\.rank: 'low' "),
     ],
 )
 def test_a_value_that_cannot_be_is_told_with_the_sweeps_file(configs: Path, grid: str, told: str) -> None:
@@ -99,10 +99,10 @@ def test_a_value_that_cannot_be_is_told_with_the_sweeps_file(configs: Path, grid
 
 def test_a_point_that_is_not_there_is_told(configs: Path) -> None:
     write(configs, "ranks", "experiment: demo\ngrid: {lora.rank: [4, 8]}\n")
-    with pytest.raises(ConfigError, match=r"no experiment 'ranks.rank-5' here; did you mean 'ranks.rank-\d'"):
+    with pytest.raises(ConfigError, match=r"'ranks\.rank-5'.*'ranks\.rank-\d'"):
         load_experiment(configs, "ranks.rank-5")
-    with pytest.raises(ConfigError, match="no sweep 'rank' here; did you mean 'ranks'"):
+    with pytest.raises(ConfigError, match=r"'rank'.*'ranks'"):
         load_sweep(configs, "rank")
     write(configs, "lost", "experiment: dmo\ngrid: {lora.rank: [4]}\n")
-    with pytest.raises(ConfigError, match="no experiment 'dmo' here; did you mean 'demo'"):
+    with pytest.raises(ConfigError, match=r"'dmo'.*'demo'"):
         load_experiment(configs, "lost.rank-4")

@@ -88,7 +88,7 @@ configs:
     assert answers(config(instruction="question", response="answer"), tmp_path / "1") == ["p0", "p1"]
     assert answers(config(subset="chat"), tmp_path / "2") == ["a"]
     assert answers(config(subset="chat", split="test"), tmp_path / "3") == ["b"]
-    with pytest.raises(DataError, match="no split 'dev'; found train, test"):
+    with pytest.raises(DataError, match=r"'dev'.*train, test"):
         answers(config(subset="chat", split="dev"), tmp_path / "4")
     with pytest.raises(DataError, match=r"hub\.subset speech: .*plain.*chat"):
         answers(config(subset="speech"), tmp_path / "5")
@@ -106,7 +106,7 @@ def test_gated_dataset_says_what_to_do_and_opens_with_a_token(
 ) -> None:
     commit = hub.add(NAME, {"train.jsonl": lines("a")}, gated=True)
     for revision in ("", commit):
-        with pytest.raises(DataError, match=r"gated.*datasets/owner/rows.*HF_TOKEN"):
+        with pytest.raises(DataError, match=r"owner/rows.*HF_TOKEN"):
             answers(config(revision), tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert answers(config(), tmp_path) == ["a"]
@@ -115,32 +115,32 @@ def test_gated_dataset_says_what_to_do_and_opens_with_a_token(
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "facts"),
     [
-        ("hf://datasets/owner/gone", "not on the Hub, or private"),
-        ("hf://datasets/owner/rows@v9", "no such branch, tag or commit"),
-        ("hf://datasets/owner/rows@" + "0" * 40, "no such branch, tag or commit"),
+        ("hf://datasets/owner/gone", "owner/gone"),
+        ("hf://datasets/owner/rows@v9", "owner/rows@v9"),
+        ("hf://datasets/owner/rows@" + "0" * 40, "owner/rows.*0{7}"),
     ],
 )
-def test_missing_dataset_or_revision_is_told(hub: Hub, tmp_path: Path, source: str, words: str) -> None:
+def test_missing_dataset_or_revision_is_named(hub: Hub, tmp_path: Path, source: str, facts: str) -> None:
     hub.add(NAME, {"train.jsonl": lines("a")})
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=facts):
         open_source(RawDataConfig(source=source), tmp_path).files()
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "facts"),
     [
-        ({"rows.py": b"x", "README.md": b"# Rows"}, "scripts are no longer supported"),
-        ({"README.md": b"# Rows"}, "data files|empty|any data"),
-        ({"train.txt": b"text"}, r"train\.txt is of a format that is not read; read are \.jsonl"),
+        ({"rows.py": b"x", "README.md": b"# Rows"}, r"rows\.py"),
+        ({"README.md": b"# Rows"}, "owner/rows"),
+        ({"train.txt": b"text"}, r"train\.txt.*\.jsonl"),
     ],
 )
 def test_dataset_without_rows_that_we_read_is_told(
-    hub: Hub, tmp_path: Path, files: dict[str, bytes], words: str
+    hub: Hub, tmp_path: Path, files: dict[str, bytes], facts: str
 ) -> None:
     hub.add(NAME, files)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=facts):
         answers(config(), tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_throttled_hub_is_waited_for_or_told(hub: Hub, tmp_path: Path) -> None:
     hub.failing, hub.failures_left = 429, 2
     assert len(source.files()) == 1
     hub.failing, hub.failures_left = 429, None
-    with pytest.raises(DataError, match=r"slow down \(429\)"):
+    with pytest.raises(DataError, match="429"):
         open_source(config(), tmp_path)
 
 
@@ -169,11 +169,11 @@ def test_damaged_download_is_fetched_again_or_told(hub: Hub, tmp_path: Path) -> 
     assert answers(config(), tmp_path) == ["a"]
     hub.add(NAME, {"train.jsonl": lines("b")})
     hub.damaged["train.jsonl"] = 9
-    with pytest.raises(DamagedDownload, match=r"train\.jsonl arrives damaged"):
+    with pytest.raises(DamagedDownload, match=r"train\.jsonl"):
         answers(config(), tmp_path)
 
 
 def test_unreachable_hub_is_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9"):
         open_source(config(), tmp_path)

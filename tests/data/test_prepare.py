@@ -133,19 +133,19 @@ def test_same_inputs_give_the_same_bytes(rows: Path, tokenizer: PreTrainedTokeni
 def test_unknown_category_names_those_that_occur(
     rows: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"'openqa'.*classification, closed_qa, open_qa"):
+    with pytest.raises(DataError, match=r"data\.categories.*'openqa'.*classification, closed_qa, open_qa"):
         prepared(rows, tokenizer, Data(categories=["openqa"]), tmp_path)
 
 
 def test_too_short_a_cutoff_leaves_nothing_and_says_so(
     rows: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(DataError, match="cutoff_len"):
         prepared(rows, tokenizer, Data(tokenization=Tokenization(cutoff_len=8)), tmp_path)
 
 
 def test_no_validation_row_is_told(rows: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no validation example"):
+    with pytest.raises(DataError, match="validation"):
         prepared(rows, tokenizer, Data(num_samples=3, val_fraction=0.001, gate_fraction=0.0), tmp_path)
 
 
@@ -192,6 +192,6 @@ def test_refused_rows_are_counted_and_the_first_is_told(tokenizer: PreTrainedTok
     data = Data(prompt_template=SHORT, val_fraction=0.3)
     statistics, splits = prepared(ingest(tmp_path, path), tokenizer, data, tmp_path / "out")
     assert statistics.refused == 3
-    assert "row 40 of dolly_raw: a conversation of 4 turns" in statistics.first_refused
+    assert "row 40 of dolly_raw" in statistics.first_refused
     assert sum(map(len, splits.values())) == 40
     assert max(example["row"] for examples in splits.values() for example in examples) == 39  # type: ignore[type-var]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,7 +79,7 @@ def test_csv_fields_hold_lines_commas_and_quotes(tmp_path: Path) -> None:
     assert [row["response"] for row in rows_of(path, out=tmp_path / "out")] == ['a\n"b", c', '5" disk', "last"]
     (bad,) = quarantined(tmp_path / "out")
     assert (bad["line"], bad["text"]) == (6, "x,y,z\n")
-    assert "3 fields where the header has 2" in bad["reason"]
+    assert re.findall(r"\d+", bad["reason"]) == ["3", "2"], "fields of the row, and of the header"
 
 
 def test_stray_quote_in_a_csv_field_sets_that_row_aside(tmp_path: Path) -> None:
@@ -87,7 +88,6 @@ def test_stray_quote_in_a_csv_field_sets_that_row_aside(tmp_path: Path) -> None:
     assert [row["instruction"] for row in rows_of(path, out=tmp_path / "out")] == ["a", "c"]
     (bad,) = quarantined(tmp_path / "out")
     assert bad["line"] == 3
-    assert "not CSV" in bad["reason"]
     assert bad["text"] == '"5" disk",x\n'
 
 
@@ -100,6 +100,7 @@ def test_a_row_of_many_megabytes_is_set_aside_in_little_memory(tmp_path: Path) -
     (bad,) = quarantined(tmp_path / "out")
     assert bad["line"] == 2
     assert "50,000,0" in bad["reason"]
+    assert len(bad["reason"]) < 200
     assert len(bad["text"]) == readers.KEPT_CHARACTERS
 
 
@@ -116,48 +117,48 @@ def test_parquet_text_that_is_not_utf8_sets_that_row_aside(tmp_path: Path) -> No
     texts = pa.array([b"a", b"\xff", b"c", b"d", b"\xfe"]).view(pa.string())
     pq.write_table(pa.table({"instruction": texts, "response": texts}), tmp_path / "rows.parquet")
     assert [row["response"] for row in rows_of(tmp_path / "rows.parquet", out=tmp_path / "out")] == ["a", "c", "d"]
-    assert [(bad["line"], bad["reason"][:9]) for bad in quarantined(tmp_path / "out")] == [
-        (2, "not UTF-8"),
-        (5, "not UTF-8"),
-    ]
+    assert [(bad["line"], "UTF-8" in bad["reason"]) for bad in quarantined(tmp_path / "out")] == [(2, True), (5, True)]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "facts"),
     [
-        ("a.jsonl", '{"instruction": "i"}'.encode("utf-16"), "UTF-16; save it as UTF-8"),
-        ("a.csv", "instruction,response\na,b\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
-        ("a.jsonl", b"\x1f\x8b\x08rest", r"compressed \(gzip\)"),
-        ("a.csv", b"PK\x03\x04rest", "zip archive or spreadsheet"),
-        ("a.json", b"PAR1rest", r"Parquet file; let its name end in \.parquet"),
-        ("a.json", b'{\n "instruction": "i",\n "response": "r"\n}', "neither an array of rows"),
-        ("a.json", b'[{"a": 1},\n {"a": 2},\n {"a"', r"a\.json:3: not a JSON array.*nothing of this file"),
-        ("a.json", b'[{"a": 1},\n {"a": 2}\n {"a": 3}]', r"a\.json:3: .*expected ',', found \{"),
-        ("a.json", b'[{"a": 1},\n]', r"a\.json:2: .*no row after the comma"),
-        ("a.json", b'[{"a": 1}]\n[', r"a\.json:2: .*more text after the array"),
-        ("a.json", b'[{"a": 1}', r"a\.json:1: .*found the end of the file"),
-        ("a.json", b"[" * 100_000, r"a\.json:1: .*recursion"),
-        ("a.csv", b'instruction,response\na,b\nc,"d\ne,f\ng,h\n', r"a\.csv:3: a quote .* never closed .* 2 lines"),
-        ("a.csv", b"instruction;response\na;b\n", r"a\.csv:1: the header is one column, 'instruction;response'"),
-        ("a.csv", b"instruction,response,response\na,b,c\n", "names 'response' twice"),
-        ("a.parquet", b"PAR1 and so on", "not a Parquet file, or one that was cut short"),
-        ("a.parquet", b"", "not a Parquet file, or one that was cut short"),
-        ("a.jsonl", b"\n", r"a\.jsonl: no rows"),
-        ("a.json", b"[ ]", r"a\.json: no rows"),
-        ("a.csv", b"", r"a\.csv: no rows"),
-        ("a.csv", b"instruction,response\n", r"a\.csv: no rows"),
+        ("a.jsonl", '{"instruction": "i"}'.encode("utf-16"), "UTF-16"),
+        ("a.csv", "instruction,response\na,b\n".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", b"\x1f\x8b\x08rest", "gzip"),
+        ("a.csv", b"PK\x03\x04rest", "zip"),
+        ("a.json", b"PAR1rest", r"\.parquet"),
+        ("a.json", b'{\n "instruction": "i",\n "response": "r"\n}', "array"),
+        ("a.json", b'[{"a": 1},\n {"a": 2},\n {"a"', ":3: "),
+        ("a.json", b'[{"a": 1},\n {"a": 2}\n {"a": 3}]', r":3: .*\{"),
+        ("a.json", b'[{"a": 1},\n]', ":2: "),
+        ("a.json", b'[{"a": 1}]\n[', ":2: "),
+        ("a.json", b'[{"a": 1}', ":1: "),
+        ("a.json", b"[" * 100_000, ":1: "),
+        ("a.csv", b'instruction,response\na,b\nc,"d\ne,f\ng,h\n', r":3: .* 2 lines"),
+        ("a.csv", b"instruction;response\na;b\n", ":1: .*'instruction;response'"),
+        ("a.csv", b"instruction,response,response\na,b,c\n", "'response'"),
+        ("a.parquet", b"PAR1 and so on", "Parquet"),
+        ("a.parquet", b"", "Parquet"),
+        ("a.jsonl", b"", "no rows"),
+        ("a.jsonl", b"\n \n", "no rows"),
+        ("a.json", b"[ ]", "no rows"),
+        ("a.csv", b"", "no rows"),
+        ("a.csv", b"instruction,response\n", "no rows"),
     ],
 )
-def test_file_that_cannot_be_read_is_told(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, facts: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=words):
+    between = "" if facts.startswith(":") else ".*"
+    with pytest.raises(DataError, match=f"{re.escape(name)}{between}{facts}") as error:
         ingest(tmp_path / "out", tmp_path / name)
+    assert "\n" not in str(error.value)
 
 
 def test_truncated_parquet_is_told(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.parquet", MANY)  # type: ignore[arg-type]
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"rows\.parquet: not a Parquet file, or one that was cut short"):
+    with pytest.raises(DataError, match=r"rows\.parquet"):
         ingest(tmp_path / "out", path)
 
 
@@ -165,5 +166,5 @@ def test_a_row_of_an_array_that_never_ends_is_told(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2_000)
     monkeypatch.setattr(readers, "CHUNK", 500)
     (tmp_path / "rows.json").write_text('[{"a": 1},\n{"a": "' + "x" * 10_000)
-    with pytest.raises(DataError, match=r"rows\.json:2: .*no end of the row within 2,000 characters"):
+    with pytest.raises(DataError, match=r"rows\.json:2: .*2,000"):
         ingest(tmp_path / "out", tmp_path / "rows.json")

@@ -19,7 +19,7 @@ from paths import ROOT
 from projects import TestProject
 
 T = TypeVar("T")
-SECONDS, PAUSE_SECONDS = 240, 0.5
+SECONDS, PAUSE_SECONDS = 480, 0.5
 
 
 @dataclass

@@ -8,13 +8,13 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from integration.cli import materialize
 from integration.daemon import Daemon
 from paths import ROOT
 from playwright.sync_api import Page, expect
 from projects import TestProject
 
 from docs.screenshots import BROWSER, FAILED_CHECK, MILLISECONDS, SAMPLE, browser, serving, shoot, spoil, take
+from finetune_assets.definitions import defs
 
 PICTURES = Path(os.environ.get("FINETUNE_SCREENSHOTS") or ROOT / "build" / "screenshots")
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="chromium is not install
 def inbox(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The watched folder; `demo` trains when it is told to, for a few steps."""
     demo = project.configs / "experiments" / "demo.yaml"
-    text = demo.read_text().replace("subscribed: true", "subscribed: false").replace("epochs: 15", "max_steps: 20")
+    text = demo.read_text().replace("subscribed: true", "subscribed: false").replace("epochs: 15", "max_steps: 4")
     demo.write_text(text)
     folder = project.root / "inbox"
     folder.mkdir()
@@ -36,8 +36,16 @@ def inbox(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ui(project: TestProject, inbox: Path) -> Iterator[tuple[Daemon, str]]:
-    """Dagster as `make ui` starts it, and its address."""
-    assert materialize("*training_plan").returncode == 0
+    """Dagster as `make ui` starts it, and its address; what a training needs is there."""
+    with dg.DagsterInstance.get() as instance:
+        done = dg.materialize(
+            [asset for asset in defs.assets or [] if isinstance(asset, dg.AssetsDefinition)],
+            selection=["dolly_raw", "cached_base_model", "tokenized_dataset"],
+            resources=dict(defs.resources or {}),
+            partition_key="demo",
+            instance=instance,
+        )
+    assert done.success
     with serving(project) as served:
         yield served
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from integration.daemon import Daemon, processes_of, running
+from integration.daemon import JOB, RANK, WORKERS, Daemon, first_steps, process_of_run, processes_of, ranks_of, running
 from projects import TestProject
 
 QUICK = """
@@ -22,10 +22,11 @@ data:
 training: {max_steps: 2, macro_batch_size: 8, micro_batch_size: 8, precision: fp32, learning_rate: 1.0e-3}
 evaluation: {generated_rows: 4, max_new_tokens: 4}
 """
-LONG = QUICK.replace("max_steps: 2", "max_steps: 20000, save_steps: 5, logging_steps: 1")
-JOB, RANK = "finetune_assets.launch.bootstrap", "finetune_assets.training"
+STEPS = 20_000
+LONG = QUICK.replace("max_steps: 2", f"max_steps: {STEPS}, save_steps: 5, logging_steps: 1")
 RUN = "the process of the run"
-WORKERS = (JOB, "torch.distributed.run", RANK)
+ALONE = "No heartbeat received"
+"""What a code server of Dagster's tells when it notices that its daemon is gone."""
 ROUNDS = 5 if os.environ.get("SOAK") else 1
 VICTIMS = (RANK, RUN, JOB) if os.environ.get("SOAK") else (RUN,)
 """What is killed alone; with a run ends its job, and test_retry kills a rank."""
@@ -62,48 +63,77 @@ def broken(lines: list[str], share: float) -> list[str]:
 def daemon(project: TestProject, inbox: Path) -> Iterator[Daemon]:
     for name in ("one", "two"):
         project.write_experiment(name, QUICK)
+    with running(project) as started:
+        yield started
+
+
+@pytest.fixture
+def ui(project: TestProject, inbox: Path) -> Iterator[Daemon]:
+    """The daemon and the page, as `make ui` starts them."""
+    project.write_experiment("one", QUICK)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ui = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
-    with running(project, ui, "Serving dagster-webserver on") as started:
+    command = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
+    with running(project, command, "Serving dagster-webserver on") as started:
         yield started
 
 
 @pytest.mark.real_data
 def test_file_lands_and_two_experiments_train(daemon: Daemon, inbox: Path, rows: list[str]) -> None:
-    """First data, bad data that trains nothing and names its rows, the same mended, the same bytes again, and a new
-    experiment."""
-    drop(inbox, "a.jsonl", rows[:200])
+    """Bad data, which trains nothing and names its rows; and the same mended, which trains."""
+    drop(inbox, "a.jsonl", broken(rows[:100], 0.5))
+    is_set_aside(daemon, "a.jsonl", 50)
+    assert not daemon.made("cached_base_model")
+
+    drop(inbox, "a.jsonl", rows[:100])
     daemon.wait_for("two adapters and evaluations", lambda: len(daemon.made("adapter_evaluation")) == 2)
     assert {record.partition_key for record in daemon.made("lora_adapter")} == {"one", "two"}
     assert len(daemon.project.published("adapters")) == 1, "two experiments with the same settings share one adapter"
 
-    drop(inbox, "b.jsonl", broken(rows[200:], 0.5))
-    bad = daemon.wait_for("the bad version", lambda: daemon.made("dolly_raw")[1:])
-    daemon.wait_for("no run", daemon.quiet)
-    with daemon.instance as instance:
-        run = instance.get_run_by_id(bad[0].run_id)
-        assert run is not None
-        assert run.status.value == "FAILURE"
-        log = [entry.user_message or entry.message for entry in instance.all_logs(run.run_id)]
-    assert any("b.jsonl:1:" in line and "are bad and set aside" in line for line in log), log
-    time.sleep(12)
-    assert len(daemon.made("lora_adapter")) == 2, "trained on bad data"
 
-    drop(inbox, "b.jsonl", rows[200:])
-    daemon.wait_for("two more evaluations", lambda: len(daemon.made("adapter_evaluation")) == 4)
-    daemon.wait_for("the page about them", lambda: is_told(daemon))
-    daemon.wait_for("no run", daemon.quiet)
-    runs = len(daemon.runs())
-    (inbox / "b.jsonl").touch()
-    drop(inbox, "a.jsonl", rows[:200])
-    time.sleep(25)
-    assert len(daemon.runs()) == runs, "the same bytes started something"
+@pytest.mark.system
+@pytest.mark.real_data
+def test_what_trains_an_experiment_and_what_does_not(ui: Daemon, inbox: Path, rows: list[str]) -> None:
+    """First data, the same bytes again, bad data, the same mended, and a new experiment."""
+    drop(inbox, "a.jsonl", rows[:100])
+    ui.wait_for("an adapter that is evaluated", lambda: ui.made("adapter_evaluation"))
+    ui.wait_for("the page about it", lambda: is_told(ui))
+    ui.wait_for("no run", ui.quiet)
+    runs = len(ui.runs())
+    (inbox / "a.jsonl").touch()
+    ui.wait_for_ticks("raw_data_sensor", 3)
+    drop(inbox, "a.jsonl", rows[:100])
+    ui.wait_for_ticks("raw_data_sensor", 3)
+    ui.wait_for_ticks("experiments_sensor")
+    assert len(ui.runs()) == runs, "the same bytes started something"
 
-    daemon.project.write_experiment("three", QUICK + "lora: {rank: 2}\n")
-    (made,) = daemon.wait_for("the new experiment's evaluation", lambda: daemon.made("adapter_evaluation")[4:])
-    assert made.partition_key == "three"
+    drop(inbox, "b.jsonl", broken(rows[100:200], 0.5))
+    is_set_aside(ui, "b.jsonl", 50)
+
+    drop(inbox, "b.jsonl", rows[100:200])
+    ui.wait_for("a second adapter", lambda: len(ui.made("lora_adapter")) == 2)
+    ui.project.write_experiment("three", QUICK + "lora: {rank: 2}\n")
+    ui.wait_for("the new experiment's evaluation", lambda: len(ui.made("adapter_evaluation")) == 3)
+    assert [record.partition_key for record in ui.made("lora_adapter")] == ["one", "one", "three"]
+    assert len(ui.project.published("adapters")) == 3
+
+
+def is_set_aside(daemon: Daemon, file: str, count: int) -> None:
+    """Wait until the version with a file of bad rows has been read, see that it names the first, and starts nothing."""
+    raw, adapters = len(daemon.made("dolly_raw")), len(daemon.made("lora_adapter"))
+    (bad,) = daemon.wait_for("the bad version", lambda: daemon.made("dolly_raw")[raw:])
+    daemon.wait_for("no run", daemon.quiet)
+    run = daemon.held.get_run_by_id(bad.run_id)
+    assert run
+    assert run.status is dg.DagsterRunStatus.FAILURE
+    (check,) = daemon.failed_checks(bad.run_id)
+    assert check.check_name == "quarantine"
+    assert check.metadata["rows"].value == count
+    assert f"{file}:1:" in check.description
+    daemon.wait_for_ticks("experiments_sensor")
+    assert daemon.quiet()
+    assert len(daemon.made("lora_adapter")) == adapters, "trained on bad data"
 
 
 def is_told(daemon: Daemon) -> bool:
@@ -112,6 +142,7 @@ def is_told(daemon: Daemon) -> bool:
     return bool(pages) and pages[-1].storage_id > max(one.storage_id for one in evaluations + champions)
 
 
+@pytest.mark.system
 @pytest.mark.real_data
 def test_what_is_killed_leaves_nothing_behind_and_goes_on(project: TestProject, inbox: Path, rows: list[str]) -> None:
     """Kill -9 of a rank, of the job, of the run, of the daemon, and of all at once, as when the machine goes."""
@@ -124,34 +155,42 @@ def test_what_is_killed_leaves_nothing_behind_and_goes_on(project: TestProject, 
             for victim in VICTIMS:
                 kill_and_see_it_go_on(daemon, victim)
             (job,) = processes_of(project, JOB)
+            told = len(daemon.log.read_text())
             daemon.kill()
-            with running(project):
-                time.sleep(25)  # by when the code server of the killed one has noticed
+            with running(project) as another:
+                another.wait_for("its code server", lambda: ALONE in daemon.log.read_text()[told:])  # noqa: B023
+                another.wait_for_ticks("dead_runs_sensor")
                 assert processes_of(project, JOB) == [job], "the run needs no daemon, and a new one starts no second"
+                before = times_gone_on(another)
                 for pid in processes_of(project, *WORKERS, "dagster"):
                     os.kill(pid, signal.SIGKILL)
         with running(project) as daemon:
-            daemon.wait_for("training that goes on", lambda: times_gone_on(daemon))
+            daemon.wait_for("training that goes on", lambda: times_gone_on(daemon) > before)  # noqa: B023
             terminate(daemon)
             daemon.wait_for("no process", lambda: not processes_of(project, *WORKERS), 20)
 
 
 def kill_and_see_it_go_on(daemon: Daemon, victim: str) -> None:
     before = times_gone_on(daemon)
-    (job,) = processes_of(daemon.project, JOB)
     all_of_it = processes_of(daemon.project, *WORKERS)
-    pid = parent(job) if victim == RUN else processes_of(daemon.project, victim)[0]
-    os.kill(pid, signal.SIGKILL)
+    pids = {
+        RUN: lambda: process_of_run(daemon.held, unfinished(daemon)),
+        JOB: lambda: processes_of(daemon.project, JOB)[0],
+        RANK: lambda: ranks_of(daemon.project)[0],
+    }
+    os.kill(pids[victim](), signal.SIGKILL)
     daemon.wait_for(f"the end of all below {victim}", lambda: not set(all_of_it) & set(alive(daemon)), 5)
     daemon.wait_for(f"training that goes on after {victim}", lambda: times_gone_on(daemon) > before)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
 def alive(daemon: Daemon) -> list[int]:
     return processes_of(daemon.project, *WORKERS)
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def checkpoints(project: TestProject) -> set[Path]:
@@ -159,16 +198,22 @@ def checkpoints(project: TestProject) -> set[Path]:
 
 
 def times_gone_on(daemon: Daemon) -> int:
-    return daemon.log.read_text(errors="replace").count("going on from the checkpoint of step")
+    """How many attempts at a training began after its first step."""
+    runs = [record.dagster_run.run_id for record in daemon.runs()]
+    return sum(step > 1 for run_id in runs for step in first_steps(daemon.held, run_id, STEPS))
 
 
 def terminate(daemon: Daemon) -> None:
     """As the UI does."""
-    record = next(record for record in daemon.runs() if not record.dagster_run.is_finished)
-    with daemon.instance as instance:
-        instance.run_coordinator.cancel_run(record.dagster_run.run_id)
+    daemon.held.run_coordinator.cancel_run(unfinished(daemon))
 
 
+def unfinished(daemon: Daemon) -> str:
+    """The run that goes on."""
+    return next(record.dagster_run.run_id for record in daemon.runs() if not record.dagster_run.is_finished)
+
+
+@pytest.mark.system
 @pytest.mark.real_data
 def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
     project: TestProject, inbox: Path, rows: list[str]
@@ -182,6 +227,7 @@ def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
                 project.write_experiment("long", LONG + f"lora: {{rank: {number + 2}}}\n")
             daemon.wait_for("a checkpoint", lambda: checkpoints(project) - of_earlier_rounds)  # noqa: B023
             daemon.wait_for("a training process", lambda: processes_of(project, RANK))
+            run = process_of_run(daemon.held, unfinished(daemon))
             began = time.monotonic()
             terminate(daemon)
             daemon.wait_for("no process", lambda: not processes_of(project, *WORKERS), 20)
@@ -191,6 +237,9 @@ def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
             assert all(json.loads(manifest.read_text()) for manifest in kept)
             daemon.wait_for("the end of the run", daemon.quiet)
             assert daemon.runs()[0].dagster_run.status is dg.DagsterRunStatus.CANCELED
-        time.sleep(35)  # Dagster's retry policy starts a terminated step again after its delay
+            # A run whose step waits to be tried again is a process that lives
+            daemon.wait_for("the end of the run's process", lambda: not is_alive(run), 20)  # noqa: B023
+        daemon.wait_for_ticks("experiments_sensor")
+        daemon.wait_for_ticks("dead_runs_sensor")
         assert not processes_of(project, *WORKERS)
         assert daemon.quiet()
