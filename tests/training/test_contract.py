@@ -39,19 +39,19 @@ class Variant:
     """
 
     settings: tuple[str, ...] = ()
-    base: str = "packaged"
+    base: str = "llama"
     killed_at: tuple[int, ...] = (3,)
 
 
 VARIANTS = {
     "plain": Variant(killed_at=(3, 4)),
     "tokens": Variant((TOKENS,), "llama-tied"),
-    "tokens, untied": Variant((TOKENS,), "llama"),
-    "dora": Variant(("lora.use_dora=true",), "llama"),
-    "int8": Variant(("model.quantization=int8",), "llama"),
+    "tokens, untied": Variant((TOKENS,)),
+    "dora": Variant(("lora.use_dora=true",)),
+    "int8": Variant(("model.quantization=int8",)),
     "nf4": Variant(("model.quantization=nf4",)),
     "nf4, tokens": Variant(("model.quantization=nf4", TOKENS), "llama-tied"),
-    "nf4, tokens, untied": Variant(("model.quantization=nf4", TOKENS), "llama"),
+    "nf4, tokens, untied": Variant(("model.quantization=nf4", TOKENS)),
 }
 EXACT = [name for name in VARIANTS if name != "int8"]
 """Those that compute a token the same whatever is beside it; int8 rounds activations by what it reads with them."""

@@ -1,8 +1,11 @@
 """A whole training: what it learns, what it writes, where it resumes, and how it stops."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +25,8 @@ from finetune_assets.training.health import TrainingDiverged
 from finetune_assets.training.model import ModelError
 from finetune_assets.training.optimizer import UnsupportedOptimizer
 from finetune_assets.training.order import Examples
-from finetune_assets.training.recipe import LoraFinetune
+from finetune_assets.training.recipe import LoraFinetune, Preempted
+from finetune_assets.training.state import Work
 
 Finetune = Callable[..., LoraFinetune]
 Trained = Callable[..., FinishedRun]
@@ -170,6 +174,35 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert taken == [2, 3, 4]
     assert again.log.tokens == finished.log.tokens
     assert equal(weights(again), weights(finished))
+
+
+def test_terminated_training_keeps_its_last_step(
+    trained: Trained, finetune: Finetune, base_model: Callable[[str], Path]
+) -> None:
+    """SIGTERM ends it after the step that it is at, and the next attempt resumes from there, not from save_steps."""
+    assert threading.current_thread() is threading.main_thread(), "else the signal would end the tests"
+    base, usual = base_model("llama"), signal.getsignal(signal.SIGTERM)
+    finished = trained(*CHECKPOINTED, base=base).run
+    victim = finetune(*CHECKPOINTED, base=base)
+    train_step = victim.train_step
+
+    def terminated(step: int, work: Work) -> object:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(step, work)
+
+    victim.train_step = terminated  # type: ignore[assignment, method-assign]
+    with pytest.raises(Preempted) as error:
+        victim.run()
+    assert error.value.retriable
+    assert signal.getsignal(signal.SIGTERM) == usual
+    assert max(path.name for path in victim.job.checkpoints.iterdir()) == "step-00000003"
+    assert not list(victim.job.output.iterdir())
+    resumed = finetune(*CHECKPOINTED, base=base)
+    taken = die_at(resumed, 5)
+    resumed.run()
+    assert taken == [3, 4]
+    assert equal(weights(resumed), weights(finished))
 
 
 def test_adapter_that_the_last_step_destroyed_is_not_written(finetune: Finetune) -> None:
