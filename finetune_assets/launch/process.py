@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from finetune_assets.errors import UserError
-from finetune_assets.model_libraries import import_lean
+from finetune_assets.model_libraries import import_lean, lean_imports
 
 PR_SET_PDEATHSIG = 1
 ERROR_FILE = "FINETUNE_ERROR_FILE"
@@ -52,7 +52,8 @@ def run_worker(module: str) -> None:
     forbid_hub()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
     warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
-    from torch.distributed.elastic.multiprocessing.errors import record
+    with lean_imports():
+        from torch.distributed.elastic.multiprocessing.errors import record
 
     @record
     def main() -> None:
