@@ -1,27 +1,72 @@
-"""How long the definitions take to load, against `import dagster` alone: `python -m benchmarks.startup`."""
+"""How soon processes are ready, against a bare import: `python -m benchmarks.startup`.
 
+CPU time of a fresh process and its children. A worker, until its trainer is imported; `finetune-plan demo`, on an
+empty cache and again; and the definitions.
+"""
+
+import os
+import resource
+import shutil
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks.harness import arguments, interleaved, median, report
+from benchmarks.harness import ROOT, arguments, interleaved, median, report
+
+AS_A_WORKER = """
+from finetune_assets.launch.process import run_worker
+run_worker("benchmarks.worker_ready")
+"""
 
 
-def loading(code: str) -> dict[str, float]:
-    """Seconds of a fresh process that runs `code`."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return {"seconds": time.perf_counter() - began}
+def cpu_time(*arguments: str, environment: dict[str, str] | None = None) -> dict[str, float]:
+    """Seconds that a fresh interpreter and its children compute."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
-    sides = {name: f"import {name}" for name in ("dagster", "finetune_assets.definitions")}
-    runs = interleaved({name: lambda code=code: loading(code) for name, code in sides.items()}, 3 if args.quick else 5)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "configs", folder / "configs")
+        cache = folder / "cache"
+        settings = {
+            "FINETUNE_CONFIGS": str(folder / "configs"),
+            "FINETUNE_CACHE": str(cache),
+            "FINETUNE_RAW_DATA": "sample",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+        def plan(first: bool) -> dict[str, float]:
+            if first:
+                shutil.rmtree(cache, ignore_errors=True)
+            return cpu_time("-m", "finetune_assets.tools.plan", "demo", environment=settings)
+
+        sides: dict[str, Callable[[], dict[str, float]]] = {
+            "import torch": lambda: cpu_time("-c", "import torch"),
+            "worker, until its trainer is imported": lambda: cpu_time("-c", AS_A_WORKER),
+            "finetune-plan demo, first": lambda: plan(first=True),
+            "finetune-plan demo, repeated": lambda: plan(first=False),
+            "import dagster": lambda: cpu_time("-c", "import dagster"),
+            "import finetune_assets.definitions": lambda: cpu_time("-c", "import finetune_assets.definitions"),
+        }
+        runs = interleaved(sides, 3 if args.quick else 5)
     seconds = {name: median(measured, "seconds") for name, measured in runs.items()}
-    ratio = seconds["finetune_assets.definitions"] / seconds["dagster"]
-    rows = [(f"import {name}", f"{value:.2f} s") for name, value in seconds.items()]
-    report("Start-up, median of fresh processes", rows, {"definitions_vs_import_dagster": ratio}, args.json)
+    torch, worker, first, repeated, dagster, definitions = seconds.values()
+    ratios = {
+        "worker_vs_import_torch": worker / torch,
+        "cli_vs_import_torch": repeated / torch,
+        "cli_first_vs_import_torch": first / torch,
+        "definitions_vs_import_dagster": definitions / dagster,
+    }
+    rows = [(name, f"{value:.2f} s") for name, value in seconds.items()]
+    report("Start-up: CPU time, median of fresh processes", rows, ratios, args.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_assets.errors import UserError
-from finetune_assets.model_libraries import import_lean
+from finetune_assets.model_libraries import import_lean, lean_imports
 from finetune_assets.progress import Progress
 from finetune_assets.progress.relay import from_environment
 
@@ -86,7 +86,8 @@ def run_worker(module: str) -> None:
     Progress.display = from_environment()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
     warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
-    from torch.distributed.elastic.multiprocessing.errors import record
+    with lean_imports():
+        from torch.distributed.elastic.multiprocessing.errors import record
 
     @record
     def main() -> None:
