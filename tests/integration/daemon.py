@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import dagster as dg
 from dagster._core.scheduler.instigation import TickStatus
 from paths import ROOT
+from processes import AGENT, JOB, RANK, of_project
 from projects import TestProject
 
 T = TypeVar("T")
@@ -169,7 +170,6 @@ def process_of_run(instance: dg.DagsterInstance, run_id: str) -> int:
     )
 
 
-JOB, AGENT, RANK = "finetune_assets.launch.bootstrap", "torch.distributed.run", "finetune_assets.training"
 WORKERS = (JOB, AGENT, RANK)
 """Words in the command lines of what a job consists of."""
 
@@ -180,16 +180,5 @@ def ranks_of(project: TestProject) -> list[int]:
 
 
 def processes_of(project: TestProject, *words: str) -> list[int]:
-    """Processes whose command line has one of `words`, and whose environment is the project's."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            environment = (folder / "environ").read_bytes().decode(errors="replace")
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        mine = f"DAGSTER_HOME={project.root}/" in environment
-        if mine and state != "Z" and int(folder.name) != os.getpid() and any(word in command for word in words):
-            found.append(int(folder.name))
-    return found
+    """Processes of a project whose command line has one of `words`."""
+    return [one.pid for one in of_project(project.root, *words) if one.pid != os.getpid()]

@@ -79,6 +79,13 @@ class Gate:
         return {path.name: path.read_bytes() for path in self.project.store.fetch(champion).iterdir()}
 
 
+def command(*arguments: str) -> None:
+    """`finetune-adapter`, which succeeds."""
+    with pytest.raises(SystemExit) as end:
+        adapter.main(arguments)
+    assert not end.value.code
+
+
 def test_what_is_better_is_promoted_and_what_is_not_is_refused(
     project: TestProject, graph: Graph, raw: Path, rows: Rows
 ) -> None:
@@ -120,11 +127,11 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(
         assert forgetful["forgetting"] > 2
     assert gate.history == [first, second], "what is refused leaves no record"
 
-    adapter.main(["rollback", "demo", "--reason", "a test"])
+    command("rollback", "demo", "--reason", "a test")
     assert gate.served() != served
     raw.write_bytes(SAMPLE.read_bytes())
     assert not gate.train(max_steps=60)["passed"], "it was rolled back, and comes back by hand alone"
     assert gate.history[-1].action == ROLLED_BACK
-    adapter.main(["promote", "demo", second.adapter[:16], "--reason", "it was right"])
+    command("promote", "demo", second.adapter[:16], "--reason", "it was right")
     assert gate.served() == served, "to the byte"
     assert [record.action for record in gate.history] == [PROMOTED, PROMOTED, ROLLED_BACK, BY_HAND]

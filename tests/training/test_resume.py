@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import JOB, RANK, family, runs
 from safetensors.torch import load
 from training.conftest import BASE, MADE_FROM, configured
 
@@ -59,11 +60,11 @@ class Machine:
     def scratch(self) -> Path:
         return Path(self.spec.cache) / "scratch" / self.spec.fingerprint
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, **variables: str) -> subprocess.Popen[str]:
         """Launch the training from a process of its own."""
         job = self.folder / "job.json"
         job.write_text(self.spec.to_json())
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         command = [sys.executable, "-c", LAUNCH, str(job)]
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -167,19 +168,15 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
     raise AssertionError(f"step {step} never came: {process.stderr.read()[-2000:]}")
 
 
-def family(process: subprocess.Popen[str]) -> list[int]:
-    """A process and all that come of it, from the launcher over the bootstrap and torchrun to the ranks."""
-    found = [process.pid]
-    for pid in found:
-        children = Path(f"/proc/{pid}/task/{pid}/children")
-        found += [int(child) for child in children.read_text().split()] if children.exists() else []
-    return found
+def members(process: subprocess.Popen[str], part: str) -> list[int]:
+    """The processes that are a part of the training that a process has launched."""
+    return [one.pid for one in family(process.pid).values() if one.part == part]
 
 
-def ended(pids: list[int], seconds: float = 10) -> bool:
+def ended(everyone: Iterable[int], seconds: float = 10) -> bool:
     """Whether no process of these is left, within some seconds."""
     until = time.monotonic() + seconds
-    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+    while alive := [pid for pid in everyone if runs(pid)]:
         if time.monotonic() > until:
             return not alive
         time.sleep(0.05)
@@ -198,8 +195,8 @@ def test_rank_that_is_killed_ends_all_and_another_machine_ends_bit_equal(
     first = machine("victim", 2)
     process = first.start()
     wait_for_step(process, 7)
-    everyone = family(process)
-    os.kill(everyone[-1], signal.SIGKILL)
+    everyone = family(process.pid)
+    os.kill(members(process, RANK)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "SIGKILL" in err
@@ -227,9 +224,9 @@ def test_killed_training_ends_bit_equal(
         process = victim.start()
         step = random_.randint(1, STEPS - 1)
         wait_for_step(process, step)
-        everyone = family(process)
-        for pid in everyone[:: random_.choice((1, -1))][:1] if kill % 3 else [process.pid]:
-            os.kill(pid, signal.SIGKILL)
+        everyone = family(process.pid)
+        rank = random_.choice((False, True)) and kill % 3 != 0
+        os.kill(members(process, RANK)[-1] if rank else process.pid, signal.SIGKILL)
         process.communicate(timeout=120)
         assert ended(everyone)
         again = victim
@@ -257,7 +254,8 @@ def test_terminated_training_keeps_its_last_step(
         process = victim.start()
         step = random.Random(term).randint(4, STEPS - 3)
         wait_for_step(process, step)
-        os.kill(family(process)[1], signal.SIGTERM)  # the bootstrap, which a scheduler starts
+        (job,) = members(process, JOB)
+        os.kill(job, signal.SIGTERM)
         process.communicate(timeout=120)
         assert process.returncode != 0
         victim.lose()
