@@ -1,6 +1,9 @@
 """What `workspace.yaml` loads. Nothing here or below imports torch, transformers, peft, bitsandbytes or datasets."""
 
+import warnings
+
 import dagster as dg
+from dagster import BetaWarning, PreviewWarning
 
 from finetune_assets.assets.adapter_evaluation import adapter_evaluation
 from finetune_assets.assets.cached_base_model import cached_base_model
@@ -19,6 +22,10 @@ from finetune_assets.automation.watch import alert_on_failure, alert_on_standsti
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.store.io_manager import ArtifactIOManager
+
+# What Dagster says to its own code, of the message reader that launchers are given, and of a selection of all assets
+warnings.filterwarnings("ignore", r"Function `PipesMessageReader\.expected_writer_count`", PreviewWarning)
+warnings.filterwarnings("ignore", r"Parameter `include_sources` of function `AssetSelection\.all`", BetaWarning)
 
 project = Project.configure_at_launch()
 

@@ -7,7 +7,6 @@ is made; hours and money, by what earlier trainings on the same hardware have sh
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -34,7 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", default=[], help=differ)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
     try:
         with told():
             fits = plan(args.experiment, args.overrides, args.json)
