@@ -1,7 +1,7 @@
 """How soon processes are ready, against a bare import: `python -m benchmarks.startup`.
 
-CPU time of a fresh process and its children. A worker, until its trainer is imported; `finetune-plan demo`, on an
-empty cache and again; and the definitions.
+CPU time of a process and its children. A worker, until its trainer is imported, as a fresh interpreter and forked from
+a fork server; `finetune-plan demo`, on an empty cache and again; and the definitions.
 """
 
 import os
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import ROOT, arguments, interleaved, median, report
+from finetune_assets.launch import warm
+from finetune_assets.launch.process import FORKSERVER
 
 AS_A_WORKER = """
 from finetune_assets.launch.process import run_worker
@@ -25,9 +27,20 @@ def cpu_time(*arguments: str, environment: dict[str, str] | None = None) -> dict
     """Seconds that a fresh interpreter and its children compute."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command, check=True, **quiet, env={**os.environ, **(environment or {})})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+
+
+def forked() -> dict[str, float]:
+    """Seconds that a worker computes which this process's fork server forks."""
+    environment = {**os.environ, FORKSERVER: warm.own().address}
+    process = warm.ForkedProcess(warm.own().address, "benchmarks.worker_ready", [], environment, subprocess.PIPE)
+    assert process.stderr
+    seconds = float(process.stderr.read())
+    assert process.wait() == 0
+    return {"seconds": seconds}
 
 
 def main() -> None:
@@ -51,6 +64,7 @@ def main() -> None:
         sides: dict[str, Callable[[], dict[str, float]]] = {
             "import torch": lambda: cpu_time("-c", "import torch"),
             "worker, until its trainer is imported": lambda: cpu_time("-c", AS_A_WORKER),
+            "forked worker, until its trainer is imported": forked,
             "finetune-plan demo, first": lambda: plan(first=True),
             "finetune-plan demo, repeated": lambda: plan(first=False),
             "import dagster": lambda: cpu_time("-c", "import dagster"),
@@ -58,9 +72,10 @@ def main() -> None:
         }
         runs = interleaved(sides, 3 if args.quick else 5)
     seconds = {name: median(measured, "seconds") for name, measured in runs.items()}
-    torch, worker, first, repeated, dagster, definitions = seconds.values()
+    torch, worker, from_server, first, repeated, dagster, definitions = seconds.values()
     ratios = {
         "worker_vs_import_torch": worker / torch,
+        "forked_worker_vs_import_torch": from_server / torch,
         "cli_vs_import_torch": repeated / torch,
         "cli_first_vs_import_torch": first / torch,
         "definitions_vs_import_dagster": definitions / dagster,
