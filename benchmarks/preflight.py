@@ -49,12 +49,15 @@ def plan_70b() -> dict[str, float]:
     from transformers import AutoConfig
 
     from finetune_assets.config.loading import load_experiment
+    from finetune_assets.preflight.case import Shape
     from finetune_assets.preflight.plan import make_plan
+    from finetune_assets.preflight.simulation import simulated  # imported by the first simulation otherwise
     from finetune_assets.resident import peak_resident_mib
 
     imported = time.monotonic()
     experiment = load_experiment(ROOT / "configs", "demo", OVERRIDES).config
-    make_plan(AutoConfig.for_model("llama", **SHAPES["llama-3-70b"], dtype="bfloat16"), experiment)
+    assert simulated
+    make_plan(Shape.of(AutoConfig.for_model("llama", **SHAPES["llama-3-70b"], dtype="bfloat16")), experiment)
     planned = time.monotonic()
     return {"imports_s": imported - began, "plan_s": planned - imported, "peak_mib": peak_resident_mib()}
 

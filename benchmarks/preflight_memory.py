@@ -11,16 +11,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from benchmarks import train_subject
 from benchmarks.harness import arguments, in_process, report
 from finetune_assets.config.schema import Data, ExperimentConfig, Lora, Model, Tokenization, Training
 from finetune_assets.data.sources import SAMPLE
+from finetune_assets.preflight.case import Case, Shape
 from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.memory import MIB
 from finetune_assets.preflight.plan import settled
-from finetune_assets.preflight.simulation import Case
 from finetune_assets.preflight.work import work_of
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.recipe import LoraFinetune
@@ -73,7 +72,7 @@ def compared(subject: train_subject.Subject, quantization: str, device: torch.de
     work = work_of(Path(subject.packed), config, processes=1)
     size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 16 << 30
     planned_for = Device(device.type, size, 1, device.type == "cuda", hardware_name(device))
-    case = Case(AutoConfig.from_pretrained(subject.model), config, planned_for, work.lengths, work.learned, False)
+    case = Case(Shape.read(Path(subject.model), own_code=False), config, planned_for, work.lengths, work.learned, False)
     case, memory, unknown = settled(case)
     assert memory, unknown
     config.training.gradient_checkpointing = case.checkpointing

@@ -15,6 +15,7 @@ from finetune_assets.config.errors import suggest
 from finetune_assets.config.loading import experiment_names
 from finetune_assets.contents import CARD, EVALUATION, NOT_ON_THE_HUB, PROVENANCE, SUMS
 from finetune_assets.hashing import sha256
+from finetune_assets.model_libraries import import_lean
 from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ADAPTERS, BASE_MODELS, EVALUATIONS, STACKS, ArtifactRef, ArtifactStore
 from finetune_assets.store.care import Artifact, Inventory, inventory
@@ -164,9 +165,8 @@ def publish(store: ArtifactStore, args: argparse.Namespace) -> bool:
 def show_updates(store: ArtifactStore, args: argparse.Namespace) -> bool:
     from finetune_assets.drawing import modules
     from finetune_assets.drawing.style import save
-    from finetune_assets.training.updates import updates
 
-    found = updates(folder_of(store, args.adapter))
+    found = import_lean("finetune_assets.training.updates").updates(folder_of(store, args.adapter))
     table = new_table("module", "rank", "norm", "effective rank", f"{ENERGY:.0%} of it in")
     for update in found:
         numbers = (f"{update.norm:.3g}", f"{update.effective_rank:.1f}", str(update.enough))

@@ -1,5 +1,6 @@
 """Evaluations of trainings on the packaged model."""
 
 from training.conftest import dataset, finetune
+from trainings import trained
 
-__all__ = ["dataset", "finetune"]
+__all__ = ["dataset", "finetune", "trained"]

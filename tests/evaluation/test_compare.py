@@ -1,6 +1,7 @@
 """Base, champion and challenger on the same rows: losses that are the model's own, each model read once."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from raw import ingest
 from training.conftest import ALONE
+from trainings import Train, Trained
 from transformers import AutoModelForCausalLM
 
 from finetune_assets import progress
@@ -31,26 +33,14 @@ FOLDER = PACKAGED["demo-base"]
 Finetune = Callable[..., LoraFinetune]
 
 
-@pytest.fixture
-def trained(finetune: Finetune) -> Callable[..., LoraFinetune]:
-    """Trains, and returns the run with its output folder written."""
-
-    def train(name: str, *overrides: str) -> LoraFinetune:
-        run = finetune(*overrides, name=name)
-        run.run()
-        return run
-
-    return train
-
-
-def comparison(run: LoraFinetune, raw: Path | None = None, **settings: object) -> Comparison:
+def comparison(run: Trained, raw: Path | None = None, **settings: object) -> Comparison:
     for name, value in settings.items():
         setattr(run.config.evaluation, name, value)
     texts = read_texts(TEXTS["demo-prose"])
     return Comparison(run.config, run.job.dataset, "val", texts, raw, print)
 
 
-def base_and(run: LoraFinetune, champion: LoraFinetune | None = None) -> list[Contender]:
+def base_and(run: Trained, champion: Trained | None = None) -> list[Contender]:
     found = [Contender(BASE, FOLDER, run.config), Contender(CHALLENGER, FOLDER, run.config, run.job.output)]
     return found + ([Contender.of_folder(CHAMPION, FOLDER, champion.job.output)] if champion else [])
 
@@ -67,8 +57,8 @@ def losses_alone(model: torch.nn.Module, rows: Examples) -> np.ndarray:  # type:
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
-def test_losses_are_those_of_each_row_alone(trained: Callable[..., LoraFinetune], attention: str) -> None:
-    run = trained("a", f"model.attention={attention}", "data.tokenization.packing=false")
+def test_losses_are_those_of_each_row_alone(trained: Train, attention: str) -> None:
+    run = trained(f"model.attention={attention}", "data.tokenization.packing=false")
     rows = held_out(run.job.dataset, "val", run.config.data).examples
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     wanted = losses_alone(model, rows)
@@ -79,8 +69,8 @@ def test_losses_are_those_of_each_row_alone(trained: Callable[..., LoraFinetune]
     assert RowLosses(adapted, run.config, ALONE.device).of(rows) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_mean_of_the_rows_is_the_trainings_held_out_loss(trained: Callable[..., LoraFinetune]) -> None:
-    run = trained("a")
+def test_mean_of_the_rows_is_the_trainings_held_out_loss(trained: Train) -> None:
+    run = trained()
     compared = comparison(run, generated_rows=0, general_tokens=0)
     compared.run(base_and(run), ALONE.device)
     found = compared.result()["contenders"]
@@ -89,12 +79,12 @@ def test_mean_of_the_rows_is_the_trainings_held_out_loss(trained: Callable[..., 
 
 
 def test_each_model_is_read_once_and_what_is_done_told(
-    trained: Callable[..., LoraFinetune], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    trained: Train, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "finetune_assets")
-    new, old = trained("new"), trained("old", "training.max_steps=1")
-    compared = comparison(new, generated_rows=4, samples=2, prompts=["Where does Kelm lie?"])
+    new, old = trained(), trained("training.max_steps=1")
+    compared = comparison(new, generated_rows=4, samples=2, general_tokens=500, prompts=["Where does Kelm lie?"])
     read = compared.run(base_and(new, old), ALONE.device).read
     assert read == [FOLDER, new.job.output, old.job.output]
     found = compared.result()
@@ -111,11 +101,11 @@ def test_each_model_is_read_once_and_what_is_done_told(
         assert f"{who}, answers: {found['generated_rows']} rows in" in caplog.text
 
 
-@pytest.mark.parametrize("setting", ["lora.bias=all", "lora.modules_to_save=[lm_head]"])
-def test_what_an_adapter_changes_beside_itself_does_not_reach_another(
-    trained: Callable[..., LoraFinetune], setting: str
-) -> None:
-    new, old = trained("new", setting, "model.attention=sdpa"), trained("old")
+@pytest.mark.parametrize(
+    "setting", ["lora.bias=all", pytest.param("lora.modules_to_save=[lm_head]", marks=pytest.mark.system)]
+)
+def test_what_an_adapter_changes_beside_itself_does_not_reach_another(trained: Train, setting: str) -> None:
+    new, old = trained(setting, "model.attention=sdpa"), trained()
     rows = held_out(new.job.dataset, "val", new.config.data).examples
     seats = Seats(ALONE.device)
     base, first, second = (
@@ -134,14 +124,15 @@ def test_what_an_adapter_changes_beside_itself_does_not_reach_another(
     assert np.array_equal(measured(base), before)
 
 
-def test_a_champion_with_another_prompt_is_asked_in_its_own(
-    trained: Callable[..., LoraFinetune], tmp_path: Path
-) -> None:
-    new, old = trained("new"), trained("old", "training.max_steps=2")
-    saved = old.job.output / "config.yaml"
+def test_a_champion_with_another_prompt_is_asked_in_its_own(trained: Train, tmp_path: Path) -> None:
+    new, old = trained(), trained("training.max_steps=1")
+    output = Path(shutil.copytree(old.job.output, tmp_path / "old"))
+    saved = output / "config.yaml"
+    saved.chmod(0o644)
     saved.write_text(saved.read_text().replace("### Instruction:", "### Q:"))
-    compared = comparison(new, raw=ingest(tmp_path / "raw", SAMPLE).parent, generated_rows=3)
-    compared.run(base_and(new, old), ALONE.device)
+    compared = comparison(new, raw=ingest(tmp_path / "raw", SAMPLE).parent, generated_rows=2, general_tokens=0)
+    champion = Contender.of_folder(CHAMPION, FOLDER, output)
+    compared.run([*base_and(new), champion], ALONE.device)
     asked = compared.measured[CHAMPION].asked
     assert all(prompt.startswith("### Q:") for prompt in asked)
     assert all(prompt.startswith("### Instruction:") for prompt in compared.measured[CHALLENGER].asked)
@@ -151,17 +142,17 @@ def test_a_champion_with_another_prompt_is_asked_in_its_own(
 
 
 def test_an_experiment_that_learns_prompts_is_measured_by_answers(
-    trained: Callable[..., LoraFinetune],
+    trained: Train,
 ) -> None:
-    run = trained("a", "data.tokenization.train_on_inputs=true")
+    run = trained("data.tokenization.train_on_inputs=true")
     rows = held_out(run.job.dataset, "val", run.config.data)
     assert [sum(label != -100 for label in row) for row in rows.examples.labels.to_pylist()] == [
         len(answer) for answer in rows.answers
     ]
 
 
-def test_time_that_is_up_ends_generation_for_all_alike(trained: Callable[..., LoraFinetune]) -> None:
-    run = trained("a")
+def test_time_that_is_up_ends_generation_for_all_alike(trained: Train) -> None:
+    run = trained()
     compared = comparison(run, generated_rows=4, max_generation_seconds=1e-9, general_tokens=0)
     compared.run(base_and(run), ALONE.device)
     found = compared.result()
@@ -183,11 +174,9 @@ def test_own_questions_are_asked_as_in_training(finetune: Finetune, tmp_path: Pa
     assert asked == [prompt for _, prompt in alone]
 
 
-def test_rows_that_an_adapter_was_trained_on_are_not_compared(
-    trained: Callable[..., LoraFinetune], tmp_path: Path
-) -> None:
+def test_rows_that_an_adapter_was_trained_on_are_not_compared(trained: Train, tmp_path: Path) -> None:
     """Another experiment's adapter, or an earlier setting's, may have been trained on rows that are held out now."""
-    run = trained("a")
+    run = trained()
     data = run.config.data
     raw = ingest(tmp_path / "raw", SAMPLE).parent
     whole = comparison(run, raw, generated_rows=6, general_tokens=0)

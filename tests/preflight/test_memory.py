@@ -19,9 +19,9 @@ from finetune_assets.config.loading import dump, load_experiment
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import load_tokenizer
+from finetune_assets.preflight.case import Case, Shape
 from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.memory import MIB, predict
-from finetune_assets.preflight.simulation import Case
 from finetune_assets.preflight.work import work_of
 from finetune_assets.store.base_models import PACKAGED
 
@@ -59,6 +59,7 @@ CASES = ALL if SOAK else FEW
 SETTINGS = ("data.tokenization.cutoff_len=512", "training.max_steps=2", "training.macro_batch_size=4")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("shape", "quantization"), CASES)
 def test_predicted_memory_is_what_a_training_takes(shape: str, quantization: str, tmp_path: Path) -> None:
     kind, sizes, more = SHAPES[shape]
@@ -77,8 +78,9 @@ def test_predicted_memory_is_what_a_training_takes(shape: str, quantization: str
     work = work_of(dataset, experiment, processes=1)
     device = Device("cpu", 64 << 30, 1, bf16=False, name="CPU")
     checkpointing = bool(experiment.training.gradient_checkpointing)
-    shape = AutoConfig.from_pretrained(model)
-    memory = predict(Case(shape, experiment, device, work.lengths, work.learned, checkpointing))
+    memory = predict(
+        Case(Shape.read(model, own_code=False), experiment, device, work.lengths, work.learned, checkpointing)
+    )
     # Where a setting leaves it open, a machine with little memory would decide for itself
     experiment = replace(experiment, training=replace(experiment.training, gradient_checkpointing=checkpointing))
     # Where each layer is computed anew glibc's gaps are several times what is alive, and are not predicted; elsewhere

@@ -10,6 +10,7 @@ import pytest
 from projects import TestProject
 from tools.conftest import dataset, finetune, publish
 from training.conftest import ALONE
+from trainings import trained
 
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.data.texts import PACKAGED as TEXTS
@@ -19,7 +20,7 @@ from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Co
 from finetune_assets.store.artifacts import EVALUATIONS, ArtifactRef
 from finetune_assets.store.base_models import PACKAGED
 
-__all__ = ["dataset", "finetune", "publish"]
+__all__ = ["dataset", "finetune", "publish", "trained"]
 FOLDER = PACKAGED["demo-base"]
 
 

@@ -33,17 +33,22 @@ def test_history_promote_and_roll_back(
     second = publish("b", "training.seed=5")
     code, said = run(capsys, "promote", "demo", second.fingerprint[:8], "--reason", "I like it")
     assert code == 0
-    assert "is the champion of demo (record 2)" in said
-    assert "note: " not in said
-    assert "already" in run(capsys, "promote", "demo", second.fingerprint, "--reason", "again")[1]
+    champions = Champions(project.store, "demo")
+    serving = champions.current()
+    assert serving
+    assert (serving.number, serving.adapter, serving.reason) == (2, second.fingerprint, "I like it")
+    run(capsys, "promote", "demo", second.fingerprint, "--reason", "again")
+    assert champions.current() == serving, "it serves already"
     code, said = run(capsys, "rollback", "demo", "--reason", "it stutters")
     assert code == 0
-    assert "record 3" in said
-    assert "is not promoted by itself any more" in said
+    serving = champions.current()
+    assert serving
+    assert (serving.number, serving.adapter) == (3, champion.fingerprint)
+    assert [*champions.withdrawn()] == [second.fingerprint]
     code, said = run(capsys, "history", "demo")
     assert [line.split()[0] for line in said.splitlines()[1:]] == ["1", "2", "3"]
     assert "I like it" in said
-    assert "to 1: it stutters" in said
+    assert "it stutters" in said
     code, said = run(capsys, "champions")
     assert champion.fingerprint[:12] in said
     code, said = run(capsys, "fetch", "demo", str(tmp_path / "out"))
@@ -56,36 +61,44 @@ def test_history_promote_and_roll_back(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("history", "dmo"), "dmo: no adapter was promoted yet"),
-        (("rollback", "demo", "--reason", "so"), "champion 1 is the first"),
-        (("rollback", "demo", "--reason", " "), "say why"),
-        (("promote", "demo", "ffff", "--reason", "so"), "'ffff': no adapter of that name"),
-        (("fetch", "other", "folder"), "other has no champion yet"),
-        (("verify", "."), "holds no SHA256SUMS"),
-        (("verify", "./nowhere"), "nowhere: no such folder"),
-        (("updates", "nothing"), "'nothing': no experiment with a champion, no folder of an adapter, and"),
-        (("promote", "dmo", "ffff", "--reason", "so"), "no experiment 'dmo'; did you mean 'demo'?"),
+        (("history", "dmo"), "dmo"),
+        (("rollback", "demo", "--reason", "so"), "1"),
+        (("rollback", "demo", "--reason", " "), ""),
+        (("promote", "demo", "ffff", "--reason", "so"), "'ffff'"),
+        (("fetch", "other", "folder"), "other"),
+        (("verify", "."), "SHA256SUMS"),
+        (("verify", "./nowhere"), "nowhere"),
+        (("updates", "nothing"), "'nothing'"),
+        (("promote", "dmo", "ffff", "--reason", "so"), "'demo'"),
     ],
 )
-def test_what_cannot_be_is_told(
-    champion: ArtifactRef, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], told: str
+def test_what_cannot_be_is_refused(
+    project: TestProject,
+    champion: ArtifactRef,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    told: str,
 ) -> None:
     code, _ = run(capsys, *arguments)
-    assert told in str(code)
+    assert code not in (0, None, False)
+    assert told in str(code), "the name that is wrong, or what is lacking"
+    assert [record.number for record in Champions(project.store, "demo").history()] == [1]
 
 
 def test_an_adapter_of_another_experiment_is_promoted_with_a_word(
-    champion: ArtifactRef, capsys: pytest.CaptureFixture[str]
+    project: TestProject, champion: ArtifactRef, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, said = run(capsys, "promote", "smollm2-135m-dolly", champion.fingerprint, "--reason", "it was a try")
     assert code == 0
-    assert "was made for experiment demo, with its settings" in said
+    assert "demo" in said, "whose settings it was made with"
+    assert Champions(project.store, "smollm2-135m-dolly").champion() == champion
 
 
 def test_a_picture_has_a_kind_that_can_be_drawn(champion: ArtifactRef, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.main(["updates", "demo", "--plot", "x.xyz"])
-    assert "'x.xyz' does not end in .png, .svg or .pdf" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert all(part in refused for part in ("x.xyz", ".png", ".svg", ".pdf"))
 
 
 def test_a_copied_adapter_is_verified_and_says_where_it_is_from(
@@ -94,8 +107,7 @@ def test_a_copied_adapter_is_verified_and_says_where_it_is_from(
     copy = Path(shutil.copytree(project.store.fetch(champion), tmp_path / "copy"))
     code, said = run(capsys, "verify", str(copy))
     assert code == 0, said
-    assert "verified" in said
-    assert "champion 1 of demo: promoted by hand" in said
+    assert "champion 1 of demo" in said
 
     weights = copy / "adapter_model.safetensors"
     weights.chmod(0o644)
@@ -107,13 +119,11 @@ def test_a_copied_adapter_is_verified_and_says_where_it_is_from(
     code, said = run(capsys, "verify", str(copy))
     assert code == 1
     for told in (
-        "adapter_model.safetensors: differs from SHA256SUMS",
-        "adapter_model.safetensors: differs from the store's manifest",
-        "config.yaml: missing",
-        "extra.py: not in",
-        "not verified",
+        "adapter_model.safetensors",
+        "config.yaml",
+        "extra.py",
     ):
-        assert told in said
+        assert any(line.startswith(f"{told}:") for line in said.splitlines())
 
     weights.write_bytes(bytes(damaged))
     (copy / "extra.py").unlink()
@@ -122,8 +132,7 @@ def test_a_copied_adapter_is_verified_and_says_where_it_is_from(
     (copy / "SHA256SUMS").write_text(sums.stdout)
     code, said = run(capsys, "verify", str(copy))
     assert code == 1, "sums that were made to fit do not fit the store"
-    assert "differs from SHA256SUMS" not in said
-    assert "adapter_model.safetensors: differs from the store's manifest" in said
+    assert said.count("adapter_model.safetensors:") == 1, "by the store's manifest alone"
 
 
 def test_an_adapter_that_the_store_has_not_is_not_verified(
@@ -133,7 +142,7 @@ def test_an_adapter_that_the_store_has_not_is_not_verified(
     shutil.rmtree(project.store_root)
     code, said = run(capsys, "verify", str(copy))
     assert code == 1
-    assert "holds no adapter of its fingerprint" in said
+    assert project.store.url in said
 
 
 def test_updates_are_shown_and_drawn(champion: ArtifactRef, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -192,5 +201,7 @@ def test_the_champion_is_published_to_the_hub(
 
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     code, _ = run(capsys, "publish", "demo", "me/other")
-    assert "publish to 'me/other': the Hub does not accept HF_TOKEN (401)" in str(code)
+    assert "me/other" in str(code)
+    assert "HF_TOKEN" in str(code)
+    assert "me/other" not in hub.repos
     assert "hf_wrong" not in str(code)

