@@ -16,20 +16,25 @@ from finetune_assets.launch.process import FORKSERVER, OFF
 
 PROGRAM = """
 import json, os, sys, time
-def main():
+
+def facts():
     import torch
-    print(json.dumps({
+    return {
         "argv": sys.argv[1:], "folder": os.getcwd(),
         "variables": {n: os.environ[n] for n in os.environ if n[:3] == "MY_"},
         "forked": "transformers" in sys.modules, "threads": torch.get_num_threads(), "path": sys.path[:2],
         "cuda": torch.cuda.is_initialized(),
-    }))
-    print("to stderr", file=sys.stderr)
+    }
+
+def main():
     what = sys.argv[1] if len(sys.argv) > 1 else ""
+    if what == "facts": print(json.dumps(facts()))
+    print("to stderr", file=sys.stderr)
     if what == "text": sys.exit("the end")
     if what == "raise": raise RuntimeError("broken")
     if what == "_exit": os._exit(7)
     if what == "sleep": time.sleep(600)
+
 if __name__ == "__main__":
     main()
 """
@@ -84,12 +89,12 @@ def test_it_has_its_own_arguments_folder_environment_and_threads(
     program: Callable[..., warm.Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_OLD", "1")
-    process = program("a", "b c", MY_NEW="2", OMP_NUM_THREADS="3")
+    process = program("facts", "b c", MY_NEW="2", OMP_NUM_THREADS="3")
     assert process.stderr
     assert process.stderr.read() == "to stderr\n"
     assert process.wait() == 0
     assert said(tmp_path) == {
-        "argv": ["a", "b c"],
+        "argv": ["facts", "b c"],
         "folder": str(tmp_path),
         "variables": {"MY_OLD": "1", "MY_NEW": "2"},
         "forked": True,
@@ -98,7 +103,7 @@ def test_it_has_its_own_arguments_folder_environment_and_threads(
         "cuda": False,
     }
     monkeypatch.delenv("MY_OLD")
-    program("again").wait()
+    program("facts").wait()
     assert said(tmp_path)["variables"] == {}, "nothing of an earlier child is left"
 
 
