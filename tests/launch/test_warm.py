@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import runs
 
 from finetune_assets.launch import gpus, warm
 from finetune_assets.launch.process import FORKSERVER, OFF
@@ -71,13 +72,6 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def said(tmp_path: Path) -> dict[str, object]:
@@ -178,16 +172,16 @@ def owner(program: Callable[..., warm.Process], tmp_path: Path) -> Iterator[Call
 def test_a_kill_leaves_no_process(owner: Callable[[str], tuple[int, int, int]], victim: str) -> None:
     numbers = dict(zip(("owner", "server", "child"), owner("child.wait()"), strict=True))
     os.kill(numbers[victim], signal.SIGKILL)
-    wait_for(lambda: not any(map(is_alive, numbers.values())), 5)
+    wait_for(lambda: not any(map(runs, numbers.values())), 5)
 
 
 def test_a_server_that_is_asked_to_end_waits_for_its_children(owner: Callable[[str], tuple[int, int, int]]) -> None:
     me, server, child = owner("child.wait()")
     os.kill(server, signal.SIGTERM)
     time.sleep(0.5)  # nothing can be waited for where nothing is to happen
-    assert is_alive(child)
+    assert runs(child)
     os.kill(child, signal.SIGTERM)
-    wait_for(lambda: not any(map(is_alive, (me, server, child))), 5)
+    wait_for(lambda: not any(map(runs, (me, server, child))), 5)
 
 
 def test_without_its_server_a_worker_is_a_fresh_interpreter(
