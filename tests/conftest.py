@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ from servers.s3 import Bucket
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests start trainings beside their own
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of the test processes has one core
+
+
+# A shell starts what is in its background with SIGINT ignored. Dagster, which takes over SIGINT and SIGTERM while it
+# executes a run, then leaves both ignored, and so would be all processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
