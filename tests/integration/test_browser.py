@@ -45,6 +45,8 @@ def ui(project: TestProject, inbox: Path) -> Iterator[tuple[Daemon, str]]:
             partition_key="demo",
             instance=instance,
         )
+        # The page asks back where an asset before it was never made
+        instance.report_runless_asset_event(dg.AssetMaterialization("training_plan", partition="demo"))
     assert done.success
     with serving(project) as served:
         yield served
