@@ -1,6 +1,6 @@
 """The frozen base model and the adapter on it."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch
@@ -51,7 +51,7 @@ def load_base(folder: Path, model: Model, training: Training, device: torch.devi
     quantization = _quantization(model, dtype)
     disable_progress_bar()
     try:
-        if quantization or stored_quantization(folder):
+        if quantization or _is_quantized(folder):
             use_bitsandbytes()
         base, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -73,6 +73,12 @@ def load_base(folder: Path, model: Model, training: Training, device: torch.devi
         raise ModelError(f"model.base_model: {model.base_model} does not fit together: {problem}")
     _exact_4bit_on_cpu(base)
     return base
+
+
+def _is_quantized(folder: Path) -> bool:
+    with suppress(OSError, ValueError, AttributeError):  # of a damaged folder; loading it says what is wrong
+        return bool(stored_quantization(folder))
+    return False
 
 
 def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -28,7 +28,9 @@ from finetune_assets.store.base_models import PACKAGED
 SOAK = bool(os.environ.get("SOAK"))
 WIDE = {"hidden_size": 768, "num_hidden_layers": 10, "num_attention_heads": 12, "vocab_size": 16_384}
 GROUPED = {**WIDE, "num_key_value_heads": 4, "intermediate_size": 2048}
+SMALL = {**GROUPED, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8_192}
 SHAPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "llama, small": ("llama", SMALL, ()),
     "llama, grouped heads": ("llama", GROUPED, ()),
     "qwen2, biases, tied": ("qwen2", {**GROUPED, "num_key_value_heads": 2, "tie_word_embeddings": True}, ()),
     "mistral, 22 layers": (
@@ -48,19 +50,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 """Has glibc give back at once what a large tensor took, so that a process takes what is alive."""
 KINDS = ("none", "nf4", "int8")
-FEW = [("qwen2, biases, tied", "nf4")]
+SYSTEM = pytest.mark.system
+FEW = [pytest.param("qwen2, biases, tied", "nf4", marks=SYSTEM)]
 NOT_KNOWN = pytest.mark.xfail(strict=True, reason="int8 on a CPU takes a quarter more than is known (RESULTS.md)")
 ALL = [
-    pytest.param(shape, kind, marks=[NOT_KNOWN] if "twice" in shape and kind == "int8" else [])
+    pytest.param(shape, kind, marks=[SYSTEM, NOT_KNOWN] if "twice" in shape and kind == "int8" else [SYSTEM])
     for shape in SHAPES
+    if shape != "llama, small"
     for kind in KINDS
 ]
 CASES = ALL if SOAK else FEW
 SETTINGS = ("data.tokenization.cutoff_len=512", "training.max_steps=2", "training.macro_batch_size=4")
 
 
-@pytest.mark.system
-@pytest.mark.parametrize(("shape", "quantization"), CASES)
+@pytest.mark.parametrize(("shape", "quantization"), [("llama, small", "none"), *CASES])
 def test_predicted_memory_is_what_a_training_takes(shape: str, quantization: str, tmp_path: Path) -> None:
     kind, sizes, more = SHAPES[shape]
     model = tmp_path / "model"

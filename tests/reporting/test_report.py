@@ -126,24 +126,25 @@ def test_nothing_trained_yet(project: TestProject) -> None:
     assert as_page(report) == "No experiment has a run yet."
 
 
-def test_a_hundred_experiments(project: TestProject, publish: Made, measure: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.system)])
+def test_many_experiments(project: TestProject, publish: Made, measure: Made, tmp_path: Path, count: int) -> None:
     """Copies of one training: the page stays small, and what cannot be read takes nothing else down."""
     adapter = publish("a")
     evaluation = measure(adapter)
     small = ("trainer_state.json", "provenance.json", "config.yaml")
     copied = {name: project.store.fetch(adapter) / name for name in small}
     measured = project.store.fetch(evaluation)
-    for number in range(100):
+    for number in range(count):
         name = f"{number + 4096:064x}"
         project.write_experiment(f"e{number}", f"model: {{base_model: demo-base}}\nlora: {{rank: {number + 1}}}\n")
         project.store.publish(copied, ADAPTERS, name, name, {"experiment": f"e{number}"})
         project.store.publish(measured, "evaluations", name, name, {"lora_adapter": name})
     report = collect(project.store, project.configs)
     assert report.problems == ()
-    assert len(report.trained) == 101
+    assert len(report.trained) == count + 1
     assert all("loss_challenger" in one.runs[0].numbers for one in report.trained)
     page = Page(as_html(report))
-    assert {f"e{number}" for number in range(100)} <= set(page.text)
+    assert {f"e{number}" for number in range(count)} <= set(page.text)
     assert len(as_page(report)) < 150_000
 
     bad = {name: tmp_path / name for name in small}
@@ -154,7 +155,7 @@ def test_a_hundred_experiments(project: TestProject, publish: Made, measure: Mad
     (project.configs / "base.yaml").write_text("- not settings")
     damaged = collect(project.store, project.configs)
     assert len(damaged.problems) == 3, "an adapter, a champion's record, and what all begin with"
-    assert len(damaged.trained) == 101
+    assert len(damaged.trained) == count + 1
     assert {one.name for one in damaged.experiments if one.error} >= {"demo", "gone", "e1"}
     assert damaged.fingerprint != report.fingerprint
     Page(as_html(damaged))

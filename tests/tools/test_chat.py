@@ -9,11 +9,12 @@ from finetune_assets.store.base_models import PACKAGED
 from finetune_assets.tools.chat import Conversation, main, run
 
 FOLDER = PACKAGED["demo-base"]
+SMALL = ("training.macro_batch_size=2", "training.micro_batch_size=2", "training.learning_rate=5e-3")
 
 
 @pytest.fixture
 def talk(trained: Train) -> Conversation:
-    runs = [trained(f"training.max_steps={steps}", "training.learning_rate=5e-3") for steps in (4, 12)]
+    runs = [trained(f"training.max_steps={steps}", *SMALL) for steps in (4, 12)]
     names = (CHAMPION, CHALLENGER)
     seats = [Contender.of_folder(name, FOLDER, one.job.output) for name, one in zip(names, runs, strict=True)]
     return Conversation([Contender(BASE, FOLDER, runs[0].config), *seats], max_new_tokens=6)
