@@ -48,6 +48,7 @@ def with_adapter(folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(base, folder).eval()
 
 
+@pytest.mark.system
 def test_champions_are_merged_and_stacked(project: TestProject, graph: Graph, champions: None) -> None:
     store = project.store
     served = {name: store.fetch(Champions(store, name).champion()) for name in ("one", "two")}
