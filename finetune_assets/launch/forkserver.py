@@ -202,7 +202,7 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 
 def preload() -> None:
-    """Import what workers need. Ends the process where nobody waits for it any more."""
+    """Import what workers need. Ends the process as soon as its owner has ended."""
     selector = selectors.DefaultSelector()
     selector.register(LIFELINE, selectors.EVENT_READ)
     for name in PRELOADED:

@@ -65,7 +65,7 @@ class ForkServer:
     def close(self) -> None:
         """End it and its children."""
         if os.getpid() != self._owner:
-            return  # a fork of the owner, which ends by itself
+            return  # a fork of the owner
         if self._process.stdin:
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
@@ -124,7 +124,7 @@ def start(
     Args:
         module: The module.
         arguments: Its arguments.
-        environment: The whole environment of the process; it is told there by which way it was started.
+        environment: The whole environment of the process. FINETUNE_FORKSERVER is set in it.
         stderr: `subprocess.PIPE`, or None for that of this process.
         binds: Have the kernel kill it when this process dies; for modules that do not see to it themselves.
     """
