@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from finetune_assets.errors import UserError
 from finetune_assets.launch import gpus, warm
+from finetune_assets.launch.forkserver import TORCHRUN
 from finetune_assets.launch.job import JobFailed, JobSpec, from_json
 from finetune_assets.launch.place import ALONE, Place
 from finetune_assets.launch.telling import in_dagster_run, in_terminal
@@ -34,7 +35,6 @@ from finetune_assets.progress.relay import from_environment
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
 from finetune_assets.store.checkpoints import Checkpoints, Superseded
 
-TORCHRUN = "torch.distributed.run"
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MEANWHILE_SECONDS = 2
 NOT_MET = (
@@ -79,10 +79,9 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
             **inputs,
             **({"scratch": scratch} if spec.scratch else {}),
         }
-        flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
         processes = _processes(spec, devices)
         module, leading = _runner(spec, processes, place, folder)
-        worker = Worker(module, [*leading, *flags], folder, Path(spec.cache), devices, processes)
+        worker = Worker(module, [*leading, *flags(arguments)], folder, Path(spec.cache), devices, processes)
         if not place.leads:
             run_worker(worker)
             return None
@@ -176,6 +175,11 @@ def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> tuple[
         return TORCHRUN, [*torchrun, "-m", spec.module]
     # torchrun forks the ranks, too, and each runs the module's file in the interpreter that it has
     return TORCHRUN, [*torchrun, "--start-method=fork", "--run-path", _file_of(spec.module)]
+
+
+def flags(arguments: Mapping[str, Path]) -> list[str]:
+    """Arguments by name as a worker's command line has them."""
+    return [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
 
 
 def _file_of(module: str) -> str:

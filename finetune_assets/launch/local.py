@@ -8,7 +8,7 @@ from os import environ
 from pathlib import Path
 
 from finetune_assets.launch import warm
-from finetune_assets.launch.bootstrap import Worker, run_worker
+from finetune_assets.launch.bootstrap import Worker, flags, run_worker
 from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.progress import Progress
 from finetune_assets.progress.relay import heard
@@ -64,9 +64,8 @@ def run_alone(module: str, arguments: Mapping[str, Path], cache: Path) -> None:
     Raises:
         JobFailed: with the worker's own error.
     """
-    flags = [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
-        run_worker(Worker(module, flags, Path(folder), cache, gpus=[], processes=1))
+        run_worker(Worker(module, flags(arguments), Path(folder), cache, gpus=[], processes=1))
 
 
 def _stop(process: warm.Process) -> None:

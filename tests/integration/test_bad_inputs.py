@@ -17,11 +17,11 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from integration.graph import Graph
 from projects import TestProject
 from servers.hub import Hub
 
 from finetune_assets.data.sources import SAMPLE
-from finetune_assets.definitions import defs
 from finetune_assets.store.base_models import PACKAGED
 
 GRAPH = ["dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter"]
@@ -315,14 +315,7 @@ def run(fails: str, overrides: list[str]) -> dg.ExecuteInProcessResult:
 
 
 def materialize(selection: list[str], overrides: list[str]) -> dg.ExecuteInProcessResult:
-    return dg.materialize(
-        [asset for asset in defs.assets or [] if isinstance(asset, dg.AssetsDefinition)],
-        resources=dict(defs.resources or {}),
-        selection=selection,
-        partition_key=None if selection == ["dolly_raw"] else "demo",
-        raise_on_error=False,
-        run_config={"resources": {"project": {"config": {"overrides": overrides}}}},
-    )
+    return Graph().run(selection, None if selection == ["dolly_raw"] else "demo", overrides).result
 
 
 def answers(result: dg.ExecuteInProcessResult) -> dict[str, str]:
