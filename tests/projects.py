@@ -9,6 +9,9 @@ from paths import ROOT
 
 from finetune_assets.store.artifacts import ArtifactStore, open_store
 
+SHORT = ("training.max_steps=2", "evaluation.generated_rows=4", "evaluation.general_tokens=500")
+"""Overrides with which an experiment is trained and evaluated in seconds."""
+
 
 @dataclass(frozen=True)
 class TestProject:

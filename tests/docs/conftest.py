@@ -12,6 +12,9 @@ from reading.blocks import FIRST_RUN, begins_with
 from reading.reader import Reader, new_project
 from servers.ceph import environment
 
+from finetune_assets.launch import warm
+from finetune_assets.launch.process import FORKSERVER
+
 SAID = "said.json"
 
 
@@ -38,6 +41,7 @@ def reader_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[Path]
     def make(page: Path) -> Reader:
         reader, has = new_project(tmp_path / "project"), begins_with(page)
         assert has <= {"demo", "s3"}
+        reader.environment[FORKSERVER] = warm.own().address
         if "demo" in has:
             made = request.getfixturevalue("first_run")
             for name in (".finetune/store", ".dagster_home"):

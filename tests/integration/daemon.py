@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import dagster as dg
 from dagster._core.scheduler.instigation import TickStatus
+from integration import cli
 from paths import ROOT
 from processes import AGENT, JOB, RANK, of_project
 from projects import TestProject
@@ -103,7 +104,10 @@ DAEMON = ["dagster-daemon", "run", "-m", "finetune_assets.definitions"]
 
 @contextmanager
 def running(
-    project: TestProject, command: Sequence[str] = DAEMON, ready: str = "Instance is configured"
+    project: TestProject,
+    command: Sequence[str] = DAEMON,
+    ready: str = "Instance is configured",
+    own_servers: bool = False,
 ) -> Iterator[Daemon]:
     """A daemon in an environment that points to the project, until the block is left.
 
@@ -111,10 +115,11 @@ def running(
         project: The project.
         command: A program beside this Python, and its arguments.
         ready: What it says once it works.
+        own_servers: Whether each run has a fork server of its own, as outside of tests, and not the tests' one.
     """
     log = project.root / f"daemon-{time.time_ns()}.log"
     program = Path(sys.executable).with_name(command[0])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**(dict(os.environ) if own_servers else cli.environment()), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(
             [program, *command[1:]], env=environment, cwd=ROOT, stdout=out, stderr=out, start_new_session=True

@@ -62,8 +62,8 @@ class Gate:
     def train(self, overrides: Sequence[str] = (), **training: float) -> dict[str, Any]:
         """What the gate measured, and whether the new adapter serves (`passed`)."""
         experiment = yaml.safe_load(self.settings)
-        experiment["training"].update(training)
-        experiment["evaluation"] |= {"generated_rows": 4, "max_new_tokens": 8}
+        experiment["training"] |= {"macro_batch_size": 2, "micro_batch_size": 2, **training}
+        experiment["evaluation"] |= {"generated_rows": 4, "general_tokens": 2_000}
         (self.project.configs / "experiments" / "demo.yaml").write_text(yaml.safe_dump(experiment))
         run = self.graph.run(overrides=overrides)
         assert run.success, run.log

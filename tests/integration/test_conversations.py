@@ -22,7 +22,7 @@ data:
   prompt_template: {chat_template: true}
   tokenization: {cutoff_len: 256, added_tokens: ["<|im_start|>", "<|im_end|>"]}
 training: {max_steps: 8, macro_batch_size: 8, micro_batch_size: 8, learning_rate: 2.0e-3, precision: fp32}
-evaluation: {generated_rows: 4, max_new_tokens: 8}
+evaluation: {generated_rows: 4, general_tokens: 500, max_new_tokens: 8}
 """
 
 

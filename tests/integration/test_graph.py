@@ -12,7 +12,7 @@ from integration.cli import materialize
 from integration.graph import Graph
 from peft import PeftModel
 from processes import AGENT, JOB, RANK, SERVER
-from projects import TestProject
+from projects import SHORT, TestProject
 from safetensors.torch import load_file
 from servers import wandb as wandb_server
 from servers.wandb import KEY
@@ -22,7 +22,6 @@ from finetune_assets.data.sources import SAMPLE
 from finetune_assets.resources.project import Project
 from finetune_assets.store.base_models import PACKAGED
 
-SHORT = ["training.max_steps=2", "evaluation.generated_rows=4"]
 EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "training_plan", "lora_adapter"}
 EVERYTHING |= {"adapter_evaluation", "experiment_report"}
 

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 from integration.graph import Graph
-from projects import TestProject
+from projects import SHORT, TestProject
 from servers.hub import TOKEN, Hub
 
 from finetune_assets.data.sources import SAMPLE
 from finetune_assets.store.base_models import PACKAGED
-
-SHORT = ["training.max_steps=2", "evaluation.generated_rows=4"]
 
 
 def test_gated_model_and_dataset_become_an_adapter_that_names_their_commits(

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from integration.cli import environment, materialize_command, run_at_once
-from projects import TestProject
+from projects import SHORT, TestProject
 from servers.proxy import Proxy
 from servers.s3 import Bucket
 
-SHORT = ["training.max_steps=1", "evaluation.generated_rows=2", "evaluation.max_new_tokens=2"]
 PEOPLE = ("alice", "bob", "production")
 PREFIX = "some/prefix"
 

@@ -3,9 +3,7 @@
 import json
 
 from integration.graph import Graph
-from projects import TestProject
-
-SHORT = ["training.max_steps=2", "evaluation.generated_rows=0"]
+from projects import SHORT, TestProject
 
 
 def test_what_does_not_fit_is_refused_with_what_would(project: TestProject, graph: Graph) -> None:

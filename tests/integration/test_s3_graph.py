@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from integration.cli import materialize
 from integration.graph import Graph
-from projects import TestProject
+from projects import SHORT, TestProject
 from servers import ceph as ceph_server
 from servers.s3 import Bucket
 
 from finetune_assets.store.artifacts import REPORTS, open_store
 from finetune_assets.store.care import Inventory, inventory
 
-SHORT = ["training.max_steps=3", "evaluation.generated_rows=4", "training.logging_steps=1"]
 TOKEN = "hf_planted_token_that_must_not_be_written"
 
 
