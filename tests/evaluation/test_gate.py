@@ -1,7 +1,5 @@
 """The gate's arithmetic: what it promotes by chance, what it finds, what it says."""
 
-import re
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -56,23 +54,23 @@ def test_noise_is_promoted_as_seldom_as_said(rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gain", "forgetting", "settings", "promoted", "told"),
+    ("gain", "forgetting", "settings", "promoted", "decided"),
     [
-        (Gain(0.1, 0.05, 0.95, 100), 0.1, Gate(), True, r"it gains on the champion \+0.1000 .* 100 rows"),
-        (Gain(0.1, -0.01, 0.95, 100), 0.1, Gate(), False, r"\(at 95% confidence more than -0.0100\)"),
-        (Gain(0.1, 0.05, 0.95, 100), 0.1, Gate(min_gain=0.06), False, "more than 0.06 is needed"),
-        (Gain(0.1, 0.05, 0.95, 100), 0.7, Gate(), False, "has forgotten 0.7000 nats a token.*at most 0.5"),
-        (Gain(0.1, 0.05, 0.95, 100), None, Gate(), True, "gains"),
-        (Gain(-0.1, -0.2, 0.95, 100), 0.7, Gate(), False, "has forgotten 0.7000.*; it gains on the champion -0.1000"),
-        (Gain(9.0, 8.0, 0.95, 29), 0.0, Gate(), False, "only 29 rows of the gate can be compared, at least 30"),
+        (Gain(0.1, 0.05, 0.95, 100), 0.1, Gate(), True, ("+0.1000", "100")),
+        (Gain(0.1, -0.01, 0.95, 100), 0.1, Gate(), False, ("95%", "-0.0100")),
+        (Gain(0.1, 0.05, 0.95, 100), 0.1, Gate(min_gain=0.06), False, ("0.06",)),
+        (Gain(0.1, 0.05, 0.95, 100), 0.7, Gate(), False, ("0.7000", "0.5")),
+        (Gain(0.1, 0.05, 0.95, 100), None, Gate(), True, ("+0.1000",)),
+        (Gain(-0.1, -0.2, 0.95, 100), 0.7, Gate(), False, ("0.7000", "-0.1000")),
+        (Gain(9.0, 8.0, 0.95, 29), 0.0, Gate(), False, ("29", "30")),
     ],
 )
 def test_verdict_names_the_number_that_decided(
-    gain: Gain, forgetting: float | None, settings: Gate, promoted: bool, told: str
+    gain: Gain, forgetting: float | None, settings: Gate, promoted: bool, decided: tuple[str, ...]
 ) -> None:
     verdict = judge(gain, forgetting, settings, "the champion")
     assert verdict.promote is promoted
-    assert re.search(told, verdict.reason), verdict.reason
+    assert all(number in verdict.reason for number in decided), verdict.reason
 
 
 def test_no_row_at_all_is_refused() -> None:

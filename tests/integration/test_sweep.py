@@ -28,9 +28,11 @@ def test_a_sweep_finds_the_smallest_rank(
 ) -> None:
     monkeypatch.setenv("FINETUNE_RAW_DATA", str(dolly))
     experiment = EXPERIMENT.format(model=stories260k)
-    project.write_experiment(
-        "real", experiment if SOAK else experiment.replace("data:\n", "data:\n  num_samples: 1500\n")
-    )
+    if not SOAK:
+        experiment = experiment.replace("data:\n", "data:\n  num_samples: 500\n").replace(
+            "max_steps: 25", "max_steps: 8"
+        )
+    project.write_experiment("real", experiment)
     (project.configs / "sweeps" / "ranks.yaml").write_text(
         f"experiment: real\ngrid: {{lora.rank: [{', '.join(map(str, RANKS))}]}}\n"
     )
