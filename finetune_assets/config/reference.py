@@ -15,8 +15,7 @@ from finetune_assets.config.loading import group_of
 from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig, SweepConfig
 
 TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
-HEAD = """<!-- begins: demo -->
-# Every setting
+HEAD = """# Every setting
 
 Written from `finetune_assets/config/schema.py` by `python -m finetune_assets.config.reference`; do not edit.
 

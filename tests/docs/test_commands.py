@@ -9,10 +9,14 @@ import pytest
 from reading.blocks import FIRST_RUN, MUST_BE_MARKED, PAGES, blocks
 from reading.reader import Reader
 
+FOR_EVERY_CHANGE = "settings"
+"""The page with commands that `make test` follows; the others are in `make test-system`."""
+
 
 def tier(page: Path) -> tuple[pytest.MarkDecorator, ...]:
-    """The first page is for every change, and so are those that show files and no commands."""
-    return (pytest.mark.system,) if any(block.mark == "run" for block in blocks(page)) else ()
+    """Of a page: those that show files and no commands are for every change too."""
+    runs = any(block.mark == "run" for block in blocks(page))
+    return (pytest.mark.system,) if runs and page.stem != FOR_EVERY_CHANGE else ()
 
 
 SHOWS_SOMETHING = [
@@ -22,6 +26,7 @@ SHOWS_SOMETHING = [
 ]
 
 
+@pytest.mark.system
 def test_the_demo_learns_to_answer_and_trains_nothing_twice(first_run: Path) -> None:
     """`make demo` as a newcomer meets it on the first page, twice, and once more without it."""
     first, second, _ = json.loads((first_run / "said.json").read_text())

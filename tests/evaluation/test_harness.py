@@ -45,6 +45,7 @@ def run(tasks: Path) -> Callable[..., dict[str, float]]:
     return lambda *names, **more: run_tasks(model, load_tokenizer(str(FOLDER)), LmEval([*names], **more), tasks)
 
 
+@pytest.mark.system
 def test_a_task_of_ones_own(run: Callable[..., dict[str, float]]) -> None:
     assert run("towns", limit=2) == {"towns/acc": 1.0}
 

@@ -19,16 +19,11 @@ def materialize(
     partition: str | None = "demo",
     overrides: list[str] | None = None,
     force: bool = False,
-    own_server: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run it and return exit code and output (stdout and stderr together, in `stdout`).
-
-    With `own_server`, its workers are forked from a fork server of its own, as they are outside of tests.
-    """
+    """Run it and return exit code and output (stdout and stderr together, in `stdout`)."""
     command = materialize_command(select, partition, overrides, force)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    variables = dict(os.environ) if own_server else environment()
-    return subprocess.run(command, env=variables, check=False, **pipes)  # type: ignore[call-overload]
+    return subprocess.run(command, env=environment(), check=False, **pipes)  # type: ignore[call-overload]
 
 
 def materialize_command(

@@ -1,14 +1,15 @@
 """The whole graph: from rows to an adapter, and what re-runs when."""
 
 import json
-import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import dagster as dg
 import pytest
 import torch
-from integration.cli import materialize
+import yaml
 from integration.graph import Graph
 from peft import PeftModel
 from processes import AGENT, JOB, RANK, SERVER
@@ -26,26 +27,37 @@ EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "training_p
 EVERYTHING |= {"adapter_evaluation", "experiment_report"}
 
 
-def test_command_line_runs_the_whole_graph(
+def test_the_demo_runs_the_whole_graph_from_the_command_line(
     project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """`dagster asset materialize`, with two ranks below a fork server of the run's own, and progress in its output."""
-    interpreters = tmp_path / "interpreters"
+    """`make demo`, shortened, with two ranks below a fork server of the run's own, and progress in its output.
+
+    wandb, which no setting asks for, is imported by none of its processes.
+    """
+    interpreters, wandb_was_imported = tmp_path / "interpreters", tmp_path / "wandb_was_imported"
     (tmp_path / "traps").mkdir()
     (tmp_path / "traps" / "sitecustomize.py").write_text(
         f"import sys\nwith open({str(interpreters)!r}, 'a') as file: print(*sys.orig_argv, file=file)"
     )
+    (tmp_path / "traps" / "wandb.py").write_text(f"open({str(wandb_was_imported)!r}, 'w')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "traps"))
-    two = [*SHORT, "training.processes_per_node=2", "training.micro_batch_size=2"]
-    run = materialize(overrides=two, own_server=True)
+    demo = project.configs / "experiments" / "demo.yaml"
+    settings = yaml.safe_load(demo.read_text())
+    settings["training"] |= {"max_steps": 2, "processes_per_node": 2, "micro_batch_size": 2}
+    settings["evaluation"] |= {"generated_rows": 4, "general_tokens": 500}
+    demo.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "finetune_assets.demo"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert run.returncode == 0, run.stdout
     for word in ("step 2/2 ", "grad_norm", "tokens/s", "ETA", "2 x cpu"):
         assert word in run.stdout
+    assert not wandb_was_imported.exists()
     (page,) = project.published("reports")
     (adapter,) = project.published("adapters")
     report = project.store.fetch(project.store.resolve("reports", page, "experiment_report")) / "report.json"
     (trained,) = json.loads(report.read_text())["experiments"][0]["runs"]
     assert trained["fingerprint"] == adapter
+    assert adapter in run.stdout.replace("\n", ""), "where it lies"
     assert trained["numbers"].keys() >= {"loss_challenger", "tokens_per_second"}
     assert not project.leftovers_of_builds()
     workers = (SERVER, JOB, AGENT, RANK, "-m finetune_assets.evaluation", "-m finetune_assets.preflight")
@@ -73,7 +85,7 @@ def test_what_re_runs_when(project: TestProject, graph: Graph) -> None:
     assert slower.success, slower.log
     assert EVERYTHING - slower.reused == {"training_plan", "lora_adapter", "adapter_evaluation", "experiment_report"}
 
-    shorter = graph.run(overrides=[*SHORT, "data.tokenization.cutoff_len=100"])
+    shorter = graph.run("*training_plan", overrides=[*SHORT, "data.tokenization.cutoff_len=100"])
     assert shorter.success, shorter.log
     assert EVERYTHING & shorter.reused == {"dolly_raw", "cached_base_model"}
 
@@ -87,25 +99,13 @@ def test_what_re_runs_when(project: TestProject, graph: Graph) -> None:
     assert "lora_adapter" in without_overrides.failures["adapter_evaluation"]
 
 
-def test_assets_one_by_one_on_an_empty_instance(
-    project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Each asset on a Dagster instance of its own finds what its configuration demands.
-
-    wandb, which no setting asks for, is imported by none of their processes; the last is a run from a command line.
-    """
-    (tmp_path / "traps").mkdir()
-    imported = tmp_path / "wandb_was_imported"
-    (tmp_path / "traps" / "wandb.py").write_text(f"open({str(imported)!r}, 'w')")
-    for asset in ("dolly_raw", "cached_base_model", "tokenized_dataset"):
+def test_assets_one_by_one_on_an_empty_instance(project: TestProject) -> None:
+    """Each asset on a Dagster instance of its own finds what its configuration demands."""
+    for asset in ("dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter"):
         alone = None if asset == "dolly_raw" else "demo"
         run = Graph().run(asset, alone, SHORT)
         assert run.success, run.log
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'traps'}:{os.environ.get('PYTHONPATH', '')}")
-    trained = materialize("lora_adapter", overrides=SHORT, own_server=True)
-    assert trained.returncode == 0, trained.stdout
     assert len(project.published("adapters")) == 1
-    assert not imported.exists()
 
 
 def test_asset_whose_input_was_not_made_says_which(graph: Graph) -> None:
@@ -117,9 +117,9 @@ def test_asset_whose_input_was_not_made_says_which(graph: Graph) -> None:
 def test_two_processes_give_the_adapter_of_one(project: TestProject, graph: Graph) -> None:
     """The same global batch from one and from two torchrun processes."""
     adapters = []
-    for processes in ("1", "2"):
+    for processes, select in ((1, "*lora_adapter"), (2, "lora_adapter")):
         overrides = [*SHORT, f"training.processes_per_node={processes}", "training.micro_batch_size=2"]
-        run = graph.run("*lora_adapter", overrides=overrides, force=True)
+        run = graph.run(select, overrides=overrides, force=True)
         assert run.success, run.log
         (name,) = project.published("adapters")
         folder = project.store.fetch(project.store.resolve("adapters", name, "lora_adapter"))
@@ -142,8 +142,8 @@ def test_own_folder_of_rows_and_model(
     (rows / "b.jsonl").write_text("".join(lines[200:300]), encoding="utf-8")
     shutil.copytree(PACKAGED["demo-base"], tmp_path / "my_model")
     monkeypatch.setenv("FINETUNE_RAW_DATA", "./rows")
-    project.write_experiment("mine", "model: {base_model: ./my_model}\ntraining: {max_steps: 2, macro_batch_size: 8}")
-    run = graph.run(partition="mine")
+    project.write_experiment("mine", "model: {base_model: ./my_model}\ntraining: {macro_batch_size: 8}")
+    run = graph.run(partition="mine", overrides=SHORT)
     assert run.success, run.log
     (name,) = project.published("adapters")
     folder = project.store.fetch(project.store.resolve("adapters", name, "lora_adapter"))

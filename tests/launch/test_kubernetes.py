@@ -40,7 +40,7 @@ SECONDS = 300
 """How long something may take that happens in a few seconds where nothing else runs."""
 RECORDED = Path(__file__).with_name("kubernetes_requests.json")
 SYSTEM = pytest.mark.system
-"""Of the lives of jobs, one is for every change."""
+"""Of what runs jobs; what is asked of the API server is for every change."""
 
 
 @pytest.fixture
@@ -91,7 +91,8 @@ NAMES = ["a pod", "a job"]
 NODES = pytest.mark.parametrize("nodes", KINDS, ids=NAMES)
 
 
-@pytest.mark.parametrize("nodes", [KINDS[0], pytest.param(KINDS[1], marks=SYSTEM)], ids=NAMES)
+@SYSTEM
+@NODES
 def test_job_ends_in_an_artifact(in_s3: None, job: Make, tmp_path: Path, api: Server, nodes: tuple[int, int]) -> None:
     assert run(job("good", "1", nodes)).success
     store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from integration.cli import environment
 from launch.conftest import LINGERS
 
 from finetune_assets.launch.job import JobFailed, JobSpec, from_json
@@ -96,6 +97,7 @@ def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path:
     assert from_json((tmp_path / "job.json").read_text()) == job("sleep")
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
+        env=environment(),
         stderr=subprocess.DEVNULL,
         # A shell starts background jobs with SIGINT ignored, and the tests may run in one
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
