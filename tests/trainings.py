@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training.conftest import ALONE, MADE_FROM, configured
+from training.conftest import ALONE, BASE, MADE_FROM, configured
 
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.store.base_models import PACKAGED
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
 from finetune_assets.training.state import Job, Log
@@ -37,16 +36,16 @@ _ended: dict[Any, Trained] = {}
 
 @pytest.fixture
 def trained(dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Trains, with settings that differ and facts that its provenance is to name, unless that was done before."""
+    """Trains, with settings that differ, another base and facts that its provenance is to name, unless it was done."""
 
-    def train(*overrides: str, **made_from: str) -> Trained:
-        key = (overrides, *sorted(made_from.items()))
+    def train(*overrides: str, base: Path = BASE, **made_from: str) -> Trained:
+        key = (overrides, base, *sorted(made_from.items()))
         if key not in _ended:
             config, folder = configured(*overrides), tmp_path_factory.mktemp("training")
             output = folder / "output"
             output.mkdir()
             rows = dataset(config.data.tokenization)
-            job = Job(PACKAGED["demo-base"], rows, output, folder / "scratch", {**MADE_FROM, **made_from})
+            job = Job(base, rows, output, folder / "scratch", {**MADE_FROM, **made_from})
             run = LoraFinetune(job, config, ALONE, Reporter(print))
             run.run()
             for file in output.iterdir():

@@ -1,6 +1,6 @@
 """Evaluations of trainings on the packaged model."""
 
-from training.conftest import dataset, finetune
+from training.conftest import base_model, dataset, finetune
 from trainings import trained
 
-__all__ = ["dataset", "finetune", "trained"]
+__all__ = ["base_model", "dataset", "finetune", "trained"]

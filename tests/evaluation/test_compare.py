@@ -101,18 +101,20 @@ def test_each_model_is_read_once_and_what_is_done_told(
         assert f"{who}, answers: {found['generated_rows']} rows in" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "setting", ["lora.bias=all", pytest.param("lora.modules_to_save=[lm_head]", marks=pytest.mark.system)]
-)
-def test_what_an_adapter_changes_beside_itself_does_not_reach_another(trained: Train, setting: str) -> None:
-    new, old = trained(setting, "model.attention=sdpa"), trained()
+@pytest.mark.parametrize("setting", ["lora.bias=all", "lora.modules_to_save=[lm_head]"])
+def test_what_an_adapter_changes_beside_itself_does_not_reach_another(
+    trained: Train, base_model: Callable[[str], Path], setting: str
+) -> None:
+    folder = base_model("qwen2")  # which has biases
+    new, old = trained(setting, base=folder), trained(base=folder)
     rows = held_out(new.job.dataset, "val", new.config.data).examples
     seats = Seats(ALONE.device)
     base, first, second = (
-        Contender(BASE, FOLDER, old.config),
-        Contender(CHALLENGER, FOLDER, new.config, new.job.output),
-        Contender(CHAMPION, FOLDER, old.config, old.job.output),
+        Contender(BASE, folder, old.config),
+        Contender(CHALLENGER, folder, new.config, new.job.output),
+        Contender(CHAMPION, folder, old.config, old.job.output),
     )
+    assert base.seat == first.seat == second.seat, "all on one base model in memory"
 
     def measured(contender: Contender) -> np.ndarray:  # type: ignore[type-arg]
         with seats.seated(contender) as model:
