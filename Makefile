@@ -14,8 +14,8 @@ demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 test: $(VENV)/installed  ## tests for every change, ten minutes in JOBS=2 processes
 	$(BIN)/python -m pytest -n $(JOBS) -m "not system" --durations=20 $(ARGS)
 
-test-system: $(VENV)/installed  ## the other tests: Slurm, PostgreSQL, every page of the documentation, sweeps
-	$(BIN)/python -m pytest -n $(JOBS) -m system --durations=20 $(ARGS)
+test-system: $(VENV)/installed  ## the other tests: Slurm, PostgreSQL, every page of the documentation, sweeps; they wait more
+	$(BIN)/python -m pytest -n $$((2 * $(JOBS))) -m system --durations=20 $(ARGS)
 
 soak: $(VENV)/installed  ## all tests of both kinds at their full counts
 	SOAK=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

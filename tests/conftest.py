@@ -153,11 +153,23 @@ def _shared(path: Path) -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest begin first, so that no process is left with them at the end; some run in `make soak` alone."""
+    """The longest begin first in each process, so that none is left with them; some run in `make soak` alone."""
     if not os.environ.get("SOAK"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
-    items.sort(key=lambda item: item.path.parent.name not in ("integration", "docs"))
+    items[:] = _dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """Tests in an order in which each slice, as pytest-xdist gives them to its processes, begins with long ones."""
+    long = [item for item in items if item.path.parent.name in ("integration", "docs")]
+    short = [item for item in items if item.path.parent.name not in ("integration", "docs")]
+    dealt: list[pytest.Item] = []
+    for process in range(processes):
+        size, mine = (len(items) - len(dealt)) // (processes - process), long[process::processes]
+        dealt += mine + short[: max(0, size - len(mine))]
+        del short[: max(0, size - len(mine))]
+    return dealt
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,7 +3,7 @@
 `python -m finetune_assets.launch.bootstrap JOB.json RESULT.json`
 """
 
-from finetune_assets.launch.process import ERROR_FILE, die_with_parent
+from finetune_assets.launch.process import ERROR_FILE, die_with_parent, openmp_waiting
 
 if __name__ == "__main__":  # not in the fork server, which imports this for its children
     die_with_parent()
@@ -209,7 +209,7 @@ def run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> 
     told, crashed = worker.folder / "user_error.json", worker.folder / "crash.json"
     environment = {
         "OMP_NUM_THREADS": str(max(1, _cores() // worker.processes)),
-        "OMP_WAIT_POLICY": "PASSIVE",  # two trainings on one machine were 8 times slower where threads wait actively
+        **openmp_waiting(),
         "WANDB_DIR": str(worker.cache),  # makes a folder `wandb` in it
         "WANDB_DATA_DIR": str(worker.cache / "wandb"),
         **os.environ,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from finetune_assets.launch import forkserver, gpus
-from finetune_assets.launch.process import FORKSERVER, OFF, die_with_parent
+from finetune_assets.launch.process import FORKSERVER, OFF, die_with_parent, openmp_waiting
 
 END_SECONDS = 1
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class ForkServer:
         self.folder = tempfile.mkdtemp(prefix="finetune-forkserver-")
         self.address = f"{self.folder}/socket"
         self._owner = os.getpid()
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1"}
+        environment = {**openmp_waiting(), **os.environ, "HF_HUB_OFFLINE": "1"}
         with socket.socket(socket.AF_UNIX) as listener:  # listens here already: a client need not wait for the imports
             listener.bind(self.address)
             listener.listen()
