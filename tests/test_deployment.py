@@ -1,6 +1,5 @@
 """What lies in deploy/ is what the programs that read it know."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import dagster as dg
 import kubernetes_validate
 import pytest
 import yaml
+from integration import cli
 from integration.test_daemon import QUICK
 from paths import ROOT
 from projects import TestProject
@@ -95,7 +95,7 @@ def test_one_command_deploys_from_ci(project: TestProject, tmp_path: Path, monke
         monkeypatch.setenv(name.replace("AUTHOR", "COMMITTER"), value)
 
     def train(**environment: str) -> "subprocess.CompletedProcess[str]":
-        given = {**os.environ, **environment}
+        given = {**cli.environment(), **environment}
         return subprocess.run([command], env=given, cwd="/", capture_output=True, text=True, check=False)
 
     def commit() -> None:

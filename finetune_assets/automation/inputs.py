@@ -99,7 +99,7 @@ SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
 def settings_of(asset: str) -> dict[str, str]:
     """The hash of an asset's settings for each subscribed experiment; those that cannot be loaded are left out."""
     configs = deployment.configs()
-    salt = load_raw_data_config(configs, deployment.raw_data()).split_salt
+    salt = _split_salt(configs, deployment.raw_data(), _stamp(configs / "raw_data.yaml"))
     base = _stamp(configs / "base.yaml")
     found = {}
     for name in experiment_files(configs):  # a point of a sweep is never subscribed
@@ -116,6 +116,12 @@ def _stamp(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_mtime_ns, status.st_size
+
+
+@lru_cache
+def _split_salt(configs: Path, source: str | None, stamp: tuple[int, int]) -> str:
+    """Of the raw data's settings, as they were when their file had this stamp: each look asks for them many times."""
+    return load_raw_data_config(configs, source).split_salt
 
 
 @lru_cache(maxsize=10_000)

@@ -19,7 +19,7 @@ model: {base_model: demo-base, dtype: float32}
 data:
   tokenization: {cutoff_len: 192}
   checks: {max_truncated_share: 1.0}
-training: {max_steps: 2, macro_batch_size: 8, micro_batch_size: 8, precision: fp32, learning_rate: 1.0e-3}
+training: {max_steps: 2, macro_batch_size: 2, micro_batch_size: 2, precision: fp32, learning_rate: 1.0e-3}
 evaluation: {generated_rows: 4, general_tokens: 500, max_new_tokens: 4}
 """
 STEPS = 20_000
