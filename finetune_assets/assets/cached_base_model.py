@@ -2,10 +2,9 @@
 
 import dagster as dg
 
-from finetune_assets.assets.making import GROUP, in_run, make_once, overridden, result, trains_later
+from finetune_assets.assets.making import GROUP, in_run, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.conditions import GoodRows, by_itself
-from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import BASE_MODELS, ArtifactRef
 
@@ -18,9 +17,7 @@ from finetune_assets.store.artifacts import BASE_MODELS, ArtifactRef
     pool="hub",
     automation_condition=by_itself(only_while=GoodRows()),
 )
-def cached_base_model(
-    context: dg.AssetExecutionContext, project: Project, launcher: dg.ResourceParam[Launcher]
-) -> dg.MaterializeResult[ArtifactRef]:
+def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
     """Safetensors and tokenizer of the experiment's base model, from the package, a folder, or the Hub at a commit.
 
     Experiments on the same model at the same commit share one copy. A branch that has moved makes a new one beside it.
@@ -34,8 +31,6 @@ def cached_base_model(
         name = f"{source.repo}/{source.revision}"
 
         def make() -> ArtifactRef:
-            if trains_later(context):
-                launcher.prepare(lineage.experiment.config.launcher)
             return lineage.store.publish(
                 collect(source, trusted=lineage.experiment.config.model.trust_remote_code is not None),
                 BASE_MODELS,
