@@ -15,6 +15,7 @@ from launch.conftest import LINGERS
 
 from finetune_assets.launch.job import JobFailed, JobSpec, from_json
 from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.process import FORKSERVER, OFF
 from finetune_assets.store.artifacts import ArtifactRef, open_store
 
 
@@ -97,7 +98,8 @@ def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path:
     assert from_json((tmp_path / "job.json").read_text()) == job("sleep")
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
-        env=environment(),
+        # After a kill by the kernel's doing, of fresh interpreters; of forked ones test_warm has it
+        env={**os.environ, FORKSERVER: OFF} if how is signal.SIGKILL else environment(),
         stderr=subprocess.DEVNULL,
         # A shell starts background jobs with SIGINT ignored, and the tests may run in one
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
