@@ -20,7 +20,8 @@ from servers.s3 import Bucket
 
 __all__ = ["inbox", "rows"]
 pytestmark = pytest.mark.system
-LONGER = QUICK.replace("max_steps: 2", "max_steps: 20, save_steps: 4, logging_steps: 4")
+LONGER = QUICK.replace("batch_size: 2", "batch_size: 8")
+LONGER = LONGER.replace("max_steps: 2", "max_steps: 40, save_steps: 4, logging_steps: 4")
 
 
 @pytest.fixture
