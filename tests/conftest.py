@@ -30,7 +30,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # executes a run, then leaves both ignored, and so would be all processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# rouge_score brings absl, whose log handler closes the stream that it began with when logging is configured anew, as
+# rouge_score brings absl, whose log handler closes the stream that it began with when logging is configured again, as
 # Dagster does; that would be pytest's file of what tests print
 absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 

@@ -119,7 +119,7 @@ def running(
     """
     log = project.root / f"daemon-{time.time_ns()}.log"
     program = Path(sys.executable).with_name(command[0])
-    environment = {**(dict(os.environ) if own_servers else cli.environment()), "OMP_NUM_THREADS": "1"}
+    environment = {**(os.environ if own_servers else cli.environment()), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(
             [program, *command[1:]], env=environment, cwd=ROOT, stdout=out, stderr=out, start_new_session=True

@@ -28,8 +28,8 @@ RUN = "the process of the run"
 ALONE = "No heartbeat received"
 """What a code server of Dagster's tells when it notices that its daemon is gone."""
 ROUNDS = 5 if os.environ.get("SOAK") else 1
-VICTIMS = (RANK, RUN, JOB) if os.environ.get("SOAK") else ()
-"""What is killed alone under the daemon; training/test_kills.py kills each of them without one."""
+VICTIMS = (RANK, RUN, JOB) if os.environ.get("SOAK") else (RUN,)
+"""What is killed alone; with a run ends its job, and test_retry kills a rank."""
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def is_told(daemon: Daemon) -> bool:
 @pytest.mark.system
 @pytest.mark.real_data
 def test_what_is_killed_leaves_nothing_behind_and_goes_on(project: TestProject, inbox: Path, rows: list[str]) -> None:
-    """Kill -9 of the daemon, and of all at once, as when the machine goes; then the run is terminated."""
+    """Kill -9 of the run, of the daemon, and of all at once, as when the machine goes; then the run is terminated."""
     drop(inbox, "a.jsonl", rows[:100])
     for number in range(ROUNDS):
         project.write_experiment("long", LONG + f"lora: {{rank: {number + 2}}}\n")

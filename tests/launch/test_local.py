@@ -98,7 +98,7 @@ def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path:
     assert from_json((tmp_path / "job.json").read_text()) == job("sleep")
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
-        # After a kill by the kernel's doing, of fresh interpreters; of forked ones test_warm has it
+        # Fresh interpreters, which the kernel ends with their parent; test_warm kills the owner of forked ones
         env={**os.environ, FORKSERVER: OFF} if how is signal.SIGKILL else environment(),
         stderr=subprocess.DEVNULL,
         # A shell starts background jobs with SIGINT ignored, and the tests may run in one

@@ -16,10 +16,7 @@ from training.test_resume import STEPS, Machine, assert_nothing_left, ended, mac
 from finetune_assets.launch.process import FORKSERVER
 
 __all__ = ["dataset", "machine", "undisturbed"]
-SOAK = bool(os.environ.get("SOAK"))
-ROUNDS = 5 if SOAK else 1
-SECONDS = 5 if SOAK else 20
-"""By when nothing may be left; more beside other tests, where a rank that is to end may wait seconds for a core."""
+ROUNDS = 5 if os.environ.get("SOAK") else 1
 RUN, PARENT = "run", "parent of the fork server"
 NAMES = {"rank": RANK, "fork server": SERVER, "job": JOB, "agent": AGENT, RUN: "", PARENT: ""}
 HOLDER = "import sys; from finetune_assets.launch import warm; print(warm.own().address, flush=True); sys.stdin.read()"
@@ -61,7 +58,7 @@ def test_nothing_is_left_and_the_next_run_ends_bit_equal(
             of_part = parts.get(victim) or [one.pid for one in everyone.values() if one.part == NAMES[victim]]
             assert len(of_part) == (2 if victim == "rank" else 1)
             os.kill(of_part[0], signal.SIGKILL)
-            assert ended(everyone.keys() - {process.pid}, SECONDS)
+            assert ended(everyone.keys() - {process.pid}, 5)
             process.communicate(timeout=60)
             assert process.returncode != 0
         newest = one.newest_checkpoint()
