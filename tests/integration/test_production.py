@@ -49,11 +49,11 @@ def test_two_runs_outlive_their_daemon(project: TestProject, production: Bucket,
     for number, name in enumerate(("one", "two")):
         project.write_experiment(name, LONGER + f"lora: {{rank: {number + 2}}}\n")
     drop(inbox, "a.jsonl", rows[:100])
-    with running(project) as daemon:
+    with running(project, own_servers=True) as daemon:
         daemon.wait_for("two runs at once", lambda: len(unfinished(daemon)) == 2)
         daemon.wait_for("a training", lambda: processes_of(project, JOB))
         daemon.kill()
-        with running(project) as successor:
+        with running(project, own_servers=True) as successor:
             successor.wait_for("two evaluations", lambda: len(successor.made("adapter_evaluation")) == 2, 600)
             successor.wait_for("no run", successor.quiet)
             assert sorted(record.partition_key or "" for record in successor.made("lora_adapter")) == ["one", "two"]
@@ -72,12 +72,12 @@ def test_a_machine_that_dies_loses_nothing(
     for number, name in enumerate(("one", "two")):
         project.write_experiment(name, LONGER + f"lora: {{rank: {number + 2}}}\n")
     drop(inbox, "a.jsonl", rows[:100])
-    with running(project) as daemon:
+    with running(project, own_servers=True) as daemon:
         daemon.wait_for("a checkpoint", lambda: checkpoints(production))
         daemon.kill()
         for pid in processes_of(project, *WORKERS, "dagster"):
             os.kill(pid, signal.SIGKILL)
-    with running(project) as daemon:
+    with running(project, own_servers=True) as daemon:
         daemon.wait_for("two evaluations", lambda: len(daemon.made("adapter_evaluation")) == 2, 600)
         daemon.wait_for("no run", daemon.quiet)
         assert sorted(record.partition_key or "" for record in daemon.made("lora_adapter")) == ["one", "two"]
