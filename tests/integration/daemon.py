@@ -115,8 +115,8 @@ def running(
         project: The project.
         command: A program beside this Python, and its arguments.
         ready: What it says once it works.
-        own_servers: Whether each run has a fork server of its own, as outside of tests, and not the tests' one, by whose
-            workers `processes_of` cannot tell the project.
+        own_servers: Whether each run has a fork server of its own, as outside of tests, and not the tests' one; needed
+            for `processes_of`, which cannot tell the project of the workers of the tests' server.
     """
     log = project.root / f"daemon-{time.time_ns()}.log"
     program = Path(sys.executable).with_name(command[0])
