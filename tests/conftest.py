@@ -3,13 +3,11 @@
 import logging
 import os
 import signal
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import absl.logging
 import pytest
 from huggingface_hub import HfFileSystem, constants
 from paths import SHARED
@@ -29,10 +27,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell starts what is in its background with SIGINT ignored. Dagster, which takes over SIGINT and SIGTERM while it
 # executes a run, then leaves both ignored, and so would be all processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# rouge_score brings absl, whose log handler closes the stream that it began with when logging is configured again, as
-# Dagster does; that would be pytest's file of what tests print
-absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, look: Look = ON_W
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(grid.pop("width", WIDTH), height), layout="constrained", facecolor=look.paper)
+    figure = Figure(figsize=(grid.pop("width", WIDTH), height), dpi=DPI, layout="constrained", facecolor=look.paper)
     panels = figure.subplots(rows, columns, squeeze=False, **grid)
     for panel in panels.flat:
         dress(panel, look)
@@ -87,12 +87,15 @@ def losses(panel: Any, shown: Iterable[float], label: str) -> None:
 
 def png(figure: Any) -> bytes:
     """In few colours, which makes a third of it: Dagster keeps it in its database."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    file, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
-    Image.open(file).convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()
+    file = io.BytesIO()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once; `savefig` draws a figure with a layout twice
+    picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    picture.quantize(PALETTE, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return file.getvalue()
 
 
 def svg(figure: Any) -> bytes:

@@ -19,7 +19,7 @@ from finetune_assets.evaluation.contenders import Contender, Seats
 from finetune_assets.evaluation.generation import answers, end_tokens, readable
 from finetune_assets.evaluation.harness import run_tasks
 from finetune_assets.evaluation.losses import RowLosses
-from finetune_assets.evaluation.metrics import RougeL, exact_match
+from finetune_assets.evaluation.metrics import exact_match, rouge_l
 from finetune_assets.evaluation.rows import (
     HeldOut,
     held_out,
@@ -222,10 +222,9 @@ class Comparison:
         if found.general is not None:
             result["general_loss"] = found.general
         if answered:
-            rouge = RougeL()
             pairs = [(found.answered[row] or "", found.expected[row]) for row in answered]
             result["exact_match"] = sum(exact_match(*pair) for pair in pairs) / len(pairs)
-            result["rouge_l"] = sum(rouge(*pair) for pair in pairs) / len(pairs)
+            result["rouge_l"] = sum(rouge_l(*pair) for pair in pairs) / len(pairs)
         return result | found.tasks
 
     def _mean(self, found: Measured, category: NDArray[np.bool_] | None = None) -> float | None:

@@ -44,6 +44,7 @@ PRELOADED = (
     "finetune_assets.preflight.simulation",
     "finetune_assets.launch.bootstrap",
     "transformers.models.llama.modeling_llama",
+    "pandas",  # pyarrow asks for it at the first array
 )
 CLIENT_SECONDS = 10
 """For a client to say what it wants, while others wait."""

@@ -1,5 +1,7 @@
 """The training loss: cross-entropy summed over the tokens that are to be learned."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -56,7 +58,8 @@ class SummedLoss(nn.Module):
         if self.way == "fused":
             return self._fused(hidden, batch.targets, rows)
         chunks = zip(hidden.split(rows), batch.targets.split(rows), strict=True)
-        losses = [checkpoint(self._loss, *chunk, use_reentrant=False) for chunk in chunks]
+        loss = partial(checkpoint, self._loss, use_reentrant=False) if torch.is_grad_enabled() else self._loss
+        losses = [loss(*chunk) for chunk in chunks]
         return torch.stack(losses).sum() if losses else hidden.float().sum()
 
     @torch.no_grad()
