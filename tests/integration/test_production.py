@@ -21,7 +21,8 @@ from servers.s3 import Bucket
 __all__ = ["inbox", "rows"]
 pytestmark = pytest.mark.system
 LONGER = QUICK.replace("batch_size: 2", "batch_size: 8")
-LONGER = LONGER.replace("max_steps: 2", "max_steps: 40, save_steps: 4, logging_steps: 4")
+STEPS = 40 if os.environ.get("SOAK") else 16
+LONGER = LONGER.replace("max_steps: 2", f"max_steps: {STEPS}, save_steps: 4, logging_steps: 4")
 
 
 @pytest.fixture

@@ -24,14 +24,13 @@ def sweep(*arguments: str) -> str:
 @pytest.mark.real_data
 @pytest.mark.system
 def test_a_sweep_finds_the_smallest_rank(
-    project: TestProject, dolly: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+    project: TestProject, dolly: Path, stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FINETUNE_RAW_DATA", str(dolly))
-    experiment = EXPERIMENT.format(model=stories260k)
+    rows, experiment = dolly, EXPERIMENT.format(model=stories260k)
     if not SOAK:
-        experiment = experiment.replace("data:\n", "data:\n  num_samples: 500\n").replace(
-            "max_steps: 25", "max_steps: 8"
-        )
+        rows, experiment = tmp_path / "rows.jsonl", experiment.replace("max_steps: 25", "max_steps: 8")
+        rows.write_text("".join(dolly.read_text(encoding="utf-8").splitlines(keepends=True)[:800]), encoding="utf-8")
+    monkeypatch.setenv("FINETUNE_RAW_DATA", str(rows))
     project.write_experiment("real", experiment)
     (project.configs / "sweeps" / "ranks.yaml").write_text(
         f"experiment: real\ngrid: {{lora.rank: [{', '.join(map(str, RANKS))}]}}\n"
