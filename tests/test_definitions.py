@@ -19,14 +19,6 @@ def test_loading_imports_nothing_heavy() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_training_runs_without_dagster() -> None:
-    code = (
-        "import sys; sys.modules['dagster'] = None; sys.modules['dagster_aws'] = None\n"
-        "import finetune_assets.training.cli, finetune_assets.evaluation.cli, finetune_assets.launch.bootstrap"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
 def test_the_graph() -> None:
     graph = defs.resolve_asset_graph()
     parents = {

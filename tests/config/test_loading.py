@@ -121,6 +121,20 @@ def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
         ("launcher.time_limit=90", ["launcher.time_limit", "'90'", "hours:minutes:seconds"]),
         ("launcher.slurm.partitoin=gpu", ["launcher.slurm.partitoin", "'partition'"]),
         ("model.dtype=bfloat16", ["training.precision", "fp32", "model.dtype", "bfloat16"]),
+        ("evaluation.lm_eval={tasks: []}", ["evaluation.lm_eval.tasks", "null"]),
+        ("evaluation.samples=-1", ["evaluation.samples", "-1"]),
+        ("evaluation.lm_eval={tasks: [x], limit: 0}", ["evaluation.lm_eval.limit", "0"]),
+        ("gate.min_gain=nan", ["gate.min_gain", "nan"]),
+        ("gate.confidence=1", ["gate.confidence", "1.0", "0.95"]),
+        ("launcher.memory=64 GB", ["launcher.memory", "'64 GB'", "64G"]),
+        ("launcher.environment={1X: a}", ["launcher.environment", "'1X'"]),
+        ("launcher.environment={MY_API_KEY: a}", ["launcher.environment", "MY_API_KEY", "launcher.kubernetes.secrets"]),
+        ("stack={adapters: {demo: 1.0}}", ["stack.adapters", "demo"]),
+        ("stack={adapters: {demo: 1.0, llama-7b-int8: nan}}", ["stack.adapters.llama-7b-int8", "nan"]),
+        ("stack={adapters: {demo: 1.0, llama-7b-int8: 1.0}, density: 0}", ["stack.density", "0"]),
+        ("data.tokenization.added_tokens=[<a>, <a>]", ["data.tokenization.added_tokens", "'<a>'"]),
+        ("data.prompt_template.prompt_input='{instruction'", ["data.prompt_template.prompt_input"]),
+        ("lora={use_dora: true, bias: all}", ["lora.bias", "all", "use_dora"]),
     ],
 )
 def test_wrong_override_is_named_in_one_line(override: str, facts: list[str]) -> None:
@@ -239,6 +253,8 @@ def test_raw_data_unknown_setting(configs: Path) -> None:
     [
         ("max_quarantine_share: 1.5", ["max_quarantine_share", "1.5"]),
         ("columns: {instruction: text, response: text}", ["columns.instruction", "'text'"]),
+        ("columns: {instruction: ' '}", ["columns.instruction", "' '"]),
+        ("arrivals: {quiet_seconds: -1}", ["arrivals.quiet_seconds", "-1"]),
     ],
 )
 def test_wrong_raw_data_setting_is_named(configs: Path, text: str, facts: list[str]) -> None:

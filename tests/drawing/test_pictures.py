@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -60,9 +59,9 @@ def sampled(folder: Path) -> Path:
 
 def test_each_is_a_small_picture_with_something_on_it(tmp_path: Path) -> None:
     for name, figure in drawings(tmp_path).items():
-        picture = np.asarray(decoded(as_markdown(figure, name)))
-        assert picture.shape[1] == 800
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 8, f"{name} is empty"
+        picture = decoded(as_markdown(figure, name))
+        assert picture.width == 800
+        assert len(picture.getcolors(picture.width * picture.height)) > 8, f"{name} is empty"
 
 
 def test_a_figure_is_the_same_bytes_each_time_and_readable_on_any_page(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from projects import TestProject
 
 from finetune_assets.contents import HELD_BACK
 from finetune_assets.data.rows import HeldBack
+from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ADAPTERS, STACKS, ArtifactRef
 
@@ -51,3 +52,31 @@ def test_a_folder_that_was_copied_out_still_says_it(project: TestProject, tmp_pa
         begun = lineage.warm_start()
         assert begun
         assert lineage.held_back(begun).gate == wanted
+
+
+def test_what_an_evaluation_needs_from_outside_is_named_where_it_is_missing(project: TestProject) -> None:
+    def lineage(override: str):  # type: ignore[no-untyped-def]
+        return Project(overrides=[override]).lineage("demo")
+
+    assert lineage("evaluation.general_tokens=0").general_text() is None
+    with pytest.raises(UserError, match=r"evaluation\.general_text: './gone\.txt'"):
+        lineage("evaluation.general_text=./gone.txt").general_text()
+    with pytest.raises(UserError, match=r"evaluation\.lm_eval\.folder: .*gone"):
+        lineage("evaluation.lm_eval={tasks: [mine], folder: ./gone}").lm_eval_tasks()
+    (project.root / "tasks").mkdir()
+    (project.root / "tasks" / "mine.yaml").write_text("task: mine")
+    once, twice = (lineage("evaluation.lm_eval={tasks: [mine], folder: ./tasks}").lm_eval_tasks() for _ in range(2))
+    assert once == twice
+    with pytest.raises(UserError, match=r"training\.warm_start: 'ab12'"):
+        lineage("training.warm_start=ab12").warm_start()
+
+
+def test_a_stack_needs_champions_of_one_base_model(project: TestProject, adapter) -> None:  # type: ignore[no-untyped-def]
+    lineage = Project(overrides=["stack={adapters: {demo: 0.5, llama-7b-int8: 0.5}}"]).lineage("demo")
+    base = ArtifactRef("base-models", "a/b", "f" * 64, "", 0, 0)
+    with pytest.raises(UserError, match="demo has no champion"):
+        lineage.stacked_from(base)
+    ref = adapter(ADAPTERS, None)
+    lineage.champions.promote_by_hand(ref, "a test", "tests")
+    with pytest.raises(UserError, match="another base model"):
+        lineage.stacked_from(base)
