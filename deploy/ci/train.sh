@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 python=${PYTHON:-python3}
-if ! "$python" -c "import dagster, torch" 2>/dev/null; then
+if ! "$python" -c 'from importlib.util import find_spec as f; exit(not (f("dagster") and f("torch")))'; then
     "$python" -m venv .venv
     python=.venv/bin/python
     "$python" -m pip install --quiet --constraint constraints.txt torch --index-url "${TORCH:-https://pypi.org/simple}"

@@ -82,9 +82,9 @@ def load_experiment_data() -> Data:
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("each", [16, pytest.param(1, marks=pytest.mark.system)])
+@pytest.mark.parametrize("each", [16, pytest.param(1, marks=pytest.mark.soak)])
 def test_masks_equal_the_slow_reference_on_real_rows(dolly: Path, stories260k: Path, tmp_path: Path, each: int) -> None:
-    """On every 16th row, and in the system tests on all of them."""
+    """On every 16th row, and in the soak on all of them."""
     real = AutoTokenizer.from_pretrained(str(stories260k))
     data = Data()
     with dolly.open("rb") as lines, (tmp_path / "rows.jsonl").open("wb") as some:
