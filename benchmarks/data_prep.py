@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.harness import arguments, in_process, interleaved, median, report
-from finetune_assets.resident import peak_resident_mib
+from finetune_assets.training.process_memory import peak_resident_mib
 
 SHARED = Path(__file__).parents[2] / "shared"
 ROWS, MODEL = SHARED / "data" / "dolly" / "databricks-dolly-15k.jsonl", SHARED / "models" / "stories260K"
@@ -93,8 +93,8 @@ def write_rows(source: Path, times: int, limit: int | None, out: Path) -> Path:
     """Parquet of the source's rows, repeated with a running number so that no two are the same."""
     from finetune_assets.config.schema import Columns
     from finetune_assets.data.ingest import PARQUET, write_raw
+    from finetune_assets.data.readers import SourceFile
     from finetune_assets.data.rows import RAW_SCHEMA
-    from finetune_assets.data.sources import SourceFile
 
     with tempfile.TemporaryDirectory() as folder:
         write_raw([SourceFile(source.name, source)], Columns(), Path(folder))

@@ -19,13 +19,14 @@ from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.schema import Columns, ExperimentConfig
 from finetune_assets.data.ingest import PARQUET, write_raw
 from finetune_assets.data.prepare import prepare_dataset
-from finetune_assets.data.sources import SAMPLE, SourceFile
+from finetune_assets.data.readers import SourceFile
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.contenders import Contender, Seats
 from finetune_assets.evaluation.gate import paired_gain
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.sources.raw_data import SAMPLE
 from finetune_assets.training.batches import collate
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.order import Examples, evaluation_batches

@@ -52,7 +52,7 @@ def plan_70b() -> dict[str, float]:
     from finetune_assets.preflight.case import Shape
     from finetune_assets.preflight.plan import make_plan
     from finetune_assets.preflight.simulation import simulated  # imported by the first simulation otherwise
-    from finetune_assets.resident import peak_resident_mib
+    from finetune_assets.training.process_memory import peak_resident_mib
 
     imported = time.monotonic()
     experiment = load_experiment(ROOT / "configs", "demo", OVERRIDES).config

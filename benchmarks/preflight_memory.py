@@ -15,12 +15,12 @@ import torch
 from benchmarks import train_subject
 from benchmarks.harness import arguments, in_process, report
 from finetune_assets.config.schema import Data, ExperimentConfig, Lora, Model, Tokenization, Training
-from finetune_assets.data.sources import SAMPLE
 from finetune_assets.preflight.case import Case, Shape
 from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.memory import MIB
 from finetune_assets.preflight.plan import settled
 from finetune_assets.preflight.work import work_of
+from finetune_assets.sources.raw_data import SAMPLE
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter

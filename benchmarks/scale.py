@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.harness import arguments, in_process, report
-from finetune_assets.resident import peak_resident_mib
+from finetune_assets.training.process_memory import peak_resident_mib
 
 WORDS = "Kelm river the Why because of twelve it. And so on, winter harvest town bridge".split()
 
@@ -39,9 +39,9 @@ def prepare(count: int) -> dict[str, float]:
     from finetune_assets.config.schema import Columns, Data
     from finetune_assets.data.ingest import PARQUET, write_raw
     from finetune_assets.data.prepare import prepare_dataset
-    from finetune_assets.data.sources import SourceFile
+    from finetune_assets.data.readers import SourceFile
     from finetune_assets.data.tokenization import load_tokenizer
-    from finetune_assets.store.base_models import PACKAGED
+    from finetune_assets.sources.base_models import PACKAGED
 
     tokenizer = load_tokenizer(str(PACKAGED["demo-base"]))
     with tempfile.TemporaryDirectory() as folder:

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import ROOT, arguments, interleaved, median, report
-from finetune_assets.launch import warm
-from finetune_assets.launch.process import FORKSERVER
+from finetune_assets.worker import warm
+from finetune_assets.worker.process import FORKSERVER
 
 AS_A_WORKER = """
-from finetune_assets.launch.process import run_worker
+from finetune_assets.worker.process import run_worker
 run_worker("benchmarks.worker_ready")
 """
 

@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks.harness import Runs, arguments, in_process, interleaved, median, report
-from finetune_assets.hashing import sha256
+from finetune_assets.store.hashing import sha256
 
 FILES = 4
 SIDES = ("ours", "boto3", "boto3_tuned", "obstore_path", "s3fs")

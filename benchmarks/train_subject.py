@@ -108,7 +108,7 @@ def make(folder: Path, shape: str, rows: Path, examples: int, length: int, steps
     from finetune_assets.config.schema import Columns, Data, Tokenization
     from finetune_assets.data.ingest import PARQUET, write_raw
     from finetune_assets.data.prepare import prepare_dataset
-    from finetune_assets.data.sources import SourceFile
+    from finetune_assets.data.readers import SourceFile
     from finetune_assets.data.tokenization import load_tokenizer
 
     model = folder / "model"

@@ -3,8 +3,8 @@
 import sys
 import time
 
-from finetune_assets.launch.process import run_worker
 from finetune_assets.training import recipe
+from finetune_assets.worker.process import run_worker
 
 
 def main() -> None:

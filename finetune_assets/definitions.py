@@ -20,8 +20,8 @@ from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
 from finetune_assets.automation.watch import alert_on_failure, alert_on_standstill
 from finetune_assets.launch.engines import Launcher
+from finetune_assets.resources.io_manager import ArtifactIOManager
 from finetune_assets.resources.project import Project
-from finetune_assets.store.io_manager import ArtifactIOManager
 
 # What Dagster says to its own code, of the message reader that launchers are given, and of a selection of all assets
 warnings.filterwarnings("ignore", r"Function `PipesMessageReader\.expected_writer_count`", PreviewWarning)

@@ -4,7 +4,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
-SERVER, JOB = "finetune_assets/launch/forkserver.py", "finetune_assets.launch.bootstrap"
+SERVER, JOB = "finetune_assets/worker/forkserver.py", "finetune_assets.worker.bootstrap"
 AGENT, RANK = "torch.distributed.run", "-m finetune_assets.training"
 """What the command lines of the parts of a training have."""
 

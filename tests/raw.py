@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 
 from finetune_assets.config.schema import Columns
 from finetune_assets.data.ingest import PARQUET, QUARANTINE, write_raw
+from finetune_assets.data.readers import SourceFile
 from finetune_assets.data.rows import Row
-from finetune_assets.data.sources import SourceFile
 
 
 def ingest(out: Path, *files: Path, columns: Columns | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import EVALUATIONS
 from finetune_assets.assets.judging import described, evaluate
 from finetune_assets.assets.making import GROUP, in_run, overridden, result
 from finetune_assets.assets.partitions import experiments
@@ -15,7 +16,7 @@ from finetune_assets.store.artifacts import ArtifactRef
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="2",
+    code_version=EVALUATIONS.code_version,
     automation_condition=by_itself("lora_adapter"),
 )
 def adapter_evaluation(

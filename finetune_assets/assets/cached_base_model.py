@@ -2,18 +2,19 @@
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import BASE_MODELS
 from finetune_assets.assets.making import GROUP, in_run, make_once, overridden, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.automation.conditions import GoodRows, by_itself
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import BASE_MODELS, ArtifactRef
+from finetune_assets.store.artifacts import ArtifactRef
 
 
 @dg.asset(
     group_name=GROUP,
     kinds={"huggingface"},
     partitions_def=experiments,
-    code_version="1",
+    code_version=BASE_MODELS.code_version,
     pool="hub",
     automation_condition=by_itself(only_while=GoodRows()),
 )
@@ -22,8 +23,7 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
 
     Experiments on the same model at the same commit share one copy. A branch that has moved makes a new one beside it.
     """
-    from finetune_assets.config.fingerprint import base_model_fingerprint
-    from finetune_assets.store.base_models import collect
+    from finetune_assets.sources.base_models import collect
 
     with in_run(context):
         lineage = project.lineage(context.partition_key, asks_hub=True)
@@ -33,9 +33,9 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
         def make() -> ArtifactRef:
             return lineage.store.publish(
                 collect(source, trusted=lineage.experiment.config.model.trust_remote_code is not None),
-                BASE_MODELS,
+                BASE_MODELS.folder,
                 name,
-                base_model_fingerprint(source.repo, source.revision),
+                BASE_MODELS.fingerprint(None, repo=source.repo, revision=source.revision),
                 made_from={"repo": source.repo, "revision": source.revision},
                 replace=project.force,
                 expected=source.hashes,

@@ -4,20 +4,21 @@ from collections.abc import Iterator
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import CHAMPIONS
+from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.judging import GATE, Decision, decide
 from finetune_assets.assets.making import ARTIFACT, GROUP, Made, in_run, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
-from finetune_assets.store.lineage import Lineage
 
 
 @dg.asset(
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="1",
+    code_version=CHAMPIONS.code_version,
     dagster_type=ARTIFACT,
     output_required=False,
     check_specs=[
@@ -33,7 +34,7 @@ from finetune_assets.store.lineage import Lineage
 )
 def champion_adapter(
     context: dg.AssetExecutionContext, lora_adapter: ArtifactRef, adapter_evaluation: ArtifactRef, project: Project
-) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
     """The adapter in service: the new one if it beats the one before, which stays otherwise.
 
     Where nothing has beaten the base yet, there is none, and this asset is not materialized.
@@ -45,7 +46,9 @@ def champion_adapter(
         yield from announced(lineage, decision)
 
 
-def announced(lineage: Lineage, decision: Decision) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+def announced(
+    lineage: Lineage, decision: Decision
+) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
     """What the asset tells of a decision."""
     if decision.champion is None:
         yield decision.checked

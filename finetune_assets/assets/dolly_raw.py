@@ -7,11 +7,12 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result
 from finetune_assets.assets.pictures import of_rows
 from finetune_assets.assets.raw_checks import BLOCKING, PROFILE, SPECS, Profile, last_good, raw_checks
 from finetune_assets.resources.project import GOOD_TAG, Project
-from finetune_assets.store.artifacts import RAW, ArtifactRef
+from finetune_assets.store.artifacts import ArtifactRef
 
 STATISTICS = "statistics.json"
 
@@ -19,18 +20,18 @@ STATISTICS = "statistics.json"
 @dg.asset(
     group_name=GROUP,
     kinds={"parquet"},
-    code_version="3",
+    code_version=RAW.code_version,
     dagster_type=ARTIFACT,
     check_specs=SPECS,
 )
-def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:
+def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """The deployment's instruction data (`configs/raw_data.yaml`), read row by row and stored as Parquet.
 
     One stream of raw data that every experiment reads; an experiment takes its categories and its share of the rows.
     Rows that cannot be used are set aside in `quarantine.jsonl`, with file, line and reason.
     """
     from finetune_assets.data.ingest import write_raw
-    from finetune_assets.data.sources import DataError
+    from finetune_assets.sources.raw_data import DataError
 
     with in_run(context, retried=True):
         lineage = project.raw(asks_hub=True)

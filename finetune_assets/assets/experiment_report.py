@@ -4,12 +4,13 @@ from pathlib import Path
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import REPORTS
+from finetune_assets.artifacts.layout import PAGE, PAGE_MARKDOWN
 from finetune_assets.assets.making import GROUP, in_run, make_once, publish_built, result
 from finetune_assets.automation.reports import newer
-from finetune_assets.contents import PAGE, PAGE_MARKDOWN
 from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import REPORTS, ArtifactRef
+from finetune_assets.store.artifacts import ArtifactRef
 
 LAST = {"dagster/priority": "-1"}
 """Of the steps of a run that could be next, this one is last: it tells of champions and stacks too, and cannot depend
@@ -19,7 +20,7 @@ on them, as Dagster skips what depends on an asset that is not made, and not eve
 @dg.asset(
     group_name=GROUP,
     kinds={"matplotlib"},
-    code_version="1",
+    code_version=REPORTS.code_version,
     op_tags=LAST,
     deps=[dg.AssetDep("adapter_evaluation", partition_mapping=dg.AllPartitionMapping())],
     automation_condition=newer("adapter_evaluation", "champion_adapter", "stacked_adapter"),

@@ -6,16 +6,17 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.champions import PROMOTED, Record
+from finetune_assets.artifacts.kinds import BASE_MODELS, EVALUATIONS
+from finetune_assets.artifacts.layout import HELD_BACK
+from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.making import Made, job, make_once
 from finetune_assets.assets.pictures import of_evaluation as pictures
-from finetune_assets.contents import HELD_BACK
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import of_evaluation
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import BASE_MODELS, EVALUATIONS, ArtifactRef
-from finetune_assets.store.champions import PROMOTED, Record
-from finetune_assets.store.lineage import Lineage
+from finetune_assets.store.artifacts import ArtifactRef
 
 
 def evaluate(
@@ -30,8 +31,9 @@ def evaluate(
     """Measure an adapter beside its base and the champion of now."""
     against = lineage.opponent(adapter)
     champion = lineage.champions.adapter(against) if against else None
-    text, tasks = lineage.general_text(), lineage.lm_eval_tasks()
-    fingerprint = lineage.evaluation_fingerprint(adapter)
+    imported = lineage.import_external_inputs()
+    text, tasks = imported.get("general_text"), imported.get("tasks")
+    fingerprint = lineage.fingerprint(EVALUATIONS, lora_adapter=adapter)
 
     def make() -> ArtifactRef:
         unseen = lineage.held_back(adapter, *([champion] if champion else []))
@@ -53,7 +55,7 @@ def evaluate(
             lineage.experiment,
             module="finetune_assets.evaluation",
             inputs=inputs,
-            kind=EVALUATIONS,
+            kind=EVALUATIONS.folder,
             fingerprint=fingerprint,
             made_from={
                 "fingerprint": fingerprint,
@@ -76,7 +78,9 @@ def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
     manifest = lineage.store.manifest(adapter.kind, adapter.name)
     if manifest is None or not manifest.made_from.get("base_model"):
         return None
-    return lineage.store.find(BASE_MODELS, f"{manifest.made_from['base_model']}/{manifest.made_from['revision']}")
+    return lineage.store.find(
+        BASE_MODELS.folder, f"{manifest.made_from['base_model']}/{manifest.made_from['revision']}"
+    )
 
 
 def described(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,31 +2,33 @@
 
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
+from finetune_assets.artifacts.kinds import ADAPTERS
+from finetune_assets.artifacts.layout import HELD_BACK, TRAINER_STATE
+from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, refuse_stack, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.assets.pictures import is_drawn, of_plan
 from finetune_assets.assets.pictures import of_training as pictures
 from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
 from finetune_assets.automation.conditions import by_itself
-from finetune_assets.contents import HELD_BACK, TRAINER_STATE
 from finetune_assets.launch.engines import Launcher
-from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import Numbers, of_training, with_cost
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
-from finetune_assets.store.history import predicted, read_plan, side_by_side
-from finetune_assets.store.lineage import Lineage
+from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.worker.job import JobSpec
 
 
 @dg.asset(
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="3",
+    code_version=ADAPTERS.code_version,
     pool="gpu",
     deps=["training_plan"],  # whose check is passed before; to train without it is a person's choice
     automation_condition=by_itself(
@@ -44,11 +46,14 @@ def lora_adapter(
     with in_run(context, retried=True):
         lineage = project.lineage(context.partition_key)
         refuse_stack(lineage.experiment)
-        lineage.general_text(), lineage.lm_eval_tasks()  # what is wrong with them is told before hours of training
-        fingerprint = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
+        imported = lineage.import_external_inputs()  # what is wrong with them shows before hours of training
+        fingerprint = lineage.fingerprint(
+            ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model
+        )
 
         def make() -> ArtifactRef:
-            spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model)
+            begun = imported.get("warm_start")
+            spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model, begun)
             spec = replace(spec, afresh=project.force and context.retry_number == 0)
             return run_in_pipes(context, launcher, spec)
 
@@ -62,11 +67,15 @@ def lora_adapter(
 
 
 def training_job(
-    project: Project, lineage: Lineage, fingerprint: str, dataset: ArtifactRef, base_model: ArtifactRef
+    project: Project,
+    lineage: Lineage,
+    fingerprint: str,
+    dataset: ArtifactRef,
+    base_model: ArtifactRef,
+    begun: ArtifactRef | None,
 ) -> JobSpec:
     """What the launcher is handed to train one experiment."""
     experiment = lineage.experiment
-    begun = lineage.warm_start()
     repo, _, revision = base_model.name.rpartition("/")
     raw = lineage.store.manifest(dataset.kind, dataset.name)
     return job(
@@ -74,7 +83,7 @@ def training_job(
         experiment,
         module="finetune_assets.training",
         inputs={"base-model": base_model, "dataset": dataset, **({"warm-start": begun} if begun else {})},
-        kind=ADAPTERS,
+        kind=ADAPTERS.folder,
         fingerprint=fingerprint,
         made_from={
             "fingerprint": fingerprint,
@@ -96,7 +105,7 @@ def training_job(
     )
 
 
-def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str, object]:
+def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str, Any]:
     folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE or is_drawn(path))
     state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
     found = with_cost(of_training(state), lineage.experiment.config.hardware.price_per_hour)

@@ -11,12 +11,13 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import ArtifactKind
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import Experiment, dump
 from finetune_assets.errors import UserError
-from finetune_assets.launch.job import JobSpec
 from finetune_assets.resources.project import OVERRIDES_TAG, Project
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.worker.job import JobSpec
 
 GROUP = "finetune"
 """One group: with several, Dagster's global lineage opens as closed boxes."""
@@ -44,7 +45,7 @@ class Made:
 def make_once(
     context: dg.AssetExecutionContext,
     project: Project,
-    kind: str,
+    kind: ArtifactKind,
     name: str,
     make: Callable[[], ArtifactRef],
     called: str = "",
@@ -64,23 +65,23 @@ def make_once(
         anew: Make it as `force` does.
     """
     began, store = time.monotonic(), project.store()
-    find = (lambda: None) if project.force or anew else (lambda: store.find(kind, name))
+    find = (lambda: None) if project.force or anew else (lambda: store.find(kind.folder, name))
     found = find()
     if found is None:
-        with store.cache.alone(store.prefix(kind, name), f"makes {kind}/{name}"):
+        with store.cache.alone(store.prefix(kind.folder, name), f"makes {kind.folder}/{name}"):
             found = find()
             ref = found or make()
     else:
         ref = found
     if found:
-        context.log.info(f"nothing to do: the store has {kind}/{name} from the same inputs, settings and code")
+        context.log.info(f"nothing to do: the store has {kind.folder}/{name} from the same inputs, settings and code")
     context.log.info(f"{called or context.asset_key.to_user_string()} lies in {ref.uri.removeprefix('file://')}")
     return Made(ref, found is not None, time.monotonic() - began)
 
 
 def publish_built(
     project: Project,
-    kind: str,
+    kind: ArtifactKind,
     name: str,
     fingerprint: str,
     made_from: Mapping[str, Any],
@@ -91,7 +92,7 @@ def publish_built(
     store = project.store()
     with store.cache.workspace("build") as folder:
         build(folder)
-        return store.publish(folder, kind, name, fingerprint, made_from, replace=project.force or replace)
+        return store.publish(folder, kind.folder, name, fingerprint, made_from, replace=project.force or replace)
 
 
 def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:

@@ -6,17 +6,17 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import BASE_MODELS, MERGED
+from finetune_assets.artifacts.layout import MERGE
 from finetune_assets.assets.judging import base_of
 from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, nothing_to_do, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.automation.conditions import by_itself
-from finetune_assets.config.fingerprint import merge_fingerprint
 from finetune_assets.config.schema import Merge
-from finetune_assets.contents import MERGE
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import MERGED, ArtifactRef
+from finetune_assets.store.artifacts import ArtifactRef
 
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.02}
 """Mean difference of logits that rounding explains, as a share of their spread. Measured on the packaged model: 5e-7 in
@@ -29,7 +29,7 @@ OF_INT8 = 0.02
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="1",
+    code_version=MERGED.code_version,
     dagster_type=ARTIFACT,
     output_required=False,
     automation_condition=by_itself("champion_adapter"),
@@ -48,7 +48,7 @@ def merged_model(
     tokenized_dataset: ArtifactRef,
     project: Project,
     launcher: dg.ResourceParam[Launcher],
-) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
     """The champion's base with the adapter's updates in its weights: a model that loads as any other.
 
     Only where the experiment has a group `merge`, as it is as large as the base.
@@ -59,16 +59,16 @@ def merged_model(
         if settings is None:
             yield nothing_to_do(context, "merge", f"experiment {lineage.experiment.name} has no group `merge`")
             return
-        fingerprint = merge_fingerprint(lineage.experiment, champion_adapter.fingerprint)
+        fingerprint = lineage.fingerprint(MERGED, champion_adapter=champion_adapter)
 
         def make() -> ArtifactRef:
-            base_model = base_of(lineage, champion_adapter) or lineage.base_model()
+            base_model = base_of(lineage, champion_adapter) or lineage.expected(BASE_MODELS)
             spec = job(
                 project,
                 lineage.experiment,
                 module="finetune_assets.evaluation.merging",
                 inputs={"base-model": base_model, "adapter": champion_adapter, "dataset": tokenized_dataset},
-                kind=MERGED,
+                kind=MERGED.folder,
                 fingerprint=fingerprint,
                 made_from={
                     "fingerprint": fingerprint,

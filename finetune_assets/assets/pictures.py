@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.contents import UPDATES, UTILISATION
+from finetune_assets.artifacts.layout import UPDATES, UTILISATION
 
 logger = logging.getLogger(__name__)
 Pictures = dict[str, dg.MarkdownMetadataValue]
@@ -46,8 +46,8 @@ def is_drawn(path: str) -> bool:
 
 def of_training(folder: Path, state: Mapping[str, Any]) -> Pictures:
     """Curves of a training, what its GPUs did, and what it changed in each module."""
+    from finetune_assets.artifacts.update_spectrum import read_updates
     from finetune_assets.drawing import modules, training
-    from finetune_assets.updates import read_updates
 
     found = _drawn("curves", lambda: training.curves(state))
     if (folder / UTILISATION).is_file():

@@ -5,23 +5,24 @@ from dataclasses import asdict
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import STACKS
+from finetune_assets.artifacts.layout import HELD_BACK
+from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.judging import GATE, decide, described, evaluate
 from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, nothing_to_do, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.automation.conditions import by_itself
-from finetune_assets.contents import HELD_BACK
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import STACKS, ArtifactRef
-from finetune_assets.store.lineage import Lineage
+from finetune_assets.store.artifacts import ArtifactRef
 
 
 @dg.asset(
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="2",
+    code_version=STACKS.code_version,
     dagster_type=ARTIFACT,
     output_required=False,
     deps=[dg.AssetDep("champion_adapter", partition_mapping=dg.AllPartitionMapping())],
@@ -38,7 +39,7 @@ def stacked_adapter(
     cached_base_model: ArtifactRef,
     project: Project,
     launcher: dg.ResourceParam[Launcher],
-) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
     """One adapter out of the champions that the experiment's group `stack` names; nothing where there is no such group.
 
     The champions are those of the moment, of other partitions of `champion_adapter`.
@@ -51,7 +52,7 @@ def stacked_adapter(
             yield nothing_to_do(context, GATE, f"experiment {lineage.experiment.name} has no group `stack`")
             return
         parts = lineage.stacked_from(cached_base_model)
-        fingerprint = lineage.stack_fingerprint(parts, cached_base_model)
+        fingerprint = lineage.fingerprint(STACKS, cached_base_model=cached_base_model)
 
         def make() -> ArtifactRef:
             spec = job(
@@ -59,7 +60,7 @@ def stacked_adapter(
                 lineage.experiment,
                 module="finetune_assets.evaluation.stacking",
                 inputs={"base-model": cached_base_model, **_as_inputs(parts)},
-                kind=STACKS,
+                kind=STACKS.folder,
                 fingerprint=fingerprint,
                 made_from=_made_from(lineage, fingerprint, parts, cached_base_model),
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.kinds import TOKENIZED
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.making import (
     ARTIFACT,
@@ -22,8 +23,8 @@ from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.automation.conditions import by_itself
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import TOKENIZED, ArtifactRef
-from finetune_assets.store.base_models import is_tokenizer_file
+from finetune_assets.sources.base_models import is_tokenizer_file
+from finetune_assets.store.artifacts import ArtifactRef
 
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
 
@@ -32,7 +33,7 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     group_name=GROUP,
     kinds={"arrow"},
     partitions_def=experiments,
-    code_version="4",
+    code_version=TOKENIZED.code_version,
     dagster_type=ARTIFACT,
     check_specs=SPECS,
     automation_condition=by_itself("dolly_raw", "cached_base_model"),
@@ -43,7 +44,7 @@ def tokenized_dataset(
     cached_base_model: ArtifactRef,
     project: Project,
     launcher: dg.ResourceParam[Launcher],
-) -> dg.MaterializeResult:
+) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """The experiment's rows: selected, split by content, put into its prompt, tokenized, masked and packed.
 
     Reads only the tokenizer's files of the base model.
@@ -51,7 +52,7 @@ def tokenized_dataset(
     with in_run(context):
         lineage = project.lineage(context.partition_key)
         config = lineage.experiment.config
-        fingerprint = lineage.tokenized_fingerprint(dolly_raw, cached_base_model)
+        fingerprint = lineage.fingerprint(TOKENIZED, dolly_raw=dolly_raw, cached_base_model=cached_base_model)
 
         def build(folder: Path) -> None:
             from finetune_assets.data.ingest import PARQUET

@@ -6,6 +6,8 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.history import predicted, read_plan, trainer_states
+from finetune_assets.artifacts.kinds import ADAPTERS, PLANS
 from finetune_assets.assets.making import (
     ARTIFACT,
     GROUP,
@@ -19,20 +21,18 @@ from finetune_assets.assets.making import (
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.assets.pictures import of_plan
 from finetune_assets.automation.conditions import by_itself
-from finetune_assets.config.fingerprint import plan_fingerprint
 from finetune_assets.config.loading import dump
 from finetune_assets.launch.local import run_alone
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import ADAPTERS, PLANS, ArtifactRef
-from finetune_assets.store.base_models import is_shape_file
-from finetune_assets.store.history import predicted, read_plan, trainer_states
+from finetune_assets.sources.base_models import is_shape_file
+from finetune_assets.store.artifacts import ArtifactRef
 
 
 @dg.asset(
     group_name=GROUP,
     kinds={"pytorch"},
     partitions_def=experiments,
-    code_version="1",
+    code_version=PLANS.code_version,
     dagster_type=ARTIFACT,
     check_specs=[
         check_of_each(
@@ -49,7 +49,7 @@ def training_plan(
     tokenized_dataset: ArtifactRef,
     cached_base_model: ArtifactRef,
     project: Project,
-) -> dg.MaterializeResult:
+) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Memory by part, steps, tokens, hours and cost of a training, from shapes alone: no weight is read, no GPU taken.
 
     An adapter that the store has keeps the plan that it was trained by.
@@ -57,8 +57,10 @@ def training_plan(
     with in_run(context):
         lineage = project.lineage(context.partition_key)
         refuse_stack(lineage.experiment)
-        adapter = lineage.adapter_fingerprint(tokenized_dataset, cached_base_model)
-        name = plan_fingerprint(adapter)
+        adapter = lineage.fingerprint(
+            ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model
+        )
+        name = PLANS.fingerprint(lineage.experiment.config, lora_adapter=adapter)
 
         def build(folder: Path) -> None:
             store = project.store()
@@ -79,7 +81,7 @@ def training_plan(
             made_from = {"experiment": lineage.experiment.name, "lora_adapter": adapter}
             return publish_built(project, PLANS, name, name, made_from, build, replace=True)
 
-        trained = project.store().find(ADAPTERS, adapter) is not None
+        trained = project.store().find(ADAPTERS.folder, adapter) is not None
         made = make_once(context, project, PLANS, name, make, anew=not trained)
         plan = read_plan(project.store(), made.ref)
         return result(made, [_checked(context, plan, made.hit)], overridden(lineage.experiment), **_described(plan))

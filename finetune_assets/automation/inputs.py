@@ -5,21 +5,30 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from finetune_assets.artifacts.champions import Champions
+from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, KIND_OF, MERGED, STACKS, TOKENIZED, ArtifactKind
 from finetune_assets.config.errors import ConfigError
-from finetune_assets.config.fingerprint import (
-    adapter_fingerprint,
-    evaluation_fingerprint,
-    fingerprint,
-    merge_fingerprint,
-    stack_fingerprint,
-    tokenized_fingerprint,
-)
+from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import Experiment, experiment_files, load_experiment, load_raw_data_config
 from finetune_assets.resources import deployment
-from finetune_assets.store.champions import Champions
 
 logger = logging.getLogger(__name__)
+
+
+def _identity(kind: ArtifactKind, experiment: Experiment, **inputs: Any) -> str:
+    """Identity of an artifact as far as settings decide it, with the same upstream artifacts always."""
+    config = experiment.config
+    given = {
+        "warm_start": config.training.warm_start,
+        "general_text": config.evaluation.general_text,
+        "tasks": None,
+        "champion": None,
+        "split": "gate",
+        **inputs,
+    }
+    return kind.fingerprint(config, **{name: given.get(name, "") for name in kind.inputs})
 
 
 def _base_model(experiment: Experiment, split_salt: str) -> str:
@@ -30,15 +39,13 @@ def _base_model(experiment: Experiment, split_salt: str) -> str:
 def _tokenized(experiment: Experiment, split_salt: str) -> str:
     # A threshold changes no bytes, and may change whether a check lets them through
     return fingerprint(
-        identity=tokenized_fingerprint(experiment, split_salt, raw="", tokenizer_files={}),
+        identity=_identity(TOKENIZED, experiment, split_salt=split_salt, tokenizer={}),
         allowed=experiment.config.data.max_refused_share,
     )
 
 
 def _adapter(experiment: Experiment, split_salt: str) -> str | None:
-    if experiment.config.stack:
-        return None
-    return adapter_fingerprint(experiment, "", "", experiment.config.training.warm_start)
+    return None if experiment.config.stack else _identity(ADAPTERS, experiment)
 
 
 def _plan(experiment: Experiment, split_salt: str) -> str | None:
@@ -56,9 +63,7 @@ def _plan(experiment: Experiment, split_salt: str) -> str | None:
 
 
 def _evaluation(experiment: Experiment, split_salt: str) -> str | None:
-    if experiment.config.stack:
-        return None
-    return evaluation_fingerprint(experiment, "", None, experiment.config.evaluation.general_text)
+    return None if experiment.config.stack else _identity(EVALUATIONS, experiment)
 
 
 def _champion(experiment: Experiment, split_salt: str) -> str | None:
@@ -76,11 +81,11 @@ def _stack(experiment: Experiment, split_salt: str) -> str | None:
     if None in records:
         return None
     champions = [record.adapter for record in records if record]
-    return fingerprint(stack=stack_fingerprint(experiment, champions, ""), gate=asdict(experiment.config.gate))
+    return fingerprint(stack=_identity(STACKS, experiment, champions=champions), gate=asdict(experiment.config.gate))
 
 
 def _merge(experiment: Experiment, split_salt: str) -> str | None:
-    return merge_fingerprint(experiment, "") if experiment.config.merge else None
+    return _identity(MERGED, experiment) if experiment.config.merge else None
 
 
 SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
@@ -93,7 +98,8 @@ SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "merged_model": _merge,
     "stacked_adapter": _stack,
 }
-"""Hash of the settings that an asset reads, by its name; None where the experiment has none for it."""
+"""Hash of the settings that an asset reads, where that is not its kind's identity alone; None where the experiment has
+none for it."""
 
 
 def settings_of(asset: str) -> dict[str, str]:
@@ -104,9 +110,14 @@ def settings_of(asset: str) -> dict[str, str]:
     found = {}
     for name in experiment_files(configs):  # a point of a sweep is never subscribed
         experiment = _loaded(configs, name, base, _stamp(configs / "experiments" / f"{name}.yaml"))
-        if experiment and experiment.config.subscribed and (settings := SETTINGS[asset](experiment, salt)):
+        if experiment and experiment.config.subscribed and (settings := _settings(asset, experiment, salt)):
             found[name] = settings
     return found
+
+
+def _settings(asset: str, experiment: Experiment, split_salt: str) -> str | None:
+    read = SETTINGS.get(asset)
+    return read(experiment, split_salt) if read else _identity(KIND_OF[asset], experiment, split_salt=split_salt)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -32,6 +33,19 @@ NOT_TEXT = {
     b"PAR1": "a Parquet file; let its name end in .parquet",
 }
 """First bytes of files that only look like text by their name."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of rows.
+
+    Attributes:
+        name: Relative to its source, the same on every machine.
+        path: Its location on this machine.
+    """
+
+    name: str
+    path: Path
 
 
 class Record(NamedTuple):

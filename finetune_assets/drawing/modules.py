@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from finetune_assets.artifacts.update_spectrum import Update
 from finetune_assets.drawing.style import SMALL, TEXT, WIDTH, new_figure
-from finetune_assets.updates import Update
 
 MOST_WRITTEN = 16
 """Layers up to which each number is written into its field."""

@@ -1,3 +1,3 @@
-from finetune_assets.launch.process import run_worker
+from finetune_assets.worker.process import run_worker
 
 run_worker("finetune_assets.evaluation.cli")

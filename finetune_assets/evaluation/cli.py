@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from finetune_assets.artifacts.layout import EVALUATION, HELD_BACK, ROWS
 from finetune_assets.config.loading import load_resolved
-from finetune_assets.contents import EVALUATION, HELD_BACK, ROWS
 from finetune_assets.data.rows import HeldBack
 from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison

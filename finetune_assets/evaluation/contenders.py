@@ -9,10 +9,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune_assets.artifacts.layout import CONFIG
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.contents import CONFIG
 from finetune_assets.training.embeddings import experiment_tokenizer, make_room
 from finetune_assets.training.lora import speed_up
 from finetune_assets.training.model import load_base, with_adapter_of

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from finetune_assets.contents import EVALUATION, ROWS
+from finetune_assets.artifacts.layout import EVALUATION, ROWS
 from finetune_assets.evaluation.gate import Gain, paired_gain
 
 

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from finetune_assets.config.cluster import Launcher as Settings
 from finetune_assets.errors import UserError
-from finetune_assets.launch import warm
-from finetune_assets.launch.job import JobSpec
+from finetune_assets.worker import warm
+from finetune_assets.worker.job import JobSpec
 
 Engine = Literal["local", "slurm", "kubernetes"]
 

@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from finetune_assets.errors import UserError
-from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.launch.manifests import ARTIFACT, JOB, headless_service, indexed_job, job_name, labels, pod_spec
-from finetune_assets.launch.remote import RemoteJob
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.worker.job import JobFailed, JobSpec
+from finetune_assets.worker.remote import RemoteJob
 
 POLL_SECONDS = 5.0
 SILENT_SECONDS = 600

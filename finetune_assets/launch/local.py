@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from os import environ
 from pathlib import Path
 
-from finetune_assets.launch import warm
-from finetune_assets.launch.bootstrap import Worker, flags, run_worker
-from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.progress import Progress
 from finetune_assets.progress.relay import heard
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.worker import warm
+from finetune_assets.worker.bootstrap import Worker, flags, run_worker
+from finetune_assets.worker.job import JobFailed, JobSpec
 
-BOOTSTRAP = "finetune_assets.launch.bootstrap"
+BOOTSTRAP = "finetune_assets.worker.bootstrap"
 GRACE_SECONDS = 12
 """For a last checkpoint, when a person ends a run and looks on. Where a step takes longer, the one before counts; a
 scheduler that takes the machine away tells the bootstrap itself, and gives the time that it has."""

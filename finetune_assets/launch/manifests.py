@@ -6,8 +6,8 @@ from typing import Any
 
 from finetune_assets.config.cluster import Launcher
 from finetune_assets.errors import UserError
-from finetune_assets.launch.job import JobSpec
-from finetune_assets.launch.remote import RemoteJob
+from finetune_assets.worker.job import JobSpec
+from finetune_assets.worker.remote import RemoteJob
 
 JOB, ARTIFACT = "finetune/job", "finetune/artifact"
 """Labels: the job's id, and what it makes."""
@@ -47,7 +47,7 @@ def pod_spec(spec: JobSpec, remote: RemoteJob, **environment: Any) -> dict[str, 
     container = {
         "name": "worker",
         "image": image,
-        "command": ["python", "-m", "finetune_assets.launch.node", remote.store, remote.namespace, remote.id],
+        "command": ["python", "-m", "finetune_assets.worker.node", remote.store, remote.namespace, remote.id],
         "env": [_variable(name, value) for name, value in variables.items()],
         "envFrom": [{"secretRef": {"name": name}} for name in asked.kubernetes.secrets],
         "resources": _resources(asked),

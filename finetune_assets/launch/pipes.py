@@ -11,12 +11,12 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.launch.engines import Engine, Launcher
-from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.kubernetes import POLL_SECONDS, KubernetesLauncher
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.launch.slurm import SlurmLauncher
 from finetune_assets.store.artifacts import JOBS, ArtifactRef
 from finetune_assets.store.objects import Objects
+from finetune_assets.worker.job import JobSpec
 
 RUNNERS: dict[Engine, Callable[[], LocalLauncher | SlurmLauncher | KubernetesLauncher]] = {
     "local": LocalLauncher,
@@ -67,7 +67,7 @@ def _through_store(spec: JobSpec) -> Iterator[dg.PipesMessageReader]:
             shutil.rmtree(place, ignore_errors=True)
         return
     try:
-        from finetune_assets.launch.s3_messages import Messages  # boto3 is imported where there is S3
+        from finetune_assets.worker.s3_messages import Messages  # boto3 is imported where there is S3
 
         yield Messages("/".join(part for part in (objects.path, folder) if part), objects.bucket)
     finally:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from finetune_assets.config.cluster import seconds_of
 from finetune_assets.errors import UserError
-from finetune_assets.launch.following import Followed
-from finetune_assets.launch.job import JobFailed, JobSpec
-from finetune_assets.launch.remote import RemoteJob
+from finetune_assets.launch.log_tail import Followed
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.worker.job import JobFailed, JobSpec
+from finetune_assets.worker.remote import RemoteJob
 
 POLL_SECONDS = 2.0, 15.0
 """How often the controller is asked: at first, and in a job that has gone on for long. It serves others too."""
@@ -80,7 +80,7 @@ SCRIPT = """#!/bin/sh
 export FINETUNE_HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
 export FINETUNE_MEETING="$SLURM_JOB_ID"
 exec srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {flags} \\
-    {python} -m finetune_assets.launch.node {arguments}
+    {python} -m finetune_assets.worker.node {arguments}
 """
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.config.schema import ExperimentConfig, Lora
-from finetune_assets.model_libraries import import_lean
 from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.results import Results
+from finetune_assets.worker.model_libraries import import_lean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from finetune_assets.artifacts.layout import PLAN
 from finetune_assets.config.loading import load_resolved
-from finetune_assets.contents import PLAN
 from finetune_assets.preflight.plan import make_plan, read_shape
 
 

@@ -8,8 +8,8 @@ from finetune_assets.config.gpus import computes_in_bf16, memory_gib
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
-from finetune_assets.launch import gpus
 from finetune_assets.training.telemetry import cpu_name, nvml
+from finetune_assets.worker import gpus
 
 GIB = 1 << 30
 RESERVED = {"cpu": 0.95, "cuda": 0.9}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from finetune_assets.artifacts.champions import Record, parse_record
 from finetune_assets.config.comparing import Difference, differences
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.fingerprint import fingerprint
@@ -15,8 +16,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.reporting.numbers import with_cost
 from finetune_assets.reporting.runs import Run, adapters, evaluations, newest_records, read_run
 from finetune_assets.store.artifacts import ArtifactStore
-from finetune_assets.store.care import Artifact, Inventory, inventory
-from finetune_assets.store.champions import Record, parse_record
+from finetune_assets.store.gc import Artifact, Inventory, inventory
 
 RUNS = 3
 """Newest runs of an experiment that are shown, besides its champion."""

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_assets.artifacts.layout import CONFIG, PROVENANCE
 from finetune_assets.config.comparing import Difference, differences
 from finetune_assets.config.loading import read_settings
-from finetune_assets.contents import CONFIG, PROVENANCE
 from finetune_assets.reporting.runs import Run, evaluations, read, read_run
 from finetune_assets.store.artifacts import ArtifactStore
-from finetune_assets.store.care import Artifact, Inventory
+from finetune_assets.store.gc import Artifact, Inventory
 
 INPUTS = ("base_model", "revision", "cached_base_model", "dolly_raw", "tokenized_dataset", "warm_start", "champions")
 """What an adapter's origin says of its inputs."""

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_assets.contents import EVALUATION, PROVENANCE, TRAINER_STATE
+from finetune_assets.artifacts.kinds import ADAPTERS, CHAMPIONS, EVALUATIONS, STACKS
+from finetune_assets.artifacts.layout import EVALUATION, PROVENANCE, TRAINER_STATE
 from finetune_assets.reporting.numbers import Numbers, of_evaluation, of_training
-from finetune_assets.store.artifacts import ADAPTERS, EVALUATIONS, STACKS, ArtifactStore
-from finetune_assets.store.care import Artifact, Inventory
-from finetune_assets.store.champions import CHAMPIONS
+from finetune_assets.store.artifacts import ArtifactStore
+from finetune_assets.store.gc import Artifact, Inventory
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Run:
 
 def adapters(found: Inventory, namespace: str) -> list[Artifact]:
     """The adapters of a namespace, newest first."""
-    return [one for one in found.artifacts if one.namespace == namespace and one.kind in (ADAPTERS, STACKS)]
+    return [
+        one for one in found.artifacts if one.namespace == namespace and one.kind in (ADAPTERS.folder, STACKS.folder)
+    ]
 
 
 def evaluations(found: Inventory, namespace: str) -> dict[str, Artifact]:
     """The newest evaluation of each adapter, by the adapter's fingerprint."""
-    ours = (one for one in found.artifacts if one.namespace == namespace and one.kind == EVALUATIONS)
+    ours = (one for one in found.artifacts if one.namespace == namespace and one.kind == EVALUATIONS.folder)
     newest: dict[str, Artifact] = {}
     for one in ours:
         newest.setdefault(str(one.manifest.made_from.get("lora_adapter")), one)
@@ -60,7 +62,7 @@ def newest_records(found: Inventory, namespace: str) -> dict[str, str]:
     newest: dict[str, str] = {}
     for key in found.records:
         first, kind, *rest = key.split("/")
-        if (first, kind, len(rest)) == (namespace, CHAMPIONS, 2):
+        if (first, kind, len(rest)) == (namespace, CHAMPIONS.folder, 2):
             newest[rest[0]] = max(key, newest.get(rest[0], ""))
     return newest
 
@@ -78,7 +80,7 @@ def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | Non
         adapter.experiment,
         adapter.manifest.fingerprint,
         adapter.manifest.created,
-        adapter.kind == STACKS,
+        adapter.kind == STACKS.folder,
         tuple(adapter.manifest.made_from.get("overrides") or ()),
         adapter.manifest.made_from,
         provenance["hardware"],

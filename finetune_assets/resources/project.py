@@ -6,12 +6,12 @@ from contextlib import ExitStack
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
+from finetune_assets.artifacts.lineage import Lineage, RawLineage
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
 from finetune_assets.config.schema import RawDataConfig
 from finetune_assets.progress import mirror
 from finetune_assets.resources import alive, deployment
 from finetune_assets.store.artifacts import ArtifactStore
-from finetune_assets.store.lineage import Lineage, RawLineage
 from finetune_assets.store.locks import Lock
 
 DATA_VERSION_TAG = "dagster/data_version"

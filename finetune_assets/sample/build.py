@@ -46,7 +46,7 @@ def train_tokenizer(world: World, documents: int = 20_000, vocabulary: int = 1_0
 
 def batches(world: World, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
     """Endless batches of prose, documents end to end. Shape (batch_size, SEQUENCE_LENGTH), int64."""
-    documents, buffer = prose(world, seed), []
+    documents, buffer = prose(world, seed), list[int]()
     size = batch_size * SEQUENCE_LENGTH
     while True:
         while len(buffer) < size:

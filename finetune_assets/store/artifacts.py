@@ -14,25 +14,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.hashing import sha256
 from finetune_assets.progress import Progress, in_parallel
 from finetune_assets.store.cache import Entry, NodeCache
 from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
+from finetune_assets.store.hashing import sha256
 from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
 from finetune_assets.store.objects import CHUNK, Objects, boto3_client
 
 MANIFEST = "manifest.json"
-RAW, BASE_MODELS, TOKENIZED, ADAPTERS, EVALUATIONS = "raw", "base-models", "tokenized", "adapters", "evaluations"
-CHECKPOINTS, CLAIM = "checkpoints", "claim.json"
-IMPORTS = "imports"
-"""Kind of what was brought in from a file or folder: adapters to begin from, texts to measure forgetting by."""
-PLANS = "plans"
-JOBS = "jobs"
-"""Kind of what a training was expected to take."""
-STACKS, MERGED = "stacks", "merged"
-"""Kinds of adapters combined from others, and of base models with an adapter merged into them."""
-REPORTS = "reports"
-"""Kind of pages about all experiments."""
+CHECKPOINTS, JOBS = "checkpoints", "jobs"
+SHARED = "base-models"
+"""The kind that all namespaces share."""
+CLAIM = "claim.json"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
@@ -78,7 +71,7 @@ class ArtifactStore:
     def __init__(self, objects: Objects, namespace: str, cache: NodeCache) -> None:
         if not re.fullmatch(NAME, namespace):
             raise StoreError(f"FINETUNE_NAMESPACE: '{namespace}' must be letters, digits, '.', '_' and '-'")
-        if namespace == BASE_MODELS:
+        if namespace == SHARED:
             raise StoreError(f"FINETUNE_NAMESPACE: '{namespace}' is where everybody's base models lie; take another")
         self.objects, self.namespace, self.cache = objects, namespace, cache
 
@@ -112,7 +105,7 @@ class ArtifactStore:
             manifest = self._parsed(key)
         except FileNotFoundError:
             return None
-        if manifest.kind != kind or (kind != BASE_MODELS and manifest.fingerprint != name):
+        if manifest.kind != kind or (kind != SHARED and manifest.fingerprint != name):
             raise ManifestError(f"{self.url}/{key}: refused, it is of another artifact ({manifest.fingerprint})")
         return manifest
 
@@ -328,7 +321,7 @@ class ArtifactStore:
 
     def prefix(self, kind: str, name: str) -> str:
         """Where an artifact's manifest and attempts lie below the URL."""
-        return f"{kind}/{name}" if kind == BASE_MODELS else f"{self.namespace}/{kind}/{name}"
+        return f"{kind}/{name}" if kind == SHARED else f"{self.namespace}/{kind}/{name}"
 
     def ref(self, kind: str, name: str, manifest: Manifest) -> ArtifactRef:
         uri = f"{self.url}/{self.prefix(kind, name)}/{manifest.folder}"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from finetune_assets.hashing import sha256
 from finetune_assets.progress import gigabytes
 from finetune_assets.store.errors import StoreError
+from finetune_assets.store.hashing import sha256
 from finetune_assets.store.locks import Lock, alone
 from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
 

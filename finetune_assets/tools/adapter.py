@@ -11,17 +11,18 @@ from pathlib import Path
 
 from rich.tree import Tree
 
+from finetune_assets.artifacts.champions import Champions, Record
+from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, CHAMPIONS, EVALUATIONS, STACKS
+from finetune_assets.artifacts.layout import CARD, EVALUATION, NOT_ON_THE_HUB, PROVENANCE, SUMS
+from finetune_assets.artifacts.update_spectrum import ENERGY, suggested
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.loading import experiment_names
-from finetune_assets.contents import CARD, EVALUATION, NOT_ON_THE_HUB, PROVENANCE, SUMS
-from finetune_assets.hashing import sha256
-from finetune_assets.model_libraries import import_lean
 from finetune_assets.resources import deployment
-from finetune_assets.store.artifacts import ADAPTERS, BASE_MODELS, EVALUATIONS, STACKS, ArtifactRef, ArtifactStore
-from finetune_assets.store.care import Artifact, Inventory, inventory
-from finetune_assets.store.champions import CHAMPIONS, Champions, Record
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing, StoreError
-from finetune_assets.store.terminal import (
+from finetune_assets.store.gc import Artifact, Inventory, inventory
+from finetune_assets.store.hashing import sha256
+from finetune_assets.tools.terminal import (
     NAMED,
     SHORT,
     Commands,
@@ -34,7 +35,7 @@ from finetune_assets.store.terminal import (
     picture,
     when,
 )
-from finetune_assets.updates import ENERGY, suggested
+from finetune_assets.worker.model_libraries import import_lean
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,7 +90,7 @@ def champions(store: ArtifactStore, args: argparse.Namespace) -> bool:
 
 
 def experiments_with_champions(store: ArtifactStore) -> list[str]:
-    keys = (stored.key for stored in store.objects.listing(f"{store.namespace}/{CHAMPIONS}/"))
+    keys = (stored.key for stored in store.objects.listing(f"{store.namespace}/{CHAMPIONS.folder}/"))
     return sorted({key.split("/")[2] for key in keys})
 
 
@@ -141,7 +142,7 @@ def fetch_champion(store: ArtifactStore, args: argparse.Namespace) -> bool:
     manifest = store.manifest(adapter.kind, adapter.name)
     origin = manifest.made_from if manifest else {}
     if str(origin.get("base_model", "")).startswith(NOT_ON_THE_HUB):
-        base = f"{BASE_MODELS}/{origin['base_model']}/{origin['revision']}"
+        base = f"{BASE_MODELS.folder}/{origin['base_model']}/{origin['revision']}"
         out.print(f"its base model: finetune-store fetch {base} ./base")
     return True
 
@@ -153,7 +154,7 @@ def publish(store: ArtifactStore, args: argparse.Namespace) -> bool:
     record = champions.current()
     if record is None:
         raise ArtifactMissing(f"{args.experiment} has no champion yet")
-    measured = store.find(EVALUATIONS, record.evaluation) if record.evaluation else None
+    measured = store.find(EVALUATIONS.folder, record.evaluation) if record.evaluation else None
     evaluation = json.loads((store.fetch(measured) / EVALUATION).read_text("utf-8")) if measured else None
     with store.cache.workspace("publish") as folder:
         adapter = store.fetch(champions.adapter(record))
@@ -259,13 +260,13 @@ def _published(found: Inventory, folder: Path) -> Artifact | None:
         raise StoreError(
             f"{folder / PROVENANCE}: does not say which adapter this is; copy the folder again, whole ({e})"
         ) from e
-    same = (artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS, STACKS))
+    same = (artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS.folder, STACKS.folder))
     return next((artifact for artifact in same if artifact.manifest.fingerprint == fingerprint), None)
 
 
 def _adapter(store: ArtifactStore, name: str) -> ArtifactRef:
     found = inventory(store.objects)
-    found.artifacts[:] = [artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS, STACKS)]
+    found.artifacts[:] = [artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS.folder, STACKS.folder)]
     artifact = one(store, found, name, "adapter")
     return store.ref(artifact.kind, artifact.name, artifact.manifest)
 

@@ -17,6 +17,8 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
+from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS
+from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.errors import UserError
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, leaves_traces
@@ -24,8 +26,7 @@ from finetune_assets.evaluation.generation import end_tokens
 from finetune_assets.evaluation.rows import questions
 from finetune_assets.resources.project import Project
 from finetune_assets.store.errors import ArtifactMissing
-from finetune_assets.store.lineage import Lineage
-from finetune_assets.store.terminal import told
+from finetune_assets.tools.terminal import told
 from finetune_assets.training.embeddings import make_room
 from finetune_assets.training.model import load_base, with_adapter_of
 
@@ -59,13 +60,13 @@ def contenders(lineage: Lineage) -> list[Contender]:
     with suppress(ArtifactMissing):
         found[CHAMPION] = lineage.champion()
     with suppress(ArtifactMissing):
-        challenger = lineage.adapter()
+        challenger = lineage.expected(ADAPTERS)
         if found.get(CHAMPION) != challenger:
             found[CHALLENGER] = challenger
     if not found:
         asset = "stacked_adapter" if lineage.experiment.config.stack else "lora_adapter"
         raise ArtifactMissing(f"{lineage.experiment.name} has no adapter yet: materialize {asset} first")
-    base = lineage.store.fetch(lineage.base_model())
+    base = lineage.store.fetch(lineage.expected(BASE_MODELS))
     seats = [Contender.of_folder(name, base, lineage.store.fetch(ref)) for name, ref in found.items()]
     return [Contender(BASE, base, lineage.experiment.config), *seats]
 

@@ -13,14 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_assets.artifacts.history import trainer_states
+from finetune_assets.artifacts.kinds import BASE_MODELS, TOKENIZED
+from finetune_assets.artifacts.lineage import Lineage, RawLineage
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.errors import UserError
 from finetune_assets.resources import deployment
-from finetune_assets.store.base_models import BaseModelError, is_shape_file
+from finetune_assets.sources.base_models import BaseModelError, is_shape_file
 from finetune_assets.store.errors import ArtifactMissing
-from finetune_assets.store.history import trainer_states
-from finetune_assets.store.lineage import Lineage, RawLineage
-from finetune_assets.store.terminal import new_table, out, told
+from finetune_assets.tools.terminal import new_table, out, told
 
 if TYPE_CHECKING:
     from finetune_assets.preflight.plan import Plan
@@ -52,7 +53,7 @@ def plan(experiment: str, overrides: list[str], as_json: bool) -> bool:
 
     dataset = None
     with suppress(ArtifactMissing, BaseModelError):
-        dataset = lineage.store.fetch(lineage.tokenized())
+        dataset = lineage.store.fetch(lineage.expected(TOKENIZED))
     made = make_plan(
         read_shape(folder, config, lineage.store.cache.simulations), config, dataset, trainer_states(lineage.store)
     )
@@ -95,14 +96,14 @@ def shape_of(lineage: Lineage) -> Path:
     Raises:
         UserError: if there is no such model.
     """
-    from finetune_assets import hub
+    from finetune_assets.sources import hub
 
     setting = lineage.experiment.config.model.base_model
     folder = lineage.raw.root / Path(setting).expanduser()
     if setting.startswith((".", "/", "~")) and (folder / "config.json").is_file():
         return folder  # weights or not
     with suppress(ArtifactMissing):
-        return lineage.store.fetch(lineage.base_model(), is_shape_file)
+        return lineage.store.fetch(lineage.expected(BASE_MODELS), is_shape_file)
     source = replace(lineage, asks_hub=True).base_source()
     if source.folder:
         return source.folder

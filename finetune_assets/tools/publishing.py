@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from finetune_assets import hub
-from finetune_assets.contents import CARD, write_sums
+from finetune_assets.artifacts.layout import CARD, write_sums
 from finetune_assets.errors import UserError
+from finetune_assets.sources import hub
 
 
 class PublishError(UserError):

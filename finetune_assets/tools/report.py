@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from finetune_assets.artifacts.champions import Champions
 from finetune_assets.config.comparing import Difference
 from finetune_assets.reporting.collect import collect
 from finetune_assets.reporting.comparison import Comparison, Pair, compare
@@ -15,9 +16,8 @@ from finetune_assets.reporting.pages import as_html, moment
 from finetune_assets.reporting.runs import adapters
 from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ArtifactStore
-from finetune_assets.store.care import Artifact, Inventory, inventory
-from finetune_assets.store.champions import Champions
-from finetune_assets.store.terminal import NAMED, SHORT, Commands, new_table, one, out
+from finetune_assets.store.gc import Artifact, Inventory, inventory
+from finetune_assets.tools.terminal import NAMED, SHORT, Commands, new_table, one, out
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

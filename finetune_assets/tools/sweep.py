@@ -6,14 +6,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from finetune_assets.artifacts.kinds import ADAPTERS
+from finetune_assets.artifacts.layout import TRAINER_STATE
 from finetune_assets.config.loading import load_sweep
 from finetune_assets.config.sweeps import sweep_files
-from finetune_assets.contents import TRAINER_STATE
 from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing
-from finetune_assets.store.terminal import Commands, new_table, out, picture
+from finetune_assets.tools.terminal import Commands, new_table, out, picture
 
 ASSETS = "dolly_raw,cached_base_model,tokenized_dataset,lora_adapter,adapter_evaluation"
 QUIET = json.dumps({"loggers": {"console": {"config": {"log_level": "INFO"}}}})
@@ -65,7 +66,7 @@ def report(store: ArtifactStore, args: argparse.Namespace) -> bool:
     for point in load_sweep(deployment.configs(), args.sweep):
         try:
             lineage = Project().lineage(point.name)
-            adapter = lineage.adapter()
+            adapter = lineage.expected(ADAPTERS)
             evaluation = store.fetch(lineage.evaluation(adapter))
             folder = store.fetch(adapter, lambda path: path == TRAINER_STATE)
             points.append(sweeps.found(point.name, point.settings, folder, evaluation))
@@ -79,19 +80,19 @@ def report(store: ArtifactStore, args: argparse.Namespace) -> bool:
     on_frontier = {point.name for point in sweeps.frontier(points, "parameters")}
     names = [*points[0].settings]
     table = new_table(*names, "parameters", "seconds", "MiB", "held-out loss", "behind the best", "forgetting", "")
-    for point in sorted(points, key=lambda point: point.parameters):
-        gain = behind[point.name]
-        marks = ["frontier"] if point.name in on_frontier else []
-        marks += ["best"] if point is best else []
-        marks += ["[bold]smallest within noise[/bold]"] if point is chosen else []
+    for trained in sorted(points, key=lambda one: one.parameters):
+        gain = behind[trained.name]
+        marks = ["frontier"] if trained.name in on_frontier else []
+        marks += ["best"] if trained is best else []
+        marks += ["[bold]smallest within noise[/bold]"] if trained is chosen else []
         table.add_row(
-            *(str(point.settings[name]) for name in names),
-            f"{point.parameters:,}",
-            f"{point.seconds:.1f}",
-            f"{point.memory:,}",
-            f"{point.loss:.4f}",
-            "" if point is best else f"{gain.mean:.4f} (at least {gain.lower:.4f})",
-            "" if point.forgetting is None else f"{point.forgetting:.3f}",
+            *(str(trained.settings[name]) for name in names),
+            f"{trained.parameters:,}",
+            f"{trained.seconds:.1f}",
+            f"{trained.memory:,}",
+            f"{trained.loss:.4f}",
+            "" if trained is best else f"{gain.mean:.4f} (at least {gain.lower:.4f})",
+            "" if trained.forgetting is None else f"{trained.forgetting:.3f}",
             ", ".join(marks),
         )
     out.print(table)

@@ -10,13 +10,13 @@ import torch
 from huggingface_hub import ModelCardData
 from peft import PeftConfig, PeftModel
 
+from finetune_assets.artifacts.layout import CARD, CONFIG, NOT_ON_THE_HUB, PROVENANCE, TRAINER_STATE, write_sums
+from finetune_assets.artifacts.update_spectrum import write_updates
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.contents import CARD, CONFIG, NOT_ON_THE_HUB, PROVENANCE, TRAINER_STATE, write_sums
 from finetune_assets.training.embeddings import experiment_tokenizer
 from finetune_assets.training.telemetry import hardware_name
 from finetune_assets.training.updates import updates
-from finetune_assets.updates import write_updates
 
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from finetune_assets.artifacts.layout import UTILISATION
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.contents import UTILISATION
 from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
 from finetune_assets.training import checkpoint, health, memory, output

@@ -130,7 +130,7 @@ def _dagster_log(stack: ExitStack) -> Callable[[str], None] | None:
     try:
         from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
 
-        from finetune_assets.launch.telling import message_writer
+        from finetune_assets.worker.pipes_worker import message_writer
     except ImportError:
         return None
     if not PipesEnvVarParamsLoader().is_dagster_pipes_process():

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.resident import peak_resident_mib
+from finetune_assets.training.process_memory import peak_resident_mib
 
 if TYPE_CHECKING:  # planning asks for rates and names, without torch
     import torch

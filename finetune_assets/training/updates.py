@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finetune_assets.artifacts.update_spectrum import ENERGY, Update
 from finetune_assets.training.model import ModelError
-from finetune_assets.updates import ENERGY, Update
 
 PAIR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?")
 

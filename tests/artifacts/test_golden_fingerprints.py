@@ -5,16 +5,7 @@ from pathlib import Path
 
 from paths import ROOT
 
-from finetune_assets.config.fingerprint import (
-    adapter_fingerprint,
-    base_model_fingerprint,
-    evaluation_fingerprint,
-    merge_fingerprint,
-    plan_fingerprint,
-    raw_fingerprint,
-    stack_fingerprint,
-    tokenized_fingerprint,
-)
+from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, EVALUATIONS, MERGED, PLANS, RAW, STACKS, TOKENIZED
 from finetune_assets.config.loading import experiment_names, load_experiment, load_raw_data_config
 
 CONFIGS = ROOT / "configs"
@@ -27,24 +18,34 @@ COMMIT, OTHER_ADAPTER = "e" * 40, "f" * 64
 def fingerprints(name: str) -> dict[str, str]:
     """Of an experiment's artifacts from inputs whose contents are pinned here."""
     experiment, raw_config = load_experiment(CONFIGS, name), load_raw_data_config(CONFIGS)
-    raw = raw_fingerprint(raw_config.columns, ROWS)
-    base_model = base_model_fingerprint(experiment.config.model.base_model, COMMIT)
-    tokenized = tokenized_fingerprint(experiment, raw_config.split_salt, raw, TOKENIZER)
-    adapter = adapter_fingerprint(experiment, tokenized, base_model, None)
-    merged = load_experiment(CONFIGS, name, ["merge.dtype=bfloat16"])
-    stacked = load_experiment(CONFIGS, "demo", ["stack={adapters: {llama-7b-int8: 0.5, demo: 0.5}, method: svd}"])
+    config = experiment.config
+    raw = RAW.fingerprint(raw_config, content=ROWS)
+    base_model = BASE_MODELS.fingerprint(None, repo=config.model.base_model, revision=COMMIT)
+    tokenized = TOKENIZED.fingerprint(config, dolly_raw=raw, tokenizer=TOKENIZER, split_salt=raw_config.split_salt)
+
+    def adapter(begun: str | None) -> str:
+        return ADAPTERS.fingerprint(config, tokenized_dataset=tokenized, cached_base_model=base_model, warm_start=begun)
+
+    def evaluation(champion: str | None = None, tasks: str | None = None, split: str = "gate") -> str:
+        given = {"champion": champion, "general_text": TEXT, "tasks": tasks, "split": split}
+        return EVALUATIONS.fingerprint(config, lora_adapter=adapter(None), **given)
+
+    merged = load_experiment(CONFIGS, name, ["merge.dtype=bfloat16"]).config
+    stack = "stack={adapters: {llama-7b-int8: 0.5, demo: 0.5}, method: svd}"
+    stacked = load_experiment(CONFIGS, "demo", [stack]).config
+    champions = [adapter(None), OTHER_ADAPTER]
     return {
         "dolly_raw": raw,
         "cached_base_model": base_model,
         "tokenized_dataset": tokenized,
-        "training_plan": plan_fingerprint(adapter),
-        "lora_adapter": adapter,
-        "lora_adapter, from another": adapter_fingerprint(experiment, tokenized, base_model, OTHER_ADAPTER),
-        "adapter_evaluation": evaluation_fingerprint(experiment, adapter, None, TEXT),
-        "adapter_evaluation, with a champion": evaluation_fingerprint(experiment, adapter, OTHER_ADAPTER, TEXT, TASKS),
-        "adapter_evaluation, of a sweep": evaluation_fingerprint(experiment, adapter, None, TEXT, split="val"),
-        "merged_model": merge_fingerprint(merged, adapter),
-        "stacked_adapter": stack_fingerprint(stacked, [adapter, OTHER_ADAPTER], base_model),
+        "training_plan": PLANS.fingerprint(config, lora_adapter=adapter(None)),
+        "lora_adapter": adapter(None),
+        "lora_adapter, from another": adapter(OTHER_ADAPTER),
+        "adapter_evaluation": evaluation(),
+        "adapter_evaluation, with a champion": evaluation(OTHER_ADAPTER, TASKS),
+        "adapter_evaluation, of a sweep": evaluation(split="val"),
+        "merged_model": MERGED.fingerprint(merged, champion_adapter=adapter(None)),
+        "stacked_adapter": STACKS.fingerprint(stacked, champions=champions, cached_base_model=base_model),
     }
 
 

@@ -146,7 +146,7 @@ def test_restart_forgets_nothing(inbox: Path, sensor: Sensor) -> None:
     (inbox / "a.jsonl").write_text(rows(1))
     assert len(sensor.starts()) == 1
     assert arrivals.Seen.read(sensor.cursor).number == 1
-    from finetune_assets.data import sources
+    from finetune_assets.sources import raw_data as sources
 
     sources._known_content.cache_clear()
     sources._known_rows.cache_clear()

@@ -7,6 +7,8 @@ import dagster as dg
 import pytest
 from projects import TestProject
 
+from finetune_assets.artifacts.champions import Champions
+from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.assets.adapter_evaluation import adapter_evaluation
 from finetune_assets.assets.cached_base_model import cached_base_model
 from finetune_assets.assets.champion_adapter import champion_adapter
@@ -18,8 +20,7 @@ from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.inputs import settings_of
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.resources.project import BY_ITSELF_TAG, GOOD_TAG, OVERRIDES_TAG
-from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
-from finetune_assets.store.champions import Champions
+from finetune_assets.store.artifacts import ArtifactRef
 
 REAL = {
     asset.key.to_user_string(): asset
@@ -513,4 +514,4 @@ def publish_adapter(project: TestProject, digit: str) -> ArtifactRef:
     folder = project.root / digit
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_text(digit)
-    return project.store.publish(folder, ADAPTERS, digit * 64, digit * 64, {})
+    return project.store.publish(folder, ADAPTERS.folder, digit * 64, digit * 64, {})

@@ -6,20 +6,24 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from finetune_assets.config.fingerprint import (
-    adapter_fingerprint,
-    evaluation_fingerprint,
-    tokenized_fingerprint,
-)
+from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, TOKENIZED
 from finetune_assets.config.loading import Experiment, load_experiment
 
 CONFIGS = ROOT / "configs"
 
 
+DATASET = {"dolly_raw": "raw", "tokenizer": {"tokenizer.json": "sha"}, "split_salt": "salt"}
+MEASURED = {"champion": None, "general_text": None, "tasks": None, "split": "gate"}
+
+
+def adapter_of(experiment: Experiment, dataset: str, base: str, begun: str | None) -> str:
+    return ADAPTERS.fingerprint(experiment.config, tokenized_dataset=dataset, cached_base_model=base, warm_start=begun)
+
+
 def fingerprints(experiment: Experiment) -> tuple[str, str, str]:
-    tokenized = tokenized_fingerprint(experiment, "salt", "raw", {"tokenizer.json": "sha"})
-    adapter = adapter_fingerprint(experiment, tokenized, "base", None)
-    return tokenized, adapter, evaluation_fingerprint(experiment, adapter)
+    tokenized = TOKENIZED.fingerprint(experiment.config, **DATASET)
+    adapter = adapter_of(experiment, tokenized, "base", None)
+    return tokenized, adapter, EVALUATIONS.fingerprint(experiment.config, lora_adapter=adapter, **MEASURED)
 
 
 def changed(*overrides: str) -> list[bool]:
@@ -64,17 +68,22 @@ def test_comments_and_key_order_change_nothing(tmp_path: Path) -> None:
     assert fingerprints(load_experiment(configs, "a")) == fingerprints(load_experiment(configs, "b"))
 
 
-@pytest.mark.parametrize("change", [{"split_salt": "other"}, {"raw": "other"}, {"tokenizer_files": {"a": "b"}}])
+@pytest.mark.parametrize("change", [{"split_salt": "other"}, {"dolly_raw": "other"}, {"tokenizer": {"a": "b"}}])
 def test_each_input_changes_the_dataset(change: dict[str, object]) -> None:
-    inputs = {"split_salt": "salt", "raw": "raw", "tokenizer_files": {"tokenizer.json": "sha"}}
-    experiment = load_experiment(CONFIGS, "demo")
-    before = tokenized_fingerprint(experiment, **inputs)  # type: ignore[arg-type]
-    assert tokenized_fingerprint(experiment, **{**inputs, **change}) != before  # type: ignore[arg-type]
+    config = load_experiment(CONFIGS, "demo").config
+    assert TOKENIZED.fingerprint(config, **{**DATASET, **change}) != TOKENIZED.fingerprint(config, **DATASET)
+
+
+def test_an_input_that_is_missing_or_unknown_is_an_error() -> None:
+    config = load_experiment(CONFIGS, "demo").config
+    for inputs in ({"dolly_raw": "raw"}, {**DATASET, "more": 1}):
+        with pytest.raises(TypeError, match="tokenized"):
+            TOKENIZED.fingerprint(config, **inputs)
 
 
 def test_base_and_warm_start_change_the_adapter() -> None:
     experiment = load_experiment(CONFIGS, "demo")
-    made = {adapter_fingerprint(experiment, "data", base, begun) for base in ("a", "b") for begun in (None, "x", "y")}
+    made = {adapter_of(experiment, "data", base, begun) for base in ("a", "b") for begun in (None, "x", "y")}
     assert len(made) == 6
 
 
@@ -82,4 +91,4 @@ def test_base_model_name_counts_by_its_content() -> None:
     """Two names of one commit are one model."""
     one = load_experiment(CONFIGS, "demo", ["model.revision=main"])
     other = load_experiment(CONFIGS, "demo", ["model.revision=v1"])
-    assert adapter_fingerprint(one, "data", "base", None) == adapter_fingerprint(other, "data", "base", None)
+    assert adapter_of(one, "data", "base", None) == adapter_of(other, "data", "base", None)

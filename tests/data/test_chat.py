@@ -14,7 +14,7 @@ from finetune_assets.data.chat import ChatTemplate
 from finetune_assets.data.errors import DataError, RefusedRow
 from finetune_assets.data.rows import Row, Turn
 from finetune_assets.data.tokenization import IGNORED, Encoder, load_tokenizer
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot|>", "<|head|>", "<start_of_turn>", "<end_of_turn>"]
 PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}] * 2

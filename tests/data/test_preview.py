@@ -8,7 +8,7 @@ from finetune_assets.data.prepare import EXAMPLE_SCHEMA
 from finetune_assets.data.preview import masked_tokens
 from finetune_assets.data.tables import conversations_table, rows_table
 from finetune_assets.data.tokenization import load_tokenizer
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 
 
 def test_cells_keep_their_text_in_their_cell() -> None:

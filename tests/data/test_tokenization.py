@@ -15,7 +15,7 @@ from finetune_assets.data.prompts import render_prompt
 from finetune_assets.data.rows import Row
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.sample.world import instruction_rows, make_world
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"

@@ -12,8 +12,8 @@ from reading.blocks import FIRST_RUN, begins_with
 from reading.reader import Reader, new_project
 from servers.ceph import environment
 
-from finetune_assets.launch import warm
-from finetune_assets.launch.process import FORKSERVER
+from finetune_assets.worker import warm
+from finetune_assets.worker.process import FORKSERVER
 
 SAID = "said.json"
 

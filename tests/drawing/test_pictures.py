@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from finetune_assets.artifacts.update_spectrum import Update
 from finetune_assets.drawing import bars, data, memory, modules, training
 from finetune_assets.drawing.style import as_address, as_markdown, svg
 from finetune_assets.training.telemetry import Utilisation
-from finetune_assets.updates import Update
 
 HISTORY = [
     {"step": step, "loss": 14.0 / step, "learning_rate": 1e-3 / step, "grad_norm": 2.0 + step} for step in range(1, 31)

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from finetune_assets import progress
 from finetune_assets.data.rows import HeldBack
-from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.texts import PACKAGED as TEXTS
 from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, Seats
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out, questions
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.sources.raw_data import SAMPLE
 from finetune_assets.training.order import Examples
 from finetune_assets.training.recipe import LoraFinetune
 

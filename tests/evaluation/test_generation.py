@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.generation import answers, end_tokens, readable
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 
 BASE = str(PACKAGED["demo-base"])
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from finetune_assets.config.schema import LmEval
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.harness import HarnessError, run_tasks
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 
 FOLDER = PACKAGED["demo-base"]
 TASK = """

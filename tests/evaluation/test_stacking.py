@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_assets.config.schema import Stack
 from finetune_assets.evaluation.stacking.cli import stacked
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.model import ModelError
 
 FOLDER = PACKAGED["demo-base"]

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 
-from finetune_assets.launch import warm
-from finetune_assets.launch.process import FORKSERVER
+from finetune_assets.worker import warm
+from finetune_assets.worker.process import FORKSERVER
 
 
 def environment() -> dict[str, str]:

@@ -21,8 +21,8 @@ from integration.graph import Graph
 from projects import TestProject
 from servers.hub import Hub
 
-from finetune_assets.data.sources import SAMPLE
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.sources.raw_data import SAMPLE
 
 GRAPH = ["dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter"]
 PUBLISHED = {"dolly_raw": "raw", "tokenized_dataset": "tokenized", "lora_adapter": "adapters"}

@@ -12,10 +12,10 @@ import yaml
 from integration.graph import Graph
 from projects import TestProject
 
+from finetune_assets.artifacts.champions import BY_HAND, PROMOTED, ROLLED_BACK, Champions, Record
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.data.rows import Split, draw, side_of
-from finetune_assets.data.sources import SAMPLE
-from finetune_assets.store.champions import BY_HAND, PROMOTED, ROLLED_BACK, Champions, Record
+from finetune_assets.sources.raw_data import SAMPLE
 from finetune_assets.tools import adapter
 
 SOAK = bool(os.environ.get("SOAK"))

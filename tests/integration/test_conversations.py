@@ -12,8 +12,8 @@ from peft import PeftModel
 from projects import TestProject
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_assets.data.sources import SAMPLE
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.sources.raw_data import SAMPLE
 
 EXPERIMENT = """
 model: {base_model: ./model, dtype: float32, quantization: QUANTIZATION}

@@ -19,9 +19,9 @@ from servers import wandb as wandb_server
 from servers.wandb import KEY
 from transformers import AutoModelForCausalLM
 
-from finetune_assets.data.sources import SAMPLE
 from finetune_assets.resources.project import Project
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.sources.raw_data import SAMPLE
 
 EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "training_plan", "lora_adapter"}
 EVERYTHING |= {"adapter_evaluation", "experiment_report"}
@@ -46,7 +46,7 @@ def test_the_demo_runs_the_whole_graph_from_the_command_line(
     settings["training"] |= {"max_steps": 2, "processes_per_node": 2, "micro_batch_size": 2}
     settings["evaluation"] |= {"generated_rows": 4, "general_tokens": 500}
     demo.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "finetune_assets.demo"]
+    command = [sys.executable, "-m", "finetune_assets.tools.demo"]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert run.returncode == 0, run.stdout
     for word in ("step 2/2 ", "grad_norm", "tokens/s", "ETA", "2 x cpu"):
@@ -165,8 +165,7 @@ def test_warm_start_from_the_store_and_from_a_folder(project: TestProject, graph
     assert run.success, run.log
     assert len(project.published("adapters")) == 2
     folder = project.store.fetch(project.store.resolve("adapters", first, "lora_adapter"))
-    begun = Project(overrides=[f"training.warm_start={folder}"]).lineage("demo").warm_start()
-    assert begun
+    begun = Project(overrides=[f"training.warm_start={folder}"]).lineage("demo").import_external_inputs()["warm_start"]
     imported = {path.name: path.read_bytes() for path in project.store.fetch(begun).iterdir() if path.is_file()}
     assert imported == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     missing = graph.run("lora_adapter", overrides=[*SHORT, "training.warm_start=./gone"])

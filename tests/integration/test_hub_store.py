@@ -14,8 +14,8 @@ from servers.hub import Hub
 from servers.proxy import Fault, Proxy
 from servers.s3 import Bucket
 
+from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.store.artifacts import open_store
-from finetune_assets.store.base_models import PACKAGED
 
 PROCESSES = 8 if os.environ.get("SOAK") else 4
 FILES = 5
@@ -27,7 +27,7 @@ import logging
 import dagster as dg
 from finetune_assets.assets.cached_base_model import cached_base_model
 from finetune_assets.resources.project import Project
-from finetune_assets.store.io_manager import ArtifactIOManager
+from finetune_assets.resources.io_manager import ArtifactIOManager
 project = Project()
 resources = {"project": project, "io_manager": ArtifactIOManager(project=project)}
 run = dg.materialize([cached_base_model], partition_key="demo", resources=resources)

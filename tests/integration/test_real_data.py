@@ -7,7 +7,7 @@ import pytest
 from integration.graph import Graph
 from projects import TestProject
 
-from finetune_assets.store.champions import Champions
+from finetune_assets.artifacts.champions import Champions
 
 EXPERIMENT = """
 model: {{base_model: {model}, dtype: float32}}

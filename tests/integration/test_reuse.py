@@ -11,9 +11,9 @@ from projects import TestProject
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_assets.store.artifacts import MERGED, STACKS
-from finetune_assets.store.base_models import PACKAGED
-from finetune_assets.store.champions import PROMOTED, Champions
+from finetune_assets.artifacts.champions import PROMOTED, Champions
+from finetune_assets.artifacts.kinds import MERGED, STACKS
+from finetune_assets.sources.base_models import PACKAGED
 
 STACK = """
 model: {base_model: demo-base, dtype: float32}
@@ -53,8 +53,8 @@ def with_adapter(folder: Path) -> torch.nn.Module:
 def test_champions_are_merged_and_stacked(project: TestProject, graph: Graph, champions: None) -> None:
     store = project.store
     served = {name: store.fetch(Champions(store, name).champion()) for name in ("one", "two")}
-    (name,) = project.published(MERGED)
-    merged = store.fetch(store.resolve(MERGED, name, "merged_model"))
+    (name,) = project.published(MERGED.folder)
+    merged = store.fetch(store.resolve(MERGED.folder, name, "merged_model"))
     alone = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     assert (logits(alone) - logits(with_adapter(served["one"]))).abs().max() < 1e-4
     assert json.loads((merged / "merge.json").read_text())["largest"] < 1e-4
@@ -71,7 +71,7 @@ def test_champions_are_merged_and_stacked(project: TestProject, graph: Graph, ch
     assert record.numbers["rows"] == 51
     assert record.numbers["mean"] > 0
     stack = store.fetch(Champions(store, "both").champion())
-    assert project.published(STACKS) == [Champions(store, "both").champion().name]
+    assert project.published(STACKS.folder) == [Champions(store, "both").champion().name]
     module = "base_model.model.model.layers.0.mlp.up_proj"
 
     def update(folder: Path) -> torch.Tensor:

@@ -12,15 +12,16 @@ from projects import SHORT, TestProject
 from servers import ceph as ceph_server
 from servers.s3 import Bucket
 
-from finetune_assets.store.artifacts import REPORTS, open_store
-from finetune_assets.store.care import Inventory, inventory
+from finetune_assets.artifacts.kinds import REPORTS
+from finetune_assets.store.artifacts import open_store
+from finetune_assets.store.gc import Inventory, inventory
 
 TOKEN = "hf_planted_token_that_must_not_be_written"
 
 
 def fingerprints(found: Inventory) -> dict[str, str]:
     """Of all but the page about them, which tells of times."""
-    return {one.kind: one.manifest.fingerprint for one in found.artifacts if one.kind != REPORTS}
+    return {one.kind: one.manifest.fingerprint for one in found.artifacts if one.kind != REPORTS.folder}
 
 
 def test_same_fingerprints_as_in_a_folder_and_no_secret_anywhere(
@@ -73,7 +74,7 @@ def test_wrong_credentials_fail_the_run_with_one_clear_error(
 
 def test_worker_never_asks_the_hub(tmp_path: Path) -> None:
     """What a worker runs before anything else."""
-    asserts = "from finetune_assets.launch.process import forbid_hub; forbid_hub()\n"
+    asserts = "from finetune_assets.worker.process import forbid_hub; forbid_hub()\n"
     asserts += "from huggingface_hub import constants; assert constants.HF_HUB_OFFLINE\n"
     environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
     subprocess.run([sys.executable, "-c", asserts], env=environment, check=True)

@@ -18,9 +18,10 @@ from servers import proxy as proxy_server
 from servers.s3 import Bucket
 from servers.slurm import Slurm
 
-from finetune_assets.contents import TRAINER_STATE
-from finetune_assets.store.artifacts import ADAPTERS, open_store
-from finetune_assets.store.care import inventory
+from finetune_assets.artifacts.kinds import ADAPTERS
+from finetune_assets.artifacts.layout import TRAINER_STATE
+from finetune_assets.store.artifacts import open_store
+from finetune_assets.store.gc import inventory
 
 __all__ = ["cluster"]
 LONG = [
@@ -73,8 +74,8 @@ def prepared(graph: Graph) -> None:
 def read(project: TestProject, ceph: Bucket, name: str) -> bytes:
     """A file of the only adapter."""
     store = open_store(ceph.url, "tests", project.root / "elsewhere")
-    (found,) = [one for one in inventory(store.objects).artifacts if one.kind == ADAPTERS]
-    return store.read(ADAPTERS, found.name, found.manifest, name)
+    (found,) = [one for one in inventory(store.objects).artifacts if one.kind == ADAPTERS.folder]
+    return store.read(ADAPTERS.folder, found.name, found.manifest, name)
 
 
 def adapter(project: TestProject, ceph: Bucket) -> bytes:

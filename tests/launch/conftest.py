@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from finetune_assets.config.cluster import Launcher
-from finetune_assets.launch.job import JobSpec
 from finetune_assets.store.artifacts import open_store
+from finetune_assets.worker.job import JobSpec
 
 WORKER = """
 import os, pathlib, sys
-from finetune_assets.launch.process import run_worker
+from finetune_assets.worker.process import run_worker
 run_worker("worker_body")
 """
 LINGERS = 120

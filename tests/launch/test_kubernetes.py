@@ -27,12 +27,12 @@ from finetune_assets.config.cluster import KubernetesJob, Launcher
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.launch import kubernetes
 from finetune_assets.launch.engines import Launcher as Engines
-from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.manifests import headless_service, indexed_job, merged, pod_spec
 from finetune_assets.launch.pipes import run_in_pipes
-from finetune_assets.launch.remote import RemoteJob
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.store.objects import Objects
+from finetune_assets.worker.job import JobSpec
+from finetune_assets.worker.remote import RemoteJob
 
 Make = Callable[..., JobSpec]
 T = TypeVar("T")
@@ -309,7 +309,7 @@ from typing import TypeVar
 import dagster as dg
 from finetune_assets.launch import kubernetes
 from finetune_assets.launch.engines import Launcher
-from finetune_assets.launch.job import from_json
+from finetune_assets.worker.job import from_json
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.config.cluster import Launcher as Settings
 from dataclasses import replace

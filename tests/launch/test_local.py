@@ -13,10 +13,10 @@ import pytest
 from integration.cli import environment
 from launch.conftest import LINGERS
 
-from finetune_assets.launch.job import JobFailed, JobSpec, from_json
 from finetune_assets.launch.local import LocalLauncher
-from finetune_assets.launch.process import FORKSERVER, OFF
 from finetune_assets.store.artifacts import ArtifactRef, open_store
+from finetune_assets.worker.job import JobFailed, JobSpec, from_json
+from finetune_assets.worker.process import FORKSERVER, OFF
 
 
 def adapters(tmp_path: Path) -> ArtifactRef | None:
@@ -86,7 +86,7 @@ def test_worker_never_asks_the_hub(job: Callable[..., JobSpec]) -> None:
 LAUNCH = """
 import sys
 from pathlib import Path
-from finetune_assets.launch.job import from_json
+from finetune_assets.worker.job import from_json
 from finetune_assets.launch.local import LocalLauncher
 LocalLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
 """

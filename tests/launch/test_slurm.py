@@ -19,10 +19,10 @@ from servers.slurm import Slurm
 from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
 from finetune_assets.launch import slurm
-from finetune_assets.launch.job import JobFailed, JobSpec
 from finetune_assets.launch.slurm import SlurmLauncher
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.store.objects import Objects
+from finetune_assets.worker.job import JobFailed, JobSpec
 
 Make = Callable[..., JobSpec]
 Start = Callable[[JobSpec], "subprocess.Popen[bytes]"]
@@ -243,7 +243,7 @@ def in_background(act: Callable[[], None], cluster: Slurm) -> Iterator[None]:
 LAUNCH = """
 import sys
 from pathlib import Path
-from finetune_assets.launch.job import from_json
+from finetune_assets.worker.job import from_json
 from finetune_assets.launch.slurm import SlurmLauncher
 SlurmLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
 """

@@ -13,10 +13,10 @@ import pytest
 from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
 from finetune_assets.launch import slurm
-from finetune_assets.launch.job import JobFailed, JobSpec
-from finetune_assets.launch.remote import TOLD_TO_END, RemoteJob
 from finetune_assets.launch.slurm import SlurmLauncher, State
 from finetune_assets.store.objects import Objects
+from finetune_assets.worker.job import JobFailed, JobSpec
+from finetune_assets.worker.remote import TOLD_TO_END, RemoteJob
 
 Make = Callable[..., JobSpec]
 Says = Callable[..., None]
@@ -274,7 +274,7 @@ def test_what_is_set_is_asked_for(job: Make) -> None:
     assert arguments[-1] == "--constraint=h100", "the last wins"
     script = slurm.script(spec, RemoteJob(spec.store, "me", "abc"))
     assert "--cpus-per-task=64" in script
-    assert "/opt/python -m finetune_assets.launch.node" in script
+    assert "/opt/python -m finetune_assets.worker.node" in script
     least = slurm.arguments(job("good"), "finetune-x", Path("/logs/x.log"))
     assert not [flag for flag in least if flag.startswith(("--signal", "--time", "--mem", "--gpus", "--no-kill"))]
 

@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_assets.config.loading import dump, load_experiment
 from finetune_assets.data.prepare import prepare_dataset
-from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.preflight.case import Case, Shape
 from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.memory import MIB, predict
 from finetune_assets.preflight.work import work_of
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.sources.raw_data import SAMPLE
 
 SOAK = bool(os.environ.get("SOAK"))
 WIDE = {"hidden_size": 768, "num_hidden_layers": 10, "num_attention_heads": 12, "vocab_size": 16_384}

@@ -18,14 +18,14 @@ from finetune_assets.config.schema import Data, PromptTemplate
 from finetune_assets.data import ingest as ingest_module
 from finetune_assets.data import prepare as prepare_module
 from finetune_assets.data.prepare import prepare_dataset
-from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.launch.engines import Launcher
-from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.progress import ROWS, STEPS, Progress, gigabytes, in_parallel
+from finetune_assets.sources.base_models import PACKAGED, collect, locate
+from finetune_assets.sources.raw_data import SAMPLE
 from finetune_assets.store.artifacts import open_store
-from finetune_assets.store.base_models import PACKAGED, collect, locate
+from finetune_assets.worker.job import JobSpec
 
 BIG = 20_000_000
 PLAIN = PromptTemplate(

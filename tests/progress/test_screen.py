@@ -15,7 +15,7 @@ from training.conftest import MADE_FROM, configured, dataset
 
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import Tokenization
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 
 __all__ = ["dataset"]
 BAR = "━━"
@@ -42,7 +42,7 @@ def count(total=15):
 """Counts to 15, and at 10 waits until the terminal has shown it."""
 ALONE = """
 from finetune_assets.progress import mirror
-from finetune_assets.store.terminal import told
+from finetune_assets.tools.terminal import told
 
 with mirror.owned(), told():
     print("before")

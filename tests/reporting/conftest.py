@@ -12,13 +12,14 @@ from tools.conftest import dataset, finetune, publish
 from training.conftest import ALONE
 from trainings import trained
 
+from finetune_assets.artifacts.kinds import EVALUATIONS
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.data.texts import PACKAGED as TEXTS
 from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender
-from finetune_assets.store.artifacts import EVALUATIONS, ArtifactRef
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.store.artifacts import ArtifactRef
 
 __all__ = ["dataset", "finetune", "publish", "trained"]
 FOLDER = PACKAGED["demo-base"]
@@ -42,7 +43,7 @@ def measure(project: TestProject, dataset: Callable[..., Path]) -> Callable[...,
         made.mkdir()
         (made / "evaluation.json").write_text(json.dumps(compared.result()), encoding="utf-8")
         name = adapter.fingerprint[::-1]
-        return project.store.publish(made, EVALUATIONS, name, name, {"lora_adapter": adapter.fingerprint})
+        return project.store.publish(made, EVALUATIONS.folder, name, name, {"lora_adapter": adapter.fingerprint})
 
     return make
 

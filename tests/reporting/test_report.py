@@ -15,10 +15,11 @@ from PIL import Image
 from projects import TestProject
 from reporting.conftest import aged
 
+from finetune_assets.artifacts.champions import Champions
+from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.reporting.collect import collect
 from finetune_assets.reporting.pages import as_html, as_page, write
-from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
-from finetune_assets.store.champions import Champions
+from finetune_assets.store.artifacts import ArtifactRef
 
 Made = Callable[..., ArtifactRef]
 STRANGE = """<script>alert("x")</script> & 'it' | **so**"""
@@ -137,7 +138,7 @@ def test_many_experiments(project: TestProject, publish: Made, measure: Made, tm
     for number in range(count):
         name = f"{number + 4096:064x}"
         project.write_experiment(f"e{number}", f"model: {{base_model: demo-base}}\nlora: {{rank: {number + 1}}}\n")
-        project.store.publish(copied, ADAPTERS, name, name, {"experiment": f"e{number}"})
+        project.store.publish(copied, ADAPTERS.folder, name, name, {"experiment": f"e{number}"})
         project.store.publish(measured, "evaluations", name, name, {"lora_adapter": name})
     report = collect(project.store, project.configs)
     assert report.problems == ()
@@ -150,7 +151,7 @@ def test_many_experiments(project: TestProject, publish: Made, measure: Made, tm
     bad = {name: tmp_path / name for name in small}
     for path in bad.values():
         path.write_text("{}")
-    project.store.publish(bad, ADAPTERS, "b" * 64, "b" * 64, {"experiment": "gone"})
+    project.store.publish(bad, ADAPTERS.folder, "b" * 64, "b" * 64, {"experiment": "gone"})
     project.store.objects.put("tests/champions/demo/00000001.json", b"{}")
     (project.configs / "base.yaml").write_text("- not settings")
     damaged = collect(project.store, project.configs)

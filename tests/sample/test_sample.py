@@ -9,9 +9,9 @@ import torch
 from raw import rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_assets.data.sources import SAMPLE
 from finetune_assets.sample.world import instruction_rows, make_world, prose
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.sources.raw_data import SAMPLE
 
 BASE = PACKAGED["demo-base"]
 

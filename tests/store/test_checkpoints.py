@@ -6,8 +6,8 @@ import pytest
 
 from finetune_assets.config.schema import StoreConfig
 from finetune_assets.store.artifacts import ArtifactStore, open_store
-from finetune_assets.store.care import inventory, plan
 from finetune_assets.store.checkpoints import Checkpoints, Superseded
+from finetune_assets.store.gc import inventory, plan
 
 FINGERPRINT = "c" * 64
 

@@ -68,7 +68,7 @@ def test_many_writers_have_one_winner(kind: str, tmp_path: Path, request: pytest
 PEAK = """
 import sys
 from pathlib import Path
-from finetune_assets.resident import peak_resident_mib
+from finetune_assets.training.process_memory import peak_resident_mib
 from finetune_assets.store.artifacts import open_store
 what, url, cache, made = sys.argv[1:]
 store = open_store(url, "me", Path(cache))

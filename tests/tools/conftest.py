@@ -7,8 +7,9 @@ from projects import TestProject
 from training.conftest import dataset, finetune
 from trainings import Train, trained
 
-from finetune_assets.store.artifacts import ADAPTERS, ArtifactRef
-from finetune_assets.store.champions import Champions
+from finetune_assets.artifacts.champions import Champions
+from finetune_assets.artifacts.kinds import ADAPTERS
+from finetune_assets.store.artifacts import ArtifactRef
 
 __all__ = ["dataset", "finetune", "trained"]
 
@@ -21,7 +22,7 @@ def publish(project: TestProject, trained: Train) -> Callable[..., ArtifactRef]:
         fingerprint = name.encode().hex().ljust(64, "0")
         own = {"fingerprint": fingerprint, "experiment": experiment, "base_model": "owner/base", "revision": "c" * 40}
         run = trained(*overrides, **own)
-        return project.store.publish(run.job.output, ADAPTERS, fingerprint, fingerprint, dict(run.job.made_from))
+        return project.store.publish(run.job.output, ADAPTERS.folder, fingerprint, fingerprint, dict(run.job.made_from))
 
     return make
 

@@ -10,8 +10,9 @@ import yaml
 from projects import TestProject
 from servers.hub import TOKEN, Hub
 
-from finetune_assets.store.artifacts import EVALUATIONS, ArtifactRef
-from finetune_assets.store.champions import Champions, Record
+from finetune_assets.artifacts.champions import Champions, Record
+from finetune_assets.artifacts.kinds import EVALUATIONS
+from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.tools import adapter as tool
 
 
@@ -171,7 +172,7 @@ def test_the_champion_is_published_to_the_hub(
         f'{{"rows": 51, "contenders": {{"base": {str(measured).replace(chr(39), chr(34))}, '
         f'"challenger": {str(measured).replace(chr(39), chr(34))}}}}}'
     )
-    project.store.publish(evaluation, EVALUATIONS, "e" * 64, "e" * 64, {})
+    project.store.publish(evaluation, EVALUATIONS.folder, "e" * 64, "e" * 64, {})
     record = Record("demo", adapter.fingerprint, "promoted", evaluation="e" * 64)
     Champions(project.store, "demo").promote(record, after=0)
 

@@ -5,7 +5,7 @@ from projects import TestProject
 from trainings import Train
 
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.tools.chat import Conversation, main, run
 
 FOLDER = PACKAGED["demo-base"]

@@ -34,7 +34,7 @@ def served(project: TestProject, champion: ArtifactRef) -> ArtifactRef:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("finetune_assets.store.cli", ["list"]),
+        ("finetune_assets.tools.store", ["list"]),
         ("finetune_assets.tools.adapter", ["champions"]),
         ("finetune_assets.tools.adapter", ["history", "demo"]),
         ("finetune_assets.tools.report", ["compare", "demo", "demo", "--json"]),

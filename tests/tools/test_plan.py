@@ -11,14 +11,14 @@ from projects import TestProject
 
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.errors import UserError
-from finetune_assets.launch.gpus import visible
 from finetune_assets.preflight.case import Shape
 from finetune_assets.preflight.device import Device, device_of
 from finetune_assets.preflight.plan import make_plan
 from finetune_assets.preflight.results import Results
 from finetune_assets.preflight.speed import Past
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.tools import plan as tool
+from finetune_assets.worker.gpus import visible
 
 LLAMA_70B = {
     "model_type": "llama",
@@ -39,7 +39,7 @@ HARDWARE = "hardware: {gpu: H100}\ndata: {tokenization: {cutoff_len: 2048}}\n"
 def plan(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """In a process of its own, which also says how many MiB it took, and what it imported."""
     code = (
-        "import atexit, json, sys; from finetune_assets.resident import peak_resident_mib\n"
+        "import atexit, json, sys; from finetune_assets.training.process_memory import peak_resident_mib\n"
         f"imported = lambda: [name for name in {LIBRARIES} if name in sys.modules]\n"
         "atexit.register(lambda: print(json.dumps([peak_resident_mib(), imported()]), file=sys.stderr))\n"
         f"from finetune_assets.tools.plan import main; main({list(arguments)!r})"
@@ -157,8 +157,8 @@ def tokenized(project: TestProject, config: Any) -> Path:
     from raw import ingest
 
     from finetune_assets.data.prepare import prepare_dataset
-    from finetune_assets.data.sources import SAMPLE
     from finetune_assets.data.tokenization import load_tokenizer
+    from finetune_assets.sources.raw_data import SAMPLE
 
     dataset = project.root / "dataset"
     dataset.mkdir()

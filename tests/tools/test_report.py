@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from projects import TestProject
 
+from finetune_assets.artifacts.champions import Champions
 from finetune_assets.store.artifacts import ArtifactRef
-from finetune_assets.store.champions import Champions
 from finetune_assets.tools import report as tool
 
 

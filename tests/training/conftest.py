@@ -13,9 +13,9 @@ from training.models import CONFIGS, VOCABULARIES, save_model
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.schema import ExperimentConfig, Tokenization
 from finetune_assets.data.prepare import prepare_dataset
-from finetune_assets.data.sources import SAMPLE
 from finetune_assets.data.tokenization import load_tokenizer
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.sources.raw_data import SAMPLE
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter

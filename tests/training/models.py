@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 
 VOCABULARY = 1_024
 """Tokens of the packaged tokenizer."""

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from finetune_assets.config.schema import Model, Training
 from finetune_assets.evaluation.generation import answers
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.model import ModelError, load_base
 
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from processes import AGENT, JOB, RANK, SERVER, family
 from training.conftest import dataset
 from training.test_resume import STEPS, Machine, assert_nothing_left, ended, machine, undisturbed, wait_for_step
 
-from finetune_assets.launch.process import FORKSERVER
+from finetune_assets.worker.process import FORKSERVER
 
 __all__ = ["dataset", "machine", "undisturbed"]
 ROUNDS = 5 if os.environ.get("SOAK") else 1
 RUN, PARENT = "run", "parent of the fork server"
 NAMES = {"rank": RANK, "fork server": SERVER, "job": JOB, "agent": AGENT, RUN: "", PARENT: ""}
-HOLDER = "import sys; from finetune_assets.launch import warm; print(warm.own().address, flush=True); sys.stdin.read()"
+HOLDER = "import sys; from finetune_assets.worker import warm; print(warm.own().address, flush=True); sys.stdin.read()"
 
 
 @contextmanager

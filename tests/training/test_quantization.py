@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from finetune_assets.config.schema import Model, Training
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.tokenization import load_tokenizer
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.model import load_base
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter

@@ -24,9 +24,9 @@ from safetensors.torch import load
 from training.conftest import BASE, MADE_FROM, configured
 
 from finetune_assets.config.loading import dump
-from finetune_assets.launch.job import JobSpec
 from finetune_assets.launch.local import LocalLauncher
 from finetune_assets.store.artifacts import CHECKPOINTS, MANIFEST, ArtifactStore, open_store
+from finetune_assets.worker.job import JobSpec
 
 SOAK = bool(os.environ.get("SOAK"))
 KILLS, TERMS, STEPS = ({1: 20, 2: 20} if SOAK else {1: 1, 2: 1}), ({1: 5, 2: 5} if SOAK else {2: 1}), 12
@@ -34,7 +34,7 @@ KILLS, TERMS, STEPS = ({1: 20, 2: 20} if SOAK else {1: 1, 2: 1}), ({1: 5, 2: 5} 
 LAUNCH = """
 import sys
 from pathlib import Path
-from finetune_assets.launch.job import from_json
+from finetune_assets.worker.job import from_json
 from finetune_assets.launch.local import LocalLauncher
 LocalLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
 """

@@ -20,7 +20,7 @@ from servers import wandb as wandb_server
 from servers.wandb import KEY, Server
 from training.conftest import ALONE, MADE_FROM, configured
 
-from finetune_assets.store.base_models import PACKAGED
+from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import reporter
 from finetune_assets.training.state import Job

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from training.measuring import names
 
+from finetune_assets.artifacts.update_spectrum import suggested
 from finetune_assets.training.model import ModelError
 from finetune_assets.training.updates import updates
-from finetune_assets.updates import suggested
 
 PREFIX = "base_model.model.model.layers"
 

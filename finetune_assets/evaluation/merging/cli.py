@@ -6,8 +6,8 @@ Merges an adapter into its base, and compares what comes out with base and adapt
 import json
 from pathlib import Path
 
+from finetune_assets.artifacts.layout import MERGE
 from finetune_assets.config.loading import load_resolved
-from finetune_assets.contents import MERGE
 from finetune_assets.evaluation.contenders import Contender
 from finetune_assets.evaluation.merging.merge import compare, merged, positions, reference
 from finetune_assets.evaluation.rows import held_out

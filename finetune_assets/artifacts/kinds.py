@@ -1,0 +1,176 @@
+"""The registry of artifact kinds: one entry for each folder of the store.
+
+An entry is the only place that knows a kind's folder, asset, code version, identity and retention. Assets, lineage, the
+IO manager, automation, garbage collection and reports read them from here. To add an asset, add its kind here and its
+file to `assets/`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_assets.config.fingerprint import fingerprint, identity
+from finetune_assets.config.schema import ExperimentConfig, Model, RawDataConfig
+from finetune_assets.store.artifacts import CHECKPOINTS as CHECKPOINTS_FOLDER
+from finetune_assets.store.artifacts import SHARED
+from finetune_assets.store.gc import Retention
+
+Inputs = Mapping[str, Any]
+BY_REFERENCE = Retention()
+
+
+@dataclass(frozen=True)
+class ArtifactKind:
+    """A kind of artifact.
+
+    Attributes:
+        folder: Its folder in the store.
+        asset: The asset that publishes it; None for a kind that others publish.
+        code_version: Version of the code that makes it, for Dagster and for the fingerprint. Raise it when that code
+            changes the bytes.
+        inputs: Names of everything but settings that decides the bytes: assets, and what `Lineage` looks up.
+        parts: From settings and inputs to the parts of the fingerprint.
+        retention: What garbage collection keeps of it.
+    """
+
+    folder: str
+    asset: str | None = None
+    code_version: str = ""
+    inputs: tuple[str, ...] = ()
+    parts: Callable[[Any, Inputs], dict[str, Any]] | None = None
+    retention: Retention = BY_REFERENCE
+
+    def fingerprint(self, config: ExperimentConfig | RawDataConfig | None, **inputs: Any) -> str:
+        """Identity of an artifact of this kind, 64 hex digits.
+
+        Args:
+            config: The settings: an experiment's, or the raw data's for `RAW`.
+            inputs: A value for each name in `self.inputs`: the fingerprint of an asset's artifact, or plain data.
+
+        Raises:
+            TypeError: if an input is missing or unknown.
+        """
+        if self.parts is None or inputs.keys() != {*self.inputs}:
+            raise TypeError(f"{self.folder}: expected the inputs {[*self.inputs]}, got {[*inputs]}")
+        return fingerprint(code=self.code_version, **self.parts(config, inputs))
+
+
+def _raw(config: RawDataConfig, inputs: Inputs) -> dict[str, Any]:
+    return {"columns": identity(config.columns), "content": inputs["content"]}
+
+
+def _base_model(config: None, inputs: Inputs) -> dict[str, Any]:
+    return {"repo": inputs["repo"], "revision": inputs["revision"]}
+
+
+def _tokenized(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    return {
+        "data": identity(config.data),
+        "split_salt": inputs["split_salt"],
+        "raw": inputs["dolly_raw"],
+        "tokenizer": inputs["tokenizer"],
+    }
+
+
+def _adapter(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    return {
+        "model": _without_source(config.model),
+        "training": {**identity(config.training), "warm_start": inputs["warm_start"]},
+        "lora": identity(config.lora),
+        "tokenized": inputs["tokenized_dataset"],
+        "base_model": inputs["cached_base_model"],
+    }
+
+
+def _plan(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    return {"adapter": inputs["lora_adapter"]}
+
+
+def _evaluation(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    settings = identity(config.evaluation)
+    del settings["general_text"]  # identified by content, as is a folder of tasks
+    if settings["lm_eval"]:
+        settings["lm_eval"]["folder"] = inputs["tasks"]
+    return {
+        "evaluation": settings,
+        "adapter": inputs["lora_adapter"],
+        "champion": inputs["champion"],
+        "general_text": inputs["general_text"],
+        "split": inputs["split"],
+    }
+
+
+def _merged(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    return {"merge": identity(config.merge), "adapter": inputs["champion_adapter"]}
+
+
+def _stack(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    return {
+        "stack": identity(config.stack),
+        "seed": config.training.seed,
+        "model": _without_source(config.model),
+        "adapters": inputs["champions"],
+        "base_model": inputs["cached_base_model"],
+    }
+
+
+def _without_source(model: Model) -> dict[str, Any]:
+    """The model's settings but for its name and revision: the base model is identified by content."""
+    settings: dict[str, Any] = identity(model)
+    del settings["base_model"], settings["revision"]
+    return settings
+
+
+RAW = ArtifactKind("raw", "dolly_raw", "3", ("content",), _raw, Retention(newest="keep_raw"))
+"""`content` pins every byte of the source: file hashes in reading order, or a Hub commit."""
+BASE_MODELS = ArtifactKind(SHARED, "cached_base_model", "1", ("repo", "revision"), _base_model)
+"""Shared by all namespaces, and named by repository and commit instead of a fingerprint."""
+TOKENIZED = ArtifactKind("tokenized", "tokenized_dataset", "4", ("dolly_raw", "tokenizer", "split_salt"), _tokenized)
+"""`tokenizer` maps each tokenizer file of the base model to its sha256."""
+ADAPTERS = ArtifactKind(
+    "adapters",
+    "lora_adapter",
+    "4",
+    ("tokenized_dataset", "cached_base_model", "warm_start"),
+    _adapter,
+    Retention(newest="keep_adapters", of_each_experiment=True),
+)
+"""`warm_start` is the fingerprint of the adapter that training starts from, or None."""
+PLANS = ArtifactKind("plans", "training_plan", "1", ("lora_adapter",), _plan, Retention(with_kept=ADAPTERS.folder))
+"""`lora_adapter` is the fingerprint that the planned adapter will have."""
+EVALUATIONS = ArtifactKind(
+    "evaluations",
+    "adapter_evaluation",
+    "3",
+    ("lora_adapter", "champion", "general_text", "tasks", "split"),
+    _evaluation,
+    Retention(with_kept=ADAPTERS.folder),
+)
+"""`champion`, `general_text` and `tasks` are fingerprints, or None; `split` names the rows that are measured."""
+CHAMPIONS = ArtifactKind("champions", "champion_adapter", "1", retention=Retention(collected=False))
+"""Numbered records that name adapters; no artifacts of their own."""
+MERGED = ArtifactKind("merged", "merged_model", "1", ("champion_adapter",), _merged)
+STACKS = ArtifactKind("stacks", "stacked_adapter", "2", ("champions", "cached_base_model"), _stack)
+"""`champions` are fingerprints, in the order of `stack.adapters`."""
+REPORTS = ArtifactKind("reports", "experiment_report", "1", retention=Retention(newest="keep_reports"))
+IMPORTS = ArtifactKind("imports")
+"""What was imported from a file or folder: adapters for a warm start, texts and tasks for evaluations."""
+CHECKPOINTS = ArtifactKind(CHECKPOINTS_FOLDER)
+
+KINDS = (
+    RAW,
+    BASE_MODELS,
+    TOKENIZED,
+    PLANS,
+    ADAPTERS,
+    EVALUATIONS,
+    CHAMPIONS,
+    MERGED,
+    STACKS,
+    REPORTS,
+    IMPORTS,
+    CHECKPOINTS,
+)
+KIND_OF = {kind.asset: kind for kind in KINDS if kind.asset}
+"""Kinds by the asset that publishes them."""
+RETENTION = {kind.folder: kind.retention for kind in KINDS}

@@ -1,0 +1,371 @@
+"""The artifact that each asset of an experiment must be, from configuration and inputs alone.
+
+Nothing here depends on what was materialized last: the same configuration and data lead to the same artifacts on a
+laptop, in CI on an empty instance, and in production. Nothing is published here but by `import_external_inputs`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.artifacts.champions import Champions, Record
+from finetune_assets.artifacts.imports import Import, import_external
+from finetune_assets.artifacts.kinds import (
+    ADAPTERS,
+    BASE_MODELS,
+    CHAMPIONS,
+    EVALUATIONS,
+    KIND_OF,
+    PLANS,
+    RAW,
+    ArtifactKind,
+)
+from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE
+from finetune_assets.config.fingerprint import fingerprint, identity
+from finetune_assets.config.loading import Experiment
+from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.data.rows import HeldBack
+from finetune_assets.data.texts import PACKAGED, SUFFIXES
+from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
+from finetune_assets.sources.pins import Pins
+from finetune_assets.sources.raw_data import HubSource, Source, count_rows, open_source
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, folder_hashes
+from finetune_assets.store.errors import ArtifactMissing, StoreError
+from finetune_assets.store.hashing import sha256
+
+NO_CHAMPION = (
+    "{0} has no champion yet: materialize its champion_adapter, whose check says why none was promoted (most often too "
+    "few rows for the gate: a larger data.gate_fraction helps). By hand: finetune-adapter promote {0} FINGERPRINT "
+    '--reason "..."; finetune-store list names the adapters'
+)
+
+
+class RawLineage:
+    """The raw data, which all experiments share.
+
+    Args:
+        store: Where artifacts lie.
+        config: The deployment's raw data settings.
+        root: What relative paths in settings are relative to.
+        asks_hub: Ask the Hub what a branch is now; otherwise go by what it said last.
+        version: Fingerprint of the raw data, where it is given and not found by reading the source.
+        connect: Makes boto3's client, for a source on S3.
+    """
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        config: RawDataConfig,
+        root: Path,
+        asks_hub: bool = False,
+        version: str | None = None,
+        connect: Callable[[], Any] | None = None,
+    ) -> None:
+        self.store, self.config, self.root, self.given, self.connect = store, config, root, version, connect
+        self.pins = Pins(store, "dataset", made_by="dolly_raw", asks_hub=asks_hub)
+
+    @cached_property
+    def source(self) -> Source:
+        return self._open()
+
+    def _open(self) -> Source:
+        downloads = self.store.cache.root / "downloads"
+        return open_source(self.config, self.root, self.pins.commit_of, self.connect, downloads)
+
+    def is_unchanged(self) -> bool:
+        """Whether files still are what they were when they were first looked at; a commit always is."""
+        source = self.source
+        again = source if isinstance(source, HubSource) else self._open()
+        return again.content() == self.content
+
+    @cached_property
+    def content(self) -> Any:
+        """What pins the source's bytes; of files that means to read them all, so it is asked once."""
+        return self.source.content()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.given or RAW.fingerprint(self.config, content=self.content)
+
+    def glance(self) -> str:
+        """Changes whenever the raw data, or what its checks let pass, may have; reads nothing."""
+        return fingerprint(settings=self._settings, glance=self.source.glance())
+
+    def version(self) -> str:
+        """Changes if and only if the raw data, or what its checks let pass, does; reads what is new."""
+        return fingerprint(settings=self._settings, content=self.source.remembered())
+
+    def rows(self) -> int:
+        """Rows of the source, good and bad; reads what is new."""
+        return sum(count_rows(file) for file in self.source.files())
+
+    @property
+    def _settings(self) -> Any:
+        config = self.config
+        allowed = [config.max_quarantine_share, asdict(config.checks)]
+        return {"columns": identity(config.columns), "allowed": allowed}
+
+    def raw(self) -> ArtifactRef:
+        return self.store.resolve(RAW.folder, self.fingerprint, made_by="dolly_raw")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """One experiment's artifacts. Each method raises `ArtifactMissing` if one before it is not in the store.
+
+    Attributes:
+        raw: The raw data.
+        experiment: The experiment.
+        asks_hub: Ask the Hub what a branch of the base model is now; otherwise go by what it said last.
+    """
+
+    raw: RawLineage
+    experiment: Experiment
+    asks_hub: bool = False
+
+    @property
+    def store(self) -> ArtifactStore:
+        return self.raw.store
+
+    @cached_property
+    def pins(self) -> Pins:
+        return Pins(self.store, "model", made_by="cached_base_model", asks_hub=self.asks_hub)
+
+    def base_source(self) -> BaseModelSource:
+        model = self.experiment.config.model
+        try:
+            source = locate(model.base_model, model.revision, self.raw.root, self.pins.commit_of)
+        except BaseModelError as e:
+            raise BaseModelError(f"experiment {self.experiment.name}: {e}") from e
+        if model.trust_remote_code not in (None, source.version):
+            raise BaseModelError(
+                f"experiment {self.experiment.name}: model.trust_remote_code is {model.trust_remote_code}, the model "
+                f"is {source.version}; read the code of that version and name it, or remove the setting"
+            )
+        return source
+
+    def base_name(self) -> str:
+        source = self.base_source()
+        return f"{source.repo}/{source.revision}"
+
+    def fingerprint(self, kind: ArtifactKind, **known: ArtifactRef) -> str:
+        """The identity that the experiment's artifact of a kind must have.
+
+        Args:
+            kind: The kind.
+            known: Artifacts of upstream assets, by asset, that need not be looked up.
+        """
+        inputs = {name: self._input(name, known) for name in kind.inputs}
+        return kind.fingerprint(self.experiment.config, **inputs)
+
+    def expected(self, kind: ArtifactKind) -> ArtifactRef:
+        """The artifact that the experiment must have of a kind."""
+        if kind is RAW:
+            return self.raw.raw()
+        if kind is CHAMPIONS:
+            return self.champion()
+        name = self.base_name() if kind is BASE_MODELS else self.fingerprint(kind)
+        return self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder)
+
+    def _input(self, name: str, known: Mapping[str, ArtifactRef]) -> Any:
+        """The value of one input of a fingerprint: of an asset, or of what is looked up outside of the graph."""
+        if name in LOOKED_UP:
+            return LOOKED_UP[name](self, known)
+        return self._upstream(name, known).fingerprint
+
+    def _upstream(self, asset: str, known: Mapping[str, ArtifactRef]) -> ArtifactRef:
+        return known.get(asset) or self.expected(KIND_OF[asset])
+
+    def tokenizer(self, base_model: ArtifactRef) -> dict[str, str]:
+        """sha256 of each tokenizer file of a base model, by path."""
+        manifest = self.store.manifest(base_model.kind, base_model.name)
+        files = {entry.path: entry.sha256 for entry in manifest.files} if manifest else {}
+        return {path: digest for path, digest in files.items() if is_tokenizer_file(path)}
+
+    def plan(self, adapter: str) -> ArtifactRef | None:
+        """The plan of an adapter's training, by the adapter's fingerprint, if it was planned."""
+        name = PLANS.fingerprint(self.experiment.config, lora_adapter=adapter)
+        return self.store.find(PLANS.folder, name)
+
+    # ---- from outside of the graph
+
+    def import_external_inputs(self) -> dict[str, ArtifactRef]:
+        """Publish what the experiment brings from outside, unless the store has it; by the name of the input.
+
+        Raises:
+            StoreError: if a setting names something that is not there.
+        """
+        found = {"general_text": self.general_text(), "tasks": self.lm_eval_tasks(), "warm_start": self.warm_start()}
+        imported = {
+            name: item if isinstance(item, ArtifactRef) else import_external(self.store, item)
+            for name, item in found.items()
+            if item
+        }
+        return imported
+
+    def warm_start(self) -> ArtifactRef | Import | None:
+        """The adapter that training starts from: one of the store, or a folder.
+
+        Raises:
+            StoreError: if it is neither an adapter folder nor in the store.
+        """
+        setting = self.experiment.config.training.warm_start
+        if setting is None:
+            return None
+        if not setting.startswith((".", "/", "~")):
+            if not re.fullmatch("[0-9a-f]{64}", setting):
+                raise StoreError(
+                    f"training.warm_start: '{setting}' is neither a fingerprint (64 hex digits) nor ./folder"
+                )
+            return self.store.resolve(ADAPTERS.folder, setting, made_by="the adapter that training.warm_start names")
+        folder = self.raw.root / Path(setting).expanduser()
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            if not (folder / name).is_file():
+                raise StoreError(f"training.warm_start: {folder} holds no {name}")
+        made_from = {"folder": setting, HELD_BACK: _held_back_of(folder)}
+        return Import(fingerprint(files=folder_hashes(folder)), folder, made_from)
+
+    def general_text(self) -> Import | None:
+        """The text by which forgetting is measured.
+
+        Raises:
+            StoreError: if there is no such file.
+        """
+        setting = self.experiment.config.evaluation.general_text
+        if not self.experiment.config.evaluation.general_tokens:
+            return None
+        path = PACKAGED.get(setting) or self.raw.root / Path(setting).expanduser()
+        if path.suffix not in SUFFIXES or not path.is_file():
+            raise StoreError(
+                f"evaluation.general_text: '{setting}' is none of {', '.join(PACKAGED)}, and no file "
+                f"({' or '.join(SUFFIXES)}) either: {path}"
+            )
+        return Import(fingerprint(text=sha256(path)), {"text" + path.suffix: path}, {"text": setting})
+
+    def lm_eval_tasks(self) -> Import | None:
+        """The folder of `evaluation.lm_eval`.
+
+        Raises:
+            StoreError: if there is no such folder.
+        """
+        settings = self.experiment.config.evaluation.lm_eval
+        if settings is None or settings.folder is None:
+            return None
+        folder = self.raw.root / Path(settings.folder).expanduser()
+        if not folder.is_dir():
+            raise StoreError(f"evaluation.lm_eval.folder: no folder {folder}")
+        return Import(fingerprint(files=folder_hashes(folder)), folder, {"folder": settings.folder})
+
+    def held_back(self, *begun: ArtifactRef) -> HeldBack:
+        """The rows that nothing was trained on: neither in this experiment nor in adapters that it begins from.
+
+        An adapter from elsewhere does not say what it has seen, and is taken to have seen none of them.
+        """
+        data = self.experiment.config.data
+        found = HeldBack(self.raw.config.split_salt, data.gate_fraction, data.val_fraction)
+        for ref in begun:
+            manifest = self.store.manifest(ref.kind, ref.name)
+            if manifest and manifest.made_from.get(HELD_BACK):
+                found &= HeldBack(**manifest.made_from[HELD_BACK])
+        return found
+
+    # ---- after training
+
+    @property
+    def champions(self) -> Champions:
+        return Champions(self.store, self.experiment.name)
+
+    def opponent(self, adapter: ArtifactRef) -> Record | None:
+        """The champion that an adapter is measured against; None for the base alone.
+
+        The champion itself was measured against the one before it when it was promoted, and is not measured again.
+        """
+        current = self.champions.current()
+        if current is None or current.adapter != adapter.fingerprint:
+            return current
+        earlier = [record for record in self.champions.history() if record.adapter == current.against]
+        return earlier[-1] if earlier else None
+
+    @property
+    def split(self) -> str:
+        """Whose rows an adapter is judged by. A point of a sweep is chosen by them, which the gate's must not be."""
+        return "gate" if self.experiment.sweep is None else "val"
+
+    def evaluation(self, adapter: ArtifactRef | None = None) -> ArtifactRef:
+        """Of the experiment's adapter, or of another one."""
+        name = self.fingerprint(EVALUATIONS, **({"lora_adapter": adapter} if adapter else {}))
+        return self.store.resolve(EVALUATIONS.folder, name, made_by="adapter_evaluation")
+
+    def stacked_from(self, base_model: ArtifactRef) -> dict[str, ArtifactRef]:
+        """The champions that the experiment's `stack` names, by their experiments, in its order.
+
+        Raises:
+            ArtifactMissing: if one of them has none yet.
+            StoreError: if one is of another base model.
+        """
+        assert self.experiment.config.stack is not None
+        found = {}
+        for name in self.experiment.config.stack.adapters:
+            adapter = Champions(self.store, name).champion()
+            if adapter is None:
+                raise ArtifactMissing(f"stack.adapters: {NO_CHAMPION.format(name)}")
+            manifest = self.store.manifest(adapter.kind, adapter.name)
+            theirs = manifest.made_from.get("cached_base_model") if manifest else None
+            if theirs != base_model.fingerprint:
+                raise StoreError(
+                    f"stack.adapters: the champion of {name} is of another base model than {self.experiment.name} "
+                    f"({str(theirs)[:12]}, not {base_model.fingerprint[:12]}); stack adapters of one base and revision"
+                )
+            found[name] = adapter
+        return found
+
+    def champion(self) -> ArtifactRef:
+        """The adapter in service.
+
+        Raises:
+            ArtifactMissing: if none was promoted yet.
+        """
+        found = self.champions.champion()
+        if found is None:
+            raise ArtifactMissing(NO_CHAMPION.format(self.experiment.name))
+        return found
+
+
+def _identity(item: ArtifactRef | Import | None) -> str | None:
+    return item.fingerprint if item else None
+
+
+def _champion_before(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> str | None:
+    record = lineage.opponent(lineage._upstream("lora_adapter", known))
+    return record.adapter if record else None
+
+
+def _champions(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> list[str]:
+    parts = lineage.stacked_from(lineage._upstream("cached_base_model", known))
+    return [ref.fingerprint for ref in parts.values()]
+
+
+LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
+    "split_salt": lambda lineage, known: lineage.raw.config.split_salt,
+    "tokenizer": lambda lineage, known: lineage.tokenizer(lineage._upstream("cached_base_model", known)),
+    "warm_start": lambda lineage, known: _identity(lineage.warm_start()),
+    "general_text": lambda lineage, known: _identity(lineage.general_text()),
+    "tasks": lambda lineage, known: _identity(lineage.lm_eval_tasks()),
+    "split": lambda lineage, known: lineage.split,
+    "champion": _champion_before,
+    "champions": _champions,
+}
+"""Inputs of fingerprints that are no assets of the experiment itself, by name."""
+
+
+def _held_back_of(adapter: Path) -> dict[str, Any] | None:
+    """What the provenance of an adapter's folder says; None for one from elsewhere."""
+    try:
+        found = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")).get(HELD_BACK)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"salt", "gate", "val"} else None

@@ -1,0 +1,85 @@
+"""What an adapter has not seen, by what it was made from."""
+
+from pathlib import Path
+
+import pytest
+from projects import TestProject
+
+from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, STACKS
+from finetune_assets.artifacts.layout import HELD_BACK
+from finetune_assets.data.rows import HeldBack
+from finetune_assets.errors import UserError
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import ArtifactRef
+
+
+@pytest.fixture
+def adapter(project: TestProject, tmp_path: Path):  # type: ignore[no-untyped-def]
+    def publish(kind: str, held_back: HeldBack | None) -> ArtifactRef:
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+        name = f"{len(project.published(kind)):064}"
+        made_from = {HELD_BACK: vars(held_back)} if held_back else {}
+        return project.store.publish(tmp_path / "adapter", kind, name, name, made_from)
+
+    return publish
+
+
+def test_an_adapter_has_seen_what_those_before_it_have(project: TestProject, adapter) -> None:  # type: ignore[no-untyped-def]
+    lineage = Project().lineage("demo")
+    own = lineage.held_back()
+    assert own == HeldBack("finetune-assets", 0.05, 0.1)
+    with_more = adapter(ADAPTERS.folder, HeldBack(own.salt, 0.5, 0.5))
+    with_less = adapter(STACKS.folder, HeldBack(own.salt, 0.02, 0.2))
+    assert lineage.held_back(with_more) == own
+    assert lineage.held_back(with_more, with_less) == HeldBack(own.salt, 0.02, 0.1)
+    assert lineage.held_back(adapter(ADAPTERS.folder, HeldBack("another", 0.05, 0.1))) == HeldBack(own.salt, 0.0, 0.0)
+    assert lineage.held_back(adapter(ADAPTERS.folder, None)) == own, "from elsewhere"
+
+
+def test_a_folder_that_was_copied_out_still_says_it(project: TestProject, tmp_path: Path) -> None:
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).write_text("{}")
+    for text, wanted in (
+        ('{"held_back": {"salt": "finetune-assets", "gate": 0.01, "val": 0.01}}', 0.01),
+        ('{"held_back": 1}', 0.05),
+        ("[]", 0.05),
+        ("{", 0.05),
+    ):
+        (folder / "provenance.json").write_text(text)
+        lineage = Project(overrides=[f"training.warm_start={folder}"]).lineage("demo")
+        begun = lineage.import_external_inputs()["warm_start"]
+        assert lineage.held_back(begun).gate == wanted
+
+
+def test_what_an_evaluation_needs_from_outside_is_named_where_it_is_missing(project: TestProject) -> None:
+    def lineage(override: str):  # type: ignore[no-untyped-def]
+        return Project(overrides=[override]).lineage("demo")
+
+    assert lineage("evaluation.general_tokens=0").general_text() is None
+    with pytest.raises(UserError, match=r"evaluation\.general_text: './gone\.txt'"):
+        lineage("evaluation.general_text=./gone.txt").general_text()
+    with pytest.raises(UserError, match=r"evaluation\.lm_eval\.folder: .*gone"):
+        lineage("evaluation.lm_eval={tasks: [mine], folder: ./gone}").lm_eval_tasks()
+    (project.root / "tasks").mkdir()
+    (project.root / "tasks" / "mine.yaml").write_text("task: mine")
+    once, twice = (lineage("evaluation.lm_eval={tasks: [mine], folder: ./tasks}") for _ in range(2))
+    once.fingerprint(EVALUATIONS, lora_adapter=ArtifactRef(ADAPTERS.folder, "a", "f" * 64, "", 0, 0))
+    assert project.published("imports") == [], "computing an identity publishes nothing"
+    assert once.import_external_inputs() == twice.import_external_inputs()
+    assert len(project.published("imports")) == 2, "the tasks, and the demo's general text"
+    with pytest.raises(UserError, match=r"training\.warm_start: 'ab12'"):
+        lineage("training.warm_start=ab12").warm_start()
+
+
+def test_a_stack_needs_champions_of_one_base_model(project: TestProject, adapter) -> None:  # type: ignore[no-untyped-def]
+    lineage = Project(overrides=["stack={adapters: {demo: 0.5, llama-7b-int8: 0.5}}"]).lineage("demo")
+    base = ArtifactRef("base-models", "a/b", "f" * 64, "", 0, 0)
+    with pytest.raises(UserError, match="demo has no champion"):
+        lineage.stacked_from(base)
+    ref = adapter(ADAPTERS.folder, None)
+    lineage.champions.promote_by_hand(ref, "a test", "tests")
+    with pytest.raises(UserError, match="another base model"):
+        lineage.stacked_from(base)
