@@ -70,7 +70,7 @@ AFTER_DEMO = (
 FAILED_CHECK = Shot(
     "failed-check",
     "/assets/dolly_raw?view=checks&checkDetail=quarantine",
-    ("Failed", "are bad and set aside, max_quarantine_share is 0.01", "first_rows"),
+    ("Failed", "quarantined (max_quarantine_share = 0.01)", "first_rows"),
 )
 AFTER_BAD_ROWS = (FAILED_CHECK,)
 TOO_SMALL = ["hardware.gpu=small card", "hardware.memory_gib=0.05", "training.max_steps=30"]

@@ -12,15 +12,15 @@ from finetune_assets.config.schema import Data
 _spec = partial(check_of_each, "tokenized_dataset")
 
 SPECS = [
+    _spec("refused_rows", "Share of rows that the experiment's template rejects is at most data.max_refused_share."),
     _spec(
-        "refused_rows", "The share of rows that the experiment's template refuses is at most data.max_refused_share."
+        "truncated", "Share of training examples truncated at cutoff_len is at most data.checks.max_truncated_share."
     ),
-    _spec("truncated", "The share of train examples that cutoff_len cuts is at most data.checks.max_truncated_share."),
-    _spec("unlabelled", "The share of rows without a token to learn is at most data.checks.max_unlabelled_share."),
+    _spec("unlabelled", "Share of rows without a label token is at most data.checks.max_unlabelled_share."),
     _spec(
         "overlap",
-        "The share of held-out rows whose prompt is also trained on, but for case, spaces and punctuation, is at most "
-        "data.checks.max_overlap_share.",
+        "Share of held-out rows whose prompt is also in the training split (up to case, spaces and punctuation) is at "
+        "most data.checks.max_overlap_share.",
     ),
 ]
 
@@ -40,10 +40,8 @@ def dataset_checks(
 
     def check(name: str, count: str, total: int, most: float, setting: str, problem: str) -> dg.AssetCheckResult:
         rows = statistics.get(f"first_{count}", [])
-        first = (
-            f" The first, by their number in dolly_raw: {', '.join(map(str, rows))}" if isinstance(rows, list) else ""
-        )
-        told = f"{problem}, {setting} is {most:g}.{first if rows else ''}"
+        first = f" First rows, by number in dolly_raw: {', '.join(map(str, rows))}" if isinstance(rows, list) else ""
+        told = f"{problem} ({setting} = {most:g}).{first if rows else ''}"
         return share_check(context, name, statistics[count], total, most, told, first_rows=str(rows))
 
     return [
@@ -53,7 +51,7 @@ def dataset_checks(
             taken,
             data.max_refused_share,
             "data.max_refused_share",
-            f"are refused by the template ({statistics['first_refused']})",
+            f"rejected by the template ({statistics['first_refused']})",
         ),
         check(
             "truncated",
@@ -61,7 +59,7 @@ def dataset_checks(
             examples["train"],
             allowed.max_truncated_share,
             "data.checks.max_truncated_share",
-            f"are cut at data.tokenization.cutoff_len {data.tokenization.cutoff_len}",
+            f"truncated at data.tokenization.cutoff_len = {data.tokenization.cutoff_len}",
         ),
         check(
             "unlabelled",
@@ -69,7 +67,7 @@ def dataset_checks(
             taken,
             allowed.max_unlabelled_share,
             "data.checks.max_unlabelled_share",
-            "have no token to learn",
+            "have no label token",
         ),
         check(
             "overlap",
@@ -77,6 +75,6 @@ def dataset_checks(
             examples["val"] + examples["gate"],
             allowed.max_overlap_share,
             "data.checks.max_overlap_share",
-            "are held out and their prompt is trained on",
+            "are held out, but their prompt is also in the training split",
         ),
     ]

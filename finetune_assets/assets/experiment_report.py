@@ -37,7 +37,7 @@ def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg
     with in_run(context, retried=True):
         report = collect(project.store(), deployment.configs())
         for problem in report.problems:
-            context.log.warning(f"not in the report: {problem}")
+            context.log.warning(f"Not in the report: {problem}")
 
         def build(folder: Path) -> None:
             write(report, folder)
@@ -54,7 +54,7 @@ def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg
             experiments=len(report.experiments),
             experiments_with_a_run=len(report.trained),
             champions=sum(one.champion is not None for one in report.experiments),
-            not_readable=sum(bool(one.error) for one in report.experiments) + len(report.problems),
+            unreadable_experiments=sum(bool(one.error) for one in report.experiments) + len(report.problems),
             page=dg.MetadataValue.path(f"{made.ref.uri}/{PAGE}".removeprefix("file://")),
             report=dg.MetadataValue.md((folder / PAGE_MARKDOWN).read_text(encoding="utf-8")),
         )

@@ -135,7 +135,7 @@ class Decision:
             check_name=GATE,
             severity=dg.AssetCheckSeverity.WARN,
             description=self.reason,
-            metadata={**flat, "asked": dg.MetadataValue.json(self.numbers.get("asked", {}))},
+            metadata={**flat, "thresholds": dg.MetadataValue.json(self.numbers.get("asked", {}))},
         )
 
 
@@ -154,12 +154,12 @@ def decide(lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, b
     gain, opponent = gain_of(folder, experiment.config.gate.confidence)
     verdict = judge(gain, forgetting_of(read_evaluation(folder)), experiment.config.gate, f"the {opponent}")
     if current and current.adapter == challenger.fingerprint:
-        told = f"{name(challenger)} is the champion already (record {current.number}): a gain of 0"
+        told = f"{name(challenger)} is already the champion (record {current.number})"
         return Decision(False, told, verdict.numbers, serving, serves=True)
     if why := _not_by_itself(lineage, challenger):
-        return Decision(False, f"{name(challenger)} is not promoted by itself: {why}", verdict.numbers, serving)
+        return Decision(False, f"{name(challenger)} requires manual promotion: {why}", verdict.numbers, serving)
     if not verdict.promote:
-        return Decision(False, f"{name(challenger)} is refused: {verdict.reason}", verdict.numbers, serving)
+        return Decision(False, f"{name(challenger)} not promoted: {verdict.reason}", verdict.numbers, serving)
     record = champions.promote(
         Record(
             experiment.name,
@@ -174,7 +174,7 @@ def decide(lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, b
         ),
         after=current.number if current else 0,
     )
-    told = f"{name(challenger)} is promoted (record {record.number}): {verdict.reason}"
+    told = f"{name(challenger)} promoted (record {record.number}): {verdict.reason}"
     return Decision(True, told, verdict.numbers, challenger)
 
 
@@ -183,11 +183,11 @@ def _not_by_itself(lineage: Lineage, challenger: ArtifactRef) -> str:
     experiment = lineage.experiment
     by_hand = f'finetune-adapter promote {experiment.name} {name(challenger)} --reason "..."'
     if experiment.overrides:
-        return f"it was made with settings of one run alone ({', '.join(experiment.overrides)}); `{by_hand}` would"
+        return f"it was trained with per-run overrides ({', '.join(experiment.overrides)}); use `{by_hand}`"
     if experiment.sweep:
-        return f"it is a point of the sweep {experiment.sweep}; give its settings to an experiment of their own"
+        return f"it belongs to the sweep {experiment.sweep}; copy its settings to an experiment file first"
     if withdrawn := lineage.champions.withdrawn().get(challenger.fingerprint):
-        return f"it was rolled back ({withdrawn.at}, {withdrawn.reason}); `{by_hand}` would"
+        return f"it was rolled back on {withdrawn.at} ({withdrawn.reason}); use `{by_hand}`"
     return ""
 
 

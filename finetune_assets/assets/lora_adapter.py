@@ -62,7 +62,7 @@ def lora_adapter(
         if not made.hit:
             described[GPU_HOURS] = described["device_hours"]
         elif lineage.experiment.config.wandb and "wandb_run" not in described:
-            context.log.warning("W&B has no run of this adapter, which was trained without; it is not trained again")
+            context.log.warning("No W&B run for this adapter: it was trained without W&B and is not retrained")
         return result(made, tags=overridden(lineage.experiment), **described)
 
 
@@ -111,7 +111,7 @@ def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str,
     found = with_cost(of_training(state), lineage.experiment.config.hardware.price_per_hour)
     return {
         **found,
-        "computed_by": dg.MetadataValue.json(state["active"]),
+        "runtime": dg.MetadataValue.json(state["active"]),
         **pictures(folder, state),
         **_wandb(state.get("wandb") or {}),
         **_beside_plan(lineage, ref, found),
@@ -128,7 +128,7 @@ def _beside_plan(lineage: Lineage, ref: ArtifactRef, found: Numbers) -> dict[str
     rows = rows_table(side_by_side(plan, found), ["", "predicted", "measured", "difference"])
     return {
         **{f"predicted_{name}": value for name, value in predicted(plan).items() if name in found},
-        "predicted_and_measured": dg.MetadataValue.md(rows),
+        "prediction_vs_actual": dg.MetadataValue.md(rows),
         **of_plan(plan, found.get("peak_memory_mib")),
     }
 

@@ -1,4 +1,4 @@
-"""What every asset does around its own work: make an artifact unless it is there, and tell of it."""
+"""What every asset does around its own work: reuse or make an artifact, and describe it to Dagster."""
 
 import logging
 import random
@@ -74,8 +74,8 @@ def make_once(
     else:
         ref = found
     if found:
-        context.log.info(f"nothing to do: the store has {kind.folder}/{name} from the same inputs, settings and code")
-    context.log.info(f"{called or context.asset_key.to_user_string()} lies in {ref.uri.removeprefix('file://')}")
+        context.log.info(f"Cache hit: reusing {kind.folder}/{name} (same inputs, settings and code)")
+    context.log.info(f"{called or context.asset_key.to_user_string()} stored at {ref.uri.removeprefix('file://')}")
     return Made(ref, found is not None, time.monotonic() - began)
 
 
@@ -117,8 +117,8 @@ def result(
     uri = made.ref.uri
     is_local = uri.startswith("file://")
     common = {
-        "store": "hit" if made.hit else "miss",
-        "seconds": round(made.seconds, 2),
+        "cache_hit": made.hit,
+        "duration_s": round(made.seconds, 2),
         "uri": dg.MetadataValue.path(uri.removeprefix("file://")) if is_local else dg.MetadataValue.url(uri),
         "files": made.ref.files,
         "bytes": made.ref.size,
@@ -135,13 +135,17 @@ def result(
 def refuse_stack(experiment: Experiment) -> None:
     """Fail for an experiment that combines adapters in place of training one."""
     if experiment.config.stack:
-        raise ConfigError(f"experiment {experiment.name}", "stack", "is not trained: materialize stacked_adapter")
+        raise ConfigError(
+            f"experiment {experiment.name}",
+            "stack",
+            "combines adapters and is not trained; materialize stacked_adapter instead",
+        )
 
 
 def nothing_to_do(context: dg.AssetExecutionContext, check: str, why: str) -> dg.AssetCheckResult:
     """What an asset tells instead of a materialization where there is nothing for it; its check passes."""
-    context.log.info(f"nothing to do: {why}")
-    return dg.AssetCheckResult(passed=True, check_name=check, description=f"nothing to check: {why}")
+    context.log.info(f"Skipped: {why}")
+    return dg.AssetCheckResult(passed=True, check_name=check, description=f"Check skipped: {why}")
 
 
 def trains_later(context: dg.AssetExecutionContext) -> bool:
@@ -178,16 +182,16 @@ def share_check(
         metadata: More to see.
     """
     share = count / total if total else 0.0
-    told = f"{count:,} of {total:,} rows ({share:.2%}) {problem}" if count else "none"
+    told = f"{count:,} of {total:,} rows ({share:.2%}) {problem}" if count else "No such rows"
     if share > most:
         tell = context.log.error if severity is dg.AssetCheckSeverity.ERROR else context.log.warning
-        tell(f"check {name} failed: {told}")
+        tell(f"Check {name} failed: {told}")
     return dg.AssetCheckResult(
         passed=share <= most,
         check_name=name,
         severity=severity,
         description=told,
-        metadata={"rows": count, "share": share, "allowed_share": most, **metadata},
+        metadata={"rows": count, "fraction": share, "threshold": most, **metadata},
     )
 
 
@@ -224,7 +228,9 @@ def in_run(context: dg.AssetExecutionContext, retried: bool = False) -> Iterator
         if retried and _may_pass(e):
             pause = RETRY_SECONDS * 2**context.retry_number * random.uniform(0.5, 1.5)
             if context.retry_number < RETRIES:
-                context.log.warning(f"tried again in {pause:.0f} s, {context.retry_number + 1} of {RETRIES}: {failure}")
+                context.log.warning(
+                    f"Retrying in {pause:.0f} s (attempt {context.retry_number + 1} of {RETRIES}): {failure}"
+                )
             raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=pause) from failure
         if failure is e:
             raise
@@ -239,7 +245,7 @@ def _told(error: Exception) -> Exception:
         return dg.Failure(str(error), allow_retries=False)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        told = f"{error.strerror or error}{where}; see FINETUNE_STORE, FINETUNE_CACHE and the space left"
+        told = f"{error.strerror or error}{where}; check FINETUNE_STORE, FINETUNE_CACHE and the free disk space"
         return dg.Failure(told, allow_retries=False)
     return error
 

@@ -57,7 +57,7 @@ def merged_model(
         lineage = project.lineage(context.partition_key)
         settings = lineage.experiment.config.merge
         if settings is None:
-            yield nothing_to_do(context, "merge", f"experiment {lineage.experiment.name} has no group `merge`")
+            yield nothing_to_do(context, "merge", f"experiment {lineage.experiment.name} has no `merge` settings")
             return
         fingerprint = lineage.fingerprint(MERGED, champion_adapter=champion_adapter)
 
@@ -95,7 +95,7 @@ def _checked(context: dg.AssetExecutionContext, found: dict[str, Any], settings:
     )
     passed = found["share"] <= most
     if not passed:
-        context.log.error(f"check merge failed: {told}")
+        context.log.error(f"Check merge failed: {told}")
     return dg.AssetCheckResult(
-        passed=passed, check_name="merge", description=told, metadata={**found, "allowed_share": most}
+        passed=passed, check_name="merge", description=told, metadata={**found, "threshold": most}
     )

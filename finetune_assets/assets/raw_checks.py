@@ -21,22 +21,20 @@ def _spec(name: str, description: str, blocking: bool = True) -> dg.AssetCheckSp
 
 
 SPECS = [
-    _spec("schema", "Each file holds rows that can be used; one that has none has other columns, or another format."),
-    _spec("quarantine", "The share of bad rows is at most max_quarantine_share (configs/raw_data.yaml)."),
-    _spec("duplicates", "The share of rows that repeat another is at most checks.max_duplicate_share."),
+    _spec("schema", "Each file has valid rows. A file without any has other columns or another format."),
+    _spec("quarantine", "Share of invalid rows is at most max_quarantine_share (configs/raw_data.yaml)."),
+    _spec("duplicates", "Share of exact duplicate rows is at most checks.max_duplicate_share."),
     _spec(
         "near_duplicates",
-        "The share of rows that repeat another but for case, spaces and punctuation is at most "
+        "Share of near-duplicate rows (equal up to case, spaces and punctuation) is at most "
         "checks.max_near_duplicate_share. Warns only.",
         blocking=False,
     ),
-    _spec(
-        "leakage", "The share of rows whose response stands in their instruction is at most checks.max_leakage_share."
-    ),
-    _spec("row_count", "Of the last good version's rows at most checks.max_row_fall are gone."),
+    _spec("leakage", "Share of rows whose instruction contains their response is at most checks.max_leakage_share."),
+    _spec("row_count", "Row count dropped by at most checks.max_row_fall since the last good version."),
     _spec(
         "drift",
-        "Categories and lengths are distributed as in the last good version, to checks.max_drift. Warns only.",
+        "Categories and lengths are distributed as in the last good version, within checks.max_drift. Warns only.",
         blocking=False,
     ),
 ]
@@ -103,9 +101,13 @@ def raw_checks(
 
 
 def _schema(context: dg.AssetExecutionContext, files: list[str]) -> dg.AssetCheckResult:
-    told = f"no row of {', '.join(files[:5])} can be used: see its reasons in the check quarantine" if files else "all"
+    told = (
+        f"No valid rows in {', '.join(files[:5])}; see the check quarantine for reasons"
+        if files
+        else "All files have valid rows"
+    )
     if files:
-        context.log.error(f"check schema failed: {told}")
+        context.log.error(f"Check schema failed: {told}")
     return dg.AssetCheckResult(passed=not files, check_name="schema", description=told, metadata={"files": len(files)})
 
 
@@ -121,7 +123,7 @@ def _quarantine(context: dg.AssetExecutionContext, statistics: dict[str, Any], m
         statistics["quarantined"],
         statistics["rows"] + statistics["quarantined"],
         most,
-        f"are bad and set aside, max_quarantine_share is {most:g}. The first: {told}",
+        f"quarantined (max_quarantine_share = {most:g}). First: {told}",
         reasons=dg.MetadataValue.md(rows_table(reasons, ["rows", "reason"])),
         first_rows=dg.MetadataValue.md(rows_table(first, ["file", "line", "reason", "text"])),
     )
@@ -141,9 +143,9 @@ def _repeats(
         ),
     ):
         pairs = quality[f"first_{name}"]
-        first = "row {} is row {} again".format(*pairs[0]) if pairs else ""
+        first = "row {} repeats row {}".format(*pairs[0]) if pairs else ""
         setting = f"checks.max_{name.removesuffix('s')}_share"
-        problem = f"repeat another{how}, {setting} is {most:g}. The first: {first}"
+        problem = f"repeat another row{how} ({setting} = {most:g}). First: {first}"
         shown = _rows(statistics, [row for row, _ in pairs], ["repeats"], [[f"row {other}"] for _, other in pairs])
         results.append(
             share_check(
@@ -156,7 +158,7 @@ def _repeats(
 def _leakage(context: dg.AssetExecutionContext, statistics: dict[str, Any], most: float) -> dg.AssetCheckResult:
     rows = statistics["quality"]["first_leaked"]
     problem = (
-        f"have their response in their instruction, checks.max_leakage_share is {most:g}. The first: row {rows[:1]}"
+        f"contain their response in their instruction (checks.max_leakage_share = {most:g}). First: row {rows[:1]}"
     )
     shown = _rows(statistics, rows)
     return share_check(
@@ -183,12 +185,14 @@ def _row_count(
     rows = before.rows if before else now.rows
     fall = max(0.0, 1 - now.rows / rows) if rows else 0.0
     told = (
-        f"{now.rows:,} rows, {rows:,} in the last good version" if before else f"{now.rows:,} rows, the first version"
+        f"{now.rows:,} rows; the last good version had {rows:,}"
+        if before
+        else f"{now.rows:,} rows in the first version"
     )
     if fall > most:
-        told += f": {fall:.0%} are gone, checks.max_row_fall is {most:g}"
-        context.log.error(f"check row_count failed: {told}")
-    metadata = {"rows": now.rows, "rows_before": rows, "share_gone": fall, "allowed_share": most}
+        told += f". Row count dropped by {fall:.0%} (checks.max_row_fall = {most:g})"
+        context.log.error(f"Check row_count failed: {told}")
+    metadata = {"rows": now.rows, "rows_before": rows, "row_drop_fraction": fall, "threshold": most}
     return dg.AssetCheckResult(passed=fall <= most, check_name="row_count", description=told, metadata=metadata)
 
 
@@ -201,14 +205,14 @@ def _drift(now: Profile, before: Profile | None, most: float) -> dg.AssetCheckRe
     }
     farthest = max(by, key=lambda name: by[name])
     told = (
-        f"{farthest} differ most, by {by[farthest]:.3f}; checks.max_drift is {most:g}"
+        f"Largest distance: {farthest}, {by[farthest]:.3f} (checks.max_drift = {most:g})"
         if before
-        else "the first version"
+        else "First version: no version to compare with"
     )
     return dg.AssetCheckResult(
         passed=by[farthest] <= most,
         check_name="drift",
         severity=dg.AssetCheckSeverity.WARN,
         description=told,
-        metadata={**{f"{name}_distance": value for name, value in by.items()}, "allowed_distance": most},
+        metadata={**{f"{name}_distance": value for name, value in by.items()}, "threshold": most},
     )

@@ -49,7 +49,7 @@ def stacked_adapter(
     with in_run(context, retried=True):
         lineage = project.lineage(context.partition_key)
         if lineage.experiment.config.stack is None:
-            yield nothing_to_do(context, GATE, f"experiment {lineage.experiment.name} has no group `stack`")
+            yield nothing_to_do(context, GATE, f"experiment {lineage.experiment.name} has no `stack` settings")
             return
         parts = lineage.stacked_from(cached_base_model)
         fingerprint = lineage.fingerprint(STACKS, cached_base_model=cached_base_model)

@@ -88,9 +88,9 @@ def training_plan(
 
 
 def _checked(context: dg.AssetExecutionContext, plan: dict[str, Any], trained: bool) -> dg.AssetCheckResult:
-    told = f"not planned anew, as the adapter is trained; before that: {plan['told']}" if trained else plan["told"]
+    told = f"Plan reused: the adapter is already trained. {plan['told']}" if trained else plan["told"]
     if not plan["fits"]:
-        told += ". To try it nevertheless, materialize lora_adapter alone"
+        told += ". To train anyway, materialize lora_adapter without training_plan"
     (context.log.info if plan["fits"] else context.log.error)(told)
     numbers = {name: plan[name] for name in ("peak_memory_mib", "usable_mib") if plan[name] is not None}
     return dg.AssetCheckResult(
@@ -113,7 +113,7 @@ def _described(plan: dict[str, Any]) -> dict[str, Any]:
         **{f"predicted_{name}": value for name, value in predicted(plan).items()},
         "usable_memory_mib": plan["usable_mib"],
         "hardware": f"{plan['device']['processes']} x {plan['device']['name']}",
-        "time_known_from": plan["known_from"],
+        "time_estimate_source": plan["known_from"],
         "gradient_checkpointing": plan["gradient_checkpointing"],
         "memory": dg.MetadataValue.md(rows_table(rows, ["part", "MiB"])),
         **of_plan(plan),

@@ -77,20 +77,23 @@ def look(watched: Watched, seen: Seen, settings: Arrivals, now: float) -> Look:
     """
     glance = watched.glance()
     if glance == seen.settled:
-        return Look(replace(seen, glance="", first=0.0), "nothing has changed")
+        return Look(replace(seen, glance="", first=0.0), "No change")
     if glance != seen.glance:
         seen = replace(seen, glance=glance, since=now, first=seen.first or now)
-        return Look(seen, f"something has changed; read once it is unchanged for {settings.quiet_seconds:g} s")
+        return Look(seen, f"Change detected; waiting for {settings.quiet_seconds:g} s without changes")
     if (still := now - seen.since) < settings.quiet_seconds:
-        return Look(seen, f"unchanged for {still:.0f} of {settings.quiet_seconds:g} s")
+        return Look(seen, f"Unchanged for {still:.0f} of {settings.quiet_seconds:g} s")
     version = watched.version()
     if version == seen.version:
-        return Look(replace(seen, settled=glance, glance="", first=0.0), "touched, moved or renamed: the same rows")
+        return Look(
+            replace(seen, settled=glance, glance="", first=0.0),
+            "No content change (files only touched, moved or renamed)",
+        )
     rows = watched.rows() if settings.min_new_rows else None
     if (wait := _waits_for_more(rows, seen, settings, now)) is not None:
         return Look(seen, wait)
     started = Seen(version, rows, seen.number + 1, settled=glance)
-    told = f"new data, version {version[:12]}" + (f", {rows:,} rows" if rows is not None else "")
+    told = f"New data: version {version[:12]}" + (f", {rows:,} rows" if rows is not None else "")
     return Look(started, told, starts=True)
 
 
@@ -101,5 +104,6 @@ def _waits_for_more(rows: int | None, seen: Seen, settings: Arrivals, now: float
         return None
     at = datetime.fromtimestamp(until, UTC)
     return (
-        f"{rows - seen.rows:+,} rows of min_new_rows {settings.min_new_rows:,}; read at {at:%H:%M:%S} UTC at the latest"
+        f"{rows - seen.rows:+,} rows (arrivals.min_new_rows = {settings.min_new_rows:,}); will be read by "
+        f"{at:%H:%M:%S} UTC"
     )

@@ -38,13 +38,15 @@ class WithinBudget(dg.AutomationCondition):  # type: ignore[type-arg]
 
     @property
     def description(self) -> str:
-        return "today's trainings have taken less than arrivals.gpu_hours_a_day of raw_data.yaml"
+        return "Daily GPU budget left (raw_data.yaml: arrivals.gpu_hours_a_day)"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         budget, subset = allowed(), context.candidate_subset
         if budget is not None and not subset.is_empty:
             used = used_today(context.asset_graph_view.instance, context.evaluation_time)
             if used >= budget:
-                context.log.warning(f"{used:.2f} of {budget:g} GPU-hours are used today; training waits for tomorrow")
+                context.log.warning(
+                    f"Daily GPU budget exhausted (used {used:.2f} of {budget:g} h); training deferred to tomorrow"
+                )
                 subset = context.get_empty_subset()
         return dg.AutomationResult(context, subset)

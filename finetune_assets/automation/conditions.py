@@ -35,7 +35,7 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
 
     @property
     def description(self) -> str:
-        return "a subscribed experiment's settings or inputs are not those it was last asked for with"
+        return "Settings or input versions changed since the last request"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         memory = Memory.read(context.cursor)
@@ -133,7 +133,7 @@ class GoodRows(dg.AutomationCondition):  # type: ignore[type-arg]
 
     @property
     def description(self) -> str:
-        return "the newest raw data passed its blocking checks"
+        return "The latest raw data passed its blocking checks"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         subset = context.candidate_subset
@@ -147,7 +147,7 @@ class HasSettings(dg.AutomationCondition):  # type: ignore[type-arg]
 
     @property
     def description(self) -> str:
-        return "the experiment has settings for this asset"
+        return "The experiment configures this asset"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         subset = context.candidate_subset
@@ -178,5 +178,5 @@ def by_itself(
         & ~condition.in_progress()
         & condition.all_deps_blocking_checks_passed().ignore(others)
     )
-    both = asked.with_label("there is something to do") & HasSettings() & ready.with_label("all that it needs is there")
-    return (both & only_while if only_while else both).with_label("by itself")
+    both = asked.with_label("Inputs changed") & HasSettings() & ready.with_label("Dependencies ready")
+    return (both & only_while if only_while else both).with_label("Auto-materialize")

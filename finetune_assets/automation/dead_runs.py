@@ -14,8 +14,8 @@ from finetune_assets.resources import alive
 @dg.sensor(
     minimum_interval_seconds=10,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Ends runs of this machine whose process is gone: killed, out of memory, or gone with the machine. One "
-    "that Dagster had started is started again, and training goes on from its last checkpoint.",
+    description="Marks runs as failed when their process on this host has died (killed, out of memory, reboot). Runs "
+    "that Dagster started are retried and resume from their last checkpoint.",
 )
 def dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """A run must be found dead twice: whoever else knows of it has had time to say so."""
@@ -26,17 +26,17 @@ def dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
             alive.forget(run_id)
         elif run_id in before:
             end(context.instance, run)
-            context.log.warning(f"run {run_id} had lost its process")
+            context.log.warning(f"Run {run_id}: its process has died")
             alive.forget(run_id)
         else:
             still.append(run_id)
-    told = f"looks again at {', '.join(still)}" if still else "every run has its process"
+    told = f"Re-checking {', '.join(still)}" if still else "All runs alive"
     return dg.SensorResult(skip_reason=told, cursor=json.dumps(still))
 
 
 def end(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
     """As failed, so that the daemon starts it again; as canceled where only the command line could."""
-    told = "the run's process is gone: it was killed, had no memory left, or its machine was switched off"
+    told = "The run's process has died: it was killed, ran out of memory, or its host went down"
     if run.remote_job_origin is None or run.status is dg.DagsterRunStatus.CANCELING:
         instance.report_run_canceled(run, told)
     else:

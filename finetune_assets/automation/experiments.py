@@ -20,6 +20,6 @@ with warnings.catch_warnings():
         run_tags={BY_ITSELF_TAG: "true", "dagster/retry_strategy": "ALL_STEPS"},
         emit_backfills=False,
         use_user_code_server=True,
-        description="Starts what subscribed experiments need: everything after new raw data, and what an edited or a "
-        "new file in configs/experiments/ changes. The tab Automation of an asset shows what each look found.",
+        description="Materializes what subscribed experiments need after new raw data, and after a new or edited file "
+        "in configs/experiments/. See the Automation tab of an asset for each evaluation.",
     )

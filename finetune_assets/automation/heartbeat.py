@@ -25,7 +25,7 @@ def silent(now: float | None = None) -> dict[str, str]:
     for path in sorted(_folder().glob("*")):
         if (seconds := now - path.stat().st_mtime) > SILENT_SECONDS:
             found[f"{path.name} has stopped"] = (
-                f"It did its work last {seconds / 60:.0f} minutes ago. Automation in Dagster's UI shows whether it was "
-                "switched off, and what its last ticks say."
+                f"Last successful tick: {seconds / 60:.0f} minutes ago. See Automation in Dagster's UI for its status "
+                "and its last ticks."
             )
     return found

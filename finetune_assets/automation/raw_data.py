@@ -20,9 +20,9 @@ VERSION_TAG = "finetune/raw_version"
     target=DOLLY_RAW,
     minimum_interval_seconds=EACH_TIME,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Looks at the source of raw data (configs/raw_data.yaml) every five seconds, and starts `dolly_raw` "
-    "once for each new version of it, when it has stopped changing. Subscribed experiments follow. What it found "
-    "stands beside each tick; how long it waits, and for how much, is `arrivals` in raw_data.yaml.",
+    description="Watches the raw data source (configs/raw_data.yaml) every five seconds and materializes `dolly_raw` "
+    "once for each new version. Subscribed experiments follow. Tick details show what changed; configure debounce and "
+    "batch size under `arrivals` in raw_data.yaml.",
 )
 def raw_data_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     seen = Seen.read(context.cursor)
@@ -30,7 +30,7 @@ def raw_data_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         found = look_at_source(seen)
     except UserError as e:
         context.log.warning(str(e))
-        return dg.SensorResult(skip_reason=f"nothing was started: {e}", cursor=seen.write())
+        return dg.SensorResult(skip_reason=f"Not started: {e}", cursor=seen.write())
     heartbeat.beat("raw_data_sensor")
     return _answer(found)
 
@@ -52,8 +52,8 @@ def _answer(found: Look) -> dg.SensorResult:
 @dg.schedule(
     cron_schedule="0 * * * *",
     target=DOLLY_RAW,
-    description="Reads the raw data every hour, whether or not it seems to have changed; nothing follows where it has "
-    "not. For a source that the sensor cannot watch. Off until it is switched on.",
+    description="Reads the raw data every hour, for sources that the sensor cannot watch. Unchanged data starts "
+    "nothing else. Off by default.",
 )
 def raw_data_schedule() -> dg.RunRequest:
     return dg.RunRequest()

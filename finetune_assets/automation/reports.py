@@ -23,7 +23,7 @@ class NewerInputs(dg.AutomationCondition):  # type: ignore[type-arg]
 
     @property
     def description(self) -> str:
-        return "an evaluation or a champion is newer than this, and was not asked for yet"
+        return "Upstream evaluation or champion updated since the last request"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         memory = json.loads(context.cursor) if context.cursor else {"asked": 0, "seen": 0}
@@ -49,4 +49,4 @@ def _newest(instance: dg.DagsterInstance, asset: str) -> tuple[int, float]:
 def newer(*inputs: str) -> Any:
     """The condition of an asset without partitions that follows partitioned ones, whichever of them are made."""
     condition = NewerInputs(*inputs) & ~dg.AutomationCondition.in_progress()
-    return condition.with_label("by itself, after evaluations")
+    return condition.with_label("Auto-materialize after evaluations")

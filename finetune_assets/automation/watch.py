@@ -19,8 +19,8 @@ STATUS = dg.DefaultSensorStatus.RUNNING if configured() else dg.DefaultSensorSta
     name="alert_on_failure",
     minimum_interval_seconds=10,
     default_status=STATUS,
-    description="Tells a person of each run that failed, with the worker's own error: a training that failed, or a "
-    "blocking check. Runs by itself once FINETUNE_ALERT_WEBHOOK or FINETUNE_ALERT_EMAIL is set.",
+    description="Alerts on each failed run with the worker's own error: a failed training, or a failed blocking "
+    "check. Starts automatically once FINETUNE_ALERT_WEBHOOK or FINETUNE_ALERT_EMAIL is set.",
 )
 def alert_on_failure(context: dg.RunFailureSensorContext) -> None:
     run = context.dagster_run
@@ -42,10 +42,10 @@ def _why(context: dg.RunFailureSensorContext) -> str:
         f"check {check.check_name} of {check.asset_key.to_user_string()}: {check.description}"
         for check in _failed_checks(context)
     ]
-    said = context.failure_event.message or "no step says why"
+    said = context.failure_event.message or "No step error recorded"
     if not told and "outside the execution context" in said:
-        said = "its process is gone: it was killed, or had no memory left"
-    again = "\nThe daemon starts it again." if _is_repeated(context) else ""
+        said = "Its process has died: it was killed or ran out of memory"
+    again = "\nIt will be retried automatically." if _is_repeated(context) else ""
     return ("\n".join(told) or said) + again
 
 
@@ -72,8 +72,8 @@ def _failed_checks(context: dg.RunFailureSensorContext) -> list[Any]:
 @dg.sensor(
     minimum_interval_seconds=60,
     default_status=STATUS,
-    description="Tells a person, once each time, when the day's GPU-hours are used up and when a sensor that feeds the "
-    "graph has not done its work for five minutes. Runs by itself once an alert is configured.",
+    description="Alerts once when the daily GPU budget is exhausted, and when a sensor of the graph has not run for "
+    "five minutes. Starts automatically once an alert is configured.",
 )
 def alert_on_standstill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     told = set(json.loads(context.cursor or "[]"))
@@ -84,12 +84,12 @@ def alert_on_standstill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         except AlertError as e:
             context.log.error(str(e))
             del found[title]  # tried again at the next tick
-    return dg.SensorResult(skip_reason="; ".join(sorted(found)) or "all is well", cursor=json.dumps(sorted(found)))
+    return dg.SensorResult(skip_reason="; ".join(sorted(found)) or "No alerts", cursor=json.dumps(sorted(found)))
 
 
 def _empty_budget(instance: dg.DagsterInstance) -> dict[str, str]:
     allowed, now = budget.allowed(), datetime.now(UTC)
     if allowed is None or (used := budget.used_today(instance, now)) < allowed:
         return {}
-    title = f"the GPU-hours of {now:%d %B} are used up"
-    return {title: f"{used:.2f} of {allowed:g} (arrivals.gpu_hours_a_day). New data is trained on tomorrow."}
+    title = f"Daily GPU budget of {now:%d %B} exhausted"
+    return {title: f"Used {used:.2f} of {allowed:g} GPU-hours (arrivals.gpu_hours_a_day). Training resumes tomorrow."}

@@ -37,7 +37,7 @@ class Gain:
 
     def __str__(self) -> str:
         return (
-            f"{self.mean:+.4f} nats a token over {self.rows:,} rows (at {self.confidence:.0%} confidence more than "
+            f"{self.mean:+.4f} nats/token on {self.rows:,} held-out rows ({self.confidence:.0%} lower bound "
             f"{self.lower:+.4f})"
         )
 
@@ -116,14 +116,12 @@ def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -
     against, most = [], settings.max_forgetting
     if gain.rows < settings.min_rows:
         against.append(
-            f"only {gain.rows} rows of the gate can be compared, at least {settings.min_rows} are needed (more rows, a "
-            "larger data.gate_fraction, or promote it by hand: finetune-adapter promote)"
+            f"only {gain.rows} comparable gate rows (gate.min_rows = {settings.min_rows}); add rows, raise "
+            "data.gate_fraction, or promote manually with finetune-adapter promote"
         )
     if forgetting is not None and forgetting > most:
-        against.append(
-            f"it has forgotten {forgetting:.4f} nats a token of the general text, and at most {most:g} may be"
-        )
-    gains = f"it gains on {opponent} {gain}, and more than {settings.min_gain:g} is needed"
+        against.append(f"forgetting is {forgetting:.4f} nats/token on general text (gate.max_forgetting = {most:g})")
+    gains = f"improvement over {opponent}: {gain}; gate.min_gain = {settings.min_gain:g}"
     if gain.rows and gain.lower <= settings.min_gain:
         against.append(gains)
     return Verdict(not against, "; ".join(against) or gains, numbers)

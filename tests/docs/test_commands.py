@@ -52,7 +52,7 @@ def cache_hits(project: Path, asset: str) -> list[bool]:
     with dg.DagsterInstance.from_config(str(project / ".dagster_home")) as instance:
         found = instance.fetch_materializations(dg.AssetKey(asset), limit=10, ascending=True).records
     made = [record.asset_materialization for record in found]
-    return [one.metadata["store"].value == "hit" for one in made if one]
+    return [bool(one.metadata["cache_hit"].value) for one in made if one]
 
 
 @pytest.mark.parametrize("page", SHOWS_SOMETHING)

@@ -59,7 +59,7 @@ class Run:
     @property
     def reused(self) -> set[str]:
         """Assets whose artifact the store had already."""
-        return {asset for asset in self.materialized if self.metadata(asset).get("store") == "hit"}
+        return {asset for asset in self.materialized if self.metadata(asset).get("cache_hit")}
 
     @property
     def failures(self) -> dict[str, str]:

@@ -27,5 +27,5 @@ def test_what_does_not_fit_is_refused_with_what_would(project: TestProject, grap
         assert metadata[f"predicted_{measured}"] == metadata[measured]
         assert metadata[measured] == plan["work"][measured]
     assert metadata["predicted_peak_memory_mib"] == plan["peak_memory_mib"]
-    assert "| peak memory mib |" in metadata["predicted_and_measured"]
+    assert "| peak memory mib |" in metadata["prediction_vs_actual"]
     assert "cost" in metadata
