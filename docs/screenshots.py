@@ -78,7 +78,7 @@ AFTER_TOO_SMALL = (
     Shot(
         "failed-preflight",
         "/assets/training_plan?view=checks&checkDetail=fits",
-        ("Failed", "it does not fit 1 x small card", "advice"),
+        ("Failed", "Does not fit 1 x small card", "advice"),
     ),
 )
 

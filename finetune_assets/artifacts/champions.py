@@ -239,7 +239,7 @@ class Champions:
 
 def _need_reason(reason: str) -> None:
     if not reason.strip():
-        raise StoreError("say why, with --reason: whoever looks at the history later will ask")
+        raise StoreError("--reason is required; it is recorded in the promotion history")
 
 
 def _now() -> str:

@@ -59,7 +59,8 @@ def experiment_files(configs: Path) -> list[str]:
         if path.suffix == ".yaml" and EXPERIMENT_NAME.fullmatch(path.stem) and "..." not in path.stem:
             names.append(path.stem)
         elif path.suffix in (".yaml", ".yml"):
-            logger.warning("%s is no experiment: name it with letters, digits, '.', '_', '-', ending in .yaml", path)
+            problem = "use letters, digits, '.', '_' and '-', ending in .yaml"
+            logger.warning("Invalid experiment file name %s: %s", path, problem)
     return names
 
 

@@ -193,7 +193,7 @@ class Cluster:
                 status = getattr(e, "status", None) or 500
                 if (status != 429 and status < 500) or time.monotonic() > deadline:
                     raise _refused(e) from e
-                logger.warning("Kubernetes does not answer (%s); asked again", e)
+                logger.warning("Kubernetes API unreachable (%s); retrying", e)
                 time.sleep(POLL_SECONDS)
 
     def leads(self, remote: RemoteJob) -> bool:

@@ -175,7 +175,7 @@ class SlurmLauncher:
                     told = now
                     logger.info("Slurm's job %s: %s", number, told)
                 if state.name == "PENDING" and state.reason in NEVER:
-                    raise UserError(f"Slurm would never start job {number} ({state.reason}): {NEVER[state.reason]}")
+                    raise UserError(f"Slurm job {number} can never start ({state.reason}): {NEVER[state.reason]}")
                 if state.headless:
                     logger.warning("Slurm's job %s has lost its first node, %s; cancelled", number, state.first)
                     self._cancel(number)
@@ -339,7 +339,7 @@ def _refused(spec: JobSpec, said: str) -> UserError:
             return UserError(f"Slurm has refused the job. {named}")
     line = " ".join(said.split())
     if any(sign in words for sign in BUSY):
-        return JobFailed(f"Slurm takes no job just now: {line}", retriable=True)
+        return JobFailed(f"Slurm rejected the submission for now: {line}", retriable=True)
     return UserError(f"Slurm has refused the job: {line}")
 
 

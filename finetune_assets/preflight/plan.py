@@ -54,14 +54,14 @@ class Plan:
     def told(self) -> str:
         """One sentence: whether it fits, and what would."""
         if self.memory is None:
-            return f"nothing is known of its memory, as the model cannot be simulated ({self.unknown})"
+            return f"Memory estimate unavailable: the model cannot be simulated ({self.unknown})"
         each = "GPU" if self.device.kind == "cuda" else "process"
         needs = f"{sized(self.memory.total)} of the {sized(self.device.usable)} that a {each} can use"
         machines = f" on {self.device.nodes} machines" if self.device.nodes > 1 else ""
         where = f"{self.device.processes} x {self.device.name}{machines}"
         if self.fits:
-            return f"it fits {where}: {needs}"
-        return f"it does not fit {where}: {needs}. What would: {'; or '.join(self.advice)}"
+            return f"Fits {where}: {needs}"
+        return f"Does not fit {where}: {needs}. Settings that fit: {'; or '.join(self.advice)}"
 
     def to_dict(self) -> dict[str, Any]:
         work = self.work and {"steps": self.work.steps, "tokens": self.work.tokens}

@@ -86,7 +86,7 @@ def speed(hardware: str, kind: Kind, past: Iterable[Past]) -> tuple[float | None
     part = next((part for part in PEAK_TFLOPS if part in hardware), None)
     if part is None:
         return None, f"nothing was trained on {hardware} yet"
-    guess = f"{ASSUMED_MFU:.0%} of the data sheet's rate, as nothing was trained on {hardware} yet"
+    guess = f"{ASSUMED_MFU:.0%} MFU, assumed: no measured run on {hardware} yet"
     return PEAK_TFLOPS[part] * 1e12 * ASSUMED_MFU, guess
 
 

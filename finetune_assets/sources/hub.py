@@ -139,7 +139,7 @@ def explained(error: type[UserError], where: str, page: str, otherwise: str) -> 
     except DisabledRepoError as e:
         raise error(f"{where}: the Hub has disabled this repository. {otherwise}") from e
     except OfflineModeIsEnabled as e:
-        raise error(f"{where}: HF_HUB_OFFLINE forbids to ask the Hub; unset it. {otherwise}") from e
+        raise error(f"{where}: Hub access is disabled by HF_HUB_OFFLINE; unset it. {otherwise}") from e
     except HfHubHTTPError as e:
         raise error(f"{where}: {_refusal(e)}") from e
     except (OSError, HTTPError) as e:

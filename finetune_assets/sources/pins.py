@@ -53,7 +53,7 @@ class Pins:
             recorded = self._read(repo, revision) if hub.is_down(e) else None
             if recorded is None:
                 raise
-            logger.warning("the Hub does not answer (%s); going on with %s@%s of the last time", e, repo, recorded)
+            logger.warning("Hub unreachable (%s); using %s@%s from the last request", e, repo, recorded)
             return recorded
         self._answer = repo, revision, commit
         return commit

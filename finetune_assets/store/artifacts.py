@@ -93,8 +93,8 @@ class ArtifactStore:
         ref = self.find(kind, name)
         if ref is None:
             raise ArtifactMissing(
-                f"materialize {made_by} first, with the same settings and overrides: what they and the data of now "
-                f"demand is not in the store ({self.url}/{self.prefix(kind, name)})"
+                f"Artifact not found: {self.url}/{self.prefix(kind, name)}. Materialize {made_by} first, with the same "
+                "settings and overrides"
             )
         return ref
 
@@ -106,7 +106,7 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
         if manifest.kind != kind or (kind != SHARED and manifest.fingerprint != name):
-            raise ManifestError(f"{self.url}/{key}: refused, it is of another artifact ({manifest.fingerprint})")
+            raise ManifestError(f"{self.url}/{key}: this manifest belongs to another artifact ({manifest.fingerprint})")
         return manifest
 
     def _parsed(self, key: str) -> Manifest:
@@ -176,7 +176,7 @@ class ArtifactStore:
                 reader = _Reader(sources[path], progress)
                 self.objects.upload(f"{prefix}/{path}", sizes[path], reader.chunks)
                 if reader.size != sizes[path] or reader.sha256 != expected.get(path, reader.sha256):
-                    raise StoreError(f"{sources[path]}: changed while it was published; run its asset again")
+                    raise StoreError(f"File changed during upload: {sources[path]}. Materialize the asset again")
                 hashes[path] = reader.sha256
 
             in_parallel([lambda path=path: upload(path) for path in _largest_first(sizes)], progress)  # type: ignore[misc]

@@ -215,15 +215,15 @@ class NodeCache:
                     logger.info("removed %s (%s) from %s to make room", one.entry.name, gigabytes(one.size), self.root)
                     used, free = used - one.size, free + one.size
             if self.limit is not None and used + total > self.limit:
-                rest = f", and {gigabytes(used)} are in use by others" if used else ""
+                rest = f", and running jobs use {gigabytes(used)}" if used else ""
                 raise StoreError(
-                    f"FINETUNE_CACHE_LIMIT: raise it, {gigabytes(self.limit)} are too few; {entry.name} has "
+                    f"FINETUNE_CACHE_LIMIT is too small: {gigabytes(self.limit)}, artifact {entry.name} needs "
                     f"{gigabytes(total)}{rest}"
                 )
             if coming > free:
                 raise StoreError(
-                    f"{self.root}: no space left; {entry.name} needs {gigabytes(coming)}, free are "
-                    f"{gigabytes(max(free, 0))}. Free some, or set FINETUNE_CACHE to a folder on a larger disk"
+                    f"{self.root}: not enough disk space; {entry.name} needs {gigabytes(coming)}, "
+                    f"{gigabytes(max(free, 0))} free. Free some, or set FINETUNE_CACHE to a folder on a larger disk"
                 )
             (entry.partial / RESERVED).write_text(str(total), encoding="utf-8")
             entry.folder.mkdir(parents=True, exist_ok=True)  # from here on others count it

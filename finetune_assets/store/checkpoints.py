@@ -66,8 +66,8 @@ class Checkpoints:
         latest = max(self._attempts(), default=0)
         if latest > self.attempt:
             raise Superseded(
-                f"{self.store.url}/{self.prefix}: attempt {latest} at this training has begun since; this one, "
-                f"{self.attempt}, ends and publishes nothing"
+                f"{self.store.url}/{self.prefix}: attempt {self.attempt} was superseded by attempt {latest}; stopping "
+                "without publishing"
             )
 
     def fetch_newest(self) -> None:

@@ -99,9 +99,9 @@ def alone(path: Path, doing: str) -> Iterator[None]:
     while not lock.acquire(blocking=False):
         if time.monotonic() - told >= (TELL_SECONDS if told > began else 0.5):
             told = time.monotonic()
-            logger.info("waiting for %s", lock.read_note() or f"another process, which {doing}")
+            logger.info("Waiting for %s", lock.read_note() or f"the lock of another process ({doing})")
         time.sleep(POLL_SECONDS)
-    who = f"process {os.getpid()}, which {doing} since {datetime.now():%H:%M:%S}"
+    who = f"the lock held by PID {os.getpid()} ({doing}, since {datetime.now():%H:%M:%S})"
     lock.note(who)
     noting, package = _Noting(lock, who), logging.getLogger("finetune_assets")
     package.addHandler(noting)

@@ -50,7 +50,7 @@ def _commands() -> Commands:
     commands.add("history", history, "every adapter that served an experiment, and why").add_argument(
         "experiment", help=experiment
     )
-    promotion = commands.add("promote", promote, "have an adapter serve because you say so")
+    promotion = commands.add("promote", promote, "promote an adapter manually")
     promotion.add_argument("experiment", help=experiment)
     promotion.add_argument("adapter", help=NAMED)
     rollback = commands.add("rollback", roll_back, "have an earlier champion serve again; it alone changes")
@@ -83,7 +83,7 @@ def champions(store: ArtifactStore, args: argparse.Namespace) -> bool:
         if current:
             table.add_row(name, str(current.number), current.adapter[:SHORT], _moment(current), _why(current))
     if not table.row_count:
-        out.print(f"no adapter serves{f' {args.experiment}' if args.experiment else ''} yet; see champion_adapter")
+        out.print(f"No champion{f' of {args.experiment}' if args.experiment else ''} yet; materialize champion_adapter")
         return True
     out.print(table)
     return True
@@ -128,7 +128,7 @@ def roll_back(store: ArtifactStore, args: argparse.Namespace) -> bool:
     record = Champions(store, args.experiment).roll_back(args.reason, _who(), args.to)
     out.print(
         f"{record.adapter[:SHORT]} is the champion of {args.experiment} again (record {record.number}); "
-        f"{(record.before or '')[:SHORT]} is not promoted by itself any more"
+        f"{(record.before or '')[:SHORT]} is excluded from automatic promotion"
     )
     return True
 
@@ -138,7 +138,7 @@ def fetch_champion(store: ArtifactStore, args: argparse.Namespace) -> bool:
     if adapter is None:
         raise ArtifactMissing(f"{args.experiment} has no champion yet")
     copy_out(store, adapter, args.folder)
-    out.print(f"champion {adapter.fingerprint[:SHORT]} of {args.experiment} lies in {args.folder}")
+    out.print(f"champion {adapter.fingerprint[:SHORT]} of {args.experiment} stored in {args.folder}")
     manifest = store.manifest(adapter.kind, adapter.name)
     origin = manifest.made_from if manifest else {}
     if str(origin.get("base_model", "")).startswith(NOT_ON_THE_HUB):

@@ -61,7 +61,7 @@ def tell(console: Console, trained_before: bool, seconds: float) -> None:
         console.print("[bold]Nothing was trained again[/bold]: data, settings and code are those of the last run.")
     uri = lineage.expected(ADAPTERS).uri
     shown = uri.removeprefix("file://").removeprefix(f"{Path.cwd()}/")
-    console.print(f"Done in {seconds:.0f} s. The adapter lies in\n  {shown}", highlight=False, soft_wrap=True)
+    console.print(f"Done in {seconds:.0f} s. Adapter stored in\n  {shown}", highlight=False, soft_wrap=True)
     console.print(
         "\nSee it:   make ui   (then http://127.0.0.1:3000, Lineage)\n"
         "Go on:    docs/your-data.md, docs/your-model.md; a real model is one YAML line away:\n"
@@ -95,7 +95,7 @@ METRICS = {
 def measurements(evaluation: dict[str, Any]) -> Table:
     """What base and adapter (and the champion before it, if there was one) lose and get right."""
     contenders = evaluation["contenders"]
-    table = Table(title=f"Measured on {evaluation['rows']} rows that nothing was chosen by")
+    table = Table(title=f"Held-out evaluation ({evaluation['rows']} gate rows)")
     table.add_column("")
     for name in contenders:
         table.add_column({"challenger": "with adapter", "base": "base model"}.get(name, name))

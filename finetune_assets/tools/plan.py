@@ -79,7 +79,7 @@ def show(experiment: str, plan: "Plan") -> None:
         table.add_row("usable", sized(plan.device.usable))
         out.print(table)
     if plan.checkpointing:
-        out.print("with activations computed twice (training.gradient_checkpointing)")
+        out.print("gradient checkpointing: on")
     out.print()
     if plan.work:
         out.print(f"steps     {plan.work.steps:,}\ntokens    {plan.work.tokens:,}")

@@ -67,5 +67,5 @@ def with_results(readme: Path, evaluation: dict[str, Any], repo: str) -> None:
     for metric, title in {**METRICS, "general_loss": "Loss of general text"}.items():
         if all(metric in found[name] for name in names):
             lines.append(f"| {title} | {' | '.join(f'{found[name][metric]:.4f}' for name in names)} |")
-    card.text = f"{card.text.rstrip()}\n\n## Measured on {rows} rows that nothing was chosen by\n\n" + "\n".join(lines)
+    card.text = f"{card.text.rstrip()}\n\n## Held-out evaluation ({rows} rows)\n\n" + "\n".join(lines)
     card.save(readme)

@@ -56,7 +56,7 @@ def compare_runs(store: ArtifactStore, args: argparse.Namespace) -> bool:
         out.print(escape(f"{title}, made {moment(run.created)} UTC{alone}"))
     for what, differing in _parts(compared).items():
         out.print()
-        out.print(_differing(what, differing, titles) if differing else f"{what}: all the same")
+        out.print(_differing(what, differing, titles) if differing else f"{what}: no differences")
     out.print()
     if any(difference.setting == "tokenized_dataset" for difference in compared.inputs):
         out.print("Their datasets differ: losses are of other rows, or of other tokens of the same.")

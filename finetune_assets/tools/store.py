@@ -109,7 +109,7 @@ def show(store: ArtifactStore, args: argparse.Namespace) -> bool:
 def fetch_artifact(store: ArtifactStore, args: argparse.Namespace) -> bool:
     artifact = one(store, inventory(store.objects), args.name)
     copy_out(store, store.ref(artifact.kind, artifact.name, artifact.manifest), args.folder)
-    out.print(f"{label(artifact)} lies in {args.folder}")
+    out.print(f"{label(artifact)} stored in {args.folder}")
     return True
 
 
@@ -136,7 +136,7 @@ def _verify_cache(store: ArtifactStore) -> bool:
         bad = cached.entry.damaged()
         whole &= not bad
         removed = bool(bad) and cached.entry.remove()
-        told = "removed, comes anew when needed" if removed else "in use: end what uses it, then verify again"
+        told = "evicted; fetched again when needed" if removed else "in use: end what uses it, then verify again"
         state = "[red]damaged[/red]" if bad else "whole  "
         out.print(f"{state} {cached.entry.label} {', '.join(bad)}" + (f" ({told})" if bad else ""))
     return whole
@@ -178,7 +178,7 @@ def collect_garbage(store: ArtifactStore, args: argparse.Namespace) -> bool:
     size = gigabytes(sum(removal.size for removal in removals))
     out.print(
         f"{done}: {table.row_count} artifacts or attempts ({size}), {len(uploads)} unfinished uploads, "
-        f"{len(scratch)} trainings on this machine that never ended; all older than {config.keep_days:g} days"
+        f"{len(scratch)} interrupted trainings on this host; all older than {config.keep_days:g} days"
     )
     if not args.delete:
         out.print("Nothing was removed. Run again with --delete.")

@@ -132,7 +132,7 @@ def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dic
         "raw data's fingerprint": _code(provenance.get("dolly_raw")),
         "this adapter's fingerprint": _code(provenance.get("fingerprint")),
         "combined from": _combined(provenance.get("champions") or {}),
-        "begun from": _code(provenance.get("warm_start")),
+        "initialized from": _code(provenance.get("warm_start")),
         "settings of one run alone": ", ".join(provenance.get("overrides") or []),
         **(_trained(config, state) if state["step"] else {}),
         "held-out loss": _before_and_after(held_out) if held_out["after"] is not None else "",

@@ -84,7 +84,7 @@ class LoraFinetune(Prepared):
         found = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process)
         if found:
             self.log = Log(**{**found, "active": self.log.active})
-            self.reporter.say(f"going on from the checkpoint of step {self.log.step}")
+            self.reporter.say(f"Resuming from checkpoint at step {self.log.step}")
 
     def _describe(self) -> None:
         self.reporter.say(
@@ -240,10 +240,8 @@ class LoraFinetune(Prepared):
             checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log), keep)
         self.process.barrier()
         if self.stopping:
-            raise Preempted(
-                f"asked to end (SIGTERM) at step {self.log.step} of {self.order.steps}; a checkpoint is kept, from "
-                "which the next run of this asset goes on"
-            )
+            step = f"{self.log.step}/{self.order.steps}"
+            raise Preempted(f"Preempted (SIGTERM) at step {step}; checkpoint saved, the next run resumes")
 
     def _write_output(self) -> None:
         before, after = self.log.held_out_loss.values()

@@ -179,7 +179,7 @@ class WandbRun:
     def _leave(self, server: str | None) -> None:
         sync = self._known.get("begun", {}).get("sync", "see docs/wandb.md")
         self._say(
-            f"Weights & Biases: {server or 'wandb'} no longer answers; the run is kept, and can be sent later: {sync}"
+            f"Weights & Biases: {server or 'wandb'} unreachable; the run is saved locally, upload it with: {sync}"
         )
 
     # ---- the other process
