@@ -1,4 +1,4 @@
-"""Where jobs run, and what they ask of a cluster."""
+"""Where jobs run, and the cluster resources that they request."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,75 +10,75 @@ TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 
 @dataclass
 class SlurmJob:
-    """What only Slurm is told."""
+    """Settings for Slurm only."""
 
     partition: str | None = None
-    """Partition; `null` takes the cluster's default."""
+    """Partition; `null` uses the cluster's default."""
     account: str | None = None
-    """Account that is charged."""
+    """Account to charge."""
     qos: str | None = None
     """Quality of service."""
     python: str | None = None
-    """Python on the nodes, with this project installed; `null` takes the path of the one that runs here."""
+    """Path of a Python with this project on the nodes; `null` uses the path of the current one."""
     extra_arguments: list[str] = field(default_factory=list)
-    """More of `sbatch`'s arguments, such as `--constraint=h100`; they win over those that are set here."""
+    """Additional arguments of `sbatch`, such as `--constraint=h100`; they override the others."""
 
 
 @dataclass
 class KubernetesJob:
-    """What only Kubernetes is told."""
+    """Settings for Kubernetes only."""
 
     image: str | None = None
-    """Container image; `null` takes FINETUNE_IMAGE."""
+    """Container image; `null` uses FINETUNE_IMAGE."""
     namespace: str | None = None
-    """Namespace of the pods; `null` takes FINETUNE_KUBERNETES_NAMESPACE, or else `default`."""
+    """Namespace of the pods; `null` uses FINETUNE_KUBERNETES_NAMESPACE, or `default`."""
     node_selector: dict[str, str] = field(default_factory=dict)
-    """Labels that a node must have."""
+    """Required node labels."""
     tolerations: list[dict[str, Any]] = field(default_factory=list)
-    """Taints of nodes that are borne, as Kubernetes writes them."""
+    """Tolerations, in Kubernetes' format."""
     service_account: str | None = None
-    """Service account, which may stand for a role that reads and writes the store; `null` takes
+    """Service account, for example with a role that may read and write the store; `null` uses
     FINETUNE_SERVICE_ACCOUNT."""
     secrets: list[str] = field(default_factory=list)
-    """Names of secrets whose keys become environment variables of the job; their values are never read here."""
+    """Names of secrets whose keys become environment variables of the job; their values are never read by Dagster."""
     shared_memory: str = "8Gi"
-    """Size of `/dev/shm`, through which processes on one GPU node exchange data."""
+    """Size of `/dev/shm`, which the processes of a node use to exchange data."""
     queue: str | None = None
-    """Queue of Kueue (its label `kueue.x-k8s.io/queue-name`)."""
+    """Kueue queue (label `kueue.x-k8s.io/queue-name`)."""
     pod: dict[str, Any] = field(default_factory=dict)
-    """More of the pod's specification, as Kubernetes writes it; it wins over what is set here."""
+    """Additional pod specification, in Kubernetes' format; it overrides the other settings."""
 
 
 @dataclass
 class Launcher:
-    """Where the jobs of an experiment run. What is computed is the same everywhere."""
+    """Where the jobs of an experiment run. Results are the same everywhere."""
 
     engine: Literal["auto", "local", "slurm", "kubernetes"] = "auto"
-    """`auto` takes FINETUNE_LAUNCHER, or else `local`: the machine that Dagster runs on."""
+    """`auto` uses FINETUNE_LAUNCHER, or `local`: the machine that Dagster runs on."""
     nodes: str = "1"
-    """Machines that train together: a number, or least and most as `1-4`, where a training may begin with fewer and go
-    on with those that are left. How many processes each runs is `training.processes_per_node`."""
+    """Number of machines, or a range such as `1-4`: an elastic training starts with fewer machines and continues with
+    those that remain. `training.processes_per_node` sets the processes of each."""
     gpus_per_node: int | None = None
-    """GPUs of each machine; `null` asks for none."""
+    """GPUs per machine; `null` requests none."""
     cpus_per_node: int | None = None
-    """CPU cores of each machine; `null` leaves it to the cluster."""
+    """CPU cores per machine; `null` uses the cluster's default."""
     memory: str | None = None
-    """Main memory of each machine, such as `64G`; `null` leaves it to the cluster."""
+    """Memory per machine, such as `64G`; `null` uses the cluster's default."""
     time_limit: str | None = None
-    """The longest that a job may run, as `hours:minutes:seconds` or `days-hours:minutes:seconds`."""
+    """Time limit of a job, as `hours:minutes:seconds` or `days-hours:minutes:seconds`."""
     rendezvous_seconds: int = 600
-    """How long the machines of a job wait for one another."""
+    """Time that the machines of a job wait for each other, in seconds."""
     environment: dict[str, str] = field(default_factory=dict)
-    """More environment variables of the job, such as `NCCL_SOCKET_IFNAME: eth0`. No secrets: they are kept with what is
-    made."""
+    """Additional environment variables of the job, such as `NCCL_SOCKET_IFNAME: eth0`. Not for secrets: settings are
+    stored with artifacts."""
     slurm: SlurmJob = field(default_factory=SlurmJob)
-    """What only Slurm is told."""
+    """Settings for Slurm only."""
     kubernetes: KubernetesJob = field(default_factory=KubernetesJob)
-    """What only Kubernetes is told."""
+    """Settings for Kubernetes only."""
 
     @property
     def node_range(self) -> tuple[int, int]:
-        """Least and most machines."""
+        """Minimum and maximum number of machines."""
         least, _, most = self.nodes.partition("-")
         return int(least), int(most or least)
 

@@ -1,7 +1,7 @@
 """Every setting of an experiment: the schema, the defaults and the documentation in one tree of dataclasses.
 
 The text under each attribute is its documentation; `docs/settings.md` is generated from it. A field marked
-`not_identity` cannot change the bytes of what is made, so changing it re-runs nothing.
+`not_identity` cannot change an artifact's bytes, so changing it re-runs nothing.
 """
 
 from dataclasses import dataclass, field
@@ -21,27 +21,27 @@ def not_identity(default: Any) -> Any:
 
 @dataclass
 class PromptTemplate:
-    """How a row becomes text. `{instruction}` and `{context}` stand for the row's own."""
+    """How a row is rendered as text. `{instruction}` and `{context}` are replaced by the row's values."""
 
     description: str = not_identity("")
-    """What this template is, for the reader."""
+    """Description for readers of the file."""
     prompt_input: str = (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
     )
-    """Prompt of a row that has a context; must hold `{instruction}` and `{context}`."""
+    """Prompt of a row with a context; must contain `{instruction}` and `{context}`."""
     prompt_no_input: str = (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:\n"
     )
-    """Prompt of a row without a context; must hold `{instruction}`."""
+    """Prompt of a row without a context; must contain `{instruction}`."""
     response_split: str = not_identity("### Response:")
-    """The last words of both prompts, which is checked: who cuts an answer out of a generated text looks for them."""
+    """Last words of both prompts (validated). Code that extracts an answer from generated text searches for them."""
     chat_template: bool = False
-    """Use the tokenizer's own chat template instead of the prompts above; conversations of several turns need it.
-    What the assistant says is learned, in every turn."""
+    """Use the tokenizer's own chat template instead of the prompts above; required for multi-turn conversations.
+    Every assistant turn is learned."""
 
 
 @dataclass
@@ -49,74 +49,76 @@ class Tokenization:
     """How text becomes training examples."""
 
     cutoff_len: int = 512
-    """Longest example in tokens; the rest of a longer one is cut off its end."""
+    """Maximum length of an example, in tokens; longer ones are truncated at the end."""
     add_eos_token: bool = True
-    """End every example that was not cut with the end-of-sequence token, so that the model learns to stop."""
+    """Append the end-of-sequence token to every example that was not truncated, so that the model learns to stop."""
     train_on_inputs: bool = False
-    """Also train on the prompt's tokens. Off, only the response (and its end) is learned."""
+    """Also compute the loss on prompt tokens. If false, only the response and its end token are learned."""
     packing: bool = True
-    """Put several examples into one sequence (best fit decreasing). Examples never see one another."""
+    """Pack several examples into one sequence (best-fit decreasing). Attention never crosses examples."""
     packing_length: int | None = None
-    """Tokens of a packed sequence; `null` takes `cutoff_len`."""
+    """Length of a packed sequence, in tokens; `null` uses `cutoff_len`."""
     added_tokens: list[str] = field(default_factory=list)
-    """Tokens that the base's tokenizer lacks, such as `["<|im_start|>"]`. Their embeddings are trained and saved in the
-    adapter, whose own tokenizer knows them."""
+    """Tokens to add to the base model's tokenizer, such as `["<|im_start|>"]`. Their embeddings are trained and saved
+    with the adapter, as is the extended tokenizer."""
 
 
 @dataclass
 class DataChecks:
-    """What the checks of `tokenized_dataset` let pass, as shares from 0 to 1; each is a blocking check."""
+    """Thresholds of the checks of `tokenized_dataset`, as fractions from 0 to 1. Each check is blocking."""
 
     max_truncated_share: float = 0.2
-    """Train examples that `cutoff_len` cuts (`truncated`)."""
+    """Training examples truncated at `cutoff_len` (check `truncated`)."""
     max_unlabelled_share: float = 0.05
-    """Rows without a token to learn, most often as the prompt alone fills `cutoff_len` (`unlabelled`)."""
+    """Rows without a label token, usually because the prompt alone fills `cutoff_len` (check `unlabelled`)."""
     max_overlap_share: float = 0.01
-    """Held-out rows whose prompt is also trained on, but for case, spaces and punctuation (`overlap`)."""
+    """Held-out rows whose prompt is also in the training split, up to case, spaces and punctuation (check
+    `overlap`)."""
 
 
 @dataclass
 class Data:
-    """Which rows of the raw data an experiment takes, and how they are prepared."""
+    """Rows of the raw data that an experiment uses, and their preparation."""
 
     num_samples: int | None = None
-    """At most so many rows of the categories below, chosen by content, so that the choice outlives new data."""
+    """Maximum number of rows of the categories below. Rows are chosen by content, so new data does not change the
+    choice."""
     categories: list[str] | None = None
-    """Take rows of these categories only; `null` takes all."""
+    """Categories to use; `null` uses all."""
     val_fraction: float = 0.1
-    """Share of the rows held out of training to measure it; by content, so a row keeps its side for ever."""
+    """Fraction of rows in the validation split. Rows are split by content, so a row never changes its split."""
     gate_fraction: float = 0.05
-    """Share of the rows that only the champion gate ever sees."""
+    """Fraction of rows held out for the champion gate alone."""
     prompt_template: PromptTemplate = field(default_factory=PromptTemplate)
-    """How a row becomes text."""
+    """How a row is rendered as text."""
     max_refused_share: float = not_identity(0.01)
-    """Share of the rows that this experiment's template may refuse (a conversation where `prompt_input` is used, a
-    system turn where the chat template has none) before the blocking check `refused_rows` fails."""
+    """Fraction of rows that the template may reject (a conversation with `prompt_input`, a system turn with a chat
+    template that has none) before the blocking check `refused_rows` fails."""
     checks: DataChecks = field(default_factory=DataChecks, metadata=NOT_IDENTITY)
-    """What the other checks let pass."""
+    """Thresholds of the other checks."""
     tokenization: Tokenization = field(default_factory=Tokenization)
     """How text becomes training examples."""
 
 
 @dataclass
 class Model:
-    """The base model, which stays frozen."""
+    """The frozen base model."""
 
     base_model: str = MISSING
     """A packaged name (`demo-base`), a Hub id (`owner/name`), or a local folder (`./path` or `/path`)."""
     revision: str = "main"
-    """Branch, tag or commit on the Hub; pinned to the commit it stands for. A folder has none."""
+    """Branch, tag or commit on the Hub, pinned to its commit. Not used for a folder."""
     trust_remote_code: str | None = not_identity(None)
-    """Run the Python code that this one version of the model brings: `owner/name@commit`, the 40-digit commit whose
-    code you have read. Another version is refused; while this is `null`, so is every model that needs its own code."""
+    """Allow the model's own Python code, for one version only: `owner/name@commit` with the 40-digit commit whose code
+    you have read. Other versions are refused. With `null`, every model that requires its own code is refused."""
     quantization: Literal["none", "int8", "nf4"] = "none"
-    """Keep the base's linear layers in 8 or 4 bits (bitsandbytes; nf4 with double quantization)."""
+    """Quantize the base model's linear layers to 8 or 4 bits (bitsandbytes; nf4 with double quantization)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base's weights; `auto` takes bfloat16 where the device computes in it, float32 elsewhere."""
+    """Data type of the base model's weights; `auto` is bfloat16 where the device supports it, otherwise float32."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention backend. `auto` computes each example by itself, without padding (PyTorch's variable-length
-    FlashAttention on CUDA, its scaled dot product attention elsewhere), and takes the model's own where that does not
-    compute the same. `eager`, `sdpa` and `flex_attention` train on padded rows."""
+    """Attention backend. `auto` uses variable-length attention without padding (PyTorch's FlashAttention on CUDA,
+    scaled dot product attention elsewhere), or the model's own attention if the results differ. `eager`, `sdpa` and
+    `flex_attention` train on padded rows."""
 
 
 @dataclass
@@ -124,68 +126,67 @@ class Training:
     """How the adapter is trained."""
 
     epochs: float = 3.0
-    """Passes over the training rows."""
+    """Passes over the training split."""
     max_steps: int | None = None
-    """Optimizer steps; where set, it wins over `epochs`."""
+    """Number of optimizer steps; overrides `epochs`."""
     macro_batch_size: int = 64
-    """Sequences (packed ones, if packing) of one optimizer step, over all processes and accumulation."""
+    """Global batch size: sequences (packed, if packing) per optimizer step, over all processes and accumulation."""
     micro_batch_size: int = 4
-    """Sequences of full length that one process computes at once, or as many tokens of shorter ones; the lower, the
-    less memory."""
+    """Full-length sequences (or as many tokens of shorter ones) per process and forward pass. Lower values use less
+    memory."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Decay of the learning rate after the warm-up."""
     warmup_steps: float = 0.03
-    """Steps over which the learning rate rises; below 1, a share of all steps."""
+    """Number of warm-up steps; below 1, a fraction of all steps."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW by PyTorch (fused), or by bitsandbytes in 8 bits (CUDA only)."""
+    """Optimizer: PyTorch's fused AdamW, or 8-bit AdamW of bitsandbytes (CUDA only)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the adapter's weights."""
     max_grad_norm: float = 1.0
-    """Clip the global gradient norm to this; 0 does not clip."""
+    """Maximum global gradient norm; 0 disables clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "full_bf16", "full_fp16"] = "auto"
-    """What is computed in: mixed precision with float32 adapter weights (`bf16`, `fp16`), or adapter and all in 16
-    bits (`full_bf16`, `full_fp16`). `auto` takes bf16 where the device computes in it, fp32 elsewhere."""
+    """Mixed precision with float32 adapter weights (`bf16`, `fp16`), or everything in 16 bits (`full_bf16`,
+    `full_fp16`). `auto` is bf16 where the device supports it, otherwise fp32."""
     gradient_checkpointing: bool | None = field(default=None, metadata=NOT_IDENTITY)
-    """Compute activations twice instead of keeping them: much less memory, about a third slower. `null` does so where
-    what one micro-batch keeps is measured not to fit beside the model."""
+    """Recompute activations in the backward pass: much less memory, about a third slower. `null` enables it if the
+    measured activations of one micro-batch do not fit."""
     sharding: Literal["none", "fsdp"] = not_identity("none")
-    """`fsdp` spreads the base model over all processes, for one that does not fit a single GPU; each layer is gathered
-    while it is computed."""
+    """`fsdp` shards the base model over all processes, for models that do not fit on one GPU; each layer is gathered
+    for its computation."""
     compile: bool = False
-    """Compile each layer with `torch.compile`. The first steps take minutes, so it pays in long trainings on a GPU."""
+    """Compile each layer with `torch.compile`. The first steps take minutes, so use it for long trainings on a GPU."""
     group_by_length: bool = True
-    """Without packing: put sequences of like length into one global batch, so that little is padded where the attention
-    needs padding (see `model.attention`)."""
+    """Without packing: batch sequences of similar length, which reduces padding (see `model.attention`)."""
     warm_start: str | None = None
-    """An adapter to begin from: its fingerprint in the store, or a folder (`./path` or `/path`)."""
+    """Adapter to initialize from: its fingerprint in the store, or a folder (`./path` or `/path`)."""
     seed: int = 42
-    """Seed of the adapter's initial weights, the dropout and the order of the rows."""
+    """Seed of the initial adapter weights, dropout and row order."""
     eval_steps: int | None = field(default=None, metadata=NOT_IDENTITY)
-    """Measure the held-out loss every so many steps; `null` measures before and after training only."""
+    """Steps between measurements of the held-out loss; `null` measures only before and after training."""
     logging_steps: int = not_identity(10)
-    """Report loss, gradient norm, learning rate and tokens per second every so many steps."""
+    """Steps between log lines with loss, gradient norm, learning rate and tokens per second."""
     save_steps: int | None = field(default=200, metadata=NOT_IDENTITY)
-    """Keep a checkpoint every so many steps, from which a run that died goes on; `null` keeps none."""
+    """Steps between checkpoints, from which an interrupted run resumes; `null` saves none."""
     save_total_limit: int = not_identity(2)
-    """Newest checkpoints of a training to keep."""
+    """Number of checkpoints to keep."""
     processes_per_node: str = not_identity("auto")
-    """torchrun processes: `auto` (one a GPU, one without any) or a number."""
+    """Number of torchrun processes per machine, or `auto`: one per GPU, one without a GPU."""
 
 
 @dataclass
 class Lora:
-    """The adapter, as PEFT's `LoraConfig` knows it."""
+    """The adapter; the names are those of PEFT's `LoraConfig`."""
 
     rank: int = 16
     """Rank of the update."""
     alpha: float = 32.0
     """The update is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA)."""
     dropout: float = 0.05
-    """Dropout of the adapter's input while training."""
+    """Dropout of the adapter's input during training."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained too."""
+    """Biases to train as well."""
     target_modules: Any = "all-linear"
     """`all-linear`, or a list of module names such as `[q_proj, v_proj]`."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
@@ -197,89 +198,88 @@ class Lora:
     init_lora_weights: Any = True
     """`true` (Kaiming A, zero B), `gaussian`, `pissa`, `pissa_niter_N`, `olora`, or `orthogonal`."""
     layers_to_transform: list[int] | None = None
-    """Adapt these layers only."""
+    """Layers to adapt; `null` adapts all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank of single modules, by name or regular expression, where it differs from `rank`."""
+    """Rank of individual modules, by name or regular expression, if it differs from `rank`."""
     modules_to_save: list[str] | None = None
-    """Modules trained whole and saved with the adapter, such as `[embed_tokens, lm_head]`."""
+    """Modules to train fully and save with the adapter, such as `[embed_tokens, lm_head]`."""
 
 
 @dataclass
 class LmEval:
-    """Tasks of the lm-evaluation-harness that base, champion and challenger are put to; needs the extra `lm-eval`."""
+    """Tasks of the lm-evaluation-harness for base model, champion and challenger; requires the extra `lm-eval`."""
 
     tasks: list[str] = field(default_factory=list)
-    """Names of tasks, such as `[arc_easy]`. The worker does not ask the Hub: their data must be in its cache."""
+    """Task names, such as `[arc_easy]`. Workers have no Hub access, so the data must be in the worker's cache."""
     folder: str | None = None
-    """Folder (`./path` or `/path`) of tasks of your own: the harness's YAML files, and the data that they name, by
-    paths relative to it."""
+    """Folder (`./path` or `/path`) with your own tasks: the harness's YAML files and their data, with paths relative
+    to the folder."""
     limit: int | None = None
-    """At most so many rows of each task; `null` takes all."""
+    """Maximum number of rows per task; `null` uses all."""
     batch_size: int = 8
-    """Rows at a time."""
+    """Rows per batch."""
 
 
 @dataclass
 class Evaluation:
-    """How base, champion and challenger are compared. Changing it re-runs the evaluation alone."""
+    """How base model, champion and challenger are compared. Changes re-run only the evaluation."""
 
     generated_rows: int = 200
-    """Rows of the gate that each of them answers, for exact match and ROUGE-L; 0 generates none."""
+    """Number of gate rows to generate answers for (exact match and ROUGE-L); 0 generates none."""
     max_new_tokens: int = 64
-    """Longest generated answer in tokens."""
+    """Maximum length of a generated answer, in tokens."""
     max_generation_seconds: float = 900.0
-    """Stop generating after so long; what all of them have answered by then is compared."""
+    """Time limit of generation, in seconds; rows answered by all models by then are compared."""
     samples: int = 5
-    """Answers shown side by side."""
+    """Number of answers to show side by side."""
     prompts: list[str] = field(default_factory=list)
-    """Questions of your own that all of them answer in every evaluation, shown beside the samples."""
+    """Your own prompts, answered by all models in every evaluation and shown with the samples."""
     general_text: str = "general"
-    """Text that no adapter is trained on, by which forgetting is measured: `general` (packaged English prose and code),
-    `demo-prose` (what the packaged base has read), or a file `./path` of paragraphs (.txt) or `{"text": ...}` lines
-    (.jsonl)."""
+    """Text to measure forgetting on: `general` (packaged English prose and code), `demo-prose` (the pretraining text of
+    the packaged model), or a file `./path` of paragraphs (.txt) or `{"text": ...}` lines (.jsonl)."""
     general_tokens: int = 20_000
-    """Read at most so many tokens of it; 0 reads none."""
+    """Maximum number of tokens of the general text; 0 disables the measurement."""
     lm_eval: LmEval | None = None
     """Tasks of the lm-evaluation-harness, or `null`."""
 
 
 @dataclass
 class Gate:
-    """When a challenger takes the champion's place (`champion_adapter`). Changing it makes nothing anew."""
+    """When a challenger replaces the champion (`champion_adapter`). Changes re-run only the decision."""
 
     min_gain: float = 0.0
-    """By how many nats a token the challenger must beat the champion (or, where there is none, the base) on the rows of
-    the gate."""
+    """Minimum improvement over the champion (or the base model, if there is no champion), in nats per token on the gate
+    rows."""
     confidence: float = 0.95
-    """How sure that must be: the gain's lower bound of this confidence (paired bootstrap over rows) is what counts."""
+    """Confidence of the improvement's lower bound, which is compared with `min_gain` (paired bootstrap over rows)."""
     max_forgetting: float = 0.5
-    """By how many nats a token the challenger may be worse than the base on the general text."""
+    """Maximum increase of the loss on general text over the base model, in nats per token."""
     min_rows: int = 30
-    """Promote nothing by itself on fewer rows than this."""
+    """Minimum number of comparable gate rows for automatic promotion."""
 
 
 @dataclass
 class Merge:
-    """How the champion is merged into its base (`merged_model`), for whoever serves without adapters."""
+    """How the champion is merged into its base model (`merged_model`), for servers without adapter support."""
 
     onto: Literal["trained", "published"] = "trained"
-    """The base as it was in training: a quantized one is dequantized first, so that the merged model computes what was
-    trained. Or as published, with weights that a quantized training never saw."""
+    """Base weights to merge into: `trained` uses the weights of the training (a quantized base is dequantized first);
+    `published` uses the original weights."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the merged weights."""
+    """Data type of the merged weights."""
     compared_rows: int = 32
-    """Held-out rows on which the merged model's logits are compared with those of base and adapter."""
+    """Number of held-out rows on which the logits of the merged model and of base plus adapter are compared."""
     max_difference: float | None = not_identity(None)
-    """Mean difference of the logits above which the blocking check `merge` fails, as a share of their spread; `null`
-    takes what rounding explains: 1e-5 for float32, 0.02 for 16 bits and over int8."""
+    """Maximum mean difference of the logits for the blocking check `merge`, as a fraction of their spread; `null` uses
+    1e-5 for float32, and 0.02 for 16 bits or an int8 base."""
 
 
 @dataclass
 class Stack:
-    """Champions of other experiments over one base, combined into one (`stacked_adapter`) in place of training."""
+    """Combines champions of other experiments with the same base model (`stacked_adapter`) instead of training."""
 
     adapters: dict[str, float] = field(default_factory=dict)
-    """The experiments whose champions are combined, with their weights, such as `{questions: 0.5, summaries: 0.5}`."""
+    """Experiments whose champions are combined, with weights, such as `{questions: 0.5, summaries: 0.5}`."""
     method: Literal[
         "linear",
         "cat",
@@ -293,57 +293,56 @@ class Stack:
         "magnitude_prune",
         "magnitude_prune_svd",
     ] = "linear"
-    """As PEFT's `add_weighted_adapter` knows it (TIES: arXiv:2306.01708, DARE: arXiv:2311.03099). Adapters of several
-    ranks can be combined by `cat` and by those with `svd` only."""
+    """Method of PEFT's `add_weighted_adapter` (TIES: arXiv:2306.01708, DARE: arXiv:2311.03099). Adapters of different
+    ranks require `cat` or a method with `svd`."""
     density: float = 0.5
-    """Share of the values that `ties`, `dare_*` and `magnitude_prune` keep."""
+    """Fraction of the values that `ties`, `dare_*` and `magnitude_prune` keep."""
     svd_rank: int | None = None
-    """Rank that methods with `svd` reduce to; `null` takes the largest of the adapters'."""
+    """Rank of the result for methods with `svd`; `null` uses the largest rank of the adapters."""
 
 
 @dataclass
 class Wandb:
-    """Weights & Biases. Leave the whole group out (or `null`) and it is never imported."""
+    """Weights & Biases. Without this group (`null`), wandb is never imported."""
 
     project: str = MISSING
     """Project of the run."""
     entity: str | None = None
-    """User or team; `null` takes the account's default."""
+    """User or team; `null` uses the account's default."""
     run_name: str | None = None
-    """Name of the run; `null` takes the experiment's."""
+    """Name of the run; `null` uses the experiment's name."""
     watch: Literal["off", "gradients", "parameters", "all"] = "off"
-    """Histograms of the adapter's weights, of their gradients before clipping, or of both, at each report."""
+    """Log histograms of the adapter's weights, of their unclipped gradients, or of both, with each log line."""
     log_model: bool = False
-    """Also upload the adapter, as an artifact that was made from dataset and base model."""
+    """Also upload the adapter as an artifact, with dataset and base model as its inputs."""
     mode: Literal["online", "offline"] = "online"
-    """`offline` writes a folder that `wandb beta sync` uploads later; see [Weights & Biases](wandb.md)."""
+    """`offline` writes a folder to upload later with `wandb beta sync`; see [Weights & Biases](wandb.md)."""
 
 
 @dataclass
 class Hardware:
-    """What a training is planned for (`training_plan`, `finetune-plan`); with none of this, the machine at hand."""
+    """Hardware that a training is planned for (`training_plan`, `finetune-plan`); defaults to this machine."""
 
     gpu: str | None = None
-    """The GPU's name, such as `H100`."""
+    """GPU name, such as `H100`."""
     memory_gib: float | None = None
-    """Memory of one, in GiB; `null` takes what a GPU of that name usually has."""
+    """Memory per GPU, in GiB; `null` uses the usual memory of the named GPU."""
     count: int = 1
-    """How many of one machine train together, where neither `training.processes_per_node` nor `launcher.gpus_per_node`
-    says it."""
+    """GPUs per machine, if neither `training.processes_per_node` nor `launcher.gpus_per_node` is set."""
     price_per_hour: float | None = None
-    """Of one, in your currency."""
+    """Price per GPU and hour, in your currency."""
 
 
 @dataclass
 class ExperimentConfig:
-    """One experiment: a file in `configs/experiments/`, over `configs/base.yaml`, over these defaults."""
+    """One experiment: a file in `configs/experiments/`, merged over `configs/base.yaml` and these defaults."""
 
     model: Model = field(default_factory=Model)
     """The base model."""
     description: str = not_identity("")
-    """What this experiment is for."""
+    """Purpose of the experiment."""
     subscribed: bool = not_identity(False)
-    """Train by itself whenever new data has been checked."""
+    """Train automatically when new data has passed its checks."""
     data: Data = field(default_factory=Data)
     """Rows and their preparation."""
     training: Training = field(default_factory=Training)
@@ -353,129 +352,128 @@ class ExperimentConfig:
     evaluation: Evaluation = field(default_factory=Evaluation)
     """How base, champion and challenger are compared."""
     gate: Gate = field(default_factory=Gate, metadata=NOT_IDENTITY)
-    """When a challenger takes the champion's place."""
+    """When a challenger replaces the champion."""
     merge: Merge | None = None
-    """How the champion is merged into its base; `null` merges it not."""
+    """How the champion is merged into its base model; `null` disables merging."""
     stack: Stack | None = None
-    """Champions of other experiments to combine, in place of training."""
+    """Champions of other experiments to combine instead of training."""
     hardware: Hardware = field(default_factory=Hardware, metadata=NOT_IDENTITY)
-    """What a training is planned for."""
+    """Hardware that a training is planned for."""
     launcher: Launcher = field(default_factory=Launcher, metadata=NOT_IDENTITY)
-    """Where its jobs run."""
+    """Where jobs run."""
     wandb: Wandb | None = field(default=None, metadata=NOT_IDENTITY)
     """Weights & Biases, or `null`."""
 
 
 @dataclass
 class SweepConfig:
-    """A sweep: a file in `configs/sweeps/` that stands for many experiments. None of them trains by itself."""
+    """A sweep: a file in `configs/sweeps/` that defines many experiments. None of them trains automatically."""
 
     experiment: str = MISSING
-    """The experiment whose settings every point begins with."""
+    """Experiment whose settings every point starts from."""
     description: str = ""
-    """What is looked for."""
+    """Purpose of the sweep."""
     grid: dict[str, Any] = field(default_factory=dict)
-    """Dotted settings and the values that each takes, such as `lora.rank: [4, 8, 16]`; every combination is a point."""
+    """Dotted settings and their values, such as `lora.rank: [4, 8, 16]`; every combination is a point."""
     sample: int | None = None
-    """Take so many points of the grid, drawn with `seed`; `null` takes all."""
+    """Number of points to draw from the grid with `seed`; `null` uses all."""
     seed: int = 0
     """Seed of the draw."""
 
 
 @dataclass
 class Columns:
-    """What the source calls the columns of a row, where it uses other names than those that are known."""
+    """Column names of the source, if they differ from the known names."""
 
     instruction: str | None = None
-    """What is asked; `null` takes `instruction`."""
+    """The instruction; `null` uses `instruction`."""
     context: str | None = None
-    """Text to answer from; `null` takes `context` or `input`."""
+    """Context for the answer; `null` uses `context` or `input`."""
     response: str | None = None
-    """The answer to learn; `null` takes `response` or `output`."""
+    """The answer to learn; `null` uses `response` or `output`."""
     category: str | None = None
-    """Kind of task; `null` takes `category`."""
+    """Category of the task; `null` uses `category`."""
     system: str | None = None
-    """What the assistant is told first; `null` takes `system`."""
+    """System prompt; `null` uses `system`."""
     messages: str | None = None
-    """A conversation: a list of turns with `role` and `content` (or `from` and `value`); `null` takes `messages` or
+    """A conversation: a list of turns with `role` and `content` (or `from` and `value`); `null` uses `messages` or
     `conversations`."""
 
 
 @dataclass
 class HubDataset:
-    """Which part of a Hub dataset is read."""
+    """Part of a Hub dataset to read."""
 
     subset: str | None = None
-    """The dataset's configuration, where it has several."""
+    """Configuration of the dataset, if it has several."""
     split: str = "train"
-    """The dataset's split. All of it is read; which rows are held out is decided here, by content."""
+    """Split of the dataset to read. Held-out rows are chosen from it by content."""
 
 
 @dataclass
 class Arrivals:
-    """When new raw data is read by itself (`raw_data_sensor`), and how much may be trained on it."""
+    """When new raw data is read automatically (`raw_data_sensor`), and the daily training budget."""
 
     quiet_seconds: float = 4.0
-    """Read it when it has not changed for so long: files that arrive together are read together, and none while it is
-    still written. A writer that pauses for longer gives its file a name that begins with a dot until it is whole."""
+    """Debounce time, in seconds: the source is read when it has not changed for this long. Files that arrive together
+    are read together. Writers that pause longer should use a name with a leading dot until the file is complete."""
     min_new_rows: int = 0
-    """Wait for so many rows more (or fewer) than were read last."""
+    """Minimum change in the number of rows since the last read."""
     max_wait_seconds: float = 3600.0
-    """Read a change of fewer rows after so long."""
+    """Read a smaller change after this time, in seconds."""
     gpu_hours_a_day: float | None = None
-    """Start no training by itself when today's (UTC) have taken so many GPU-hours; what waits is trained tomorrow.
-    `null` sets no limit."""
+    """Daily budget of automatic trainings (UTC), in GPU-hours; further trainings are deferred to the next day. `null`
+    sets no limit."""
 
 
 @dataclass
 class RawChecks:
-    """What the checks of `dolly_raw` let pass. A share is one of all rows, from 0 to 1."""
+    """Thresholds of the checks of `dolly_raw`, as fractions of all rows from 0 to 1."""
 
     max_duplicate_share: float = 0.05
-    """Rows that repeat another one exactly; above it, the blocking check `duplicates` fails."""
+    """Exact duplicate rows; above it, the blocking check `duplicates` fails."""
     max_near_duplicate_share: float = 0.1
-    """Rows that repeat another one but for case, spaces and punctuation; above it, `near_duplicates` warns."""
+    """Near-duplicate rows (equal up to case, spaces and punctuation); above it, the check `near_duplicates` warns."""
     max_leakage_share: float = 0.01
-    """Rows whose response stands word for word in the instruction; above it, the blocking check `leakage` fails."""
+    """Rows whose instruction contains their response; above it, the blocking check `leakage` fails."""
     max_row_fall: float = 0.5
-    """Share of the rows of the last good version that may be gone before the blocking check `row_count` fails."""
+    """Maximum drop of the row count since the last good version, before the blocking check `row_count` fails."""
     max_drift: float = 0.2
-    """Distance (total variation, from 0 to 1) of categories or of lengths from the last good version, above which the
-    check `drift` warns."""
+    """Total variation distance (0 to 1) of categories or lengths from the last good version; above it, the check
+    `drift` warns."""
 
 
 @dataclass
 class RawDataConfig:
-    """The deployment's one stream of raw data: `configs/raw_data.yaml`."""
+    """The deployment's stream of raw data: `configs/raw_data.yaml`."""
 
     source: str = "sample"
     """`sample` (the packaged rows); a file or a folder of `.jsonl`, `.json`, `.csv` and `.parquet` files, also
-    `s3://bucket/prefix`; or `hf://datasets/owner/name@revision` (branch, tag or commit; `main` without).
-    `FINETUNE_RAW_DATA` wins over it."""
+    `s3://bucket/prefix`; or `hf://datasets/owner/name@revision` (branch, tag or commit; default `main`).
+    The environment variable `FINETUNE_RAW_DATA` overrides it."""
     columns: Columns = field(default_factory=Columns)
-    """The source's names of columns."""
+    """Column names of the source."""
     hub: HubDataset = field(default_factory=HubDataset)
-    """Which part of a Hub dataset is read."""
+    """Part of a Hub dataset to read."""
     max_quarantine_share: float = not_identity(0.01)
-    """Share of bad rows over which the blocking check `quarantine` fails. Bad rows are set aside, never dropped."""
+    """Maximum fraction of invalid rows for the blocking check `quarantine`. Invalid rows are kept in quarantine."""
     checks: RawChecks = field(default_factory=RawChecks, metadata=NOT_IDENTITY)
-    """What the other checks let pass."""
+    """Thresholds of the other checks."""
     arrivals: Arrivals = field(default_factory=Arrivals, metadata=NOT_IDENTITY)
-    """When new data is read by itself."""
+    """When new data is read automatically."""
     split_salt: str = "finetune-assets"
-    """Decides with a row's content which side of the split it falls on. Change it and every row is dealt anew."""
+    """Salt of the content hash that assigns a row to a split. Changing it reassigns every row."""
 
 
 @dataclass
 class StoreConfig:
-    """What `finetune-store gc` may remove: `configs/store.yaml`, or these defaults without it."""
+    """What `finetune-store gc` may remove: `configs/store.yaml`, or these defaults."""
 
     keep_raw: int = 20
-    """Newest versions of the raw data to keep."""
+    """Number of versions of the raw data to keep."""
     keep_adapters: int = 20
-    """Newest adapters of each experiment to keep, with all that they were made from, and their evaluations. Champions
-    stay whatever their age."""
+    """Number of adapters per experiment to keep, with their inputs and evaluations. Champions are always kept."""
     keep_reports: int = 5
-    """Newest pages of `experiment_report` to keep."""
+    """Number of `experiment_report` pages to keep."""
     keep_days: float = 7.0
-    """Nothing younger is removed, so that what some run is about to publish or to use stays."""
+    """Minimum age in days of what is removed, which protects files of running jobs."""
