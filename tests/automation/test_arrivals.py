@@ -116,7 +116,7 @@ def test_few_rows_wait_for_more_and_not_for_ever(clock: Clock) -> None:
     assert clock.until_start(), "there is nothing to add to"
     clock.folder.looks, clock.folder.holds, clock.folder.count = "2", "B", 120
     assert not clock.until_start(looks=10)
-    assert {"+20", "50;"} <= set(clock.look().told.split())
+    assert {"+20", "50);"} <= set(clock.look().told.split())
     clock.folder.looks, clock.folder.holds, clock.folder.count = "3", "C", 150
     assert clock.until_start() == 2
     clock.folder.looks, clock.folder.holds, clock.folder.count = "4", "D", 149

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_assets.artifacts.kinds import RETENTION
 from finetune_assets.config.schema import StoreConfig
 from finetune_assets.store.artifacts import ArtifactStore, open_store
 from finetune_assets.store.checkpoints import Checkpoints, Superseded
@@ -126,6 +127,6 @@ def test_what_a_training_that_was_given_up_left_is_collected(store: ArtifactStor
     first = begun(store, tmp_path / "one")
     write(first.local, 5)
     first.publish_new()
-    assert plan(inventory(store.objects), "me", StoreConfig()) == []
-    going = plan(inventory(store.objects), "me", StoreConfig(keep_days=0))
+    assert plan(inventory(store.objects), "me", StoreConfig(), RETENTION) == []
+    going = plan(inventory(store.objects), "me", StoreConfig(keep_days=0), RETENTION)
     assert {removal.prefix.rpartition("/")[2] for removal in going} == {"000001", "step-00000005"}
