@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-JOBS ?= 4
+JOBS ?= 3
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -11,11 +11,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/python -m finetune_assets.tools.demo
 
-test: $(VENV)/installed  ## tests for every change, ten minutes on two cores in JOBS=4 processes, for many wait
+test: $(VENV)/installed  ## tests for every change, ten minutes on two cores in JOBS=3 processes, for many wait
 	$(BIN)/python -m pytest -n $(JOBS) -m "not system" --durations=20 $(ARGS)
 
 test-system: $(VENV)/installed  ## the other tests: Slurm, PostgreSQL, every page of the documentation, sweeps
-	$(BIN)/python -m pytest -n $(JOBS) -m system --durations=20 $(ARGS)
+	$(BIN)/python -m pytest -n $$(($(JOBS) + 1)) -m system --durations=20 $(ARGS)
 
 soak: $(VENV)/installed  ## all tests of both kinds at their full counts
 	SOAK=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

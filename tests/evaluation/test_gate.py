@@ -46,7 +46,7 @@ def test_same_rows_and_seed_decide_alike() -> None:
     assert paired_gain(before, after, tokens, 0.95) == paired_gain(before, after, tokens, 0.95)
 
 
-@pytest.mark.parametrize("rows", [40, pytest.param(200, marks=pytest.mark.system)])
+@pytest.mark.parametrize("rows", [40, pytest.param(200, marks=pytest.mark.soak)])
 def test_noise_is_promoted_as_seldom_as_said(rows: int) -> None:
     promoted = 0
     for seed in range(400):

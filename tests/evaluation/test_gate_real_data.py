@@ -76,7 +76,7 @@ def promoted(saved: NDArray[np.float64], tokens: NDArray[np.int64], seed: int) -
     return gate.paired_gain(saved, np.zeros_like(saved), tokens, 0.95, seed).lower > 0
 
 
-@pytest.mark.system
+@pytest.mark.soak
 @pytest.mark.real_data
 def test_noise_is_promoted_as_seldom_as_it_says_and_real_gains_are_found(differences: Differences) -> None:
     """At 95% confidence, 1,000 random flips of who is who promote at most 65 times; a gain of 2.8 standard errors, that

@@ -38,7 +38,7 @@ def chat_log(path: Path) -> None:
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
-@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.system)])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.soak)])
 def test_chat_log_becomes_an_adapter_with_its_own_tokens(
     project: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:

@@ -31,6 +31,7 @@ def test_unknown_setting(project: TestProject) -> None:
     assert not project.leftovers()
 
 
+@pytest.mark.system
 def test_broken_line(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
     good = b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:50])
     (project.root / "rows.jsonl").write_bytes(good + b'{"instruction": "Wh')

@@ -211,7 +211,7 @@ def test_rank_that_is_killed_ends_all_and_another_machine_ends_bit_equal(
     assert_nothing_left(second)
 
 
-@pytest.mark.system
+@pytest.mark.soak
 @pytest.mark.parametrize("ranks", KILLS)
 def test_killed_training_ends_bit_equal(
     machine: Callable[..., Machine], undisturbed: Callable[[int], bytes], ranks: int

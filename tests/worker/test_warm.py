@@ -184,6 +184,7 @@ def test_a_server_that_is_asked_to_end_waits_for_its_children(owner: Callable[[s
     wait_for(lambda: not any(map(runs, (me, server, child))), 5)
 
 
+@pytest.mark.system
 def test_without_its_server_a_worker_is_a_fresh_interpreter(
     owner: Callable[[str], tuple[int, int, int]], tmp_path: Path
 ) -> None:
