@@ -90,8 +90,8 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(
     project: TestProject, graph: Graph, raw: Path, rows: Rows
 ) -> None:
     gate = Gate(project, graph, raw)
-    assert gate.train(max_steps=6)["passed"]
-    assert gate.train(max_steps=20)["passed"]
+    assert gate.train(max_steps=10)["passed"]
+    assert gate.train(max_steps=30)["passed"]
     first, second = gate.history
     assert [record.action for record in gate.history] == [PROMOTED, PROMOTED]
     assert (first.against, second.against) == (None, first.adapter)
@@ -105,10 +105,10 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(
     served = gate.served()
 
     if SOAK:
-        assert gate.train(max_steps=20)["passed"], "it serves already"
+        assert gate.train(max_steps=30)["passed"], "it serves already"
         assert gate.history == [first, second]
 
-    overridden = gate.train(["training.seed=3"], max_steps=20)
+    overridden = gate.train(["training.seed=3"], max_steps=30)
     assert not overridden["passed"]
     assert "training.seed=3" in overridden["reason"]
 
@@ -116,13 +116,13 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(
     random.Random(0).shuffle(shuffled)
     wrong = [{**row, "response": answer} for row, answer in zip(rows[Split.TRAIN], shuffled, strict=True)]
     write(raw, {**rows, Split.TRAIN: wrong})
-    worse = gate.train(max_steps=20)
+    worse = gate.train(max_steps=30)
     assert not worse["passed"]
     assert worse["mean"] < 0
 
     if SOAK:
         write(raw, {**rows, Split.TRAIN: rows[Split.TRAIN][:10]})
-        forgetful = gate.train(max_steps=20, learning_rate=5.0e-3)
+        forgetful = gate.train(max_steps=30, learning_rate=5.0e-3)
         assert not forgetful["passed"]
         assert forgetful["forgetting"] > 2
     assert gate.history == [first, second], "what is refused leaves no record"
@@ -130,7 +130,7 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(
     command("rollback", "demo", "--reason", "a test")
     assert gate.served() != served
     raw.write_bytes(SAMPLE.read_bytes())
-    assert not gate.train(max_steps=20)["passed"], "it was rolled back, and comes back by hand alone"
+    assert not gate.train(max_steps=30)["passed"], "it was rolled back, and comes back by hand alone"
     assert gate.history[-1].action == ROLLED_BACK
     command("promote", "demo", second.adapter[:16], "--reason", "it was right")
     assert gate.served() == served, "to the byte"
