@@ -200,12 +200,11 @@ class Lineage:
             StoreError: if a setting names something that is not there.
         """
         found = {"general_text": self.general_text(), "tasks": self.lm_eval_tasks(), "warm_start": self.warm_start()}
-        imported = {
+        return {
             name: item if isinstance(item, ArtifactRef) else import_external(self.store, item)
             for name, item in found.items()
             if item
         }
-        return imported
 
     def warm_start(self) -> ArtifactRef | Import | None:
         """The adapter that training starts from: one of the store, or a folder.

@@ -52,8 +52,8 @@ def lora_adapter(
         )
 
         def make() -> ArtifactRef:
-            begun = imported.get("warm_start")
-            spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model, begun)
+            warm_start = imported.get("warm_start")
+            spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model, warm_start)
             spec = replace(spec, afresh=project.force and context.retry_number == 0)
             return run_in_pipes(context, launcher, spec)
 
@@ -72,7 +72,7 @@ def training_job(
     fingerprint: str,
     dataset: ArtifactRef,
     base_model: ArtifactRef,
-    begun: ArtifactRef | None,
+    warm_start: ArtifactRef | None,
 ) -> JobSpec:
     """What the launcher is handed to train one experiment."""
     experiment = lineage.experiment
@@ -82,7 +82,7 @@ def training_job(
         project,
         experiment,
         module="finetune_assets.training",
-        inputs={"base-model": base_model, "dataset": dataset, **({"warm-start": begun} if begun else {})},
+        inputs={"base-model": base_model, "dataset": dataset, **({"warm-start": warm_start} if warm_start else {})},
         kind=ADAPTERS.folder,
         fingerprint=fingerprint,
         made_from={
@@ -94,8 +94,8 @@ def training_job(
             "cached_base_model": base_model.fingerprint,
             "tokenized_dataset": dataset.fingerprint,
             "dolly_raw": raw.made_from["dolly_raw"] if raw else None,
-            "warm_start": begun.fingerprint if begun else None,
-            HELD_BACK: asdict(lineage.held_back(*([begun] if begun else []))),
+            "warm_start": warm_start.fingerprint if warm_start else None,
+            HELD_BACK: asdict(lineage.held_back(*([warm_start] if warm_start else []))),
         },
         processes=experiment.config.training.processes_per_node,
         nodes=experiment.config.launcher.node_range,
