@@ -1,6 +1,9 @@
 """Processes of this machine, as `ps` shows them."""
 
-from collections.abc import Set
+import os
+import signal
+from collections.abc import Iterable, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +55,13 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill -9 of several; those that the end of another has ended meanwhile are no error."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def family(root: int) -> dict[int, Process]:

@@ -26,6 +26,7 @@ SHOWS_SOMETHING = [
 ]
 
 
+@pytest.mark.minutes
 @pytest.mark.system
 def test_the_demo_learns_to_answer_and_trains_nothing_twice(first_run: Path) -> None:
     """`make demo` as a newcomer meets it on the first page, twice, and once more without it."""

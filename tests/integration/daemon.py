@@ -17,7 +17,7 @@ import dagster as dg
 from dagster._core.scheduler.instigation import TickStatus
 from integration import cli
 from paths import ROOT
-from processes import AGENT, JOB, RANK, of_project
+from processes import AGENT, JOB, RANK, kill, of_project
 from projects import TestProject
 
 T = TypeVar("T")
@@ -136,8 +136,7 @@ def running(
                 process.wait(30)
         if "held" in vars(daemon):
             daemon.held.dispose()
-        for pid in _session(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        kill(_session(process.pid))
         process.wait()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from integration.daemon import JOB, RANK, WORKERS, Daemon, first_steps, process_of_run, processes_of, ranks_of, running
+from processes import kill
 from projects import TestProject
 
 QUICK = """
@@ -92,6 +93,7 @@ def test_file_lands_and_two_experiments_train(daemon: Daemon, inbox: Path, rows:
     assert len(daemon.project.published("adapters")) == 1, "two experiments with the same settings share one adapter"
 
 
+@pytest.mark.minutes
 @pytest.mark.system
 @pytest.mark.real_data
 def test_what_trains_an_experiment_and_what_does_not(ui: Daemon, inbox: Path, rows: list[str]) -> None:
@@ -139,6 +141,7 @@ def is_told(daemon: Daemon) -> bool:
     return bool(pages) and pages[-1].storage_id > max(one.storage_id for one in evaluations + champions)
 
 
+@pytest.mark.minutes
 @pytest.mark.system
 @pytest.mark.real_data
 def test_what_is_killed_leaves_nothing_behind_and_goes_on(project: TestProject, inbox: Path, rows: list[str]) -> None:
@@ -159,8 +162,7 @@ def test_what_is_killed_leaves_nothing_behind_and_goes_on(project: TestProject, 
                 another.wait_for_ticks("dead_runs_sensor")
                 assert processes_of(project, JOB) == [job], "the run needs no daemon, and a new one starts no second"
                 before = times_gone_on(another)
-                for pid in processes_of(project, *WORKERS, "dagster"):
-                    os.kill(pid, signal.SIGKILL)
+                kill(processes_of(project, *WORKERS, "dagster"))
         with running(project, own_servers=True) as daemon:
             daemon.wait_for("training that goes on", lambda: times_gone_on(daemon) > before)  # noqa: B023
             terminate_and_see_it_end(daemon, of_earlier_rounds)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 from integration.daemon import Daemon, processes_of, running
 from integration.test_daemon import JOB, QUICK, WORKERS, drop, inbox, rows
 from paths import ROOT
+from processes import kill
 from projects import TestProject
 from servers import postgres as postgres_server
 from servers.postgres import Postgres
@@ -45,6 +45,7 @@ def production(project: TestProject, postgres: Postgres, ceph: Bucket, monkeypat
     return ceph
 
 
+@pytest.mark.minutes
 @pytest.mark.real_data
 def test_two_runs_outlive_their_daemon(project: TestProject, production: Bucket, inbox: Path, rows: list[str]) -> None:
     for number, name in enumerate(("one", "two")):
@@ -76,8 +77,7 @@ def test_a_machine_that_dies_loses_nothing(
     with running(project, own_servers=True) as daemon:
         daemon.wait_for("a checkpoint", lambda: checkpoints(production))
         daemon.kill()
-        for pid in processes_of(project, *WORKERS, "dagster"):
-            os.kill(pid, signal.SIGKILL)
+        kill(processes_of(project, *WORKERS, "dagster"))
     with running(project, own_servers=True) as daemon:
         daemon.wait_for("two evaluations", lambda: len(daemon.made("adapter_evaluation")) == 2, 600)
         daemon.wait_for("no run", daemon.quiet)

@@ -106,6 +106,7 @@ def checkpoints(ceph: Bucket) -> list[str]:
     return [key for key in ceph.listed() if "/checkpoints/" in key and key.endswith("manifest.json")]
 
 
+@pytest.mark.minutes
 def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
     project: TestProject, graph: Graph, ceph: Bucket, cluster: Slurm, prepared: None
 ) -> None:

@@ -21,6 +21,7 @@ def sweep(*arguments: str) -> str:
     return run.stdout
 
 
+@pytest.mark.minutes
 @pytest.mark.real_data
 @pytest.mark.system
 def test_a_sweep_finds_the_smallest_rank(

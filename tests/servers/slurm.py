@@ -7,15 +7,16 @@ on which nothing else is.
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from processes import kill
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "ip", "unshare", "nsenter")
 NETWORK = "10.213.{}"
@@ -136,9 +137,7 @@ class Slurm:
     def kill(self, node: Node) -> None:
         """All of a machine at once, as where the power fails."""
         assert node.process
-        with suppress(ProcessLookupError):
-            for pid in self.processes_of(node):
-                os.kill(pid, signal.SIGKILL)
+        kill(self.processes_of(node))
         node.process.kill()
         node.process.wait()
         node.process = None
