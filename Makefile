@@ -6,10 +6,10 @@ JOBS ?= 3
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-system soak lint ui chat bench docs screenshots clean
+.PHONY: demo test test-system soak lint ui bench docs screenshots clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
-	@$(BIN)/python -m finetune_assets.tools.demo
+	@$(BIN)/finetune demo
 
 test: $(VENV)/installed  ## tests for every change, ten minutes on two cores in JOBS=3 processes, for many wait
 	$(BIN)/python -m pytest -n $(JOBS) -m "not system" --durations=20 $(ARGS)
@@ -28,10 +28,7 @@ lint: $(VENV)/installed  ## style, import rules, types, definitions
 	$(BIN)/dagster definitions validate -m finetune_assets.definitions --log-level warning
 
 ui: $(VENV)/installed  ## Dagster's UI on http://127.0.0.1:3000, and its daemon
-	@$(BIN)/python -m finetune_assets.tools.ui $(ARGS)
-
-chat: $(VENV)/installed  ## talk to an experiment's base, champion and challenger: make chat EXPERIMENT=demo
-	@$(BIN)/python -m finetune_assets.tools.chat $(or $(EXPERIMENT),demo) $(ARGS)
+	@$(BIN)/finetune ui $(ARGS)
 
 bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.startup

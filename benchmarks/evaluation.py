@@ -21,7 +21,7 @@ from finetune_assets.data.ingest import PARQUET, write_raw
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.readers import SourceFile
 from finetune_assets.data.tokenization import load_tokenizer
-from finetune_assets.evaluation.contenders import Contender, Seats
+from finetune_assets.evaluation.contenders import Contender, LoadedModels
 from finetune_assets.evaluation.gate import paired_gain
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out
@@ -102,7 +102,7 @@ def trained(dataset: Path, base: Path, config: ExperimentConfig, folder: Path) -
 
 def measured(run: LoraFinetune, rows: Examples) -> NDArray[np.float64]:
     contender = Contender.of_folder("challenger", run.job.base_model, run.job.output)
-    with Seats(ALONE.device).seated(contender) as model:
+    with LoadedModels(ALONE.device).seated(contender) as model:
         return RowLosses(model, run.config, ALONE.device).of(rows)
 
 
@@ -120,7 +120,7 @@ def speed(run: LoraFinetune, rows: Examples, times: int) -> Runs:
             run._loss(collate(sequences, rows, ALONE.device, True))
         return {"rows": len(rows) / (time.perf_counter() - began)}
 
-    with Seats(ALONE.device).seated(contender) as model:
+    with LoadedModels(ALONE.device).seated(contender) as model:
 
         def evaluation() -> dict[str, float]:
             began = time.perf_counter()

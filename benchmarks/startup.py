@@ -1,7 +1,7 @@
 """How soon processes are ready, against a bare import: `python -m benchmarks.startup`.
 
 CPU time of a process and its children. A worker, until its trainer is imported, as a fresh interpreter and forked from
-a fork server; `finetune-plan demo`, on an empty cache and again; and the definitions.
+a fork server; `finetune plan demo`, on an empty cache and again; and the definitions.
 """
 
 import os
@@ -59,14 +59,14 @@ def main() -> None:
         def plan(first: bool) -> dict[str, float]:
             if first:
                 shutil.rmtree(cache, ignore_errors=True)
-            return cpu_time("-m", "finetune_assets.tools.plan", "demo", environment=settings)
+            return cpu_time("-m", "finetune_assets.cli", "plan", "demo", environment=settings)
 
         sides: dict[str, Callable[[], dict[str, float]]] = {
             "import torch": lambda: cpu_time("-c", "import torch"),
             "worker, until its trainer is imported": lambda: cpu_time("-c", AS_A_WORKER),
             "forked worker, until its trainer is imported": forked,
-            "finetune-plan demo, first": lambda: plan(first=True),
-            "finetune-plan demo, repeated": lambda: plan(first=False),
+            "finetune plan demo, first": lambda: plan(first=True),
+            "finetune plan demo, repeated": lambda: plan(first=False),
             "import dagster": lambda: cpu_time("-c", "import dagster"),
             "import finetune_assets.definitions": lambda: cpu_time("-c", "import finetune_assets.definitions"),
         }

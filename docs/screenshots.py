@@ -89,7 +89,7 @@ def serving(project: TestProject) -> Iterator[tuple[Daemon, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
+    command = ["finetune", "ui", "--port", str(port)]
     with running(project, command, "Serving dagster-webserver on") as daemon:
         yield daemon, f"http://127.0.0.1:{port}"
 
@@ -129,7 +129,7 @@ def shoot(page: Page, target: Path) -> None:
 
 def take_report(page: Page, file: Path) -> None:
     """The page about all experiments, as a browser opens it from the disk."""
-    subprocess.run([sys.executable, "-m", "finetune_assets.tools.report", "html", str(file)], check=True)
+    subprocess.run([sys.executable, "-m", "finetune_assets.cli", "report", str(file)], check=True)
     page.goto(file.as_uri())
     shoot(page, IMAGES / "report.png")
 

@@ -18,7 +18,7 @@ from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.dead_runs import dead_runs_sensor
 from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
-from finetune_assets.automation.watch import alert_on_failure, alert_on_standstill
+from finetune_assets.automation.alert_sensors import alert_on_failure, alert_on_standstill
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.io_manager import ArtifactIOManager
 from finetune_assets.resources.project import Project

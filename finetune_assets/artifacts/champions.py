@@ -114,7 +114,7 @@ class Champions:
             raise ArtifactMissing(
                 f"champion {record.number} of {self.experiment} is no longer in the store "
                 f"({self.store.url}/{self.store.prefix(record.kind, record.adapter)}); roll back to another: "
-                f"finetune-adapter rollback {self.experiment} --to NUMBER"
+                f"finetune adapter rollback {self.experiment} --to NUMBER"
             )
         return found
 

@@ -18,7 +18,7 @@ UPDATES = "updates.json"
 NOT_ON_THE_HUB = ("packaged/", "local/")
 """With which the names of base models begin that lie in no repository."""
 HELD_BACK = "held_back"
-"""Key of a provenance: the rows that an adapter and those it began from were not trained on, as `HeldBack`."""
+"""Key of a provenance: the rows that an adapter and those it began from were not trained on, as `HoldoutRows`."""
 SUMS = "SHA256SUMS"
 """What each file is, as `sha256sum --check` reads it."""
 EVALUATION = "evaluation.json"

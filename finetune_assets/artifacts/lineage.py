@@ -28,7 +28,7 @@ from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.schema import RawDataConfig
-from finetune_assets.data.rows import HeldBack
+from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import PACKAGED, SUFFIXES
 from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
 from finetune_assets.sources.pins import Pins
@@ -39,8 +39,8 @@ from finetune_assets.store.hashing import sha256
 
 NO_CHAMPION = (
     "{0} has no champion yet: materialize its champion_adapter, whose check says why none was promoted (most often too "
-    "few rows for the gate: a larger data.gate_fraction helps). By hand: finetune-adapter promote {0} FINGERPRINT "
-    '--reason "..."; finetune-store list names the adapters'
+    "few rows for the gate: a larger data.gate_fraction helps). By hand: finetune adapter promote {0} FINGERPRINT "
+    '--reason "..."; finetune store list names the adapters'
 )
 
 
@@ -259,17 +259,17 @@ class Lineage:
             raise StoreError(f"evaluation.lm_eval.folder: no folder {folder}")
         return Import(fingerprint(files=folder_hashes(folder)), folder, {"folder": settings.folder})
 
-    def held_back(self, *begun: ArtifactRef) -> HeldBack:
+    def held_back(self, *begun: ArtifactRef) -> HoldoutRows:
         """The rows that nothing was trained on: neither in this experiment nor in adapters that it begins from.
 
         An adapter from elsewhere does not say what it has seen, and is taken to have seen none of them.
         """
         data = self.experiment.config.data
-        found = HeldBack(self.raw.config.split_salt, data.gate_fraction, data.val_fraction)
+        found = HoldoutRows(self.raw.config.split_salt, data.gate_fraction, data.val_fraction)
         for ref in begun:
             manifest = self.store.manifest(ref.kind, ref.name)
             if manifest and manifest.made_from.get(HELD_BACK):
-                found &= HeldBack(**manifest.made_from[HELD_BACK])
+                found &= HoldoutRows(**manifest.made_from[HELD_BACK])
         return found
 
     # ---- after training

@@ -3,10 +3,10 @@
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import EVALUATIONS
-from finetune_assets.assets.judging import described, evaluate
-from finetune_assets.assets.making import GROUP, in_run, overridden, result
+from finetune_assets.assets.promotion import evaluation_metadata, evaluate
+from finetune_assets.assets.materialization import GROUP, asset_step, overridden, result
 from finetune_assets.assets.partitions import experiments
-from finetune_assets.automation.conditions import by_itself
+from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -17,7 +17,7 @@ from finetune_assets.store.artifacts import ArtifactRef
     kinds={"pytorch"},
     partitions_def=experiments,
     code_version=EVALUATIONS.code_version,
-    automation_condition=by_itself("lora_adapter"),
+    automation_condition=auto_materialize("lora_adapter"),
 )
 def adapter_evaluation(
     context: dg.AssetExecutionContext,
@@ -30,8 +30,8 @@ def adapter_evaluation(
     """Base, champion and new adapter on the gate's rows: loss by category, generated answers, what is forgotten."""
     from finetune_assets.evaluation.files import read_evaluation
 
-    with in_run(context):
+    with asset_step(context):
         lineage = project.lineage(context.partition_key)
         made = evaluate(context, project, launcher, lineage, lora_adapter, tokenized_dataset, cached_base_model)
         evaluation = read_evaluation(project.store().fetch(made.ref))
-        return result(made, tags=overridden(lineage.experiment), **described(evaluation))
+        return result(made, tags=overridden(lineage.experiment), **evaluation_metadata(evaluation))

@@ -3,9 +3,9 @@
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import BASE_MODELS
-from finetune_assets.assets.making import GROUP, in_run, make_once, overridden, result
+from finetune_assets.assets.materialization import GROUP, asset_step, materialize_or_reuse, overridden, result
 from finetune_assets.assets.partitions import experiments
-from finetune_assets.automation.conditions import GoodRows, by_itself
+from finetune_assets.automation.conditions import RawChecksPassed, auto_materialize
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -16,7 +16,7 @@ from finetune_assets.store.artifacts import ArtifactRef
     partitions_def=experiments,
     code_version=BASE_MODELS.code_version,
     pool="hub",
-    automation_condition=by_itself(only_while=GoodRows()),
+    automation_condition=auto_materialize(only_while=RawChecksPassed()),
 )
 def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
     """Safetensors and tokenizer of the experiment's base model, from the package, a folder, or the Hub at a commit.
@@ -25,7 +25,7 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
     """
     from finetune_assets.sources.base_models import collect
 
-    with in_run(context):
+    with asset_step(context):
         lineage = project.lineage(context.partition_key, asks_hub=True)
         source = lineage.base_source()
         name = f"{source.repo}/{source.revision}"
@@ -41,6 +41,6 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
                 expected=source.hashes,
             )
 
-        made = make_once(context, project, BASE_MODELS, name, make)
+        made = materialize_or_reuse(context, project, BASE_MODELS, name, make)
         lineage.pins.record()
         return result(made, tags=overridden(lineage.experiment), repo=source.repo, revision=source.revision)

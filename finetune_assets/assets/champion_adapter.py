@@ -6,10 +6,10 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import CHAMPIONS
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.judging import GATE, Decision, decide
-from finetune_assets.assets.making import ARTIFACT, GROUP, Made, in_run, overridden, result
+from finetune_assets.assets.promotion import GATE, Decision, promote_if_better
+from finetune_assets.assets.materialization import ARTIFACT, GROUP, Outcome, asset_step, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
-from finetune_assets.automation.conditions import by_itself
+from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -30,7 +30,7 @@ from finetune_assets.store.artifacts import ArtifactRef
             blocking=False,
         )
     ],
-    automation_condition=by_itself("adapter_evaluation"),
+    automation_condition=auto_materialize("adapter_evaluation"),
 )
 def champion_adapter(
     context: dg.AssetExecutionContext, lora_adapter: ArtifactRef, adapter_evaluation: ArtifactRef, project: Project
@@ -39,9 +39,9 @@ def champion_adapter(
 
     Where nothing has beaten the base yet, there is none, and this asset is not materialized.
     """
-    with in_run(context):
+    with asset_step(context):
         lineage = project.lineage(context.partition_key)
-        decision = decide(lineage, lora_adapter, adapter_evaluation, by=f"run {context.run_id}")
+        decision = promote_if_better(lineage, lora_adapter, adapter_evaluation, by=f"run {context.run_id}")
         context.log.info(decision.reason)
         yield from announced(lineage, decision)
 
@@ -51,12 +51,12 @@ def announced(
 ) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
     """What the asset tells of a decision."""
     if decision.champion is None:
-        yield decision.checked
+        yield decision.check_result
         return
     history = lineage.champions.history()
     yield result(
-        Made(decision.champion, not decision.promoted, 0.0),
-        [decision.checked],
+        Outcome(decision.champion, not decision.promoted, 0.0),
+        [decision.check_result],
         overridden(lineage.experiment),
         decision=decision.reason,
         champion=history[-1].number,

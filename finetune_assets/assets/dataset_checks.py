@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.making import share_check
+from finetune_assets.assets.materialization import fraction_check
 from finetune_assets.assets.partitions import check_of_each
 from finetune_assets.config.schema import Data
 
@@ -42,7 +42,7 @@ def dataset_checks(
         rows = statistics.get(f"first_{count}", [])
         first = f" First rows, by number in dolly_raw: {', '.join(map(str, rows))}" if isinstance(rows, list) else ""
         told = f"{problem} ({setting} = {most:g}).{first if rows else ''}"
-        return share_check(context, name, statistics[count], total, most, told, first_rows=str(rows))
+        return fraction_check(context, name, statistics[count], total, most, told, first_rows=str(rows))
 
     return [
         check(

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import RAW
-from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, make_once, publish_built, result
+from finetune_assets.assets.materialization import ARTIFACT, GROUP, asset_step, materialize_or_reuse, publish_built, result
 from finetune_assets.assets.pictures import of_rows
 from finetune_assets.assets.raw_checks import BLOCKING, PROFILE, SPECS, Profile, last_good, raw_checks
 from finetune_assets.resources.project import GOOD_TAG, Project
@@ -33,7 +33,7 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
     from finetune_assets.data.ingest import write_raw
     from finetune_assets.sources.raw_data import DataError
 
-    with in_run(context, retried=True):
+    with asset_step(context, retried=True):
         lineage = project.raw(asks_hub=True)
 
         def build(folder: Path) -> None:
@@ -46,7 +46,7 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
             made_from = {"source": lineage.config.source, "content": lineage.content}
             return publish_built(project, RAW, lineage.fingerprint, lineage.fingerprint, made_from, build)
 
-        made = make_once(context, project, RAW, lineage.fingerprint, make)
+        made = materialize_or_reuse(context, project, RAW, lineage.fingerprint, make)
         lineage.pins.record()
         statistics = _statistics(project, made.ref)
         before = last_good(context.instance, lineage.fingerprint, lineage.config.source)

@@ -6,7 +6,7 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import REPORTS
 from finetune_assets.artifacts.layout import PAGE, PAGE_MARKDOWN
-from finetune_assets.assets.making import GROUP, in_run, make_once, publish_built, result
+from finetune_assets.assets.materialization import GROUP, asset_step, materialize_or_reuse, publish_built, result
 from finetune_assets.automation.reports import newer
 from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
@@ -34,7 +34,7 @@ def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg
     from finetune_assets.reporting.collect import collect
     from finetune_assets.reporting.pages import write
 
-    with in_run(context, retried=True):
+    with asset_step(context, retried=True):
         report = collect(project.store(), deployment.configs())
         for problem in report.problems:
             context.log.warning(f"Not in the report: {problem}")
@@ -47,7 +47,7 @@ def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg
             made_from = {"experiments": len(report.experiments), "runs": sum(len(one.runs) for one in report.trained)}
             return publish_built(project, REPORTS, report.fingerprint, report.fingerprint, made_from, build)
 
-        made = make_once(context, project, REPORTS, report.fingerprint, make)
+        made = materialize_or_reuse(context, project, REPORTS, report.fingerprint, make)
         folder = project.store().fetch(made.ref, lambda path: path == PAGE_MARKDOWN)
         return result(
             made,

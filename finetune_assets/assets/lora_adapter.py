@@ -10,12 +10,12 @@ from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import HELD_BACK, TRAINER_STATE
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.making import GROUP, in_run, job, make_once, overridden, refuse_stack, result
+from finetune_assets.assets.materialization import GROUP, asset_step, job, materialize_or_reuse, overridden, refuse_stacked_experiment, result
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.assets.pictures import is_drawn, of_plan
 from finetune_assets.assets.pictures import of_training as pictures
-from finetune_assets.automation.budget import GPU_HOURS, WithinBudget
-from finetune_assets.automation.conditions import by_itself
+from finetune_assets.automation.budget import GPU_HOURS, WithinDailyGpuBudget
+from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import Numbers, of_training, with_cost
@@ -31,8 +31,8 @@ from finetune_assets.worker.job import JobSpec
     code_version=ADAPTERS.code_version,
     pool="gpu",
     deps=["training_plan"],  # whose check is passed before; to train without it is a person's choice
-    automation_condition=by_itself(
-        "training_plan", "tokenized_dataset", "cached_base_model", only_while=WithinBudget()
+    automation_condition=auto_materialize(
+        "training_plan", "tokenized_dataset", "cached_base_model", only_while=WithinDailyGpuBudget()
     ),
 )
 def lora_adapter(
@@ -43,9 +43,9 @@ def lora_adapter(
     launcher: dg.ResourceParam[Launcher],
 ) -> dg.MaterializeResult[ArtifactRef]:
     """A LoRA adapter in safetensors, trained by `torchrun`, with tokenizer, settings, log and provenance."""
-    with in_run(context, retried=True):
+    with asset_step(context, retried=True):
         lineage = project.lineage(context.partition_key)
-        refuse_stack(lineage.experiment)
+        refuse_stacked_experiment(lineage.experiment)
         imported = lineage.import_external_inputs()  # what is wrong with them shows before hours of training
         fingerprint = lineage.fingerprint(
             ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model
@@ -54,16 +54,16 @@ def lora_adapter(
         def make() -> ArtifactRef:
             warm_start = imported.get("warm_start")
             spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model, warm_start)
-            spec = replace(spec, afresh=project.force and context.retry_number == 0)
+            spec = replace(spec, ignore_checkpoints=project.force and context.retry_number == 0)
             return run_in_pipes(context, launcher, spec)
 
-        made = make_once(context, project, ADAPTERS, fingerprint, make)
-        described = _describe(project, lineage, made.ref)
+        made = materialize_or_reuse(context, project, ADAPTERS, fingerprint, make)
+        metadata = _describe(project, lineage, made.ref)
         if not made.hit:
-            described[GPU_HOURS] = described["device_hours"]
-        elif lineage.experiment.config.wandb and "wandb_run" not in described:
+            metadata[GPU_HOURS] = metadata["device_hours"]
+        elif lineage.experiment.config.wandb and "wandb_run" not in metadata:
             context.log.warning("No W&B run for this adapter: it was trained without W&B and is not retrained")
-        return result(made, tags=overridden(lineage.experiment), **described)
+        return result(made, tags=overridden(lineage.experiment), **metadata)
 
 
 def training_job(

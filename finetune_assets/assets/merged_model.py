@@ -8,10 +8,10 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import BASE_MODELS, MERGED
 from finetune_assets.artifacts.layout import MERGE
-from finetune_assets.assets.judging import base_of
-from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, nothing_to_do, overridden, result
+from finetune_assets.assets.promotion import base_of
+from finetune_assets.assets.materialization import ARTIFACT, GROUP, asset_step, job, materialize_or_reuse, check_skipped, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
-from finetune_assets.automation.conditions import by_itself
+from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.config.schema import Merge
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
@@ -32,7 +32,7 @@ OF_INT8 = 0.02
     code_version=MERGED.code_version,
     dagster_type=ARTIFACT,
     output_required=False,
-    automation_condition=by_itself("champion_adapter"),
+    automation_condition=auto_materialize("champion_adapter"),
     check_specs=[
         check_of_each(
             "merged_model",
@@ -53,11 +53,11 @@ def merged_model(
 
     Only where the experiment has a group `merge`, as it is as large as the base.
     """
-    with in_run(context, retried=True):
+    with asset_step(context, retried=True):
         lineage = project.lineage(context.partition_key)
         settings = lineage.experiment.config.merge
         if settings is None:
-            yield nothing_to_do(context, "merge", f"experiment {lineage.experiment.name} has no `merge` settings")
+            yield check_skipped(context, "merge", f"experiment {lineage.experiment.name} has no `merge` settings")
             return
         fingerprint = lineage.fingerprint(MERGED, champion_adapter=champion_adapter)
 
@@ -66,7 +66,7 @@ def merged_model(
             spec = job(
                 project,
                 lineage.experiment,
-                module="finetune_assets.evaluation.merging",
+                module="finetune_assets.merging",
                 inputs={"base-model": base_model, "adapter": champion_adapter, "dataset": tokenized_dataset},
                 kind=MERGED.folder,
                 fingerprint=fingerprint,
@@ -79,7 +79,7 @@ def merged_model(
             )
             return run_in_pipes(context, launcher, spec)
 
-        made = make_once(context, project, MERGED, fingerprint, make)
+        made = materialize_or_reuse(context, project, MERGED, fingerprint, make)
         folder = project.store().fetch(made.ref, lambda path: path == MERGE)
         found = json.loads((folder / MERGE).read_text(encoding="utf-8"))
         check = _checked(context, found, settings)

@@ -15,7 +15,7 @@ Pictures = dict[str, dg.MarkdownMetadataValue]
 
 def of_rows(statistics: Mapping[str, Any]) -> Pictures:
     """Lengths and categories of raw rows."""
-    from finetune_assets.drawing.data import raw_rows
+    from finetune_assets.plots.data import raw_rows
 
     return _drawn(
         "lengths_and_categories", lambda: raw_rows(statistics["quality"]["lengths"], statistics["categories"])
@@ -24,7 +24,7 @@ def of_rows(statistics: Mapping[str, Any]) -> Pictures:
 
 def of_tokens(statistics: Mapping[str, Any], cutoff: int) -> Pictures:
     """Lengths of train examples, and how they are packed."""
-    from finetune_assets.drawing.data import tokens
+    from finetune_assets.plots.data import tokens
 
     lengths, fills = statistics["length_histogram"], statistics["fill_histogram"]
     return _drawn("lengths_and_packing", lambda: tokens(lengths, cutoff, fills))
@@ -32,7 +32,7 @@ def of_tokens(statistics: Mapping[str, Any], cutoff: int) -> Pictures:
 
 def of_plan(plan: Mapping[str, Any], measured: float | None = None) -> Pictures:
     """Memory by part as it was predicted, beside what was measured, in MiB, if it was."""
-    from finetune_assets.drawing.memory import by_part
+    from finetune_assets.plots.memory import by_part
 
     if not plan["memory_mib"]:
         return {}
@@ -47,7 +47,7 @@ def is_drawn(path: str) -> bool:
 def of_training(folder: Path, state: Mapping[str, Any]) -> Pictures:
     """Curves of a training, what its GPUs did, and what it changed in each module."""
     from finetune_assets.artifacts.update_spectrum import read_updates
-    from finetune_assets.drawing import modules, training
+    from finetune_assets.plots import modules, training
 
     found = _drawn("curves", lambda: training.curves(state))
     if (folder / UTILISATION).is_file():
@@ -59,7 +59,7 @@ def of_training(folder: Path, state: Mapping[str, Any]) -> Pictures:
 
 def of_evaluation(evaluation: Mapping[str, Any]) -> Pictures:
     """Held-out loss of each contender by category."""
-    from finetune_assets.drawing.bars import by_category
+    from finetune_assets.plots.bars import by_category
 
     categories = evaluation["categories"]
     return _drawn("loss_by_category_bars", lambda: by_category(categories, [*evaluation["contenders"]]))
@@ -67,7 +67,7 @@ def of_evaluation(evaluation: Mapping[str, Any]) -> Pictures:
 
 def _drawn(name: str, draw: Callable[[], Any]) -> Pictures:
     """A picture by its name; none where nothing is to be drawn, or where it fails: the work itself is done by then."""
-    from finetune_assets.drawing.style import as_markdown
+    from finetune_assets.plots.style import as_markdown
 
     try:
         figure = draw()

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.making import share_check
+from finetune_assets.assets.materialization import fraction_check
 from finetune_assets.config.schema import RawChecks, RawDataConfig
 from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG
 
@@ -117,7 +117,7 @@ def _quarantine(context: dg.AssetExecutionContext, statistics: dict[str, Any], m
     first = statistics["first_quarantined"]
     told = "{file}:{line}: {reason}".format(**first[0]) if first else ""
     reasons = [{"reason": reason, "rows": rows} for reason, rows in statistics["reasons"].items()]
-    return share_check(
+    return fraction_check(
         context,
         "quarantine",
         statistics["quarantined"],
@@ -148,7 +148,7 @@ def _repeats(
         problem = f"repeat another row{how} ({setting} = {most:g}). First: {first}"
         shown = _rows(statistics, [row for row, _ in pairs], ["repeats"], [[f"row {other}"] for _, other in pairs])
         results.append(
-            share_check(
+            fraction_check(
                 context, name, quality[name], statistics["rows"], most, problem, severity=severity, first_rows=shown
             )
         )
@@ -161,7 +161,7 @@ def _leakage(context: dg.AssetExecutionContext, statistics: dict[str, Any], most
         f"contain their response in their instruction (checks.max_leakage_share = {most:g}). First: row {rows[:1]}"
     )
     shown = _rows(statistics, rows)
-    return share_check(
+    return fraction_check(
         context, "leakage", statistics["quality"]["leaked"], statistics["rows"], most, problem, first_rows=shown
     )
 

@@ -8,10 +8,10 @@ import dagster as dg
 from finetune_assets.artifacts.kinds import STACKS
 from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.judging import GATE, decide, described, evaluate
-from finetune_assets.assets.making import ARTIFACT, GROUP, in_run, job, make_once, nothing_to_do, overridden, result
+from finetune_assets.assets.promotion import GATE, promote_if_better, evaluation_metadata, evaluate
+from finetune_assets.assets.materialization import ARTIFACT, GROUP, asset_step, job, materialize_or_reuse, check_skipped, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
-from finetune_assets.automation.conditions import by_itself
+from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
@@ -31,7 +31,7 @@ from finetune_assets.store.artifacts import ArtifactRef
             "stacked_adapter", GATE, "The combined adapter serves: it beat the one before beyond noise.", blocking=False
         )
     ],
-    automation_condition=by_itself("tokenized_dataset", "cached_base_model", apart=["champion_adapter"]),
+    automation_condition=auto_materialize("tokenized_dataset", "cached_base_model", apart=["champion_adapter"]),
 )
 def stacked_adapter(
     context: dg.AssetExecutionContext,
@@ -46,10 +46,10 @@ def stacked_adapter(
     """
     from finetune_assets.evaluation.files import read_evaluation
 
-    with in_run(context, retried=True):
+    with asset_step(context, retried=True):
         lineage = project.lineage(context.partition_key)
         if lineage.experiment.config.stack is None:
-            yield nothing_to_do(context, GATE, f"experiment {lineage.experiment.name} has no `stack` settings")
+            yield check_skipped(context, GATE, f"experiment {lineage.experiment.name} has no `stack` settings")
             return
         parts = lineage.stacked_from(cached_base_model)
         fingerprint = lineage.fingerprint(STACKS, cached_base_model=cached_base_model)
@@ -58,7 +58,7 @@ def stacked_adapter(
             spec = job(
                 project,
                 lineage.experiment,
-                module="finetune_assets.evaluation.stacking",
+                module="finetune_assets.merging.stacking",
                 inputs={"base-model": cached_base_model, **_as_inputs(parts)},
                 kind=STACKS.folder,
                 fingerprint=fingerprint,
@@ -66,18 +66,18 @@ def stacked_adapter(
             )
             return run_in_pipes(context, launcher, spec)
 
-        made = make_once(context, project, STACKS, fingerprint, make)
+        made = materialize_or_reuse(context, project, STACKS, fingerprint, make)
         measured = evaluate(context, project, launcher, lineage, made.ref, tokenized_dataset, cached_base_model)
-        decision = decide(lineage, made.ref, measured.ref, by=f"run {context.run_id}")
+        decision = promote_if_better(lineage, made.ref, measured.ref, by=f"run {context.run_id}")
         context.log.info(decision.reason)
         evaluation = read_evaluation(project.store().fetch(measured.ref))
         yield result(
             made,
-            [decision.checked],
+            [decision.check_result],
             overridden(lineage.experiment),
             decision=decision.reason,
             stacked_from=dg.MetadataValue.json({name: ref.fingerprint for name, ref in parts.items()}),
-            **described(evaluation),
+            **evaluation_metadata(evaluation),
         )
 
 

@@ -8,11 +8,11 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import TOKENIZED
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
-from finetune_assets.assets.making import (
+from finetune_assets.assets.materialization import (
     ARTIFACT,
     GROUP,
-    in_run,
-    make_once,
+    asset_step,
+    materialize_or_reuse,
     overridden,
     publish_built,
     result,
@@ -20,7 +20,7 @@ from finetune_assets.assets.making import (
 )
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.assets.pictures import of_tokens
-from finetune_assets.automation.conditions import by_itself
+from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import is_tokenizer_file
@@ -36,7 +36,7 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     code_version=TOKENIZED.code_version,
     dagster_type=ARTIFACT,
     check_specs=SPECS,
-    automation_condition=by_itself("dolly_raw", "cached_base_model"),
+    automation_condition=auto_materialize("dolly_raw", "cached_base_model"),
 )
 def tokenized_dataset(
     context: dg.AssetExecutionContext,
@@ -49,7 +49,7 @@ def tokenized_dataset(
 
     Reads only the tokenizer's files of the base model.
     """
-    with in_run(context):
+    with asset_step(context):
         lineage = project.lineage(context.partition_key)
         config = lineage.experiment.config
         fingerprint = lineage.fingerprint(TOKENIZED, dolly_raw=dolly_raw, cached_base_model=cached_base_model)
@@ -77,13 +77,13 @@ def tokenized_dataset(
             made_from = {"dolly_raw": dolly_raw.fingerprint, "cached_base_model": cached_base_model.fingerprint}
             return publish_built(project, TOKENIZED, fingerprint, fingerprint, made_from, build)
 
-        made = make_once(context, project, TOKENIZED, fingerprint, make)
+        made = materialize_or_reuse(context, project, TOKENIZED, fingerprint, make)
         folder = project.store().fetch(made.ref, lambda path: path in (STATISTICS, PREVIEW))
         statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
         checks = dataset_checks(context, statistics, config.data)
-        described = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
-        described |= of_tokens(statistics, config.data.tokenization.cutoff_len)
-        return result(made, checks, overridden(lineage.experiment), **described)
+        metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
+        metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
+        return result(made, checks, overridden(lineage.experiment), **metadata)
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:

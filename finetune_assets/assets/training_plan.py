@@ -8,19 +8,19 @@ import dagster as dg
 
 from finetune_assets.artifacts.history import predicted, read_plan, trainer_states
 from finetune_assets.artifacts.kinds import ADAPTERS, PLANS
-from finetune_assets.assets.making import (
+from finetune_assets.assets.materialization import (
     ARTIFACT,
     GROUP,
-    in_run,
-    make_once,
+    asset_step,
+    materialize_or_reuse,
     overridden,
     publish_built,
-    refuse_stack,
+    refuse_stacked_experiment,
     result,
 )
 from finetune_assets.assets.partitions import check_of_each, experiments
 from finetune_assets.assets.pictures import of_plan
-from finetune_assets.automation.conditions import by_itself
+from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.config.loading import dump
 from finetune_assets.launch.local import run_alone
 from finetune_assets.resources.project import Project
@@ -42,7 +42,7 @@ from finetune_assets.store.artifacts import ArtifactRef
             "Otherwise nothing is trained, and this names the settings that would fit.",
         )
     ],
-    automation_condition=by_itself("tokenized_dataset", "cached_base_model"),
+    automation_condition=auto_materialize("tokenized_dataset", "cached_base_model"),
 )
 def training_plan(
     context: dg.AssetExecutionContext,
@@ -54,9 +54,9 @@ def training_plan(
 
     An adapter that the store has keeps the plan that it was trained by.
     """
-    with in_run(context):
+    with asset_step(context):
         lineage = project.lineage(context.partition_key)
-        refuse_stack(lineage.experiment)
+        refuse_stacked_experiment(lineage.experiment)
         adapter = lineage.fingerprint(
             ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model
         )
@@ -82,7 +82,7 @@ def training_plan(
             return publish_built(project, PLANS, name, name, made_from, build, replace=True)
 
         trained = project.store().find(ADAPTERS.folder, adapter) is not None
-        made = make_once(context, project, PLANS, name, make, anew=not trained)
+        made = materialize_or_reuse(context, project, PLANS, name, make, anew=not trained)
         plan = read_plan(project.store(), made.ref)
         return result(made, [_checked(context, plan, made.hit)], overridden(lineage.experiment), **_described(plan))
 

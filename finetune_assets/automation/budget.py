@@ -33,7 +33,7 @@ def allowed() -> float | None:
     return load_raw_data_config(deployment.configs(), deployment.raw_data()).arrivals.gpu_hours_a_day
 
 
-class WithinBudget(dg.AutomationCondition):  # type: ignore[type-arg]
+class WithinDailyGpuBudget(dg.AutomationCondition):  # type: ignore[type-arg]
     """True while today's trainings have taken less than the budget. What waits for it is trained tomorrow."""
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.automation import heartbeat
-from finetune_assets.automation.inputs import settings_of
+from finetune_assets.automation.settings_hash import settings_of
 from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG, OVERRIDES_TAG, newest_raw_tags
 
 PAGE = 1_000
@@ -124,7 +124,7 @@ def _partitions(subset: Any) -> Set[str]:
     return subset.expensively_compute_partition_keys() if subset else set()
 
 
-class GoodRows(dg.AutomationCondition):  # type: ignore[type-arg]
+class RawChecksPassed(dg.AutomationCondition):  # type: ignore[type-arg]
     """True while the newest raw data is good: a base model is then fetched in the run that trains on it.
 
     Asked for before, each experiment's would be a run of its own, and a hundred experiments' runs would stand in the
@@ -157,7 +157,7 @@ class HasSettings(dg.AutomationCondition):  # type: ignore[type-arg]
         return dg.AutomationResult(context, subset)
 
 
-def by_itself(
+def auto_materialize(
     *inputs: str,
     only_while: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
     apart: Sequence[str] = (),

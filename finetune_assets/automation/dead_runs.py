@@ -8,7 +8,7 @@ import json
 
 import dagster as dg
 
-from finetune_assets.resources import alive
+from finetune_assets.resources import run_liveness
 
 
 @dg.sensor(
@@ -20,14 +20,14 @@ from finetune_assets.resources import alive
 def dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """A run must be found dead twice: whoever else knows of it has had time to say so."""
     before, still = set(json.loads(context.cursor or "[]")), []
-    for run_id in alive.died():
+    for run_id in run_liveness.died():
         run = context.instance.get_run_by_id(run_id)
         if run is None or run.is_finished:
-            alive.forget(run_id)
+            run_liveness.forget(run_id)
         elif run_id in before:
             end(context.instance, run)
             context.log.warning(f"Run {run_id}: its process has died")
-            alive.forget(run_id)
+            run_liveness.forget(run_id)
         else:
             still.append(run_id)
     told = f"Re-checking {', '.join(still)}" if still else "All runs alive"

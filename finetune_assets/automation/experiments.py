@@ -4,7 +4,7 @@ import warnings
 
 import dagster as dg
 
-from finetune_assets.resources.project import BY_ITSELF_TAG
+from finetune_assets.resources.project import AUTOMATIC_TAG
 
 EACH_TIME = 3
 """Dagster's daemon comes by every five seconds; a sensor with an interval of five misses every other time."""
@@ -17,7 +17,7 @@ with warnings.catch_warnings():
         minimum_interval_seconds=EACH_TIME,
         default_status=dg.DefaultSensorStatus.RUNNING,
         # From the start, as rows or settings may be others by then; what is still right is taken from the store
-        run_tags={BY_ITSELF_TAG: "true", "dagster/retry_strategy": "ALL_STEPS"},
+        run_tags={AUTOMATIC_TAG: "true", "dagster/retry_strategy": "ALL_STEPS"},
         emit_backfills=False,
         use_user_code_server=True,
         description="Materializes what subscribed experiments need after new raw data, and after a new or edited file "

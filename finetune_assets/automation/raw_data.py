@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.automation import heartbeat
-from finetune_assets.automation.arrivals import Look, Seen, look
+from finetune_assets.automation.change_detection import Look, Seen, look
 from finetune_assets.automation.experiments import EACH_TIME
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project

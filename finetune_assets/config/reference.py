@@ -24,8 +24,7 @@ all its assets, as dotted strings:
 
 <!-- run -->
 ```sh
-dagster asset materialize --select '*lora_adapter' --partition demo -m finetune_assets.definitions \\
-  --config-json '{"resources": {"project": {"config": {"overrides": ["training.max_steps=5", "lora.rank=4"]}}}}'
+finetune run demo --select '*lora_adapter' --set training.max_steps=5 --set lora.rank=4
 ```
 """
 

@@ -321,7 +321,7 @@ class Wandb:
 
 @dataclass
 class Hardware:
-    """Hardware that a training is planned for (`training_plan`, `finetune-plan`); defaults to this machine."""
+    """Hardware that a training is planned for (`training_plan`, `finetune plan`); defaults to this machine."""
 
     gpu: str | None = None
     """GPU name, such as `H100`."""
@@ -467,7 +467,7 @@ class RawDataConfig:
 
 @dataclass
 class StoreConfig:
-    """What `finetune-store gc` may remove: `configs/store.yaml`, or these defaults."""
+    """What `finetune store gc` may remove: `configs/store.yaml`, or these defaults."""
 
     keep_raw: int = 20
     """Number of versions of the raw data to keep."""

@@ -91,7 +91,7 @@ def side_of(draw: Draw, data: Data) -> Split:
 
 
 @dataclass(frozen=True)
-class HeldBack:
+class HoldoutRows:
     """Both ends of the split's line, as far as an adapter and those that it began from were not trained on them.
 
     Attributes:
@@ -104,11 +104,11 @@ class HeldBack:
     gate: float
     val: float
 
-    def __and__(self, other: "HeldBack") -> "HeldBack":
+    def __and__(self, other: "HoldoutRows") -> "HoldoutRows":
         """What neither of two has seen; another salt has mixed all rows."""
         if other.salt != self.salt:
-            return HeldBack(self.salt, 0.0, 0.0)
-        return HeldBack(self.salt, min(self.gate, other.gate), min(self.val, other.val))
+            return HoldoutRows(self.salt, 0.0, 0.0)
+        return HoldoutRows(self.salt, min(self.gate, other.gate), min(self.val, other.val))
 
     def holds(self, instruction: str, context: str, split: str) -> bool:
         """Whether a row of that side of the split is unseen."""

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from finetune_assets.artifacts.layout import EVALUATION, HELD_BACK, ROWS
 from finetune_assets.config.loading import load_resolved
-from finetune_assets.data.rows import HeldBack
+from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser().parse_args()
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
-    unseen = HeldBack(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None
+    unseen = HoldoutRows(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None
     texts = read_texts(args.general_text) if args.general_text and config.evaluation.general_tokens else []
     with joined() as process, reporter(process) as voice:
         comparison = Comparison(

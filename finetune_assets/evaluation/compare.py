@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.data.rows import HeldBack
-from finetune_assets.evaluation.contenders import Contender, Seats
+from finetune_assets.data.rows import HoldoutRows
+from finetune_assets.evaluation.contenders import Contender, LoadedModels
 from finetune_assets.evaluation.generation import answers, end_tokens, readable
 from finetune_assets.evaluation.harness import run_tasks
 from finetune_assets.evaluation.losses import RowLosses
@@ -86,7 +86,7 @@ class Comparison:
         raw: Path | None,
         say: Callable[[str], None],
         tasks: Path | None = None,
-        held_back: HeldBack | None = None,
+        held_back: HoldoutRows | None = None,
     ) -> None:
         self.tasks = tasks
         self.config, self.settings = config, config.evaluation
@@ -99,10 +99,10 @@ class Comparison:
             say(f"{seen} of {len(self.unseen)} rows are not compared: one of the adapters was trained on them")
         self.measured: dict[str, Measured] = {}
 
-    def run(self, contenders: list[Contender], device: torch.device) -> Seats:
+    def run(self, contenders: list[Contender], device: torch.device) -> LoadedModels:
         """Measure all, those on one base model together."""
         self.rendering = rendering(self.config, contenders[0].tokenizer())
-        seats = Seats(device)
+        seats = LoadedModels(device)
         share = self.settings.max_generation_seconds / len(contenders)
         for contender in sorted(contenders, key=lambda one: one.seat != contenders[0].seat):
             with seats.seated(contender) as model:

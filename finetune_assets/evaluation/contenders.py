@@ -13,8 +13,8 @@ from finetune_assets.artifacts.layout import CONFIG
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.training.embeddings import experiment_tokenizer, make_room
-from finetune_assets.training.lora import speed_up
+from finetune_assets.training.embeddings import experiment_tokenizer, resize_embeddings
+from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.model import load_base, with_adapter_of
 
 BASE, CHAMPION, CHALLENGER = "base", "champion", "challenger"
@@ -55,7 +55,7 @@ class Contender:
 
 
 @dataclass
-class Seats:
+class LoadedModels:
     """Base models in memory, one at a time; contenders in the order of their seats read each once.
 
     Attributes:
@@ -81,7 +81,7 @@ class Seats:
             return
         self._base = None  # it is not whole any more if the adapter does not fit
         model = with_adapter_of(base, contender.adapter)
-        speed_up(model)
+        use_fused_lora(model)
         self.read.append(contender.adapter)
         try:
             yield model
@@ -93,7 +93,7 @@ class Seats:
         if self._base is None or self._taken != contender.seat:
             self._base = None  # first, so that two are never in memory
             self._base = load_base(contender.base_model, contender.config.model, contender.config.training, self.device)
-            make_room(self._base, contender.tokenizer(), contender.config)
+            resize_embeddings(self._base, contender.tokenizer(), contender.config)
             self._taken = contender.seat
             self.read.append(contender.base_model)
         return self._base.eval()

@@ -104,20 +104,20 @@ def _ratio(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -> Verdict:
-    """Whether the challenger takes its opponent's place.
+    """Whether the challenger is promoted over its opponent.
 
     Args:
         gain: Over the opponent.
         forgetting: By how many nats a token it is worse than the base on the general text; None if not measured.
-        settings: What is asked for.
+        settings: The thresholds.
         opponent: What it was compared with, in words.
     """
-    numbers: dict[str, Any] = {**asdict(gain), "forgetting": forgetting, "asked": asdict(settings)}
+    numbers: dict[str, Any] = {**asdict(gain), "forgetting": forgetting, "thresholds": asdict(settings)}
     against, most = [], settings.max_forgetting
     if gain.rows < settings.min_rows:
         against.append(
             f"only {gain.rows} comparable gate rows (gate.min_rows = {settings.min_rows}); add rows, raise "
-            "data.gate_fraction, or promote manually with finetune-adapter promote"
+            "data.gate_fraction, or promote manually with finetune adapter promote"
         )
     if forgetting is not None and forgetting > most:
         against.append(f"forgetting is {forgetting:.4f} nats/token on general text (gate.max_forgetting = {most:g})")

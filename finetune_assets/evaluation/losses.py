@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.training.attention import settle
+from finetune_assets.training.attention import select_attention
 from finetune_assets.training.batches import collate
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, base_of, compute_precision
@@ -41,7 +41,7 @@ class RowLosses:
         """
         base = base_of(self.model)
         own = base.config._attn_implementation
-        flat = settle(self.model, self.config.model.attention, rows, self._logits_of(rows), packed=False)
+        flat = select_attention(self.model, self.config.model.attention, rows, self._logits_of(rows), packed=False)
         try:
             return self._measured(rows, flat, progress)
         finally:

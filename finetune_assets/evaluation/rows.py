@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.schema import Data, ExperimentConfig
 from finetune_assets.data.ingest import PARQUET
-from finetune_assets.data.rows import HeldBack
+from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.training.order import Examples
 
@@ -99,7 +99,7 @@ def rendered_again(rows: HeldOut, raw: Path, tokenizer: PreTrainedTokenizerBase,
     return HeldOut(Examples(pa.Table.from_pylist(examples)), whole)
 
 
-def unseen_rows(rows: HeldOut, raw: Path, split: str, held_back: HeldBack) -> NDArray[np.bool_]:
+def unseen_rows(rows: HeldOut, raw: Path, split: str, held_back: HoldoutRows) -> NDArray[np.bool_]:
     """Which rows of a side of the split are held back; shape (rows,)."""
     indices = rows.examples.table["row"].to_numpy()
     texts = pq.read_table(raw / PARQUET, columns=["instruction", "context"]).take(pa.array(indices)).to_pylist()

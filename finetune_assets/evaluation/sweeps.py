@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from finetune_assets.artifacts.layout import ROWS, TRAINER_STATE
-from finetune_assets.drawing.bars import Cost, losses_by_cost
-from finetune_assets.drawing.style import save
+from finetune_assets.plots.bars import Cost, losses_by_cost
+from finetune_assets.plots.style import save
 from finetune_assets.evaluation.files import forgetting_of, read_evaluation
 from finetune_assets.evaluation.gate import Gain, paired_gain
 

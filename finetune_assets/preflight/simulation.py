@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from finetune_assets.config.schema import Lora
 from finetune_assets.preflight.case import NotSimulated, Question, Simulated
 from finetune_assets.training.batches import Batch
-from finetune_assets.training.lora import speed_up
+from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, base_of, layers_of, peft_config, trainable
 from finetune_assets.training.telemetry import multiplied_weights
@@ -164,7 +164,7 @@ def _step(model: PeftModel, question: Question) -> tuple[int, int]:
     AttentionInterface.register(SIMULATED, _attention(lengths, device))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        speed_up(model)
+        use_fused_lora(model)
         loss = SummedLoss(model)
         loss.chunks_on = device
         base = base_of(model)

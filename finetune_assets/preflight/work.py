@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.training.order import Examples, TrainOrder, read_packs
+from finetune_assets.training.order import Examples, GlobalBatchSampler, read_packs
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Work
     training, tokens = experiment.training, experiment.data.tokenization
     longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
     budget = training.micro_batch_size * longest
-    order = TrainOrder(lengths, training, training.group_by_length and not packs, processes, budget)
+    order = GlobalBatchSampler(lengths, training, training.group_by_length and not packs, processes, budget)
     read, largest = 0, (0, [0])
     for step in range(order.steps):
         read += int(lengths[order.global_batch(step)].sum())

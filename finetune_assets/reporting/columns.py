@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_assets.drawing.bars import by_experiment
-from finetune_assets.drawing.style import OF_CONTENDER, ON_WHITE, Look
-from finetune_assets.drawing.training import Curve, overlaid
+from finetune_assets.plots.bars import by_experiment
+from finetune_assets.plots.style import OF_CONTENDER, ON_WHITE, Look
+from finetune_assets.plots.training import Curve, overlaid
 from finetune_assets.reporting.collect import Report
 from finetune_assets.reporting.runs import Run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune_assets.artifacts.layout import PAGE, PAGE_MARKDOWN, PAGE_NUMBERS
 from finetune_assets.data.tables import cell
-from finetune_assets.drawing.style import ON_ANY_PAGE, as_address, as_markdown
+from finetune_assets.plots.style import ON_ANY_PAGE, as_address, as_markdown
 from finetune_assets.reporting.collect import Report, Reported
 from finetune_assets.reporting.columns import COLUMNS, EXPLAINED, pictures
 

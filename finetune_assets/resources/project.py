@@ -10,7 +10,7 @@ from finetune_assets.artifacts.lineage import Lineage, RawLineage
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
 from finetune_assets.config.schema import RawDataConfig
 from finetune_assets.progress import mirror
-from finetune_assets.resources import alive, deployment
+from finetune_assets.resources import deployment, run_liveness
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.locks import Lock
 
@@ -19,7 +19,7 @@ OVERRIDES_TAG = "finetune/overrides"
 """On a materialization: the settings that its run alone had. Nothing that happens by itself goes by it."""
 GOOD_TAG = "finetune/good"
 """On a materialization of `dolly_raw`: its blocking checks passed. Later versions are compared with it."""
-BY_ITSELF_TAG = "finetune/by_itself"
+AUTOMATIC_TAG = "finetune/auto_materialize"
 """On a run: no human started it."""
 
 
@@ -56,13 +56,13 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
         if context.run.remote_job_origin is None:  # else a server did, maybe beside others
             self._drawn.enter_context(mirror.owned())
         self._experiments = {}
-        self._alive = alive.hold(context.run.run_id)
-        if BY_ITSELF_TAG in context.run.tags and context.instance:
+        self._alive = run_liveness.hold(context.run.run_id)
+        if AUTOMATIC_TAG in context.run.tags and context.instance:
             self._raw_version = newest_raw_tags(context.instance).get(DATA_VERSION_TAG)
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         if self._alive:
-            alive.release(self._alive)
+            run_liveness.release(self._alive)
         self._drawn.close()
 
     def store(self) -> ArtifactStore:

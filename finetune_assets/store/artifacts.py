@@ -275,7 +275,7 @@ class ArtifactStore:
         Raises:
             FileNotFoundError: if it is not there.
         """
-        return any(self.objects.persistently(key, lambda: self._copy(key, file, progress, target)) for _ in range(2))
+        return any(self.objects.with_retries(key, lambda: self._copy(key, file, progress, target)) for _ in range(2))
 
     def _copy(self, key: str, file: FileEntry, progress: Progress, target: Path | str) -> bool:
         digest, size, whole = hashlib.sha256(), 0, False

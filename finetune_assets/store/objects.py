@@ -146,17 +146,17 @@ class Objects:
             FileNotFoundError: if there is none.
         """
         self._refuse_link(key)
-        return self.persistently(key, lambda: bytes(obstore.get(self.backend, key).bytes()))
+        return self.with_retries(key, lambda: bytes(obstore.get(self.backend, key).bytes()))
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """An object's content in pieces of some mebibytes. Errors are to be met by `persistently` around the whole."""
+        """An object's content in pieces of some mebibytes. Errors are to be met by `with_retries` around the whole."""
         self._refuse_link(key)
         for chunk in obstore.get(self.backend, key).stream(min_chunk_size=CHUNK):
             yield memoryview(chunk)  # type: ignore[misc]
 
     def put(self, key: str, content: bytes) -> None:
         """Write a small object, over one that may be there."""
-        self.persistently(key, lambda: obstore.put(self.backend, key, content))
+        self.with_retries(key, lambda: obstore.put(self.backend, key, content))
 
     def create(self, key: str, content: bytes) -> bool:
         """Write a small object if there is none; whether it is this content that lies there now."""
@@ -169,7 +169,7 @@ class Objects:
                 return bytes(obstore.get(self.backend, key).bytes()) == content
             return True
 
-        return self.persistently(key, attempt)
+        return self.with_retries(key, attempt)
 
     def upload(self, key: str, size: int, chunks: Callable[[], Iterator[bytes]]) -> None:
         """Write an object of any size, seen by nobody before it is whole.
@@ -193,7 +193,7 @@ class Objects:
                     raise source.error from None
                 raise
 
-        self.persistently(key, attempt)
+        self.with_retries(key, attempt)
 
     def listing(self, prefix: str = "") -> Iterator[Stored]:
         """All objects whose key begins with `prefix` (whole path segments)."""
@@ -246,7 +246,7 @@ class Objects:
                 began = datetime.fromtimestamp(staged.stat().st_mtime).astimezone()
                 yield staged.relative_to(root).as_posix(), began, staged.unlink
 
-    def persistently(self, key: str, attempt: Callable[[], T]) -> T:
+    def with_retries(self, key: str, attempt: Callable[[], T]) -> T:
         """Do something, again where that can help, and tell plainly what is wrong where it cannot.
 
         Raises:

@@ -128,7 +128,7 @@ Logits = Callable[[list[list[int]], bool], Tensor]
 
 
 @torch.no_grad()  # not inference mode: see LoraFinetune.held_out_loss
-def settle(model: PeftModel | PreTrainedModel, wanted: str, examples: Examples, logits: Logits, packed: bool) -> bool:
+def select_attention(model: PeftModel | PreTrainedModel, wanted: str, examples: Examples, logits: Logits, packed: bool) -> bool:
     """Give the model the attention that was asked for, or `varlen` where that computes what the model's own does.
 
     Two examples packed are compared with the same alone, because not every attention keeps those of one row apart. The

@@ -47,7 +47,7 @@ def experiment_tokenizer(folder: Path, config: ExperimentConfig) -> PreTrainedTo
     )
 
 
-def make_room(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig) -> NewTokens:
+def resize_embeddings(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig) -> NewTokens:
     """Give every token of the experiment a row in the embeddings; rows that are made begin as the mean of the others.
 
     Rows that are trained are those of `added_tokens`, some of which may lie in rows that the base has to spare, and

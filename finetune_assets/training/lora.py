@@ -16,7 +16,7 @@ KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 """Names of PEFT's layers that are plain: an output of the base, and an update of it."""
 
 
-def speed_up(model: nn.Module, adapter: str = "default") -> int:
+def use_fused_lora(model: nn.Module, adapter: str = "default") -> int:
     """Have plain LoRA layers compute in this way, in training and in evaluation.
 
     Args:

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
-from finetune_assets.training.fit import explain, misfit, misquantized, stored_quantization
+from finetune_assets.training.weight_validation import explain, misfit, misquantized, stored_quantization
 from finetune_assets.worker.model_libraries import use_bitsandbytes
 
 

@@ -69,7 +69,7 @@ def read_packs(folder: Path) -> list[list[int]] | None:
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()["examples"].to_pylist()
 
 
-class TrainOrder:
+class GlobalBatchSampler:
     """The sequences of every step: a permutation an epoch, cut into global batches, shared among processes.
 
     Args:

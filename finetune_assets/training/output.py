@@ -164,7 +164,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 ```
 
 `config.yaml` holds every setting, `provenance.json` what it was made from, `trainer_state.json` how training went.
-`sha256sum --check SHA256SUMS` tells whether the files are those that were written, and `finetune-adapter verify`
+`sha256sum --check SHA256SUMS` tells whether the files are those that were written, and `finetune adapter verify`
 whether they are those of the store, and where they come from.
 """
 

@@ -14,13 +14,13 @@ from finetune_assets.artifacts.layout import UTILISATION
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
-from finetune_assets.training import checkpoint, health, memory, output
+from finetune_assets.training import checkpoint, divergence, memory, output
 from finetune_assets.training.batches import collate
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.optimizer import make_optimizer, make_scheduler
-from finetune_assets.training.order import TrainOrder, evaluation_batches
+from finetune_assets.training.order import GlobalBatchSampler, evaluation_batches
 from finetune_assets.training.reporting import Reporter, StepReport
-from finetune_assets.training.setup import Prepared
+from finetune_assets.training.setup import TrainingSetup
 from finetune_assets.training.state import Job, Log, Step, Window, Work
 from finetune_assets.training.telemetry import Utilisation, peak_memory_mib
 
@@ -31,7 +31,7 @@ class Preempted(UserError):
     retriable = True
 
 
-class LoraFinetune(Prepared):
+class LoraFinetune(TrainingSetup):
     """LoRA fine-tuning of a causal language model on one tokenized dataset.
 
     Supported: one to many processes on one or more nodes, each with the whole base model or, sharded, a part of it; any
@@ -62,7 +62,7 @@ class LoraFinetune(Prepared):
                 self.log.held_out_loss["before"] = self.held_out_loss()
             self._train()
             self.log.held_out_loss["after"] = self.held_out_loss()
-        health.check_finite(self.log.held_out_loss["after"], self.parameters, self.training)
+        divergence.check_finite(self.log.held_out_loss["after"], self.parameters, self.training)
         self._write_output()
 
     # ---- set-up
@@ -70,7 +70,7 @@ class LoraFinetune(Prepared):
     def _set_up_optimization(self) -> None:
         by_length = self.training.group_by_length and not self.packed
         self.budget = self.training.micro_batch_size * self.longest if self.flat else None
-        self.order = TrainOrder(self.lengths, self.training, by_length, self.process.world, self.budget)
+        self.order = GlobalBatchSampler(self.lengths, self.training, by_length, self.process.world, self.budget)
         self.log.steps = self.order.steps
         self.optimizer = make_optimizer(self.parameters, self.training, self.process.device)
         self.scheduler = make_scheduler(self.optimizer, self.training, self.order.steps)
@@ -209,7 +209,7 @@ class LoraFinetune(Prepared):
         loss, tokens = self.process.sum(sums).tolist()
         seconds = time.monotonic() - window.began
         mean = loss / window.steps
-        health.check_learning(done, mean, float(step.grad_norm), int(self.stalled), self.training)
+        divergence.check_learning(done, mean, float(step.grad_norm), int(self.stalled), self.training)
         self.log.tokens += int(tokens)
         self.log.seconds += seconds
         per_process = tokens / seconds / self.process.world

@@ -9,11 +9,11 @@ from torch import Tensor
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import REWRITES_BASE
 from finetune_assets.training import memory
-from finetune_assets.training.attention import settle
+from finetune_assets.training.attention import select_attention
 from finetune_assets.training.batches import Batch, collate
 from finetune_assets.training.distributed import Process
-from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, make_room
-from finetune_assets.training.lora import speed_up
+from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, resize_embeddings
+from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, compute_precision, layers_of, load_base, trainable, with_adapter
 from finetune_assets.training.order import Examples, read_packs
@@ -22,7 +22,7 @@ from finetune_assets.training.state import Job, Log
 from finetune_assets.training.telemetry import CONVENTION, hardware_name, multiplied_weights, peak_flops
 
 
-class Prepared:
+class TrainingSetup:
     """Examples, a model with an adapter, its loss, and the decisions that settings leave open.
 
     Attributes:
@@ -64,7 +64,7 @@ class Prepared:
         )
         base = load_base(self.job.base_model, self.config.model, self.training, where)
         self.multiplied_weights = multiplied_weights(base)
-        self.new_tokens = make_room(base, experiment_tokenizer(self.job.base_model, self.config), self.config)
+        self.new_tokens = resize_embeddings(base, experiment_tokenizer(self.job.base_model, self.config), self.config)
         if self.job.warm_start:
             check_begins_with_same(self.new_tokens, self.job.warm_start)
         self.model = with_adapter(base, self.config, self.job.warm_start, self.new_tokens.indices)
@@ -81,12 +81,12 @@ class Prepared:
 
     def _settle_how_to_compute(self) -> None:
         """Decide what settings leave open, and keep a note of it."""
-        fused = speed_up(self.model)
+        fused = use_fused_lora(self.model)
         self.summed_loss = SummedLoss(self.model)
         layers = layers_of(self.summed_loss.decoder)
         if self.sharded:
             shard(self.summed_loss, layers, self.parameters, self.process)
-        self.flat = settle(self.model, self.config.model.attention, self.train, self._logits, self.packed)
+        self.flat = select_attention(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.model.eval()
         with self._autocast():
             self.summed_loss.check(self._batch(self.sequences[:1]))

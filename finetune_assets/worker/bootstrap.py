@@ -89,7 +89,7 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
             run_worker(worker)
             return _publish(store, spec, arguments["output"])
         checkpoints = Checkpoints(store, spec.fingerprint, spec.made_from, scratch, spec.keep_checkpoints)
-        if spec.afresh:
+        if spec.ignore_checkpoints:
             checkpoints.clear(numbers=False)
         checkpoints.fetch_newest()
         try:
@@ -112,7 +112,7 @@ def _publish(store: ArtifactStore, spec: JobSpec, output: Path) -> ArtifactRef:
 @contextmanager
 def _scratch(spec: JobSpec, folder: Path) -> Iterator[Path]:
     """A folder that keeps what a job that fails has put there, and goes once it succeeds."""
-    if spec.afresh:
+    if spec.ignore_checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
     _made(folder)
     try:

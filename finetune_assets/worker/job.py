@@ -64,7 +64,7 @@ class JobSpec:
     checkpoints in the store meanwhile."""
     keep_checkpoints: int = 2
     """How many of them stay."""
-    afresh: bool = False
+    ignore_checkpoints: bool = False
     """Go on from no checkpoint."""
 
     settings: Launcher = field(default_factory=Launcher)

@@ -7,7 +7,7 @@ from projects import TestProject
 
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, STACKS
 from finetune_assets.artifacts.layout import HELD_BACK
-from finetune_assets.data.rows import HeldBack
+from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -15,7 +15,7 @@ from finetune_assets.store.artifacts import ArtifactRef
 
 @pytest.fixture
 def adapter(project: TestProject, tmp_path: Path):  # type: ignore[no-untyped-def]
-    def publish(kind: str, held_back: HeldBack | None) -> ArtifactRef:
+    def publish(kind: str, held_back: HoldoutRows | None) -> ArtifactRef:
         (tmp_path / "adapter").mkdir(exist_ok=True)
         (tmp_path / "adapter" / "adapter_model.safetensors").touch()
         name = f"{len(project.published(kind)):064}"
@@ -28,12 +28,12 @@ def adapter(project: TestProject, tmp_path: Path):  # type: ignore[no-untyped-de
 def test_an_adapter_has_seen_what_those_before_it_have(project: TestProject, adapter) -> None:  # type: ignore[no-untyped-def]
     lineage = Project().lineage("demo")
     own = lineage.held_back()
-    assert own == HeldBack("finetune-assets", 0.05, 0.1)
-    with_more = adapter(ADAPTERS.folder, HeldBack(own.salt, 0.5, 0.5))
-    with_less = adapter(STACKS.folder, HeldBack(own.salt, 0.02, 0.2))
+    assert own == HoldoutRows("finetune-assets", 0.05, 0.1)
+    with_more = adapter(ADAPTERS.folder, HoldoutRows(own.salt, 0.5, 0.5))
+    with_less = adapter(STACKS.folder, HoldoutRows(own.salt, 0.02, 0.2))
     assert lineage.held_back(with_more) == own
-    assert lineage.held_back(with_more, with_less) == HeldBack(own.salt, 0.02, 0.1)
-    assert lineage.held_back(adapter(ADAPTERS.folder, HeldBack("another", 0.05, 0.1))) == HeldBack(own.salt, 0.0, 0.0)
+    assert lineage.held_back(with_more, with_less) == HoldoutRows(own.salt, 0.02, 0.1)
+    assert lineage.held_back(adapter(ADAPTERS.folder, HoldoutRows("another", 0.05, 0.1))) == HoldoutRows(own.salt, 0.0, 0.0)
     assert lineage.held_back(adapter(ADAPTERS.folder, None)) == own, "from elsewhere"
 
 

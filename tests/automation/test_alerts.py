@@ -15,7 +15,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message as MessageHandler
 from projects import TestProject
 
-from finetune_assets.automation import alerts, heartbeat, watch
+from finetune_assets.automation import alert_sensors, alerts, heartbeat
 from finetune_assets.automation.alerts import AlertError, tell
 
 SECRET = "T000-planted-hook-secret"
@@ -114,7 +114,7 @@ def test_failed_run_is_told_with_its_own_error(hook: list[dict[str, Any]], monke
     context = dg.build_run_status_sensor_context(
         "alert_on_failure", failure, instance, dagster_run=done.dagster_run
     ).for_run_failure()
-    watch.alert_on_failure(context)
+    alert_sensors.alert_on_failure(context)
     (told,) = hook
     title = told["text"].splitlines()[0]
     assert "lora_adapter" in title
@@ -139,7 +139,7 @@ def test_killed_run_is_told_and_whether_it_is_started_again(hook: list[dict[str,
     context = dg.build_run_status_sensor_context(
         "alert_on_failure", event, instance, dagster_run=instance.get_run_by_id(run.run_id)
     ).for_run_failure()
-    watch.alert_on_failure(context)
+    alert_sensors.alert_on_failure(context)
     (told,) = hook
     title, cause, *more = told["text"].splitlines()
     assert "dolly_raw" in title
@@ -162,7 +162,7 @@ def test_failed_check_is_told_with_what_it_found(hook: list[dict[str, Any]]) -> 
     context = dg.build_run_status_sensor_context(
         "alert_on_failure", done.get_run_failure_event(), instance, dagster_run=done.dagster_run
     ).for_run_failure()
-    watch.alert_on_failure(context)
+    alert_sensors.alert_on_failure(context)
     assert "quarantine" in hook[0]["text"]
     assert "20 of 100 rows are bad" in hook[0]["text"]
 
@@ -178,19 +178,19 @@ def test_standstill_is_told_once(
     def tick() -> None:
         nonlocal cursor
         context = dg.build_sensor_context(instance=instance, cursor=cursor)
-        cursor = watch.alert_on_standstill(context).cursor  # type: ignore[union-attr]
+        cursor = alert_sensors.alert_on_standstill(context).cursor  # type: ignore[union-attr]
 
     tick()
     tick()
     assert ["arrivals.gpu_hours_a_day" in told["text"] for told in hook] == [True]
     now = time.time()
-    monkeypatch.setattr(watch.time, "time", lambda: now + 400)
+    monkeypatch.setattr(alert_sensors.time, "time", lambda: now + 400)
     tick()
     tick()
     assert len(hook) == 2
     assert "raw_data_sensor" in hook[1]["text"]
-    monkeypatch.setattr(watch.time, "time", lambda: now)
+    monkeypatch.setattr(alert_sensors.time, "time", lambda: now)
     tick()
-    monkeypatch.setattr(watch.time, "time", lambda: now + 800)
+    monkeypatch.setattr(alert_sensors.time, "time", lambda: now + 800)
     tick()
     assert len(hook) == 3, "a sensor that stops once more is told once more"

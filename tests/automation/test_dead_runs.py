@@ -19,13 +19,13 @@ from integration.cli import materialize_command
 from projects import TestProject
 
 from finetune_assets.automation.dead_runs import dead_runs_sensor
-from finetune_assets.resources import alive
+from finetune_assets.resources import run_liveness
 from finetune_assets.resources.project import Project
 
 HOLDS = """
 import sys, time
-from finetune_assets.resources import alive
-lock = alive.hold(sys.argv[1])
+from finetune_assets.resources import run_liveness
+lock = run_liveness.hold(sys.argv[1])
 print("holds", flush=True)
 time.sleep(600)
 """
@@ -87,12 +87,12 @@ def ends_as(instance: dg.DagsterInstance, run_id: str, kill: Callable[[], None],
     cursor = tick(instance, tick(instance))
     assert status(instance, run_id) is dg.DagsterRunStatus.STARTED
     kill()
-    assert alive.died() == [run_id]
+    assert run_liveness.died() == [run_id]
     cursor = tick(instance, cursor)
     assert status(instance, run_id) is dg.DagsterRunStatus.STARTED, "whoever else knows of it is given time to say so"
     tick(instance, cursor)
     assert status(instance, run_id) is expected
-    assert alive.died() == []
+    assert run_liveness.died() == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_killed_run_of_the_command_line_is_ended(instance: dg.DagsterInstance) -
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(materialize_command("*"), **quiet)  # type: ignore[call-overload]
     going_on = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])
-    while not (records := instance.get_run_records(going_on)) or not any(alive._folder().glob("*")):
+    while not (records := instance.get_run_records(going_on)) or not any(run_liveness._folder().glob("*")):
         assert process.poll() is None
         time.sleep(0.1)
     run_id = records[0].dagster_run.run_id
@@ -126,8 +126,8 @@ def test_run_holds_its_lock_and_leaves_none(instance: dg.DagsterInstance) -> Non
 
     @dg.op
     def look(project: Project) -> None:
-        held.append([path.name for path in alive._folder().glob("*")])
-        assert alive.died() == []
+        held.append([path.name for path in run_liveness._folder().glob("*")])
+        assert run_liveness.died() == []
 
     @dg.job(resource_defs={"project": Project()})
     def looks() -> None:
@@ -136,11 +136,11 @@ def test_run_holds_its_lock_and_leaves_none(instance: dg.DagsterInstance) -> Non
     done = looks.execute_in_process(instance=instance)
     assert done.success
     assert held == [[done.run_id]]
-    assert not list(alive._folder().glob("*"))
+    assert not list(run_liveness._folder().glob("*"))
 
 
 def test_lock_of_a_run_that_is_not_known_is_taken_away(instance: dg.DagsterInstance) -> None:
-    alive.hold("gone").release()
-    assert alive.died() == ["gone"]
+    run_liveness.hold("gone").release()
+    assert run_liveness.died() == ["gone"]
     tick(instance)
-    assert alive.died() == []
+    assert run_liveness.died() == []

@@ -10,7 +10,7 @@ from projects import TestProject
 from servers import ceph as ceph_server
 from servers.s3 import Bucket
 
-from finetune_assets.automation import arrivals, raw_data
+from finetune_assets.automation import change_detection, raw_data
 from finetune_assets.automation.raw_data import raw_data_sensor
 
 ROW = '{{"instruction": "Question {0}?", "response": "Answer {0}."}}\n'
@@ -145,7 +145,7 @@ def test_drip_fed_rows_wait_for_more(project: TestProject, inbox: Path, sensor: 
 def test_restart_forgets_nothing(inbox: Path, sensor: Sensor) -> None:
     (inbox / "a.jsonl").write_text(rows(1))
     assert len(sensor.starts()) == 1
-    assert arrivals.Seen.read(sensor.cursor).number == 1
+    assert change_detection.Seen.read(sensor.cursor).number == 1
     from finetune_assets.sources import raw_data as sources
 
     sources._known_content.cache_clear()

@@ -17,9 +17,9 @@ from finetune_assets.assets.merged_model import merged_model
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
-from finetune_assets.automation.inputs import settings_of
+from finetune_assets.automation.settings_hash import settings_of
 from finetune_assets.config.fingerprint import fingerprint
-from finetune_assets.resources.project import BY_ITSELF_TAG, GOOD_TAG, OVERRIDES_TAG
+from finetune_assets.resources.project import AUTOMATIC_TAG, GOOD_TAG, OVERRIDES_TAG
 from finetune_assets.store.artifacts import ArtifactRef
 
 REAL = {
@@ -183,7 +183,7 @@ class World:
         """Look, and run what is requested."""
         requested = self.look()
         for experiment, assets in requested.items():
-            self.run(assets, experiment, **{BY_ITSELF_TAG: "true"})
+            self.run(assets, experiment, **{AUTOMATIC_TAG: "true"})
         return requested
 
     def settle(self) -> list[dict[str, set[str]]]:

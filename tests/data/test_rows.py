@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from finetune_assets.config.schema import Data
-from finetune_assets.data.rows import HeldBack, Split, draw, side_of
+from finetune_assets.data.rows import HoldoutRows, Split, draw, side_of
 from finetune_assets.sample.world import instruction_rows, make_world
 
 ROWS = instruction_rows(make_world())
@@ -50,20 +50,20 @@ def test_fractions_of_zero_hold_nothing_out() -> None:
 
 
 def test_what_is_held_back_by_two_is_what_neither_has_seen() -> None:
-    one, two = HeldBack("salt", gate=0.2, val=0.1), HeldBack("salt", gate=0.1, val=0.3)
-    assert one & two == two & one == HeldBack("salt", 0.1, 0.1)
+    one, two = HoldoutRows("salt", gate=0.2, val=0.1), HoldoutRows("salt", gate=0.1, val=0.3)
+    assert one & two == two & one == HoldoutRows("salt", 0.1, 0.1)
     for end in (Split.GATE, Split.VAL):
         by_each = [[held.holds(row["instruction"], row["context"], end) for row in ROWS] for held in (one, two)]
         both = [(one & two).holds(row["instruction"], row["context"], end) for row in ROWS]
         assert both == [a and b for a, b in zip(*by_each, strict=True)]
         assert 0 < sum(both) < max(map(sum, by_each))
-    mixed = one & HeldBack("other", 0.2, 0.1)
+    mixed = one & HoldoutRows("other", 0.2, 0.1)
     assert not any(mixed.holds(row["instruction"], row["context"], Split.GATE) for row in ROWS)
 
 
 def test_what_is_held_back_is_that_side_of_the_split() -> None:
     data = Data(gate_fraction=0.2, val_fraction=0.1)
-    held = HeldBack("salt", data.gate_fraction, data.val_fraction)
+    held = HoldoutRows("salt", data.gate_fraction, data.val_fraction)
     for row, side in zip(ROWS, sides(data), strict=True):
         for end in (Split.GATE, Split.VAL):
             assert held.holds(row["instruction"], row["context"], end) == (side == end)

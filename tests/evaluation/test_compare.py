@@ -17,11 +17,11 @@ from trainings import Train, Trained
 from transformers import AutoModelForCausalLM
 
 from finetune_assets import progress
-from finetune_assets.data.rows import HeldBack
+from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import PACKAGED as TEXTS
 from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison
-from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, Seats
+from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, LoadedModels
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out, questions
 from finetune_assets.sources.base_models import PACKAGED
@@ -108,7 +108,7 @@ def test_what_an_adapter_changes_beside_itself_does_not_reach_another(
     folder = base_model("qwen2")  # which has biases
     new, old = trained(setting, base=folder), trained(base=folder)
     rows = held_out(new.job.dataset, "val", new.config.data).examples
-    seats = Seats(ALONE.device)
+    seats = LoadedModels(ALONE.device)
     base, first, second = (
         Contender(BASE, folder, old.config),
         Contender(CHALLENGER, folder, new.config, new.job.output),
@@ -183,7 +183,7 @@ def test_rows_that_an_adapter_was_trained_on_are_not_compared(trained: Train, tm
     raw = ingest(tmp_path / "raw", SAMPLE).parent
     whole = comparison(run, raw, generated_rows=6, general_tokens=0)
     whole.run(base_and(run), ALONE.device)
-    narrower = HeldBack("salt", data.gate_fraction, data.val_fraction / 2)
+    narrower = HoldoutRows("salt", data.gate_fraction, data.val_fraction / 2)
     part = Comparison(run.config, run.job.dataset, "val", [], raw, print, held_back=narrower)
     part.run(base_and(run), ALONE.device)
     unseen = part.unseen
@@ -193,7 +193,7 @@ def test_rows_that_an_adapter_was_trained_on_are_not_compared(trained: Train, tm
     assert found["generated_rows"] == unseen[:6].sum()
     losses, tokens = whole.measured[CHALLENGER].losses, whole.tokens
     assert found["contenders"][CHALLENGER]["loss"] == pytest.approx(losses[unseen].sum() / tokens[unseen].sum())
-    mixed = Comparison(run.config, run.job.dataset, "val", [], raw, print, held_back=HeldBack("salt", 0.0, 0.0))
+    mixed = Comparison(run.config, run.job.dataset, "val", [], raw, print, held_back=HoldoutRows("salt", 0.0, 0.0))
     mixed.run(base_and(run), ALONE.device)
     found = mixed.result()
     assert found["comparable_rows"] == found["generated_rows"] == 0

@@ -14,7 +14,7 @@ from finetune_assets.config.loading import load_experiment
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation import gate
-from finetune_assets.evaluation.contenders import Contender, Seats
+from finetune_assets.evaluation.contenders import Contender, LoadedModels
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out
 from finetune_assets.training.recipe import LoraFinetune
@@ -54,7 +54,7 @@ def differences(
         job = Job(stories260k, dataset, output, output.parent / "scratch", MADE_FROM)
         LoraFinetune(job, trained, ALONE, Reporter(print)).run()
         contender = Contender.of_folder("challenger", stories260k, output)
-        with Seats(ALONE.device).seated(contender) as model:
+        with LoadedModels(ALONE.device).seated(contender) as model:
             losses.append(RowLosses(model, trained, ALONE.device).of(rows))
     assert len(rows) > 200
     return losses[0] - losses[1], rows.learned

@@ -12,11 +12,11 @@ import yaml
 from integration.graph import Graph
 from projects import TestProject
 
+from finetune_assets.cli.main import finetune
 from finetune_assets.artifacts.champions import BY_HAND, PROMOTED, ROLLED_BACK, Champions, Record
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.data.rows import Split, draw, side_of
 from finetune_assets.sources.raw_data import SAMPLE
-from finetune_assets.tools import adapter
 
 SOAK = bool(os.environ.get("SOAK"))
 Rows = dict[Split, list[dict[str, str]]]
@@ -80,9 +80,9 @@ class Gate:
 
 
 def command(*arguments: str) -> None:
-    """`finetune-adapter`, which succeeds."""
+    """`finetune adapter`, which succeeds."""
     with pytest.raises(SystemExit) as end:
-        adapter.main(arguments)
+        finetune.main(["adapter", *arguments])
     assert not end.value.code
 
 

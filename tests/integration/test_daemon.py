@@ -75,7 +75,7 @@ def ui(project: TestProject, inbox: Path) -> Iterator[Daemon]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["python", "-m", "finetune_assets.tools.ui", "--port", str(port)]
+    command = ["finetune", "ui", "--port", str(port)]
     with running(project, command, "Serving dagster-webserver on") as started:
         yield started
 

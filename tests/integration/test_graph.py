@@ -46,7 +46,7 @@ def test_the_demo_runs_the_whole_graph_from_the_command_line(
     settings["training"] |= {"max_steps": 2, "processes_per_node": 2, "micro_batch_size": 2}
     settings["evaluation"] |= {"generated_rows": 4, "general_tokens": 500}
     demo.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "finetune_assets.tools.demo"]
+    command = [sys.executable, "-m", "finetune_assets.cli", "demo"]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert run.returncode == 0, run.stdout
     for word in ("step 2/2 ", "grad_norm", "tokens/s", "ETA", "2 x cpu"):

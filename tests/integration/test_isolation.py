@@ -52,7 +52,7 @@ def test_each_has_their_own_and_all_share_the_base_model(
     assert proxied.count(r"^(PUT|POST) .*base-models") == uploads
     assert {key.split("/")[2] for key in ceph.listed()} == {*PEOPLE, "base-models"}
 
-    collect = [sys.executable, "-m", "finetune_assets.tools.store", "gc", "--older-than", "0", "--delete"]
+    collect = [sys.executable, "-m", "finetune_assets.cli", "store", "gc", "--older-than", "0", "--delete"]
     of_bob = owned(ceph, "bob")
     subprocess.run(collect, env=environments["alice"], check=True, capture_output=True)
     assert (owned(ceph, "bob"), owned(ceph, "production"), owned(ceph, "base-models")) == (

@@ -10,14 +10,14 @@ import pytest
 from integration.daemon import first_steps, ranks_of
 from projects import TestProject
 
-from finetune_assets.assets import making
+from finetune_assets.assets import materialization
 from finetune_assets.definitions import defs
 
 STEPS, SAVED = 20, 3
 
 
 def test_run_whose_worker_is_killed_goes_on_by_itself(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(making, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(materialization, "RETRY_SECONDS", 0.1)
     overrides = [f"training.max_steps={STEPS}", f"training.save_steps={SAVED}", "training.logging_steps=1"]
     with dg.DagsterInstance.ephemeral() as instance:
         killer = threading.Thread(target=_kill_the_rank, args=[project])

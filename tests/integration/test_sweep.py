@@ -15,7 +15,7 @@ RANKS = (1, 2, 4, 8, 16, 32) if SOAK else (1, 16)
 
 
 def sweep(*arguments: str) -> str:
-    command = [sys.executable, "-m", "finetune_assets.tools.sweep", *arguments]
+    command = [sys.executable, "-m", "finetune_assets.cli", "sweep", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**environment(), "COLUMNS": "200"})
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return run.stdout

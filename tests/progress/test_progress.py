@@ -13,7 +13,7 @@ from servers.hub import Hub
 from servers.proxy import Fault
 
 from finetune_assets import progress as progress_module
-from finetune_assets.assets.making import in_run
+from finetune_assets.assets.materialization import asset_step
 from finetune_assets.config.schema import Data, PromptTemplate
 from finetune_assets.data import ingest as ingest_module
 from finetune_assets.data import prepare as prepare_module
@@ -162,7 +162,7 @@ def test_run_and_terminal_tell_of_what_is_published_and_fetched(
 
     @dg.asset
     def publishes_and_fetches(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        with in_run(context):
+        with asset_step(context):
             ref = store.publish(made, "raw", "f", "f", {})
             spec = JobSpec(
                 module="job_main",

@@ -42,21 +42,21 @@ def count(total=15):
 """Counts to 15, and at 10 waits until the terminal has shown it."""
 ALONE = """
 from finetune_assets.progress import mirror
-from finetune_assets.tools.terminal import told
+from finetune_assets.cli.terminal import progress_shown
 
-with mirror.owned(), told():
+with mirror.owned(), progress_shown():
     print("before")
     count()
     print("after")
 """
 ASSET = """
 import dagster as dg
-from finetune_assets.assets.making import in_run
+from finetune_assets.assets.materialization import asset_step
 from finetune_assets.resources.project import Project
 
 @dg.asset
 def counted(context: dg.AssetExecutionContext, project: Project) -> None:
-    with in_run(context):
+    with asset_step(context):
         count()
 
 defs = dg.Definitions([counted], resources={"project": Project()}, executor=dg.in_process_executor)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 from store.folders import contents, make_folder
 
 from finetune_assets.artifacts.kinds import RETENTION
@@ -17,7 +18,6 @@ from finetune_assets.config.loading import load_store_config
 from finetune_assets.config.schema import StoreConfig
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
 from finetune_assets.store.gc import Removal, inventory, plan, remove
-from finetune_assets.tools import store as cli
 
 FIRST = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = datetime.now(UTC) + timedelta(days=30)
@@ -181,19 +181,17 @@ def test_unreadable_manifest_protects_its_files(store: ArtifactStore, make: Make
 def command(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Any:
-    """Runs `finetune-store` in this process: exit code and what it printed."""
+    """Runs `finetune store` in this process; its exit code, and what it printed."""
     monkeypatch.setenv("FINETUNE_STORE", store.url)
     monkeypatch.setenv("FINETUNE_NAMESPACE", "me")
     monkeypatch.setenv("FINETUNE_CACHE", str(store.cache.root))
     monkeypatch.setenv("FINETUNE_CONFIGS", str(tmp_path))
 
-    def run(*arguments: str) -> tuple[object, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(arguments)
-        told = capsys.readouterr().out
-        return end.value.code or 0, told + (end.value.code if isinstance(end.value.code, str) else "")
+    def store_command(*arguments: str) -> tuple[int, str]:
+        code, printed, err = run(capsys, "store", *arguments)
+        return code, printed + err
 
-    return run
+    return store_command
 
 
 def test_list_and_show(command: Any, make: Maker, store: ArtifactStore) -> None:

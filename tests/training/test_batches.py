@@ -7,14 +7,14 @@ import pytest
 from training.measuring import names
 
 from finetune_assets.config.schema import Training
-from finetune_assets.training.order import BatchError, TrainOrder
+from finetune_assets.training.order import BatchError, GlobalBatchSampler
 
 LENGTHS = np.random.default_rng(0).integers(1, 500, 1_003)
 
 
-def order(world: int = 1, by_length: bool = False, lengths: np.ndarray = LENGTHS, **settings: object) -> TrainOrder:
+def order(world: int = 1, by_length: bool = False, lengths: np.ndarray = LENGTHS, **settings: object) -> GlobalBatchSampler:
     training = Training(**{"macro_batch_size": 32, "micro_batch_size": 4, "epochs": 2, **settings})  # type: ignore
-    return TrainOrder(lengths, training, by_length, world)
+    return GlobalBatchSampler(lengths, training, by_length, world)
 
 
 @pytest.mark.parametrize("by_length", [False, True])

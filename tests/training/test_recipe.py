@@ -21,7 +21,7 @@ from finetune_assets.config.loading import load_resolved
 from finetune_assets.data.tokenization import Encoder
 from finetune_assets.evaluation.generation import answers
 from finetune_assets.training.batches import collate
-from finetune_assets.training.health import TrainingDiverged
+from finetune_assets.training.divergence import TrainingDiverged
 from finetune_assets.training.model import ModelError
 from finetune_assets.training.optimizer import UnsupportedOptimizer
 from finetune_assets.training.order import Examples

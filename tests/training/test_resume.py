@@ -276,7 +276,7 @@ def test_trained_again_from_the_start_on_request(machine: Callable[..., Machine]
     process.communicate(timeout=120)
     kept = one.newest_checkpoint()
     assert kept["step"] >= 3
-    one.spec = replace(one.spec, afresh=True)
+    one.spec = replace(one.spec, ignore_checkpoints=True)
     one.run()
     assert not one.resumed_from(kept)
 

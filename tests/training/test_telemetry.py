@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from training.measuring import names
 
-from finetune_assets.training.health import TrainingStalled
+from finetune_assets.training.divergence import TrainingStalled
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.telemetry import Utilisation, multiplied_weights, peak_flops
 

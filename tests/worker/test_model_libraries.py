@@ -32,7 +32,7 @@ def test_workers_import_what_they_use_and_quantize_when_they_are_to() -> None:
         """
 sys.modules["dagster"] = sys.modules["dagster_aws"] = None
 import finetune_assets.worker.bootstrap
-for worker in ("training", "evaluation", "evaluation.merging", "evaluation.stacking"):
+for worker in ("training", "evaluation", "merging", "merging.stacking"):
     import_lean(f"finetune_assets.{worker}.cli")
 imported = heavy()
 

@@ -1,0 +1,200 @@
+"""Evaluation and promotion of adapters, the same for trained and stacked ones."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import dagster as dg
+
+from finetune_assets.artifacts.champions import PROMOTED, Record
+from finetune_assets.artifacts.kinds import BASE_MODELS, EVALUATIONS
+from finetune_assets.artifacts.layout import HELD_BACK
+from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.assets.materialization import Outcome, job, materialize_or_reuse
+from finetune_assets.assets.pictures import of_evaluation as pictures
+from finetune_assets.launch.engines import Launcher
+from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.reporting.numbers import of_evaluation
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import ArtifactRef"""Name of the check that reports a promotion."""
+
+
+def evaluate(
+    context: dg.AssetExecutionContext,
+    project: Project,
+    launcher: Launcher,
+    lineage: Lineage,
+    adapter: ArtifactRef,
+    dataset: ArtifactRef,
+    base_model: ArtifactRef,
+) -> Outcome:
+    """Evaluate an adapter against its base model and the current champion, or reuse that evaluation."""
+    against = lineage.opponent(adapter)
+    champion = lineage.champions.adapter(against) if against else None
+    imported = lineage.import_external_inputs()
+    text, tasks = imported.get("general_text"), imported.get("tasks")
+    fingerprint = lineage.fingerprint(EVALUATIONS, lora_adapter=adapter)
+
+    def make() -> ArtifactRef:
+        unseen = lineage.held_back(adapter, *([champion] if champion else []))
+        some_were_seen = unseen != lineage.held_back()
+        inputs = {"base-model": base_model, "dataset": dataset, "adapter": adapter}
+        if text:
+            inputs["general-text"] = text
+        if tasks:
+            inputs["tasks"] = tasks
+        if champion or some_were_seen:
+            inputs["raw"] = lineage.raw.raw()
+        if champion:
+            inputs["champion"] = champion
+            other = base_of(lineage, champion)
+            if other and other != base_model:
+                inputs["champion-base-model"] = other
+        spec = job(
+            project,
+            lineage.experiment,
+            module="finetune_assets.evaluation",
+            inputs=inputs,
+            kind=EVALUATIONS.folder,
+            fingerprint=fingerprint,
+            made_from={
+                "fingerprint": fingerprint,
+                "experiment": lineage.experiment.name,
+                "lora_adapter": adapter.fingerprint,
+                "champion": champion.fingerprint if champion else None,
+                "general_text": text.fingerprint if text else None,
+                "tasks": tasks.fingerprint if tasks else None,
+                "split": lineage.split,
+                HELD_BACK: asdict(unseen) if some_were_seen else None,
+            },
+        )
+        return run_in_pipes(context, launcher, spec)
+
+    return materialize_or_reuse(context, project, EVALUATIONS, fingerprint, make, called="adapter_evaluation")
+
+
+def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
+    """The base model that an adapter was trained on, if it is still in the store."""
+    manifest = lineage.store.manifest(adapter.kind, adapter.name)
+    if manifest is None or not manifest.made_from.get("base_model"):
+        return None
+    return lineage.store.find(
+        BASE_MODELS.folder, f"{manifest.made_from['base_model']}/{manifest.made_from['revision']}"
+    )
+
+
+def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation as metadata: scalars, losses by category, and answers side by side."""
+    from finetune_assets.data.tables import rows_table
+
+    names = [*evaluation["contenders"]]
+    categories = [
+        {**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}, "rows": str(row["rows"])}
+        for row in evaluation["categories"]
+    ]
+    samples = [{**row, **{name: row[name] or "" for name in names}} for row in evaluation["samples"]]
+    return {
+        **of_evaluation(evaluation),
+        "split": evaluation["split"],
+        "rows": evaluation["rows"],
+        "generated_rows": evaluation["generated_rows"],
+        **pictures(evaluation),
+        "loss_by_category": dg.MetadataValue.md(rows_table(categories, ["category", "rows", *names])),
+        "samples": dg.MetadataValue.md(rows_table(samples, ["prompt", "expected", *names])),
+    }
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The result of a promotion.
+
+    Attributes:
+        promoted: Whether the challenger became the champion now.
+        reason: Why or why not, with the deciding number.
+        numbers: Everything that the gate compared, and its thresholds.
+        champion: The champion after the decision; None where there is none.
+        is_champion: Whether that is the challenger.
+    """
+
+    promoted: bool
+    reason: str
+    numbers: Mapping[str, Any]
+    champion: ArtifactRef | None
+    is_champion: bool
+
+    @property
+    def check_result(self) -> dg.AssetCheckResult:
+        """The check of the gate: passes if the challenger is the champion, and warns otherwise."""
+        flat = {name: value for name, value in self.numbers.items() if isinstance(value, int | float)}
+        return dg.AssetCheckResult(
+            passed=self.is_champion,
+            check_name=GATE,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=self.reason,
+            metadata={**flat, "thresholds": dg.MetadataValue.json(self.numbers.get("thresholds", {}))},
+        )
+
+
+GATE = "gate"
+
+
+def promote_if_better(lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, by: str) -> Decision:
+    """Promote a challenger if its evaluation passes the gate, and keep the champion otherwise.
+
+    Args:
+        lineage: Of the experiment.
+        challenger: The adapter to promote.
+        evaluation: Its evaluation, beside the base model and the champion.
+        by: Who promotes, for the history.
+    """
+    from finetune_assets.evaluation.files import forgetting_of, gain_of, read_evaluation
+    from finetune_assets.evaluation.gate import judge
+
+    champions, experiment = lineage.champions, lineage.experiment
+    current = champions.current()
+    champion = champions.adapter(current) if current else None
+    folder = lineage.store.fetch(evaluation)
+    gain, opponent = gain_of(folder, experiment.config.gate.confidence)
+    verdict = judge(gain, forgetting_of(read_evaluation(folder)), experiment.config.gate, f"the {opponent}")
+    if current and current.adapter == challenger.fingerprint:
+        reason = f"{name(challenger)} is already the champion (record {current.number})"
+        return Decision(False, reason, verdict.numbers, champion, is_champion=True)
+    if why := _manual_promotion_reason(lineage, challenger):
+        reason = f"{name(challenger)} requires manual promotion: {why}"
+        return Decision(False, reason, verdict.numbers, champion, is_champion=False)
+    if not verdict.promote:
+        reason = f"{name(challenger)} not promoted: {verdict.reason}"
+        return Decision(False, reason, verdict.numbers, champion, is_champion=False)
+    record = champions.promote(
+        Record(
+            experiment.name,
+            challenger.fingerprint,
+            PROMOTED,
+            challenger.kind,
+            current.adapter if current else None,
+            evaluation.fingerprint,
+            dict(verdict.numbers),
+            verdict.reason,
+            by,
+        ),
+        after=current.number if current else 0,
+    )
+    reason = f"{name(challenger)} promoted (record {record.number}): {verdict.reason}"
+    return Decision(True, reason, verdict.numbers, challenger, is_champion=True)
+
+
+def _manual_promotion_reason(lineage: Lineage, challenger: ArtifactRef) -> str:
+    """Why the challenger must not be promoted automatically; empty if it may be."""
+    experiment = lineage.experiment
+    command = f'finetune adapter promote {experiment.name} {name(challenger)} --reason "..."'
+    if experiment.overrides:
+        return f"it was trained with per-run overrides ({', '.join(experiment.overrides)}); use `{command}`"
+    if experiment.sweep:
+        return f"it belongs to the sweep {experiment.sweep}; copy its settings to an experiment file first"
+    if withdrawn := lineage.champions.withdrawn().get(challenger.fingerprint):
+        return f"it was rolled back on {withdrawn.at} ({withdrawn.reason}); use `{command}`"
+    return ""
+
+
+def name(adapter: ArtifactRef) -> str:
+    return adapter.fingerprint[:12]

@@ -1,0 +1,263 @@
+"""`finetune adapter`: champions and their history, manual promotion and rollback, publishing and verification."""
+
+import getpass
+import json
+import socket
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+import click
+from rich.tree import Tree
+
+from finetune_assets.artifacts.champions import Champions, Record
+from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, CHAMPIONS, EVALUATIONS, STACKS
+from finetune_assets.artifacts.layout import EVALUATION, NOT_ON_THE_HUB
+from finetune_assets.artifacts.update_spectrum import ENERGY, suggested
+from finetune_assets.cli.terminal import (
+    EXPERIMENT,
+    FOLDER,
+    SHORT,
+    StoreGroup,
+    ancestors,
+    as_json,
+    copy_out,
+    find_artifact,
+    label,
+    local_time,
+    new_table,
+    open_store,
+    out,
+    plot,
+)
+from finetune_assets.cli.verification import against_manifest, against_sums, published_artifact
+from finetune_assets.config.errors import suggest
+from finetune_assets.config.loading import experiment_names
+from finetune_assets.resources import deployment
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
+from finetune_assets.store.errors import ArtifactMissing, StoreError
+from finetune_assets.store.gc import inventory
+from finetune_assets.worker.model_libraries import import_lean
+
+experiment_argument = click.argument("experiment", type=EXPERIMENT)
+reason = click.option("--reason", required=True, help="Why; recorded in the history.")
+
+
+@click.group(cls=StoreGroup)
+def adapter() -> None:
+    """Champions: list, promote, roll back, fetch, publish and verify adapters.
+
+    ADAPTER is a fingerprint or name, or the first characters of one.
+
+    \b
+    Examples:
+      finetune adapter champions
+      finetune adapter rollback demo --reason "stutters on lists"
+      finetune adapter fetch demo ./adapter
+    """
+
+
+@adapter.command()
+@click.argument("experiment", type=EXPERIMENT, required=False)
+@as_json
+def champions(experiment: str | None, as_json: bool) -> None:
+    """List the current champion of EXPERIMENT, or of each experiment."""
+    store = open_store()
+    names = [experiment] if experiment else experiments_with_champions(store)
+    records = {name: record for name in names if (record := Champions(store, name).current())}
+    if as_json:
+        _print_json([asdict(record) for record in records.values()])
+        return
+    if not records:
+        out.print(f"No champion{f' of {experiment}' if experiment else ''} yet; materialize champion_adapter")
+        return
+    table = new_table("experiment", "champion", "adapter", "since", "why")
+    for name, record in records.items():
+        why = f"{record.action}: {record.reason}"
+        table.add_row(name, str(record.number), record.adapter[:SHORT], _time_of(record), why)
+    out.print(table)
+
+
+def experiments_with_champions(store: ArtifactStore) -> list[str]:
+    keys = (stored.key for stored in store.objects.listing(f"{store.namespace}/{CHAMPIONS.folder}/"))
+    return sorted({key.split("/")[2] for key in keys})
+
+
+@adapter.command()
+@experiment_argument
+@as_json
+def history(experiment: str, as_json: bool) -> None:
+    """List every champion that EXPERIMENT had, and why it was promoted."""
+    records = Champions(open_store(), experiment).history()
+    if not records:
+        raise StoreError(f"{experiment}: no adapter was promoted yet; the check of champion_adapter says why")
+    if as_json:
+        _print_json([asdict(record) for record in records])
+        return
+    table = new_table("", "when", "what", "adapter", "by", "why")
+    for record in records:
+        number, fingerprint = str(record.number), record.adapter[:SHORT]
+        table.add_row(number, _time_of(record), record.action, fingerprint, record.by, record.reason)
+    out.print(table)
+
+
+@adapter.command()
+@experiment_argument
+@click.argument("adapter")
+@reason
+def promote(experiment: str, adapter: str, reason: str) -> None:
+    """Promote ADAPTER manually to champion of EXPERIMENT."""
+    store, known = open_store(), experiment_names(deployment.configs())
+    if experiment not in known:
+        raise StoreError(f"no experiment '{experiment}'; {suggest(experiment, known)}")
+    ref = _adapter(store, adapter)
+    manifest, fingerprint = store.manifest(ref.kind, ref.name), ref.fingerprint[:SHORT]
+    trained_for = manifest.made_from.get("experiment") if manifest else None
+    if trained_for != experiment:
+        out.print(f"Note: {fingerprint} was trained for experiment {trained_for}, with its settings")
+    record = Champions(store, experiment).promote_by_hand(ref, reason, _user())
+    if record is None:
+        out.print(f"{fingerprint} is already the champion of {experiment}")
+        return
+    out.print(f"{fingerprint} is the champion of {experiment} (record {record.number})")
+
+
+@adapter.command("rollback")
+@experiment_argument
+@click.option("--to", type=int, metavar="NUMBER", help="Record to roll back to; by default the one before.")
+@reason
+def roll_back(experiment: str, to: int | None, reason: str) -> None:
+    """Make an earlier champion of EXPERIMENT the champion again."""
+    record = Champions(open_store(), experiment).roll_back(reason, _user(), to)
+    out.print(
+        f"{record.adapter[:SHORT]} is the champion of {experiment} again (record {record.number}); "
+        f"{(record.before or '')[:SHORT]} is excluded from automatic promotion"
+    )
+
+
+@adapter.command("fetch")
+@experiment_argument
+@click.argument("folder", type=FOLDER)
+def fetch_champion(experiment: str, folder: Path) -> None:
+    """Copy the champion's files, verified, into FOLDER, which must not exist or be empty."""
+    store = open_store()
+    champion = Champions(store, experiment).champion()
+    if champion is None:
+        raise ArtifactMissing(f"{experiment} has no champion yet")
+    copy_out(store, champion, folder)
+    out.print(f"Champion {champion.fingerprint[:SHORT]} of {experiment} stored in {folder}")
+    manifest = store.manifest(champion.kind, champion.name)
+    origin = manifest.made_from if manifest else {}
+    if str(origin.get("base_model", "")).startswith(NOT_ON_THE_HUB):
+        base = f"{BASE_MODELS.folder}/{origin['base_model']}/{origin['revision']}"
+        out.print(f"Its base model: finetune store fetch {base} ./base")
+
+
+@adapter.command()
+@experiment_argument
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
+def publish(experiment: str, repo: str, private: bool) -> None:
+    """Upload the champion to the Hub, with its evaluation in the model card.
+
+    The repository is created if it does not exist. HF_TOKEN needs permission to write.
+    """
+    from finetune_assets.cli import publishing
+
+    store = open_store()
+    champions = Champions(store, experiment)
+    record = champions.current()
+    if record is None:
+        raise ArtifactMissing(f"{experiment} has no champion yet")
+    measured = store.find(EVALUATIONS.folder, record.evaluation) if record.evaluation else None
+    evaluation = json.loads((store.fetch(measured) / EVALUATION).read_text("utf-8")) if measured else None
+    with store.cache.workspace("publish") as folder:
+        address = publishing.publish(store.fetch(champions.adapter(record)), evaluation, repo, private, folder)
+    out.print(f"Champion {record.number} of {experiment}, {record.adapter[:SHORT]}: {address}")
+
+
+@adapter.command("updates")
+@click.argument("adapter")
+@plot
+def show_updates(adapter: str, plot: Path | None) -> None:
+    """Show how large the update of each module is, and the rank that it needs.
+
+    ADAPTER may also be an experiment, whose champion is taken, or a folder.
+    """
+    from finetune_assets.plots import modules
+    from finetune_assets.plots.style import save
+
+    updates = import_lean("finetune_assets.training.updates").updates(folder_of(open_store(), adapter))
+    table = new_table("module", "rank", "norm", "effective rank", f"rank for {ENERGY:.0%}")
+    for update in updates:
+        numbers = (f"{update.norm:.3g}", f"{update.effective_rank:.1f}", str(update.enough))
+        table.add_row(update.module, str(update.rank), *numbers)
+    out.print(table)
+    usual, pattern = suggested(updates)
+    out.print(f"Ranks that keep {ENERGY:.0%} of each update's squared norm, as settings of an experiment:\n")
+    out.print("lora:\n  rank: " + str(usual) + ("\n  rank_pattern:" if pattern else ""))
+    for module, rank in pattern.items():
+        out.print(f"    {module}: {rank}")
+    if plot:
+        save(modules.updates(updates, f"Updates of {adapter}"), plot)
+        out.print(f"\nPlot saved to {plot}")
+
+
+@adapter.command()
+@click.argument("folder", type=FOLDER)
+def verify(folder: Path) -> bool:
+    """Compare an adapter's FOLDER with its checksums and with the store, and show its provenance.
+
+    Exit code 1 if a file differs or the store does not have the adapter.
+    """
+    problems = against_sums(folder)
+    store = open_store()
+    found = inventory(store.objects)
+    artifact = published_artifact(found, folder)
+    if artifact is None:
+        problems.append(f"{store.url} has no adapter with its fingerprint; only SHA256SUMS was compared")
+    else:
+        problems += against_manifest(folder, artifact)
+        out.print(ancestors(found, artifact, Tree(f"{label(artifact)} of {local_time(artifact.created)}, made from")))
+        for name in experiments_with_champions(store):
+            for record in Champions(store, name).history():
+                if record.adapter == artifact.manifest.fingerprint:
+                    out.print(f"Champion {record.number} of {name}: {record.action} {_time_of(record)}, {record.reason}")
+    for problem in problems:
+        out.print(f"[red]{problem}[/red]")
+    out.print(f"{folder}: " + ("[red]not verified[/red]" if problems else "verified"))
+    return not problems
+
+
+def folder_of(store: ArtifactStore, name: str) -> Path:
+    """The files of an adapter: a folder, an experiment's champion, or the adapter of a fingerprint.
+
+    Raises:
+        ArtifactMissing: if `name` is none of these.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        return Path(name)
+    champion = Champions(store, name).champion() if "/" not in name else None
+    try:
+        return store.fetch(champion or _adapter(store, name))
+    except ArtifactMissing as e:
+        raise ArtifactMissing(f"'{name}': no experiment with a champion, no folder of an adapter, and {e}") from e
+
+
+def _adapter(store: ArtifactStore, name: str) -> ArtifactRef:
+    found = inventory(store.objects)
+    found.artifacts[:] = [artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS.folder, STACKS.folder)]
+    artifact = find_artifact(store, found, name, "adapter")
+    return store.ref(artifact.kind, artifact.name, artifact.manifest)
+
+
+def _user() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def _time_of(record: Record) -> str:
+    return local_time(datetime.fromisoformat(record.at))
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))

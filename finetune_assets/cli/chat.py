@@ -1,0 +1,22 @@
+"""`finetune chat`: talk to an experiment's base model, champion and challenger."""
+
+import click
+
+from finetune_assets.cli.terminal import EXPERIMENT, progress_shown
+from finetune_assets.resources.project import Project
+
+
+@click.command()
+@click.argument("experiment", type=EXPERIMENT)
+@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy decoding.")
+def chat(experiment: str, max_new_tokens: int, temperature: float) -> None:
+    """Talk to the base model, champion and challenger of EXPERIMENT; /help lists the commands."""
+    from finetune_assets.cli.conversation import Conversation, contenders, run, typed_lines
+
+    lineage = Project().lineage(experiment)
+    with progress_shown():
+        available = contenders(lineage)
+    talk = Conversation(available, max_new_tokens, temperature)
+    print(f"{experiment}: {', '.join(talk.names)} available; {talk.who} answers. /help lists the commands.")
+    run(talk, typed_lines())

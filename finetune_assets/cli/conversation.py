@@ -1,0 +1,190 @@
+"""A conversation in the terminal with an experiment's base model, champion and challenger."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+
+from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS
+from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.errors import UserError
+from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, leaves_traces
+from finetune_assets.evaluation.generation import end_tokens
+from finetune_assets.evaluation.rows import questions
+from finetune_assets.store.errors import ArtifactMissing
+from finetune_assets.training.embeddings import resize_embeddings
+from finetune_assets.training.model import load_base, with_adapter_of
+
+ALL = "all"
+HELP = """\
+/base, /champion, /challenger    switch the model that answers
+/all                             let all of them answer each question
+/new                             start a new conversation
+/help, /quit"""
+
+
+def contenders(lineage: Lineage) -> list[Contender]:
+    """The base, and of champion and challenger those that there are, fetched from the store.
+
+    Raises:
+        ArtifactMissing: if there is neither.
+    """
+    found: dict[str, Any] = {}
+    with suppress(ArtifactMissing):
+        found[CHAMPION] = lineage.champion()
+    with suppress(ArtifactMissing):
+        challenger = lineage.expected(ADAPTERS)
+        if found.get(CHAMPION) != challenger:
+            found[CHALLENGER] = challenger
+    if not found:
+        asset = "stacked_adapter" if lineage.experiment.config.stack else "lora_adapter"
+        raise ArtifactMissing(f"{lineage.experiment.name} has no adapter yet: materialize {asset} first")
+    base = lineage.store.fetch(lineage.expected(BASE_MODELS))
+    seats = [Contender.of_folder(name, base, lineage.store.fetch(ref)) for name, ref in found.items()]
+    return [Contender(BASE, base, lineage.experiment.config), *seats]
+
+
+class Seat:
+    """A base model in memory with the adapters of one or several contenders.
+
+    Args:
+        contender: The first of them.
+    """
+
+    def __init__(self, contender: Contender) -> None:
+        config, device = contender.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.base = load_base(contender.base_model, config.model, config.training, device)
+        resize_embeddings(self.base, contender.tokenizer(), config)
+        self.adapted: PeftModel | None = None
+
+    def add(self, contender: Contender) -> None:
+        if contender.adapter is None:
+            return
+        if self.adapted is None:
+            self.adapted = with_adapter_of(self.base, contender.adapter, contender.name)
+        else:
+            self.adapted.load_adapter(str(contender.adapter), adapter_name=contender.name)
+        self.adapted.eval()
+
+    @contextmanager
+    def speaking(self, name: str) -> Iterator[Any]:
+        """The model with that contender's adapter, or none."""
+        if self.adapted is None:
+            yield self.base.eval()
+        elif name == BASE:
+            with self.adapted.disable_adapter():
+                yield self.adapted
+        else:
+            self.adapted.set_adapter(name)
+            yield self.adapted
+
+
+@dataclass
+class Conversation:
+    """Who answers, and what was said.
+
+    Args:
+        contenders: Those that can; each base model and each adapter is read when it is first asked.
+        max_new_tokens: Longest answer.
+        temperature: 0 takes the likeliest token each time.
+    """
+
+    contenders: list[Contender]
+    max_new_tokens: int
+    temperature: float = 0.0
+    said: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = [contender.name for contender in self.contenders]
+        self.who = self.names[-1] if CHAMPION not in self.names else CHAMPION
+        self.seats: dict[str, Seat] = {}
+        self.seated: dict[str, Seat] = {}
+
+    def _seat(self, contender: Contender) -> Seat:
+        if contender.name not in self.seated:
+            print(f"(loading {contender.name} ...)", file=sys.stderr)
+            alone = contender.adapter is not None and leaves_traces(contender.adapter)
+            key = f"{contender.seat} {contender.name if alone else ''}"
+            seat = self.seats.get(key) or Seat(contender)
+            seat.add(contender)
+            self.seats[key] = self.seated[contender.name] = seat
+        return self.seated[contender.name]
+
+    def answer(self, name: str, question: str) -> str:
+        """Let one of them answer, and print it as it comes."""
+        contender = next(contender for contender in self.contenders if contender.name == name)
+        seat, tokenizer, config = self._seat(contender), contender.tokenizer(), contender.config
+        turns = [*self.said.get(name, []), {"role": "user", "content": question}]
+        if config.data.prompt_template.chat_template:
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        else:
+            (ids,) = questions([question], tokenizer, config.data)  # such prompts hold one question
+        ends = {tokenizer.eos_token_id, *end_tokens(tokenizer, [_turn_end(tokenizer, config)])} - {None}
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            eos_token_id=sorted(ends) or None,
+            **sampling,
+        )
+        with torch.inference_mode(), seat.speaking(name) as model:
+            prompt = torch.tensor([ids], device=model.device)
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=settings,
+                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+        text = str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
+        self.said[name] = [*turns, {"role": "assistant", "content": text}]
+        return text
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig) -> list[int]:
+    """Tokens of a whole turn, the last special one of which ends it."""
+    if not config.data.prompt_template.chat_template:
+        return []
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return list(tokenizer.apply_chat_template(turns, return_dict=False))
+
+
+def run(talk: Conversation, lines: Iterator[str]) -> None:
+    """Answer line by line until there is none, or one says `/quit`."""
+    for line in lines:
+        command = line.strip()
+        if command in ("/quit", "/exit"):
+            return
+        if command == "/help":
+            print(HELP)
+        elif command == "/new":
+            talk.said.clear()
+            print("(new conversation)")
+        elif command.removeprefix("/") in (*talk.names, ALL) and command.startswith("/"):
+            talk.who = command[1:]
+            print(f"({talk.who} answers now)")
+        elif command.startswith("/"):
+            hint = "; the newest adapter is the champion" if command == f"/{CHALLENGER}" else ""
+            known = ", ".join(f"/{name}" for name in talk.names)
+            print(f"(unknown or unavailable: {command}{hint}; available: {known}, /all, /help)")
+        elif command:
+            for name in talk.names if talk.who == ALL else [talk.who]:
+                if talk.who == ALL:
+                    print(f"[{name}]")
+                talk.answer(name, command)
+
+
+def typed_lines() -> Iterator[str]:
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history)
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return

@@ -1,0 +1,126 @@
+"""`finetune sweep`: run the points of a sweep, and compare their results."""
+
+from pathlib import Path
+
+import click
+
+from finetune_assets.artifacts.kinds import ADAPTERS
+from finetune_assets.artifacts.layout import TRAINER_STATE
+from finetune_assets.cli.run import materialize
+from finetune_assets.cli.terminal import StoreCommand, new_table, open_store, out, plot
+from finetune_assets.config.loading import load_sweep
+from finetune_assets.config.sweeps import sweep_files
+from finetune_assets.resources import deployment
+from finetune_assets.resources.project import Project
+from finetune_assets.store.errors import ArtifactMissing
+
+ASSETS = "dolly_raw,cached_base_model,tokenized_dataset,lora_adapter,adapter_evaluation"
+CONFIDENCE = 0.95
+
+
+@click.group()
+def sweep() -> None:
+    """Find a rank, layers or a learning rate: the sweeps in configs/sweeps/.
+
+    \b
+    Examples:
+      finetune sweep run demo-ranks
+      finetune sweep report demo-ranks --plot ranks.svg
+    """
+
+
+@sweep.command("list", cls=StoreCommand)
+def list_sweeps() -> None:
+    """List the sweeps, and how many of their points are done."""
+    table = new_table("sweep", "points", "done")
+    for path in sweep_files(deployment.configs()):
+        names = [point.name for point in load_sweep(deployment.configs(), path.stem)]
+        table.add_row(path.stem, str(len(names)), str(sum(map(_is_done, names))))
+    out.print(table)
+
+
+@sweep.command("run")
+@click.argument("name", metavar="SWEEP")
+@click.pass_context
+def run(ctx: click.Context, name: str) -> None:
+    """Materialize every point of SWEEP that is not done yet, one after the other.
+
+    Exit code 1 if one fails; the others run.
+    """
+    points = load_sweep(deployment.configs(), name)
+    failed = []
+    for number, point in enumerate(points, 1):
+        if _is_done(point.name):
+            out.print(f"{number}/{len(points)} {point.name}: already done")
+            continue
+        out.print(f"{number}/{len(points)} {point.name}")
+        if materialize(point.name, ASSETS) != 0:
+            failed.append(point.name)
+    if failed:
+        out.print(f"[red]Failed: {', '.join(failed)}[/red]")
+        ctx.exit(1)
+
+
+@sweep.command("report", cls=StoreCommand)
+@click.argument("name", metavar="SWEEP")
+@plot
+def report(name: str, plot: Path | None) -> None:
+    """Compare the points of SWEEP: loss, size, time, memory, and the smallest that is as good as the best."""
+    from finetune_assets.evaluation import sweeps
+
+    store = open_store()
+    points, waiting = [], []
+    for point in load_sweep(deployment.configs(), name):
+        try:
+            lineage = Project().lineage(point.name)
+            adapter = lineage.expected(ADAPTERS)
+            evaluation = store.fetch(lineage.evaluation(adapter))
+            folder = store.fetch(adapter, lambda path: path == TRAINER_STATE)
+            points.append(sweeps.found(point.name, point.settings, folder, evaluation))
+        except ArtifactMissing:
+            waiting.append(point.name)
+    if not points:
+        raise ArtifactMissing(f"{name}: no point is done yet; run them with `finetune sweep run {name}`")
+    behind = sweeps.behind_best(points, CONFIDENCE)
+    chosen = sweeps.smallest(points, behind)
+    best = min(points, key=lambda point: point.loss)
+    on_frontier = {point.name for point in sweeps.frontier(points, "parameters")}
+    keys = [*points[0].settings]
+    table = new_table(*keys, "parameters", "seconds", "MiB", "held-out loss", "behind the best", "forgetting", "")
+    for trained in sorted(points, key=lambda one: one.parameters):
+        gain = behind[trained.name]
+        marks = ["frontier"] if trained.name in on_frontier else []
+        marks += ["best"] if trained is best else []
+        marks += ["[bold]smallest within noise[/bold]"] if trained is chosen else []
+        table.add_row(
+            *(str(trained.settings[key]) for key in keys),
+            f"{trained.parameters:,}",
+            f"{trained.seconds:.1f}",
+            f"{trained.memory:,}",
+            f"{trained.loss:.4f}",
+            "" if trained is best else f"{gain.mean:.4f} (at least {gain.lower:.4f})",
+            "" if trained.forgetting is None else f"{trained.forgetting:.3f}",
+            ", ".join(marks),
+        )
+    out.print(table)
+    noise = f"({CONFIDENCE:.0%}, {len(best.rows)} validation rows)"
+    if chosen is best:
+        out.print(f"The best of {len(points)} is {best.name}; it beats all smaller ones beyond noise {noise}.")
+    else:
+        out.print(
+            f"The best of {len(points)} is {best.name}. {chosen.name} is the smallest that it does not beat beyond "
+            f"noise {noise}."
+        )
+    if waiting:
+        out.print(f"Not done yet: {', '.join(waiting)}")
+    if plot:
+        sweeps.draw(points, chosen, f"Sweep {name}", plot)
+        out.print(f"Plot saved to {plot}")
+
+
+def _is_done(name: str) -> bool:
+    try:
+        Project().lineage(name).evaluation()
+    except ArtifactMissing:
+        return False
+    return True

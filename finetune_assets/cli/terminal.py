@@ -1,0 +1,163 @@
+"""What the commands share: progress and exit codes, tables, and how an artifact is named on the command line."""
+
+import logging
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from finetune_assets.config.loading import experiment_names
+from finetune_assets.errors import UserError
+from finetune_assets.progress.screen import drawn
+from finetune_assets.resources import deployment
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
+from finetune_assets.store.errors import ArtifactMissing, StoreError
+from finetune_assets.store.gc import Artifact, Inventory, made_from
+from finetune_assets.store.objects import boto3_client
+
+NAMED = "its name or fingerprint, or the first characters of it"
+SHORT = 12
+"""Digits of a fingerprint that are shown; any number of first ones may be given."""
+WIDE = 250
+"""Columns where no terminal says how many it has, so that a file or a pipe gets whole lines."""
+FORMATS = (".png", ".svg", ".pdf")
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+
+
+class StoreCommand(click.Command):
+    """A command that shows progress on stderr, and ends with exit code 1 where it returns False."""
+
+    def invoke(self, ctx: click.Context) -> None:
+        with progress_shown():
+            if super().invoke(ctx) is False:
+                ctx.exit(1)
+
+
+class StoreGroup(click.Group):
+    """A group of such commands."""
+
+    command_class = StoreCommand
+
+
+class ExperimentName(click.ParamType):
+    """The name of an experiment, which the shell completes; whether it exists is checked where it is read."""
+
+    name = "experiment"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        try:
+            names: Iterable[str] = experiment_names(deployment.configs())
+        except UserError:
+            names = ()
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+class PlotPath(click.ParamType):
+    """The path of a picture to draw."""
+
+    name = "file"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        if path.suffix not in FORMATS:
+            self.fail(f"'{value}' does not end in {', '.join(FORMATS)}", param, ctx)
+        return path
+
+
+EXPERIMENT = ExperimentName()
+FOLDER = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+plot = click.option("--plot", type=PlotPath(), help=f"Also draw it, as {', '.join(FORMATS)}.")
+
+
+def open_store() -> ArtifactStore:
+    """The store of this environment, without Dagster."""
+    return deployment.store(boto3_client)
+
+
+@contextmanager
+def progress_shown() -> Iterator[None]:
+    """Show on stderr what this project logs, and progress bars where stderr is a terminal."""
+    package = logging.getLogger("finetune_assets")
+    package.setLevel(logging.INFO)
+    with drawn() as stderr:
+        handler = logging.StreamHandler(stderr)
+        package.addHandler(handler)
+        try:
+            yield
+        finally:
+            package.removeHandler(handler)
+
+
+def copy_out(store: ArtifactStore, ref: ArtifactRef, folder: Path) -> None:
+    """Copy an artifact's files, verified, into a new folder.
+
+    Raises:
+        StoreError: if the folder exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(f"{folder}: exists already; name a new folder")
+    source = store.fetch(ref)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=shutil.copyfile)
+    partial.replace(folder)
+
+
+def find_artifact(store: ArtifactStore, found: Inventory, name: str, what: str = "artifact") -> Artifact:
+    """The one artifact whose name, fingerprint or `KIND/NAME` begins with `name`.
+
+    Raises:
+        ArtifactMissing: if there is none.
+        StoreError: if there are several.
+    """
+    ours = [artifact for artifact in found.artifacts if artifact.namespace in ("", store.namespace)]
+
+    def matches(artifact: Artifact) -> bool:
+        names = (artifact.name, artifact.manifest.fingerprint, f"{artifact.kind}/{artifact.name}")
+        return any(candidate.startswith(name) for candidate in names)
+
+    matching = [artifact for artifact in ours if matches(artifact)]
+    if len(matching) == 1:
+        return matching[0]
+    if not matching:
+        raise ArtifactMissing(f"'{name}': no such {what} in {store.url}; list them with `finetune store list`")
+    some = ", ".join(f"{artifact.kind}/{short(artifact)}" for artifact in matching[:5])
+    raise StoreError(f"'{name}' is ambiguous: {len(matching)} artifacts ({some}); give more characters, or KIND/NAME")
+
+
+def ancestors(found: Inventory, artifact: Artifact, tree: Tree) -> Tree:
+    """Add to a tree what an artifact was made from, and what that was made from."""
+    for parent in made_from(found, artifact):
+        ancestors(found, parent, tree.add(label(parent)))
+    return tree
+
+
+def label(artifact: Artifact) -> str:
+    experiment = f" ({artifact.experiment})" if artifact.experiment else ""
+    return f"{artifact.kind}/{short(artifact)}{experiment}"
+
+
+def short(artifact: Artifact) -> str:
+    repo, slash, last = artifact.name.rpartition("/")
+    return f"{repo}{slash}{last[:SHORT]}"
+
+
+def local_time(moment: datetime) -> str:
+    return f"{moment.astimezone():%Y-%m-%d %H:%M}"
+
+
+def new_table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("files", "size") else "left", overflow="fold")
+    return table

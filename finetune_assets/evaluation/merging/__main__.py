@@ -1,3 +1,0 @@
-from finetune_assets.worker.process import run_worker
-
-run_worker("finetune_assets.evaluation.merging.cli")

@@ -1,0 +1,78 @@
+"""`python -m finetune_assets.merging.stacking --config FILE --base-model DIR --adapter-0 DIR --adapter-1 DIR ...`.
+
+Combines adapters of one base model into one.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from finetune_assets.config.loading import load_resolved
+from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.training import arguments, output
+from finetune_assets.training.distributed import joined
+from finetune_assets.training.embeddings import experiment_tokenizer, resize_embeddings
+from finetune_assets.training.model import ModelError, load_base
+from finetune_assets.training.reporting import reporter
+from finetune_assets.training.state import Log
+
+
+def main() -> None:
+    args, rest = arguments.parser("finetune_assets.merging.stacking", __doc__).parse_known_args()
+    # one a champion, in the order of the settings: --adapter-0 DIR --adapter-1 DIR ...
+    folders = [
+        Path(folder) for flag, folder in zip(rest[::2], rest[1::2], strict=True) if flag.startswith("--adapter-")
+    ]
+
+    config = load_resolved(args.config)
+    config.wandb = None
+    made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
+    with joined() as process, reporter(process) as voice:
+        base = load_base(args.base_model, config.model, config.training, process.device)
+        rows = resize_embeddings(base, experiment_tokenizer(args.base_model, config), config).rows
+        model = stacked(base, config, folders)
+        assert config.stack is not None
+        voice.say(f"combined {', '.join(config.stack.adapters)} by {config.stack.method}")
+        output.save(args.output, model, args.base_model, config, made_from, vars(Log()), None, rows)
+
+
+def stacked(base: torch.nn.Module, config: ExperimentConfig, folders: list[Path]) -> PeftModel:
+    """A base with one adapter that several were combined into, by PEFT's `add_weighted_adapter`.
+
+    Args:
+        base: The base of them all.
+        config: Whose `stack` names them, their weights, and how they are combined.
+        folders: The adapters, in the order of `stack.adapters`.
+
+    Raises:
+        ModelError: if they cannot be combined so.
+    """
+    settings = config.stack
+    assert settings is not None
+    names = [f"{place}" for place in range(len(folders))]
+    sparse = settings.method.startswith(("ties", "dare", "magnitude"))
+    torch.manual_seed(config.training.seed)  # dare drops values at random
+    try:
+        model = PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            model.load_adapter(str(folder), adapter_name=name)
+        model.add_weighted_adapter(
+            adapters=names,
+            weights=list(settings.adapters.values()),
+            adapter_name="default",
+            combination_type=settings.method,
+            svd_rank=settings.svd_rank,
+            density=settings.density if sparse else None,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
+        said = " ".join(str(e).split())
+        raise ModelError(
+            f"stack.method: {settings.method} cannot combine {', '.join(settings.adapters)}: {said}"
+        ) from e
+    model.set_adapter("default")
+    for name in names:
+        model.delete_adapter(name)
+    return model.eval()

@@ -1,0 +1,115 @@
+"""Pictures of a training: its curves, and what the GPUs did meanwhile."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.plots.data import shortened
+from finetune_assets.plots.style import COLOURS, ON_WHITE, SMALL, TEXT, Look, dress, legend, losses, new_figure
+
+MARKED = 40
+"""Reports up to which each is a point on its curve."""
+
+
+def curves(state: Mapping[str, Any]) -> Any:
+    """Loss, held-out loss and learning rate by step, and the gradient norm below.
+
+    Args:
+        state: As `trainer_state.json` has it.
+    """
+    history = state["history"]
+    steps = [entry["step"] for entry in history]
+    mark = "." if len(steps) <= MARKED else ""
+    figure, (above, below) = new_figure(4.4, rows=2, sharex=True, height_ratios=[2, 1])
+    above.plot(steps, [entry["loss"] for entry in history], color=COLOURS[0], marker=mark, label="training loss")
+    held_out = _held_out(state)
+    if held_out:
+        between = "-" if len(held_out) > 2 else ""  # nobody knows what lies between before and after
+        style = {"color": COLOURS[1], "marker": "o", "markersize": 4, "linestyle": between}
+        above.plot(*zip(*held_out, strict=True), **style, label="held-out loss")
+    losses(above, [entry["loss"] for entry in history], "loss, nats a token")
+    rate = above.twinx()
+    dress(rate)
+    rate.grid(visible=False)
+    rate.spines["right"].set_visible(True)
+    rate.plot(steps, [entry["learning_rate"] for entry in history], color=COLOURS[7], linestyle=":")
+    rate.set_ylim(bottom=0)
+    rate.set_ylabel("learning rate", fontsize=TEXT, color=COLOURS[7])
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.yaxis.get_offset_text().set_fontsize(SMALL)
+    above.plot([], [], color=COLOURS[7], linestyle=":", label="learning rate")
+    legend(above)
+    below.plot(steps, [entry["grad_norm"] for entry in history], color=COLOURS[2], marker=mark)
+    below.set_ylim(bottom=0)
+    below.set_ylabel("gradient norm")
+    below.set_xlabel("step")
+    return figure
+
+
+def _held_out(state: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """Steps and losses, those before the first and after the last step too."""
+    ends = state["held_out_loss"]
+    found = [(entry["step"], entry["held_out_loss"]) for entry in state["history"] if "held_out_loss" in entry]
+    before = [] if ends["before"] is None else [(0, ends["before"])]
+    after = [] if ends["after"] is None else [(state["step"], ends["after"])]
+    return [*before, *found, *after]
+
+
+def utilisation(path: Path) -> Any | None:
+    """Load and memory of each GPU by the time, from the file that `Utilisation` writes; None if it has no row."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [*csv.DictReader(file)]
+    if not rows:
+        return None
+    figure, (above, below) = new_figure(3.6, rows=2, sharex=True)
+    for number, gpu in enumerate(sorted({row["gpu"] for row in rows}, key=int)):
+        colour = COLOURS[number % len(COLOURS)]
+        for panel, column, factor in ((above, "utilisation_percent", 1), (below, "memory_mib", 1024)):
+            told = [(float(row["seconds"]), row[column]) for row in rows if row["gpu"] == gpu and row[column]]
+            points = [(seconds / 60, float(value) / factor) for seconds, value in told]
+            panel.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=f"GPU {gpu}")
+    above.set_ylim(0, 105)
+    above.set_ylabel("busy, %")
+    legend(above, loc="lower right", ncols=4)
+    below.set_ylim(bottom=0)
+    below.set_ylabel("memory, GiB")
+    below.set_xlabel("minutes")
+    return figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One training among others.
+
+    Attributes:
+        name: For the legend.
+        steps: Where its loss was reported; shape (n,).
+        losses: In nats a token; shape (n,).
+    """
+
+    name: str
+    steps: Sequence[int]
+    losses: Sequence[float]
+
+
+def overlaid(shown: Sequence[Curve], look: Look = ON_WHITE) -> Any:
+    """Loss by the share of the training that is done; the first ones by name, the others in grey behind them."""
+    figure, panel = new_figure(3.4, look=look)
+    named = len(COLOURS) - 1  # the last is the grey of the others
+    for curve in shown[named:]:
+        panel.plot(_shares(curve), curve.losses, color=COLOURS[-1], linewidth=0.7, alpha=0.4)
+    for colour, curve in zip(COLOURS, shown[:named], strict=False):
+        panel.plot(_shares(curve), curve.losses, color=colour, linewidth=1.4, label=shortened(curve.name, 36))
+    if others := shown[named:]:
+        panel.plot([], [], color=COLOURS[-1], linewidth=0.7, label=f"{len(others)} others")
+    panel.set_xlim(0, 100)
+    panel.set_xlabel("part of the training, %")
+    losses(panel, [loss for curve in shown for loss in curve.losses], "training loss, nats a token")
+    legend(panel, look)
+    return figure
+
+
+def _shares(curve: Curve) -> list[float]:
+    return [100 * step / curve.steps[-1] for step in curve.steps]

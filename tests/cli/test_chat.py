@@ -1,0 +1,51 @@
+"""A talk in the terminal with base, champion and challenger."""
+
+import commands
+import pytest
+from projects import TestProject
+from trainings import Train
+
+from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.cli.conversation import HELP, Conversation, run
+
+FOLDER = PACKAGED["demo-base"]
+SMALL = ("training.macro_batch_size=2", "training.micro_batch_size=2", "training.learning_rate=5e-3")
+
+
+@pytest.fixture
+def talk(trained: Train) -> Conversation:
+    runs = [trained(f"training.max_steps={steps}", *SMALL) for steps in (4, 12)]
+    names = (CHAMPION, CHALLENGER)
+    seats = [Contender.of_folder(name, FOLDER, one.job.output) for name, one in zip(names, runs, strict=True)]
+    return Conversation([Contender(BASE, FOLDER, runs[0].config), *seats], max_new_tokens=6)
+
+
+def test_each_answers_as_it_does_alone(talk: Conversation) -> None:
+    question = "Which river runs through Kelm?"
+    together = {name: talk.answer(name, question) for name in (CHAMPION, BASE, CHALLENGER, BASE, CHAMPION)}
+    assert len(talk.seats) == 1, "one base model for all"
+    for contender in talk.contenders:
+        alone = Conversation([contender], max_new_tokens=6)
+        assert alone.answer(contender.name, question) == together[contender.name]
+    assert len({*together.values()}) == 3
+
+
+def test_commands(talk: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["/help", "", "Where does Kelm lie?", "/base", "Where?", "/all", "Who?", "/nobody", "/new", "/quit", "no"]
+    run(talk, iter(lines))
+    said = capsys.readouterr().out
+    assert said.startswith(HELP)
+    assert talk.who == "all"
+    for told in ("[base]", "[champion]", "[challenger]", "/nobody"):
+        assert told in said
+    assert talk.said == {}
+
+
+def test_an_experiment_without_an_adapter_is_refused(
+    project: TestProject, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = commands.run(capsys, "chat", "demo")
+    assert code == 1
+    assert "demo" in err
+    assert "lora_adapter" in err, "what is to be materialized first"
