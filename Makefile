@@ -25,7 +25,9 @@ lint: $(VENV)/installed  ## style, import rules, types, definitions
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/dagster definitions validate -m finetune_assets.definitions --log-level warning
+	$(BIN)/dg check defs
+	@! grep -rnwiE --include=*.py --include=*.jinja --include=*.yaml --include=*.md --exclude=world.py -f docs/words.txt \
+		finetune_assets configs README.md docs/settings.md || (echo "words of docs/words.txt above: use standard terms"; exit 1)
 
 ui: $(VENV)/installed  ## Dagster's UI on http://127.0.0.1:3000, and its daemon
 	@$(BIN)/finetune ui $(ARGS)
@@ -41,6 +43,7 @@ bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 docs: $(VENV)/installed  ## write the generated parts of the documentation, and build it as a site in build/site
 	$(BIN)/python -m finetune_assets.config.reference
 	$(BIN)/python -m docs.graph
+	$(BIN)/python -m docs.layers
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 screenshots: $(VENV)/installed  ## take the documentation's pictures of Dagster's UI; needs chromium

@@ -26,7 +26,7 @@ from finetune_assets.evaluation.gate import paired_gain
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.batches import collate
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.order import Examples, evaluation_batches

@@ -20,7 +20,7 @@ from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.memory import MIB
 from finetune_assets.preflight.plan import settled
 from finetune_assets.preflight.work import work_of
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter

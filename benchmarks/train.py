@@ -22,7 +22,7 @@ import torch
 from benchmarks import train_subject
 from benchmarks.harness import ROOT, arguments, interleaved, median, report
 from benchmarks.peers import python_of
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 ROWS = ROOT.parent / "shared" / "data" / "dolly" / "databricks-dolly-15k.jsonl"
 REFERENCE = {

@@ -17,9 +17,9 @@ Parents = Mapping[str, set[str]]
 
 def parents_of_assets() -> dict[str, set[str]]:
     """Each asset's parents by name, and each source's node before what reads it."""
-    from finetune_assets.definitions import defs
+    from finetune_assets.definitions import project_defs
 
-    graph = defs.resolve_asset_graph()
+    graph = project_defs.resolve_asset_graph()
     parents = {
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
         for key in graph.get_all_asset_keys()
@@ -75,12 +75,12 @@ def draw(parents: Parents, target: Path) -> None:
             if not is_indirect(parent, child, parents):
                 _arrow(axes, at[parent], at[child])
     for node, place in at.items():
-        _box(axes, node, place, SOURCE_FILL if node in SOURCES.values() else FILL)
+        box(axes, node, place, SOURCE_FILL if node in SOURCES.values() else FILL)
     figure.savefig(target, metadata={"Date": None, "Creator": None}, facecolor="white")
     pyplot.close(figure)
 
 
-def _box(axes: Any, text: str, place: tuple[float, float], fill: str) -> None:
+def box(axes: Any, text: str, place: tuple[float, float], fill: str) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     corner = place[0] - BOX_WIDTH / 2, place[1] - BOX_HEIGHT / 2

@@ -1,1 +1,1 @@
-"""New instruction data in; validated, evaluated, traceable LoRA adapters out, for every configured experiment."""
+"""Trains validated, evaluated and traceable LoRA adapters on new instruction data, for each configured experiment."""

@@ -1,6 +1,10 @@
-"""What `workspace.yaml` loads. Nothing here or below imports torch, transformers, peft, bitsandbytes or datasets."""
+"""Dagster definitions, loaded by `workspace.yaml`.
+
+Neither this module nor its imports load torch, transformers, peft, bitsandbytes or datasets.
+"""
 
 import warnings
+from pathlib import Path
 
 import dagster as dg
 from dagster import BetaWarning, PreviewWarning
@@ -15,21 +19,21 @@ from finetune_assets.assets.merged_model import merged_model
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
+from finetune_assets.automation.alert_sensors import alert_on_failure, alert_on_standstill
 from finetune_assets.automation.dead_runs import dead_runs_sensor
 from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
-from finetune_assets.automation.alert_sensors import alert_on_failure, alert_on_standstill
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.io_manager import ArtifactIOManager
 from finetune_assets.resources.project import Project
 
-# What Dagster says to its own code, of the message reader that launchers are given, and of a selection of all assets
+# Warnings about Dagster's own code: its message reader, which launchers receive, and its selection of all assets
 warnings.filterwarnings("ignore", r"Function `PipesMessageReader\.expected_writer_count`", PreviewWarning)
 warnings.filterwarnings("ignore", r"Parameter `include_sources` of function `AssetSelection\.all`", BetaWarning)
 
 project = Project.configure_at_launch()
 
-defs = dg.Definitions(
+project_defs = dg.Definitions(
     assets=[
         dolly_raw,
         cached_base_model,
@@ -46,9 +50,14 @@ defs = dg.Definitions(
     schedules=[raw_data_schedule],
     resources={
         "project": project,
-        "io_manager": ArtifactIOManager(project=project),
+        "io_manager": ArtifactIOManager(project=project, others=dg.FilesystemIOManager()),
         "launcher": Launcher(),
     },
-    # The heavy steps are processes of their own already; a process a step would add 2 s to each.
+    # Heavy steps already run in separate processes; a process per step would add 2 s to each.
     executor=dg.in_process_executor,
 )
+
+PACKAGE = Path(__file__).parent
+# Users' definitions are loaded from a checkout, as `dg` scaffolds them; an installed wheel has none
+users = dg.load_from_defs_folder(path_within_project=PACKAGE) if (PACKAGE.parent / "pyproject.toml").is_file() else None
+defs = dg.Definitions.merge(project_defs, users) if users else project_defs

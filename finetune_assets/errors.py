@@ -1,11 +1,11 @@
-"""What a person did, or found, that this project cannot go on with."""
+"""Base class of the errors that users can fix."""
 
 
 class UserError(Exception):
-    """Something a person can mend. Its text names file, key or row, the value, and what to do.
+    """Error that the user can fix. The message names the file, key or row, the value and the fix.
 
-    Every entry point prints the text alone, without a traceback.
+    Every entry point prints only the message, without a traceback.
     """
 
     retriable = False
-    """Whether the same thing may succeed if it is done again, with nothing mended."""
+    """Whether a retry may succeed without a fix."""

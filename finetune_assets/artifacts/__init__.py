@@ -1,1 +1,1 @@
-"""What is published: the kinds of artifacts, what each must be, its files, and which adapter is the champion."""
+"""Published artifacts: their kinds, identities and files, and the champion records."""

@@ -1,7 +1,7 @@
-"""Which adapter of an experiment is in service: numbered records in the store, the highest of which is current.
+"""Champion records of an experiment: numbered files in the store, the highest number is the current champion.
 
-Each record is one small file that is put only if its number is not taken, so history and pointer are one thing: there
-is no moment at which they disagree, a promotion that dies midway has not happened, and of two at once one is told.
+Each record is one small file that is written only if its number is unused, so history and current champion are always
+consistent. An interrupted promotion has no effect, and of two concurrent promotions one fails with `ChampionMoved`.
 """
 
 import json
@@ -20,28 +20,28 @@ RECORD = re.compile(r"(\d{8})\.json")
 
 
 class ChampionMoved(StoreError):
-    """Another promotion came first; what was decided was decided against a champion that is no more."""
+    """Another promotion came first; the decision was based on a champion that is no longer current."""
 
     retriable = True
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of an experiment's history.
+    """One entry of an experiment's promotion history.
 
     Attributes:
-        experiment: Whose champion it is.
-        adapter: Fingerprint of the adapter that serves from here on.
-        kind: Kind of that artifact.
+        experiment: Name of the experiment.
+        adapter: Fingerprint of the new champion.
+        kind: Artifact kind of the adapter.
         action: `promoted`, `promoted by hand` or `rolled back`.
-        against: Fingerprint of the champion that the adapter was measured against; None for the base alone.
-        evaluation: Fingerprint of that evaluation, if there was one.
-        numbers: What decided.
-        reason: In words.
-        by: The run or the person.
-        at: When (UTC, ISO 8601).
-        number: Its place, from 1.
-        before: The adapter that served until then.
+        against: Fingerprint of the champion that the adapter was compared with; None for the base model alone.
+        evaluation: Fingerprint of the evaluation, if any.
+        numbers: Metrics that the decision is based on.
+        reason: Reason, as text.
+        by: Run or user that promoted the adapter.
+        at: Time (UTC, ISO 8601).
+        number: Number of the record, from 1.
+        before: Fingerprint of the previous champion.
     """
 
     experiment: str
@@ -59,18 +59,18 @@ class Record:
 
 
 def parse_record(content: bytes, where: str) -> Record:
-    """A record as it was put at `where`, which ends in its number.
+    """Parse the record stored at `where`, a key that ends in the record's number.
 
     Raises:
-        StoreError: if it is none.
+        StoreError: if the record is invalid.
     """
     try:
         record = Record(**json.loads(content))
         named = RECORD.fullmatch(where.rpartition("/")[2])
         if not named or record.number != int(named[1]) or not re.fullmatch("[0-9a-f]{64}", record.adapter):
-            raise ValueError("it is of another number or names no adapter")
+            raise ValueError("its number differs from its key, or it names no adapter")
     except (ValueError, TypeError) as e:
-        raise StoreError(f"{where}: not a record of a champion ({e}); delete it") from e
+        raise StoreError(f"{where}: invalid champion record ({e}); delete it") from e
     return record
 
 
@@ -78,27 +78,27 @@ class Champions:
     """The champions of one experiment.
 
     Args:
-        store: Where adapters lie, and the records.
-        experiment: Its name.
+        store: Store with the adapters and the records.
+        experiment: Name of the experiment.
     """
 
     def __init__(self, store: ArtifactStore, experiment: str) -> None:
         self.store, self.experiment = store, experiment
 
     def current(self) -> Record | None:
-        """The record of the champion, or None where there was none yet."""
+        """The record of the current champion, or None if no adapter was promoted yet."""
         numbers = self._numbers()
         return self._read(numbers[-1]) if numbers else None
 
     def history(self) -> list[Record]:
-        """Every record, oldest first."""
+        """All records, oldest first."""
         return [self._read(number) for number in self._numbers()]
 
     def champion(self) -> ArtifactRef | None:
-        """The adapter in service.
+        """The current champion, or None if no adapter was promoted yet.
 
         Raises:
-            ArtifactMissing: if it is gone from the store.
+            ArtifactMissing: if the adapter is no longer in the store.
         """
         current = self.current()
         return self.adapter(current) if current else None
@@ -107,47 +107,47 @@ class Champions:
         """The adapter that a record names.
 
         Raises:
-            ArtifactMissing: if it is gone from the store.
+            ArtifactMissing: if the adapter is no longer in the store.
         """
-        found = self.store.find(record.kind, record.adapter)
-        if found is None:
+        ref = self.store.find(record.kind, record.adapter)
+        if ref is None:
             raise ArtifactMissing(
                 f"champion {record.number} of {self.experiment} is no longer in the store "
                 f"({self.store.url}/{self.store.prefix(record.kind, record.adapter)}); roll back to another: "
                 f"finetune adapter rollback {self.experiment} --to NUMBER"
             )
-        return found
+        return ref
 
     def withdrawn(self) -> dict[str, Record]:
-        """Adapters that a person took out of service, by fingerprint, with the record that did; none that came back."""
-        found: dict[str, Record] = {}
+        """Adapters that were rolled back and not promoted again, by fingerprint, with the record of the rollback."""
+        rollbacks: dict[str, Record] = {}
         for record in self.history():
             if record.action == ROLLED_BACK and record.before:
-                found[record.before] = record
-            found.pop(record.adapter, None)
-        return found
+                rollbacks[record.before] = record
+            rollbacks.pop(record.adapter, None)
+        return rollbacks
 
     def promote(self, record: Record, after: int) -> Record:
-        """Append a record that was decided while `after` was the newest.
+        """Append a record that was decided while record number `after` was the newest.
 
         Raises:
-            ChampionMoved: if another one came first.
+            ChampionMoved: if another record was appended since then.
         """
         before = self._read(after).adapter if after else None
         record = replace(record, experiment=self.experiment, number=after + 1, before=before, at=_now())
         content = json.dumps(asdict(record), indent=1, sort_keys=True).encode()
         if not self.store.objects.create(self._key(record.number), content):
             raise ChampionMoved(
-                f"{self.experiment}: another adapter was promoted meanwhile (record {record.number}); to compare with "
-                "it, materialize adapter_evaluation and champion_adapter again"
+                f"{self.experiment}: another adapter was promoted in the meantime (record {record.number}); to compare "
+                "with it, materialize adapter_evaluation and champion_adapter again"
             )
         return record
 
     def append(self, make: Callable[[Record | None], Record | None]) -> Record | None:
-        """Append what a person wants, however many others do so at once.
+        """Append a record on behalf of a user; retries if other records are appended concurrently.
 
         Args:
-            make: Given the newest record, the one to follow; None if there is nothing to do.
+            make: Returns the record that follows the newest record, or None if no record is needed.
         """
         while True:
             current = self.current()
@@ -160,10 +160,13 @@ class Champions:
                 continue
 
     def promote_by_hand(self, adapter: ArtifactRef, reason: str, by: str) -> Record | None:
-        """Have an adapter serve because a person says so; None if it does already.
+        """Promote an adapter manually, without the gate.
+
+        Returns:
+            The new record, or None if the adapter is already the champion.
 
         Raises:
-            StoreError: without a reason.
+            StoreError: if the reason is blank.
         """
         _need_reason(reason)
 
@@ -176,16 +179,16 @@ class Champions:
         return self.append(make)
 
     def roll_back(self, reason: str, by: str, to: int | None = None) -> Record:
-        """Have an earlier champion serve again.
+        """Roll back to an earlier champion.
 
         Args:
-            reason: Why; whoever wonders later finds it in the history.
-            by: Who.
-            to: Number of its record; by default the one that served before the current and was not rolled back.
+            reason: Reason, recorded in the history.
+            by: User that rolls back.
+            to: Number of the record to return to; by default, the previous champion that was not rolled back.
 
         Raises:
-            StoreError: without a reason, or if there is no such record.
-            ArtifactMissing: if its adapter is gone from the store.
+            StoreError: if the reason is blank, or the record does not exist.
+            ArtifactMissing: if the adapter is no longer in the store.
         """
         _need_reason(reason)
 
@@ -207,18 +210,18 @@ class Champions:
             others = [record for record in history if record.adapter not in gone]
             earlier = [record for record in others if record.adapter == current.before] or others
             if {record.adapter for record in history} == {current.adapter}:
-                raise StoreError(f"{self.experiment}: champion {current.number} is the first, there is none before it")
+                raise StoreError(f"{self.experiment}: champion {current.number} is the first; no earlier one exists")
             if not earlier:
                 raise StoreError(
-                    f"{self.experiment}: no champion before {current.number} that was not rolled back itself; "
-                    "--to NUMBER takes any record of the history"
+                    f"{self.experiment}: all champions before {current.number} were rolled back; use --to NUMBER to "
+                    "select any record of the history"
                 )
             return earlier[-1]
         target = next((record for record in history if record.number == to), None)
         if target is None:
-            raise StoreError(f"{self.experiment}: no record {to}; there are 1 to {len(history)}")
+            raise StoreError(f"{self.experiment}: no record {to}; valid numbers: 1 to {len(history)}")
         if target.adapter == current.adapter:
-            raise StoreError(f"{self.experiment}: the adapter of record {to} serves already")
+            raise StoreError(f"{self.experiment}: the adapter of record {to} is already the champion")
         return target
 
     def _numbers(self) -> list[int]:

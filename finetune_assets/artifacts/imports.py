@@ -1,6 +1,6 @@
-"""What an experiment brings from outside of the graph: an adapter for a warm start, texts and tasks for evaluations.
+"""Imports from outside the graph: an adapter for a warm start, texts and tasks for evaluations.
 
-Each is identified by its content. `Import` says what it is; only `import_external` publishes it.
+Each import is identified by its content. `Import` describes it; only `import_external` publishes it.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 
 @dataclass(frozen=True)
 class Import:
-    """A file or folder of this machine.
+    """A local file or folder to import.
 
     Attributes:
-        fingerprint: Of its content.
-        files: The folder, or the files by the names that they get in the store.
-        made_from: Its provenance.
+        fingerprint: Fingerprint of the content.
+        files: The folder, or the files by their names in the store.
+        made_from: Provenance.
     """
 
     fingerprint: str
@@ -28,6 +28,6 @@ class Import:
 
 
 def import_external(store: ArtifactStore, item: Import) -> ArtifactRef:
-    """Publish an import unless the store has it."""
+    """Publish an import, unless the store already has it."""
     name = item.fingerprint
     return store.find(IMPORTS.folder, name) or store.publish(item.files, IMPORTS.folder, name, name, item.made_from)

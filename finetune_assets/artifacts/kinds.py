@@ -1,8 +1,8 @@
 """The registry of artifact kinds: one entry for each folder of the store.
 
-An entry is the only place that knows a kind's folder, asset, code version, identity and retention. Assets, lineage, the
-IO manager, automation, garbage collection and reports read them from here. To add an asset, add its kind here and its
-file to `assets/`.
+An entry is the only place that defines a kind's folder, asset, code version, identity and retention. Assets, lineage,
+the IO manager, automation, garbage collection and reports read them from here. To add an asset, add its kind here and
+its file to `assets/`.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,13 +24,14 @@ class ArtifactKind:
     """A kind of artifact.
 
     Attributes:
-        folder: Its folder in the store.
-        asset: The asset that publishes it; None for a kind that others publish.
-        code_version: Version of the code that makes it, for Dagster and for the fingerprint. Raise it when that code
-            changes the bytes.
-        inputs: Names of everything but settings that decides the bytes: assets, and what `Lineage` looks up.
-        parts: From settings and inputs to the parts of the fingerprint.
-        retention: What garbage collection keeps of it.
+        folder: Folder in the store.
+        asset: Asset that publishes the kind; None if it is published otherwise.
+        code_version: Version of the code that computes the artifact, for Dagster and for the fingerprint. Increment it
+            when a change of that code changes the bytes.
+        inputs: Names of all inputs except settings that determine the bytes: assets, and values that `Lineage` looks
+            up.
+        parts: Computes the parts of the fingerprint from settings and inputs.
+        retention: Retention policy for garbage collection.
     """
 
     folder: str
@@ -41,7 +42,7 @@ class ArtifactKind:
     retention: Retention = BY_REFERENCE
 
     def fingerprint(self, config: ExperimentConfig | RawDataConfig | None, **inputs: Any) -> str:
-        """Identity of an artifact of this kind, 64 hex digits.
+        """Fingerprint of an artifact of this kind, 64 hex digits.
 
         Args:
             config: The settings: an experiment's, or the raw data's for `RAW`.
@@ -115,14 +116,14 @@ def _stack(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def _without_source(model: Model) -> dict[str, Any]:
-    """The model's settings but for its name and revision: the base model is identified by content."""
+    """The model's settings without name and revision: the base model is identified by content."""
     settings: dict[str, Any] = identity(model)
     del settings["base_model"], settings["revision"]
     return settings
 
 
 RAW = ArtifactKind("raw", "dolly_raw", "3", ("content",), _raw, Retention(newest="keep_raw"))
-"""`content` pins every byte of the source: file hashes in reading order, or a Hub commit."""
+"""`content` identifies every byte of the source: file hashes in reading order, or a Hub commit."""
 BASE_MODELS = ArtifactKind(SHARED, "cached_base_model", "1", ("repo", "revision"), _base_model)
 """Shared by all namespaces, and named by repository and commit instead of a fingerprint."""
 TOKENIZED = ArtifactKind("tokenized", "tokenized_dataset", "4", ("dolly_raw", "tokenizer", "split_salt"), _tokenized)
@@ -146,15 +147,15 @@ EVALUATIONS = ArtifactKind(
     _evaluation,
     Retention(with_kept=ADAPTERS.folder),
 )
-"""`champion`, `general_text` and `tasks` are fingerprints, or None; `split` names the rows that are measured."""
+"""`champion`, `general_text` and `tasks` are fingerprints, or None; `split` names the evaluated split."""
 CHAMPIONS = ArtifactKind("champions", "champion_adapter", "1", retention=Retention(collected=False))
-"""Numbered records that name adapters; no artifacts of their own."""
+"""Numbered records that name adapters; not artifacts themselves."""
 MERGED = ArtifactKind("merged", "merged_model", "1", ("champion_adapter",), _merged)
 STACKS = ArtifactKind("stacks", "stacked_adapter", "2", ("champions", "cached_base_model"), _stack)
 """`champions` are fingerprints, in the order of `stack.adapters`."""
 REPORTS = ArtifactKind("reports", "experiment_report", "1", retention=Retention(newest="keep_reports"))
 IMPORTS = ArtifactKind("imports")
-"""What was imported from a file or folder: adapters for a warm start, texts and tasks for evaluations."""
+"""Imports from a file or folder: adapters for a warm start, texts and tasks for evaluations."""
 CHECKPOINTS = ArtifactKind(CHECKPOINTS_FOLDER)
 
 KINDS = (

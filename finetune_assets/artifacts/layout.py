@@ -1,7 +1,4 @@
-"""What the files of an adapter, an evaluation, a merged model and a report are called.
-
-For who writes and who reads them.
-"""
+"""File names of adapters, evaluations, merged models and reports, shared by writers and readers."""
 
 from pathlib import Path
 
@@ -12,29 +9,29 @@ CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 TRAINER_STATE = "trainer_state.json"
 UTILISATION = "gpu_utilisation.csv"
-"""What the GPUs did while an adapter was trained; none without a GPU."""
+"""GPU utilization during the training of an adapter; absent without a GPU."""
 UPDATES = "updates.json"
-"""How large the update of each module is."""
+"""Size of the update of each module."""
 NOT_ON_THE_HUB = ("packaged/", "local/")
-"""With which the names of base models begin that lie in no repository."""
+"""Prefixes of the names of base models without a Hub repository."""
 HELD_BACK = "held_back"
-"""Key of a provenance: the rows that an adapter and those it began from were not trained on, as `HoldoutRows`."""
+"""Provenance key: rows that an adapter and its warm-start ancestors were not trained on, as `HoldoutRows`."""
 SUMS = "SHA256SUMS"
-"""What each file is, as `sha256sum --check` reads it."""
+"""Checksums of all files, in the format of `sha256sum --check`."""
 EVALUATION = "evaluation.json"
-"""Metrics of each contender, the categories' losses, answers side by side."""
+"""Metrics of each contender, losses by category, and answers side by side."""
 ROWS = "rows.parquet"
-"""Each row's tokens and summed loss by each contender."""
+"""Number of tokens and summed loss of each row, by contender."""
 PLAN = "plan.json"
-"""What a training was expected to take."""
+"""Predicted time, memory and cost of a training."""
 MERGE = "merge.json"
-"""How far a merged model is from base and adapter."""
+"""Differences between a merged model and base plus adapter."""
 PAGE, PAGE_MARKDOWN, PAGE_NUMBERS = "report.html", "report.md", "report.json"
-"""All experiments on one page, and what it was made of."""
+"""The report of all experiments as HTML, as Markdown, and its data as JSON."""
 
 
 def write_sums(folder: Path) -> None:
-    """Say what each file of a folder is."""
+    """Write the checksums of all files in a folder to `SHA256SUMS`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
     lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The artifact that each asset of an experiment must be, from configuration and inputs alone.
+"""Determines the artifact of each asset of an experiment from configuration and inputs alone.
 
-Nothing here depends on what was materialized last: the same configuration and data lead to the same artifacts on a
-laptop, in CI on an empty instance, and in production. Nothing is published here but by `import_external_inputs`.
+Nothing here depends on past materializations: the same configuration and data lead to the same artifacts on a laptop,
+in CI on an empty instance, and in production. Only `import_external_inputs` publishes artifacts.
 """
 
 import json
@@ -31,16 +31,18 @@ from finetune_assets.config.schema import RawDataConfig
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import PACKAGED, SUFFIXES
 from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
+from finetune_assets.sources.local import count_rows
 from finetune_assets.sources.pins import Pins
-from finetune_assets.sources.raw_data import HubSource, Source, count_rows, open_source
+from finetune_assets.sources.raw_data import open_source
+from finetune_assets.sources.source import Source, SourceContext
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, folder_hashes
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.hashing import sha256
 
 NO_CHAMPION = (
-    "{0} has no champion yet: materialize its champion_adapter, whose check says why none was promoted (most often too "
-    "few rows for the gate: a larger data.gate_fraction helps). By hand: finetune adapter promote {0} FINGERPRINT "
-    '--reason "..."; finetune store list names the adapters'
+    "{0} has no champion yet: materialize its champion_adapter; its check reports why no adapter was promoted (usually "
+    "too few gate rows: increase data.gate_fraction). To promote manually: finetune adapter promote {0} FINGERPRINT "
+    '--reason "..."; finetune store list shows the adapters'
 )
 
 
@@ -48,12 +50,12 @@ class RawLineage:
     """The raw data, which all experiments share.
 
     Args:
-        store: Where artifacts lie.
+        store: Store of the artifacts.
         config: The deployment's raw data settings.
-        root: What relative paths in settings are relative to.
-        asks_hub: Ask the Hub what a branch is now; otherwise go by what it said last.
-        version: Fingerprint of the raw data, where it is given and not found by reading the source.
-        connect: Makes boto3's client, for a source on S3.
+        root: Folder that relative paths in settings start from.
+        asks_hub: Resolve a branch on the Hub; otherwise use the recorded commit.
+        version: Fingerprint of the raw data; computed by reading the source if not given.
+        connect: Creates the boto3 client, for a source on S3.
     """
 
     def __init__(
@@ -74,33 +76,33 @@ class RawLineage:
 
     def _open(self) -> Source:
         downloads = self.store.cache.root / "downloads"
-        return open_source(self.config, self.root, self.pins.commit_of, self.connect, downloads)
+        return open_source(SourceContext(self.config, self.root, self.pins.commit_of, self.connect, downloads))
 
     def is_unchanged(self) -> bool:
-        """Whether files still are what they were when they were first looked at; a commit always is."""
+        """Whether the files have not changed since they were first read; a commit never changes."""
         source = self.source
-        again = source if isinstance(source, HubSource) else self._open()
+        again = source if source.is_pinned else self._open()
         return again.content() == self.content
 
     @cached_property
     def content(self) -> Any:
-        """What pins the source's bytes; of files that means to read them all, so it is asked once."""
+        """Identity of the source's bytes; cached, because it requires reading all files."""
         return self.source.content()
 
     @cached_property
     def fingerprint(self) -> str:
         return self.given or RAW.fingerprint(self.config, content=self.content)
 
-    def glance(self) -> str:
-        """Changes whenever the raw data, or what its checks let pass, may have; reads nothing."""
-        return fingerprint(settings=self._settings, glance=self.source.glance())
+    def peek(self) -> str:
+        """Changes whenever the raw data, or its checks' thresholds, may have changed; reads no file contents."""
+        return fingerprint(settings=self._settings, glance=self.source.peek())
 
     def version(self) -> str:
-        """Changes if and only if the raw data, or what its checks let pass, does; reads what is new."""
-        return fingerprint(settings=self._settings, content=self.source.remembered())
+        """Changes if and only if the raw data, or its checks' thresholds, change; reads only new files."""
+        return fingerprint(settings=self._settings, content=self.source.cached_content())
 
     def rows(self) -> int:
-        """Rows of the source, good and bad; reads what is new."""
+        """Number of rows of the source, good and bad; reads only new files."""
         return sum(count_rows(file) for file in self.source.files())
 
     @property
@@ -115,12 +117,12 @@ class RawLineage:
 
 @dataclass(frozen=True)
 class Lineage:
-    """One experiment's artifacts. Each method raises `ArtifactMissing` if one before it is not in the store.
+    """The artifacts of one experiment. Methods raise `ArtifactMissing` if an upstream artifact is not in the store.
 
     Attributes:
         raw: The raw data.
         experiment: The experiment.
-        asks_hub: Ask the Hub what a branch of the base model is now; otherwise go by what it said last.
+        asks_hub: Resolve a branch of the base model on the Hub; otherwise use the recorded commit.
     """
 
     raw: RawLineage
@@ -153,17 +155,17 @@ class Lineage:
         return f"{source.repo}/{source.revision}"
 
     def fingerprint(self, kind: ArtifactKind, **known: ArtifactRef) -> str:
-        """The identity that the experiment's artifact of a kind must have.
+        """Fingerprint of the experiment's artifact of a kind.
 
         Args:
-            kind: The kind.
-            known: Artifacts of upstream assets, by asset, that need not be looked up.
+            kind: Artifact kind.
+            known: Upstream artifacts that need no lookup, by asset.
         """
         inputs = {name: self._input(name, known) for name in kind.inputs}
         return kind.fingerprint(self.experiment.config, **inputs)
 
     def expected(self, kind: ArtifactKind) -> ArtifactRef:
-        """The artifact that the experiment must have of a kind."""
+        """The experiment's artifact of a kind."""
         if kind is RAW:
             return self.raw.raw()
         if kind is CHAMPIONS:
@@ -172,7 +174,7 @@ class Lineage:
         return self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder)
 
     def _input(self, name: str, known: Mapping[str, ArtifactRef]) -> Any:
-        """The value of one input of a fingerprint: of an asset, or of what is looked up outside of the graph."""
+        """The value of one fingerprint input: an asset's fingerprint, or a value from outside the graph."""
         if name in LOOKED_UP:
             return LOOKED_UP[name](self, known)
         return self._upstream(name, known).fingerprint
@@ -187,30 +189,33 @@ class Lineage:
         return {path: digest for path, digest in files.items() if is_tokenizer_file(path)}
 
     def plan(self, adapter: str) -> ArtifactRef | None:
-        """The plan of an adapter's training, by the adapter's fingerprint, if it was planned."""
+        """The plan of an adapter's training, by the adapter's fingerprint; None if it was not planned."""
         name = PLANS.fingerprint(self.experiment.config, lora_adapter=adapter)
         return self.store.find(PLANS.folder, name)
 
-    # ---- from outside of the graph
+    # ---- inputs from outside the graph
 
     def import_external_inputs(self) -> dict[str, ArtifactRef]:
-        """Publish what the experiment brings from outside, unless the store has it; by the name of the input.
+        """Publish the experiment's external inputs that the store does not have yet.
+
+        Returns:
+            The artifacts, by name of the input.
 
         Raises:
-            StoreError: if a setting names something that is not there.
+            StoreError: if a setting names a file, folder or adapter that does not exist.
         """
-        found = {"general_text": self.general_text(), "tasks": self.lm_eval_tasks(), "warm_start": self.warm_start()}
+        inputs = {"general_text": self.general_text(), "tasks": self.lm_eval_tasks(), "warm_start": self.warm_start()}
         return {
             name: item if isinstance(item, ArtifactRef) else import_external(self.store, item)
-            for name, item in found.items()
+            for name, item in inputs.items()
             if item
         }
 
     def warm_start(self) -> ArtifactRef | Import | None:
-        """The adapter that training starts from: one of the store, or a folder.
+        """The adapter that training starts from, in the store or in a folder.
 
         Raises:
-            StoreError: if it is neither an adapter folder nor in the store.
+            StoreError: if the setting names neither an adapter in the store nor an adapter folder.
         """
         setting = self.experiment.config.training.warm_start
         if setting is None:
@@ -224,15 +229,15 @@ class Lineage:
         folder = self.raw.root / Path(setting).expanduser()
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             if not (folder / name).is_file():
-                raise StoreError(f"training.warm_start: {folder} holds no {name}")
+                raise StoreError(f"training.warm_start: {folder} contains no {name}")
         made_from = {"folder": setting, HELD_BACK: _held_back_of(folder)}
         return Import(fingerprint(files=folder_hashes(folder)), folder, made_from)
 
     def general_text(self) -> Import | None:
-        """The text by which forgetting is measured.
+        """The text for measuring forgetting; None if the measurement is disabled.
 
         Raises:
-            StoreError: if there is no such file.
+            StoreError: if the file does not exist.
         """
         setting = self.experiment.config.evaluation.general_text
         if not self.experiment.config.evaluation.general_tokens:
@@ -240,37 +245,37 @@ class Lineage:
         path = PACKAGED.get(setting) or self.raw.root / Path(setting).expanduser()
         if path.suffix not in SUFFIXES or not path.is_file():
             raise StoreError(
-                f"evaluation.general_text: '{setting}' is none of {', '.join(PACKAGED)}, and no file "
-                f"({' or '.join(SUFFIXES)}) either: {path}"
+                f"evaluation.general_text: '{setting}' is neither a packaged text ({', '.join(PACKAGED)}) nor a file "
+                f"({' or '.join(SUFFIXES)}): {path}"
             )
         return Import(fingerprint(text=sha256(path)), {"text" + path.suffix: path}, {"text": setting})
 
     def lm_eval_tasks(self) -> Import | None:
-        """The folder of `evaluation.lm_eval`.
+        """The task folder of `evaluation.lm_eval`, if set.
 
         Raises:
-            StoreError: if there is no such folder.
+            StoreError: if the folder does not exist.
         """
         settings = self.experiment.config.evaluation.lm_eval
         if settings is None or settings.folder is None:
             return None
         folder = self.raw.root / Path(settings.folder).expanduser()
         if not folder.is_dir():
-            raise StoreError(f"evaluation.lm_eval.folder: no folder {folder}")
+            raise StoreError(f"evaluation.lm_eval.folder: folder {folder} does not exist")
         return Import(fingerprint(files=folder_hashes(folder)), folder, {"folder": settings.folder})
 
     def held_back(self, *begun: ArtifactRef) -> HoldoutRows:
-        """The rows that nothing was trained on: neither in this experiment nor in adapters that it begins from.
+        """Rows not used for training, neither in this experiment nor for the adapters that it starts from.
 
-        An adapter from elsewhere does not say what it has seen, and is taken to have seen none of them.
+        An adapter from another source has no record of its training rows; it is assumed to have seen none of these.
         """
         data = self.experiment.config.data
-        found = HoldoutRows(self.raw.config.split_salt, data.gate_fraction, data.val_fraction)
+        holdout = HoldoutRows(self.raw.config.split_salt, data.gate_fraction, data.val_fraction)
         for ref in begun:
             manifest = self.store.manifest(ref.kind, ref.name)
             if manifest and manifest.made_from.get(HELD_BACK):
-                found &= HoldoutRows(**manifest.made_from[HELD_BACK])
-        return found
+                holdout &= HoldoutRows(**manifest.made_from[HELD_BACK])
+        return holdout
 
     # ---- after training
 
@@ -279,9 +284,10 @@ class Lineage:
         return Champions(self.store, self.experiment.name)
 
     def opponent(self, adapter: ArtifactRef) -> Record | None:
-        """The champion that an adapter is measured against; None for the base alone.
+        """The champion that an adapter is compared with; None for the base model alone.
 
-        The champion itself was measured against the one before it when it was promoted, and is not measured again.
+        For the current champion this is the champion that it was compared with when promoted, so it is not measured
+        again.
         """
         current = self.champions.current()
         if current is None or current.adapter != adapter.fingerprint:
@@ -291,23 +297,23 @@ class Lineage:
 
     @property
     def split(self) -> str:
-        """Whose rows an adapter is judged by. A point of a sweep is chosen by them, which the gate's must not be."""
+        """The split for evaluation. Points of a sweep are compared on `val`, because gate rows must not select them."""
         return "gate" if self.experiment.sweep is None else "val"
 
     def evaluation(self, adapter: ArtifactRef | None = None) -> ArtifactRef:
-        """Of the experiment's adapter, or of another one."""
+        """The evaluation of `adapter`, by default of the experiment's adapter."""
         name = self.fingerprint(EVALUATIONS, **({"lora_adapter": adapter} if adapter else {}))
         return self.store.resolve(EVALUATIONS.folder, name, made_by="adapter_evaluation")
 
     def stacked_from(self, base_model: ArtifactRef) -> dict[str, ArtifactRef]:
-        """The champions that the experiment's `stack` names, by their experiments, in its order.
+        """The champions that the experiment's `stack` names, by experiment, in order.
 
         Raises:
-            ArtifactMissing: if one of them has none yet.
-            StoreError: if one is of another base model.
+            ArtifactMissing: if an experiment has no champion yet.
+            StoreError: if a champion has another base model.
         """
         assert self.experiment.config.stack is not None
-        found = {}
+        adapters = {}
         for name in self.experiment.config.stack.adapters:
             adapter = Champions(self.store, name).champion()
             if adapter is None:
@@ -316,22 +322,23 @@ class Lineage:
             theirs = manifest.made_from.get("cached_base_model") if manifest else None
             if theirs != base_model.fingerprint:
                 raise StoreError(
-                    f"stack.adapters: the champion of {name} is of another base model than {self.experiment.name} "
-                    f"({str(theirs)[:12]}, not {base_model.fingerprint[:12]}); stack adapters of one base and revision"
+                    f"stack.adapters: the champion of {name} has another base model than {self.experiment.name} "
+                    f"({str(theirs)[:12]}, not {base_model.fingerprint[:12]}); stack adapters of the same base model "
+                    "and revision"
                 )
-            found[name] = adapter
-        return found
+            adapters[name] = adapter
+        return adapters
 
     def champion(self) -> ArtifactRef:
-        """The adapter in service.
+        """The current champion.
 
         Raises:
-            ArtifactMissing: if none was promoted yet.
+            ArtifactMissing: if no adapter was promoted yet.
         """
-        found = self.champions.champion()
-        if found is None:
+        adapter = self.champions.champion()
+        if adapter is None:
             raise ArtifactMissing(NO_CHAMPION.format(self.experiment.name))
-        return found
+        return adapter
 
 
 def _identity(item: ArtifactRef | Import | None) -> str | None:
@@ -358,13 +365,13 @@ LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
     "champion": _champion_before,
     "champions": _champions,
 }
-"""Inputs of fingerprints that are no assets of the experiment itself, by name."""
+"""Fingerprint inputs that are not assets of the experiment, by name."""
 
 
 def _held_back_of(adapter: Path) -> dict[str, Any] | None:
-    """What the provenance of an adapter's folder says; None for one from elsewhere."""
+    """Held-out rows from the provenance in an adapter's folder; None if it has no such record."""
     try:
-        found = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")).get(HELD_BACK)
+        holdout = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")).get(HELD_BACK)
     except (OSError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, dict) and found.keys() == {"salt", "gate", "val"} else None
+    return holdout if isinstance(holdout, dict) and holdout.keys() == {"salt", "gate", "val"} else None

@@ -1,4 +1,4 @@
-"""How large an adapter's update of each module is, as numbers that anybody reads without the adapter."""
+"""Size and effective rank of an adapter's update per module, readable without loading the adapter."""
 
 import json
 import re
@@ -8,21 +8,21 @@ from pathlib import Path
 from finetune_assets.artifacts.layout import UPDATES
 
 ENERGY = 0.9
-"""Share of an update's squared norm that a suggested rank keeps."""
+"""Fraction of an update's squared norm that a suggested rank retains."""
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one module's weights.
+    """An adapter's update of one module's weights.
 
     Attributes:
-        module: Its name in the model.
-        rank: That it was trained with.
+        module: Name of the module in the model.
+        rank: Rank used in training.
         norm: Frobenius norm.
-        effective_rank: Of how many directions of equal size it would look like: the exponential of the entropy of its
-            singular values (Roy and Vetterli 2007); from 1 to `rank`, 0 where nothing was learned.
-        enough: The smallest rank that keeps `ENERGY` of the squared norm.
+        effective_rank: Equivalent number of directions of equal size: the exponential of the entropy of the update's
+            singular values (Roy and Vetterli 2007); from 1 to `rank`, 0 if nothing was learned.
+        enough: The smallest rank that retains `ENERGY` of the squared norm.
     """
 
     module: str
@@ -38,23 +38,23 @@ class Update:
 
     @property
     def kind(self) -> str:
-        """The module's name without its layer's."""
+        """Last part of the module's name, such as `q_proj`."""
         return self.module.rpartition(".")[2]
 
 
-def suggested(found: list[Update]) -> tuple[int, dict[str, int]]:
-    """A rank for most modules, and a `rank_pattern` for those that need another."""
-    wanted = [update.enough for update in found]
+def suggested(updates: list[Update]) -> tuple[int, dict[str, int]]:
+    """A rank for most modules, and a `rank_pattern` for modules that need another rank."""
+    wanted = [update.enough for update in updates]
     usual = max(set(wanted), key=lambda rank: (wanted.count(rank), rank))
-    return usual, {update.module: update.enough for update in found if update.enough != usual}
+    return usual, {update.module: update.enough for update in updates if update.enough != usual}
 
 
-def write_updates(found: list[Update], folder: Path) -> None:
-    text = json.dumps([asdict(update) for update in found], indent=1)
+def write_updates(updates: list[Update], folder: Path) -> None:
+    text = json.dumps([asdict(update) for update in updates], indent=1)
     (folder / UPDATES).write_text(text, encoding="utf-8")
 
 
 def read_updates(folder: Path) -> list[Update]:
-    """Those of an adapter's folder; none where it does not tell."""
+    """The updates of an adapter's folder; empty if they were not recorded."""
     path = folder / UPDATES
-    return [Update(**one) for one in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    return [Update(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []

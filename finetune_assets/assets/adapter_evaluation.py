@@ -1,11 +1,11 @@
-"""What the adapter changed, measured on rows that nothing was chosen by."""
+"""Asset `adapter_evaluation`: evaluates the trained adapter on held-out rows."""
 
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import EVALUATIONS
-from finetune_assets.assets.promotion import evaluation_metadata, evaluate
 from finetune_assets.assets.materialization import GROUP, asset_step, overridden, result
 from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.promotion import evaluate, evaluation_metadata
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
@@ -27,11 +27,11 @@ def adapter_evaluation(
     project: Project,
     launcher: dg.ResourceParam[Launcher],
 ) -> dg.MaterializeResult[ArtifactRef]:
-    """Base, champion and new adapter on the gate's rows: loss by category, generated answers, what is forgotten."""
+    """Evaluation of base model, champion and new adapter on the gate rows: loss by category, answers, forgetting."""
     from finetune_assets.evaluation.files import read_evaluation
 
     with asset_step(context):
         lineage = project.lineage(context.partition_key)
-        made = evaluate(context, project, launcher, lineage, lora_adapter, tokenized_dataset, cached_base_model)
-        evaluation = read_evaluation(project.store().fetch(made.ref))
-        return result(made, tags=overridden(lineage.experiment), **evaluation_metadata(evaluation))
+        outcome = evaluate(context, project, launcher, lineage, lora_adapter, tokenized_dataset, cached_base_model)
+        evaluation = read_evaluation(project.store().fetch(outcome.ref))
+        return result(outcome, tags=overridden(lineage.experiment), **evaluation_metadata(evaluation))

@@ -1,4 +1,4 @@
-"""The base model, once, in the store."""
+"""Asset `cached_base_model`: the base model in the artifact store."""
 
 import dagster as dg
 
@@ -19,9 +19,10 @@ from finetune_assets.store.artifacts import ArtifactRef
     automation_condition=auto_materialize(only_while=RawChecksPassed()),
 )
 def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
-    """Safetensors and tokenizer of the experiment's base model, from the package, a folder, or the Hub at a commit.
+    """Safetensors weights and tokenizer of the experiment's base model, from the package, a folder or a Hub commit.
 
-    Experiments on the same model at the same commit share one copy. A branch that has moved makes a new one beside it.
+    Experiments that use the same model at the same commit share one copy. When a branch moves, its new commit is
+    stored as an additional copy.
     """
     from finetune_assets.sources.base_models import collect
 
@@ -41,6 +42,6 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
                 expected=source.hashes,
             )
 
-        made = materialize_or_reuse(context, project, BASE_MODELS, name, make)
+        outcome = materialize_or_reuse(context, project, BASE_MODELS, name, make)
         lineage.pins.record()
-        return result(made, tags=overridden(lineage.experiment), repo=source.repo, revision=source.revision)
+        return result(outcome, tags=overridden(lineage.experiment), repo=source.repo, revision=source.revision)

@@ -1,4 +1,4 @@
-"""The adapter in service."""
+"""Asset `champion_adapter`: the adapter in production."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,9 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import CHAMPIONS
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.promotion import GATE, Decision, promote_if_better
 from finetune_assets.assets.materialization import ARTIFACT, GROUP, Outcome, asset_step, overridden, result
 from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.assets.promotion import GATE, Decision, promote_if_better
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -25,8 +25,9 @@ from finetune_assets.store.artifacts import ArtifactRef
         check_of_each(
             "champion_adapter",
             GATE,
-            "The newest adapter serves: it beat the one before beyond noise, and has not forgotten too much. "
-            "Otherwise the champion stays, and this warns with the number that decided.",
+            "The newest adapter is the champion: it improves on the previous champion (or the base model) beyond noise "
+            "and forgets at most gate.max_forgetting. Otherwise the previous champion stays, and the check warns with "
+            "the deciding number.",
             blocking=False,
         )
     ],
@@ -35,9 +36,9 @@ from finetune_assets.store.artifacts import ArtifactRef
 def champion_adapter(
     context: dg.AssetExecutionContext, lora_adapter: ArtifactRef, adapter_evaluation: ArtifactRef, project: Project
 ) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
-    """The adapter in service: the new one if it beats the one before, which stays otherwise.
+    """The adapter in production: the new adapter if it passes the gate, otherwise the previous champion.
 
-    Where nothing has beaten the base yet, there is none, and this asset is not materialized.
+    Until an adapter improves on the base model, the experiment has no champion and this asset is not materialized.
     """
     with asset_step(context):
         lineage = project.lineage(context.partition_key)
@@ -49,7 +50,7 @@ def champion_adapter(
 def announced(
     lineage: Lineage, decision: Decision
 ) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
-    """What the asset tells of a decision."""
+    """Yield the materialization and the check result for a decision."""
     if decision.champion is None:
         yield decision.check_result
         return
@@ -65,6 +66,6 @@ def announced(
 
 
 def table(history: list) -> str:  # type: ignore[type-arg]
-    """The newest records of a history, newest first, as Markdown."""
+    """The latest 20 records of a promotion history, newest first, as a Markdown table."""
     rows = [f"| {r.number} | {r.at} | {r.action} | `{r.adapter[:12]}` | {r.reason} |" for r in reversed(history[-20:])]
-    return "\n".join(["| | when | what | adapter | why |", "| --- | --- | --- | --- | --- |", *rows])
+    return "\n".join(["| record | time | action | adapter | reason |", "| --- | --- | --- | --- | --- |", *rows])

@@ -1,4 +1,4 @@
-"""What must hold of an experiment's dataset before it is trained on."""
+"""Asset checks of `tokenized_dataset`, evaluated before training."""
 
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ SPECS = [
     _spec("unlabelled", "Share of rows without a label token is at most data.checks.max_unlabelled_share."),
     _spec(
         "overlap",
-        "Share of held-out rows whose prompt is also in the training split (up to case, spaces and punctuation) is at "
-        "most data.checks.max_overlap_share.",
+        "Share of held-out rows with a prompt that is also in the training split (up to case, spaces and punctuation) "
+        "is at most data.checks.max_overlap_share.",
     ),
 ]
 
@@ -28,27 +28,27 @@ SPECS = [
 def dataset_checks(
     context: dg.AssetExecutionContext, statistics: dict[str, Any], data: Data
 ) -> list[dg.AssetCheckResult]:
-    """The results of all SPECS.
+    """Evaluate all checks in SPECS.
 
     Args:
-        context: Of the asset; a failure is told in its log.
-        statistics: Of the dataset.
-        data: What is let pass.
+        context: Context of the asset step; failures are written to its log.
+        statistics: Statistics of the dataset.
+        data: Data settings with the thresholds of the checks.
     """
     examples, allowed = statistics["examples"], data.checks
-    taken = sum(examples.values()) + statistics["without_label"] + statistics["refused"]
+    total_rows = sum(examples.values()) + statistics["without_label"] + statistics["refused"]
 
     def check(name: str, count: str, total: int, most: float, setting: str, problem: str) -> dg.AssetCheckResult:
         rows = statistics.get(f"first_{count}", [])
         first = f" First rows, by number in dolly_raw: {', '.join(map(str, rows))}" if isinstance(rows, list) else ""
-        told = f"{problem} ({setting} = {most:g}).{first if rows else ''}"
-        return fraction_check(context, name, statistics[count], total, most, told, first_rows=str(rows))
+        message = f"{problem} ({setting} = {most:g}).{first if rows else ''}"
+        return fraction_check(context, name, statistics[count], total, most, message, first_rows=str(rows))
 
     return [
         check(
             "refused_rows",
             "refused",
-            taken,
+            total_rows,
             data.max_refused_share,
             "data.max_refused_share",
             f"rejected by the template ({statistics['first_refused']})",
@@ -64,7 +64,7 @@ def dataset_checks(
         check(
             "unlabelled",
             "without_label",
-            taken,
+            total_rows,
             allowed.max_unlabelled_share,
             "data.checks.max_unlabelled_share",
             "have no label token",

@@ -1,4 +1,4 @@
-"""Raw instruction data, as one Parquet file of a documented schema."""
+"""Asset `dolly_raw`: raw instruction data as one Parquet file with a documented schema."""
 
 import json
 from dataclasses import asdict
@@ -8,9 +8,18 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import RAW
-from finetune_assets.assets.materialization import ARTIFACT, GROUP, asset_step, materialize_or_reuse, publish_built, result
+from finetune_assets.assets.materialization import (
+    ARTIFACT,
+    GROUP,
+    asset_step,
+    materialize_or_reuse,
+    publish_built,
+    result,
+)
 from finetune_assets.assets.pictures import of_rows
-from finetune_assets.assets.raw_checks import BLOCKING, PROFILE, SPECS, Profile, last_good, raw_checks
+from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
+from finetune_assets.assets.raw_checks.check import Version
+from finetune_assets.assets.raw_checks.profile import PROFILE, last_good
 from finetune_assets.resources.project import GOOD_TAG, Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -22,16 +31,16 @@ STATISTICS = "statistics.json"
     kinds={"parquet"},
     code_version=RAW.code_version,
     dagster_type=ARTIFACT,
-    check_specs=SPECS,
+    check_specs=[check.spec for check in RAW_CHECKS],
 )
 def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """The deployment's instruction data (`configs/raw_data.yaml`), read row by row and stored as Parquet.
 
-    One stream of raw data that every experiment reads; an experiment takes its categories and its share of the rows.
-    Rows that cannot be used are set aside in `quarantine.jsonl`, with file, line and reason.
+    All experiments read this asset; each selects its categories and its fraction of the rows. Invalid rows are
+    quarantined in `quarantine.jsonl`, with file, line and reason.
     """
+    from finetune_assets.data.errors import DataError
     from finetune_assets.data.ingest import write_raw
-    from finetune_assets.sources.raw_data import DataError
 
     with asset_step(context, retried=True):
         lineage = project.raw(asks_hub=True)
@@ -39,22 +48,23 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
         def build(folder: Path) -> None:
             statistics = write_raw(lineage.source.files(), lineage.config.columns, folder)
             if not lineage.is_unchanged():
-                raise DataError(f"{lineage.config.source}: the rows changed while they were read; run dolly_raw again")
+                raise DataError(f"{lineage.config.source}: rows changed during the read; materialize dolly_raw again")
             (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
 
         def make() -> ArtifactRef:
             made_from = {"source": lineage.config.source, "content": lineage.content}
             return publish_built(project, RAW, lineage.fingerprint, lineage.fingerprint, made_from, build)
 
-        made = materialize_or_reuse(context, project, RAW, lineage.fingerprint, make)
+        outcome = materialize_or_reuse(context, project, RAW, lineage.fingerprint, make)
         lineage.pins.record()
-        statistics = _statistics(project, made.ref)
-        before = last_good(context.instance, lineage.fingerprint, lineage.config.source)
-        checks = raw_checks(context, statistics, lineage.config, before)
-        good = all(check.passed for check in checks if check.check_name in BLOCKING)
-        profile = {PROFILE: dg.MetadataValue.json(Profile.of(statistics).to_dict())}
-        tags = {GOOD_TAG: "true"} if good else {}
-        return result(made, checks, tags, source=lineage.config.source, **_describe(statistics), **profile)
+        statistics = _statistics(project, outcome.ref)
+        previous = last_good(context.instance, lineage.fingerprint, lineage.config.source)
+        version = Version(context, statistics, lineage.config, previous)
+        checks = [check.evaluate(version) for check in RAW_CHECKS]
+        passed = all(check.passed for check in checks if check.check_name in BLOCKING)
+        profile = {PROFILE: dg.MetadataValue.json(version.profile.to_dict())}
+        tags = {GOOD_TAG: "true"} if passed else {}
+        return result(outcome, checks, tags, source=lineage.config.source, **_describe(statistics), **profile)
 
 
 def _statistics(project: Project, ref: ArtifactRef) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All experiments on one page."""
+"""Asset `experiment_report`: all experiments on one page."""
 
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 LAST = {"dagster/priority": "-1"}
-"""Of the steps of a run that could be next, this one is last: it tells of champions and stacks too, and cannot depend
-on them, as Dagster skips what depends on an asset that is not made, and not every experiment has a champion."""
+"""Lowest step priority, so that the report is the last step of a run. It covers champions and stacked adapters, but
+cannot depend on them: Dagster skips downstream assets of an asset that is not materialized, and not every experiment
+has a champion."""
 
 
 @dg.asset(
@@ -26,10 +27,10 @@ on them, as Dagster skips what depends on an asset that is not made, and not eve
     automation_condition=newer("adapter_evaluation", "champion_adapter", "stacked_adapter"),
 )
 def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
-    """Every experiment with its latest runs, its champion and how its settings differ, on one page.
+    """One page with every experiment: its latest runs, its champion and its differences in settings.
 
-    It is made of what the store holds, not of what Dagster remembers: it can be materialized at any time, also before
-    anything was trained.
+    The report reads the artifact store and not Dagster's event log. It can be materialized at any time, even before
+    the first training.
     """
     from finetune_assets.reporting.collect import collect
     from finetune_assets.reporting.pages import write
@@ -43,18 +44,22 @@ def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg
             write(report, folder)
 
         def make() -> ArtifactRef:
-            # No fingerprint of an adapter: a page must not keep from garbage collection what it tells of
-            made_from = {"experiments": len(report.experiments), "runs": sum(len(one.runs) for one in report.trained)}
+            # No adapter fingerprints: a report must not protect the adapters it lists from garbage collection
+            made_from = {
+                "experiments": len(report.experiments),
+                "runs": sum(len(experiment.runs) for experiment in report.trained),
+            }
             return publish_built(project, REPORTS, report.fingerprint, report.fingerprint, made_from, build)
 
-        made = materialize_or_reuse(context, project, REPORTS, report.fingerprint, make)
-        folder = project.store().fetch(made.ref, lambda path: path == PAGE_MARKDOWN)
+        outcome = materialize_or_reuse(context, project, REPORTS, report.fingerprint, make)
+        folder = project.store().fetch(outcome.ref, lambda path: path == PAGE_MARKDOWN)
         return result(
-            made,
+            outcome,
             experiments=len(report.experiments),
             experiments_with_a_run=len(report.trained),
-            champions=sum(one.champion is not None for one in report.experiments),
-            unreadable_experiments=sum(bool(one.error) for one in report.experiments) + len(report.problems),
-            page=dg.MetadataValue.path(f"{made.ref.uri}/{PAGE}".removeprefix("file://")),
+            champions=sum(experiment.champion is not None for experiment in report.experiments),
+            unreadable_experiments=sum(bool(experiment.error) for experiment in report.experiments)
+            + len(report.problems),
+            page=dg.MetadataValue.path(f"{outcome.ref.uri}/{PAGE}".removeprefix("file://")),
             report=dg.MetadataValue.md((folder / PAGE_MARKDOWN).read_text(encoding="utf-8")),
         )

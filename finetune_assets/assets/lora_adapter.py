@@ -1,4 +1,4 @@
-"""The trained adapter."""
+"""Asset `lora_adapter`: trains the adapter."""
 
 import json
 from dataclasses import asdict, replace
@@ -10,7 +10,15 @@ from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import HELD_BACK, TRAINER_STATE
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.materialization import GROUP, asset_step, job, materialize_or_reuse, overridden, refuse_stacked_experiment, result
+from finetune_assets.assets.materialization import (
+    GROUP,
+    asset_step,
+    job,
+    materialize_or_reuse,
+    overridden,
+    refuse_stacked_experiment,
+    result,
+)
 from finetune_assets.assets.partitions import experiments
 from finetune_assets.assets.pictures import is_drawn, of_plan
 from finetune_assets.assets.pictures import of_training as pictures
@@ -30,7 +38,7 @@ from finetune_assets.worker.job import JobSpec
     partitions_def=experiments,
     code_version=ADAPTERS.code_version,
     pool="gpu",
-    deps=["training_plan"],  # whose check is passed before; to train without it is a person's choice
+    deps=["training_plan"],  # its check blocks training; users can select lora_adapter without it
     automation_condition=auto_materialize(
         "training_plan", "tokenized_dataset", "cached_base_model", only_while=WithinDailyGpuBudget()
     ),
@@ -46,7 +54,7 @@ def lora_adapter(
     with asset_step(context, retried=True):
         lineage = project.lineage(context.partition_key)
         refuse_stacked_experiment(lineage.experiment)
-        imported = lineage.import_external_inputs()  # what is wrong with them shows before hours of training
+        imported = lineage.import_external_inputs()  # invalid inputs fail here, before hours of training
         fingerprint = lineage.fingerprint(
             ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model
         )
@@ -57,13 +65,13 @@ def lora_adapter(
             spec = replace(spec, ignore_checkpoints=project.force and context.retry_number == 0)
             return run_in_pipes(context, launcher, spec)
 
-        made = materialize_or_reuse(context, project, ADAPTERS, fingerprint, make)
-        metadata = _describe(project, lineage, made.ref)
-        if not made.hit:
+        outcome = materialize_or_reuse(context, project, ADAPTERS, fingerprint, make)
+        metadata = _describe(project, lineage, outcome.ref)
+        if not outcome.hit:
             metadata[GPU_HOURS] = metadata["device_hours"]
         elif lineage.experiment.config.wandb and "wandb_run" not in metadata:
             context.log.warning("No W&B run for this adapter: it was trained without W&B and is not retrained")
-        return result(made, tags=overridden(lineage.experiment), **metadata)
+        return result(outcome, tags=overridden(lineage.experiment), **metadata)
 
 
 def training_job(
@@ -74,7 +82,7 @@ def training_job(
     base_model: ArtifactRef,
     warm_start: ArtifactRef | None,
 ) -> JobSpec:
-    """What the launcher is handed to train one experiment."""
+    """Build the job that the launcher runs to train one experiment."""
     experiment = lineage.experiment
     repo, _, revision = base_model.name.rpartition("/")
     raw = lineage.store.manifest(dataset.kind, dataset.name)
@@ -108,33 +116,33 @@ def training_job(
 def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str, Any]:
     folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE or is_drawn(path))
     state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    found = with_cost(of_training(state), lineage.experiment.config.hardware.price_per_hour)
+    metrics = with_cost(of_training(state), lineage.experiment.config.hardware.price_per_hour)
     return {
-        **found,
+        **metrics,
         "runtime": dg.MetadataValue.json(state["active"]),
         **pictures(folder, state),
         **_wandb(state.get("wandb") or {}),
-        **_beside_plan(lineage, ref, found),
+        **_plan_comparison(lineage, ref, metrics),
     }
 
 
-def _beside_plan(lineage: Lineage, ref: ArtifactRef, found: Numbers) -> dict[str, object]:
-    """What was predicted beside what was measured, where the training was planned."""
+def _plan_comparison(lineage: Lineage, ref: ArtifactRef, metrics: Numbers) -> dict[str, object]:
+    """Predicted values next to the measured ones, if the training has a plan."""
     from finetune_assets.data.tables import rows_table
 
     if (planned := lineage.plan(ref.fingerprint)) is None:
         return {}
     plan = read_plan(lineage.store, planned)
-    rows = rows_table(side_by_side(plan, found), ["", "predicted", "measured", "difference"])
+    rows = rows_table(side_by_side(plan, metrics), ["", "predicted", "measured", "difference"])
     return {
-        **{f"predicted_{name}": value for name, value in predicted(plan).items() if name in found},
+        **{f"predicted_{name}": value for name, value in predicted(plan).items() if name in metrics},
         "prediction_vs_actual": dg.MetadataValue.md(rows),
-        **of_plan(plan, found.get("peak_memory_mib")),
+        **of_plan(plan, metrics.get("peak_memory_mib")),
     }
 
 
 def _wandb(run: dict[str, str]) -> dict[str, dg.MetadataValue[str]]:
-    """Where the training's run of Weights & Biases can be seen, or how to send it there."""
+    """URL of the training's W&B run, or the folder of an offline run and the command that uploads it."""
     if "url" in run:
         artifact = {"wandb_artifact": dg.MetadataValue.text(run["artifact"])} if "artifact" in run else {}
         return {"wandb_run": dg.MetadataValue.url(run["url"]), **artifact}

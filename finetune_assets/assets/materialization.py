@@ -1,4 +1,4 @@
-"""What every asset does around its own work: reuse or make an artifact, and describe it to Dagster."""
+"""Steps common to all assets: reuse or create an artifact, and report it to Dagster."""
 
 import logging
 import random
@@ -20,21 +20,21 @@ from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.worker.job import JobSpec
 
 GROUP = "finetune"
-"""One group: with several, Dagster's global lineage opens as closed boxes."""
+"""Group of all assets. With several groups, Dagster's global lineage opens with every group collapsed."""
 RETRIES, RETRY_SECONDS = 3, 20
-"""How often a step is tried again, and after how long at first; each time twice as long."""
+"""Maximum retries of a step, and the delay before the first retry in seconds, doubled for each further retry."""
 ARTIFACT = dg.PythonObjectDagsterType(ArtifactRef)
-"""Type of an asset that has checks: Dagster 1.13 reads it from `MaterializeResult[...]` where there are none only."""
+"""Type of an asset with checks: Dagster 1.13 infers it from `MaterializeResult[...]` only for assets without checks."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """An artifact and how it came to be.
+    """An artifact and how it was obtained.
 
     Attributes:
-        ref: The artifact.
-        hit: Whether the store had it already.
-        seconds: How long it took.
+        ref: Reference to the artifact.
+        hit: Whether the artifact was already in the store (cache hit).
+        seconds: Time to obtain the artifact, in seconds.
     """
 
     ref: ArtifactRef
@@ -49,34 +49,37 @@ def materialize_or_reuse(
     name: str,
     make: Callable[[], ArtifactRef],
     called: str = "",
-    anew: bool = False,
+    force: bool = False,
 ) -> Outcome:
-    """Return the artifact of that name from the store, or make it; `force` makes it anyway.
+    """Return the artifact with this name from the store, or create it.
 
-    Of several runs on this machine that want the same, one makes it, and the others wait and take it.
+    If several runs on this host need the same artifact, one run creates it, and the others wait and reuse it.
 
     Args:
-        context: Of the asset.
-        project: The run's.
-        kind: Of the artifact.
-        name: Of the artifact.
-        make: Makes and publishes it.
-        called: What the log calls it, where the asset makes more than one.
-        anew: Make it as `force` does.
+        context: Context of the asset step.
+        project: Project resource of the run. With `project.force`, the artifact is always created.
+        kind: Kind of the artifact.
+        name: Name of the artifact.
+        make: Creates and publishes the artifact.
+        called: Name of the artifact in the log, for assets that create several.
+        force: Create the artifact even if the store has it.
+
+    Returns:
+        The artifact, whether it was a cache hit, and the duration.
     """
     began, store = time.monotonic(), project.store()
-    find = (lambda: None) if project.force or anew else (lambda: store.find(kind.folder, name))
-    found = find()
-    if found is None:
-        with store.cache.alone(store.prefix(kind.folder, name), f"makes {kind.folder}/{name}"):
-            found = find()
-            ref = found or make()
+    find = (lambda: None) if project.force or force else (lambda: store.find(kind.folder, name))
+    existing = find()
+    if existing is None:
+        with store.cache.alone(store.prefix(kind.folder, name), f"computing {kind.folder}/{name}"):
+            existing = find()
+            ref = existing or make()
     else:
-        ref = found
-    if found:
+        ref = existing
+    if existing:
         context.log.info(f"Cache hit: reusing {kind.folder}/{name} (same inputs, settings and code)")
     context.log.info(f"{called or context.asset_key.to_user_string()} stored at {ref.uri.removeprefix('file://')}")
-    return Outcome(ref, found is not None, time.monotonic() - began)
+    return Outcome(ref, existing is not None, time.monotonic() - began)
 
 
 def publish_built(
@@ -88,7 +91,7 @@ def publish_built(
     build: Callable[[Path], None],
     replace: bool = False,
 ) -> ArtifactRef:
-    """Let `build` fill an empty folder and publish it; if it fails, nothing is left."""
+    """Let `build` fill an empty folder, then publish the folder. A failed build leaves no files behind."""
     store = project.store()
     with store.cache.workspace("build") as folder:
         build(folder)
@@ -96,7 +99,7 @@ def publish_built(
 
 
 def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
-    """A job on this deployment's store with the experiment's settings; `spec` says what is its own."""
+    """Create a job with this deployment's store and the experiment's settings; `spec` holds the remaining fields."""
     store = project.store()
     return JobSpec(
         config=dump(experiment.config),
@@ -111,21 +114,21 @@ def job(project: Project, experiment: Experiment, **spec: Any) -> JobSpec:
 
 
 def result(
-    made: Outcome, checks: Sequence[dg.AssetCheckResult] = (), tags: Mapping[str, str] | None = None, **metadata: Any
+    outcome: Outcome, checks: Sequence[dg.AssetCheckResult] = (), tags: Mapping[str, str] | None = None, **metadata: Any
 ) -> dg.MaterializeResult[ArtifactRef]:
-    """What an asset returns: the reference, its fingerprint as data version, its checks, and what there is to see."""
-    uri = made.ref.uri
+    """Build an asset's result: the reference, its fingerprint as data version, check results, tags and metadata."""
+    uri = outcome.ref.uri
     is_local = uri.startswith("file://")
     common = {
-        "cache_hit": made.hit,
-        "duration_s": round(made.seconds, 2),
+        "cache_hit": outcome.hit,
+        "duration_s": round(outcome.seconds, 2),
         "uri": dg.MetadataValue.path(uri.removeprefix("file://")) if is_local else dg.MetadataValue.url(uri),
-        "files": made.ref.files,
-        "bytes": made.ref.size,
+        "files": outcome.ref.files,
+        "bytes": outcome.ref.size,
     }
     return dg.MaterializeResult(
-        value=made.ref,
-        data_version=dg.DataVersion(made.ref.fingerprint),
+        value=outcome.ref,
+        data_version=dg.DataVersion(outcome.ref.fingerprint),
         metadata={**metadata, **common},
         check_results=list(checks),
         tags=tags,
@@ -133,7 +136,7 @@ def result(
 
 
 def refuse_stacked_experiment(experiment: Experiment) -> None:
-    """Fail for an experiment that combines adapters in place of training one."""
+    """Raise ConfigError for an experiment that combines adapters instead of training one."""
     if experiment.config.stack:
         raise ConfigError(
             f"experiment {experiment.name}",
@@ -143,7 +146,7 @@ def refuse_stacked_experiment(experiment: Experiment) -> None:
 
 
 def check_skipped(context: dg.AssetExecutionContext, check: str, why: str) -> dg.AssetCheckResult:
-    """What an asset tells instead of a materialization where there is nothing for it; its check passes."""
+    """Passing check result for an asset that the experiment does not configure and that is not materialized."""
     context.log.info(f"Skipped: {why}")
     return dg.AssetCheckResult(passed=True, check_name=check, description=f"Check skipped: {why}")
 
@@ -155,7 +158,7 @@ def trains_later(context: dg.AssetExecutionContext) -> bool:
 
 
 def overridden(experiment: Experiment) -> dict[str, str]:
-    """Tags of what was made with settings of one run alone: nothing that happens by itself goes by it."""
+    """Tags of a materialization with per-run overrides, which automation ignores; empty without overrides."""
     return {OVERRIDES_TAG: str(len(experiment.overrides))} if experiment.overrides else {}
 
 
@@ -169,34 +172,34 @@ def fraction_check(
     severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
     **metadata: Any,
 ) -> dg.AssetCheckResult:
-    """A check that fails where more than a share of the rows is bad, and names the first of them.
+    """Check result that fails if the fraction of invalid rows exceeds a threshold.
 
     Args:
-        context: Of the asset; a failure is told in its log.
-        name: Of the check.
-        count: Bad rows.
-        total: All rows.
-        most: Largest share that passes.
-        problem: What is wrong with the bad rows, the setting of `most`, and the first of them.
-        severity: A failure with WARN is told, and stops nothing.
-        metadata: More to see.
+        context: Context of the asset step; failures are written to its log.
+        name: Name of the check.
+        count: Number of invalid rows.
+        total: Number of all rows.
+        most: Largest fraction that passes.
+        problem: Description of the problem, with the setting of `most` and the first invalid rows.
+        severity: A failure with WARN is logged and does not block downstream assets.
+        metadata: Additional metadata of the check result.
     """
     share = count / total if total else 0.0
-    told = f"{count:,} of {total:,} rows ({share:.2%}) {problem}" if count else "No such rows"
+    message = f"{count:,} of {total:,} rows ({share:.2%}) {problem}" if count else "No such rows"
     if share > most:
-        tell = context.log.error if severity is dg.AssetCheckSeverity.ERROR else context.log.warning
-        tell(f"Check {name} failed: {told}")
+        log = context.log.error if severity is dg.AssetCheckSeverity.ERROR else context.log.warning
+        log(f"Check {name} failed: {message}")
     return dg.AssetCheckResult(
         passed=share <= most,
         check_name=name,
         severity=severity,
-        description=told,
+        description=message,
         metadata={"rows": count, "fraction": share, "threshold": most, **metadata},
     )
 
 
 class _RunLog(logging.Handler):
-    """Tells what this project logs in the Dagster run."""
+    """Forwards this project's log records to the Dagster run."""
 
     def __init__(self, context: dg.AssetExecutionContext) -> None:
         super().__init__(logging.INFO)
@@ -208,13 +211,13 @@ class _RunLog(logging.Handler):
 
 @contextmanager
 def asset_step(context: dg.AssetExecutionContext, retried: bool = False) -> Iterator[None]:
-    """Tell in the run what is going on, and fail the step with the error's text alone.
+    """Forward log records to the Dagster run, and fail the step with the error's message only.
 
     Args:
-        context: Of the asset.
-        retried: Try the step again where a machine failed or was taken away, or a server did not answer; not where a
-            person must mend something, or has ended the run. Dagster's own retry policy starts a run again that a
-            person terminated, so no asset has one.
+        context: Context of the asset step.
+        retried: Retry the step if a machine failed or was preempted, or if a server did not respond. Errors that the
+            user must fix are not retried, and neither are terminated runs. Dagster's retry policy also restarts runs
+            that a user terminated, so no asset uses one.
     """
     package, handler = logging.getLogger("finetune_assets"), _RunLog(context)
     package.setLevel(logging.INFO)
@@ -224,8 +227,8 @@ def asset_step(context: dg.AssetExecutionContext, retried: bool = False) -> Iter
     except (dg.Failure, dg.RetryRequested):
         raise
     except Exception as e:
-        failure = _told(e)
-        if retried and _may_pass(e):
+        failure = _as_failure(e)
+        if retried and _is_retriable(e):
             pause = RETRY_SECONDS * 2**context.retry_number * random.uniform(0.5, 1.5)
             if context.retry_number < RETRIES:
                 context.log.warning(
@@ -239,19 +242,19 @@ def asset_step(context: dg.AssetExecutionContext, retried: bool = False) -> Iter
         package.removeHandler(handler)
 
 
-def _told(error: Exception) -> Exception:
-    """What a step fails with: one line that says what to do, where that is known."""
+def _as_failure(error: Exception) -> Exception:
+    """Convert an error with a known remedy into a failure with a one-line message; return other errors unchanged."""
     if isinstance(error, UserError):
         return dg.Failure(str(error), allow_retries=False)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        told = f"{error.strerror or error}{where}; check FINETUNE_STORE, FINETUNE_CACHE and the free disk space"
-        return dg.Failure(told, allow_retries=False)
+        message = f"{error.strerror or error}{where}; check FINETUNE_STORE, FINETUNE_CACHE and the free disk space"
+        return dg.Failure(message, allow_retries=False)
     return error
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same may succeed with nothing mended."""
+def _is_retriable(error: Exception) -> bool:
+    """Whether a retry may succeed without a fix."""
     if isinstance(error, UserError):
         return error.retriable
     return not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError)

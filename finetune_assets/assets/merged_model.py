@@ -1,4 +1,4 @@
-"""The champion merged into its base, for whoever serves without adapters."""
+"""Asset `merged_model`: the champion merged into its base model, for serving without adapters."""
 
 import json
 from collections.abc import Iterator
@@ -8,9 +8,18 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import BASE_MODELS, MERGED
 from finetune_assets.artifacts.layout import MERGE
-from finetune_assets.assets.promotion import base_of
-from finetune_assets.assets.materialization import ARTIFACT, GROUP, asset_step, job, materialize_or_reuse, check_skipped, overridden, result
+from finetune_assets.assets.materialization import (
+    ARTIFACT,
+    GROUP,
+    asset_step,
+    check_skipped,
+    job,
+    materialize_or_reuse,
+    overridden,
+    result,
+)
 from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.assets.promotion import base_of
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.config.schema import Merge
 from finetune_assets.launch.engines import Launcher
@@ -19,10 +28,10 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.02}
-"""Mean difference of logits that rounding explains, as a share of their spread. Measured on the packaged model: 5e-7 in
-float32, 0.5% in bfloat16; an adapter trained over nf4 and merged into the published weights, 7%."""
+"""Mean logit difference that rounding explains, as a fraction of the logits' spread. Measured on the packaged model:
+5e-7 in float32, 0.5% in bfloat16; 7% for an adapter trained on nf4 and merged into the published weights."""
 OF_INT8 = 0.02
-"""An int8 layer rounds its input too, which no merged model does: 0.7% in float32."""
+"""The same for an int8 base: an int8 layer also rounds its input, a merged model does not (0.7% in float32)."""
 
 
 @dg.asset(
@@ -37,8 +46,8 @@ OF_INT8 = 0.02
         check_of_each(
             "merged_model",
             "merge",
-            "On held-out rows the merged model computes what base and adapter do: the mean difference of the logits is "
-            "at most merge.max_difference.",
+            "On held-out rows, the merged model reproduces the logits of base model and adapter: their mean difference "
+            "is at most merge.max_difference.",
         )
     ],
 )
@@ -49,9 +58,9 @@ def merged_model(
     project: Project,
     launcher: dg.ResourceParam[Launcher],
 ) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
-    """The champion's base with the adapter's updates in its weights: a model that loads as any other.
+    """The champion's base model with the adapter's updates merged into its weights, loadable as a regular model.
 
-    Only where the experiment has a group `merge`, as it is as large as the base.
+    Materialized only for experiments with `merge` settings, because the merged model is as large as the base model.
     """
     with asset_step(context, retried=True):
         lineage = project.lineage(context.partition_key)
@@ -79,23 +88,24 @@ def merged_model(
             )
             return run_in_pipes(context, launcher, spec)
 
-        made = materialize_or_reuse(context, project, MERGED, fingerprint, make)
-        folder = project.store().fetch(made.ref, lambda path: path == MERGE)
-        found = json.loads((folder / MERGE).read_text(encoding="utf-8"))
-        check = _checked(context, found, settings)
-        yield result(made, [check], overridden(lineage.experiment), **found)
+        outcome = materialize_or_reuse(context, project, MERGED, fingerprint, make)
+        folder = project.store().fetch(outcome.ref, lambda path: path == MERGE)
+        comparison = json.loads((folder / MERGE).read_text(encoding="utf-8"))
+        check = _merge_check(context, comparison, settings)
+        yield result(outcome, [check], overridden(lineage.experiment), **comparison)
 
 
-def _checked(context: dg.AssetExecutionContext, found: dict[str, Any], settings: Merge) -> dg.AssetCheckResult:
-    rounding = OF_INT8 if found["quantization"] == "int8" else ROUNDING[found["dtype"]]
+def _merge_check(context: dg.AssetExecutionContext, comparison: dict[str, Any], settings: Merge) -> dg.AssetCheckResult:
+    rounding = OF_INT8 if comparison["quantization"] == "int8" else ROUNDING[comparison["dtype"]]
     most = rounding if settings.max_difference is None else settings.max_difference
-    told = (
-        f"the logits of {found['rows']} held-out rows differ by {found['mean']:.2e} on average, which is "
-        f"{found['share']:.3%} of their spread (at most {most:.3%} may be), and by {found['largest']:.2e} at most"
+    message = (
+        f"Mean logit difference on {comparison['rows']} held-out rows: {comparison['mean']:.2e}, "
+        f"{comparison['share']:.3%} of the logits' spread (limit {most:.3%}, merge.max_difference); "
+        f"largest difference: {comparison['largest']:.2e}"
     )
-    passed = found["share"] <= most
+    passed = comparison["share"] <= most
     if not passed:
-        context.log.error(f"Check merge failed: {told}")
+        context.log.error(f"Check merge failed: {message}")
     return dg.AssetCheckResult(
-        passed=passed, check_name="merge", description=told, metadata={**found, "threshold": most}
+        passed=passed, check_name="merge", description=message, metadata={**comparison, "threshold": most}
     )

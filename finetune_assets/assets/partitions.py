@@ -1,4 +1,4 @@
-"""One partition an experiment: the names of the files in `configs/experiments/`."""
+"""Experiment partitions: one per file in `configs/experiments/`."""
 
 import warnings
 
@@ -11,9 +11,9 @@ experiments = dg.StaticPartitionsDefinition(experiment_names(deployment.configs(
 
 
 def check_of_each(asset: str, name: str, description: str, blocking: bool = True) -> dg.AssetCheckSpec:
-    """A check of an asset that is partitioned by experiment, whose result is each partition's own."""
+    """Spec of an asset check that is evaluated separately for each experiment partition."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.PreviewWarning)  # of partitions_def, on which the automation stands
+        warnings.simplefilter("ignore", dg.PreviewWarning)  # partitions_def, which automation requires
         return dg.AssetCheckSpec(
             name, asset=asset, blocking=blocking, partitions_def=experiments, description=description
         )

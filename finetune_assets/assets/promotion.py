@@ -16,7 +16,10 @@ from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import of_evaluation
 from finetune_assets.resources.project import Project
-from finetune_assets.store.artifacts import ArtifactRef"""Name of the check that reports a promotion."""
+from finetune_assets.store.artifacts import ArtifactRef
+
+GATE = "gate"
+"""Name of the check that reports a promotion."""
 
 
 def evaluate(
@@ -28,7 +31,7 @@ def evaluate(
     dataset: ArtifactRef,
     base_model: ArtifactRef,
 ) -> Outcome:
-    """Evaluate an adapter against its base model and the current champion, or reuse that evaluation."""
+    """Evaluate an adapter against its base model and the current champion, or reuse a stored evaluation."""
     against = lineage.opponent(adapter)
     champion = lineage.champions.adapter(against) if against else None
     imported = lineage.import_external_inputs()
@@ -84,7 +87,7 @@ def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
 
 
 def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation as metadata: scalars, losses by category, and answers side by side."""
+    """Metadata of an evaluation: scalars, losses by category, and answers side by side."""
     from finetune_assets.data.tables import rows_table
 
     names = [*evaluation["contenders"]]
@@ -109,11 +112,11 @@ class Decision:
     """The result of a promotion.
 
     Attributes:
-        promoted: Whether the challenger became the champion now.
-        reason: Why or why not, with the deciding number.
-        numbers: Everything that the gate compared, and its thresholds.
-        champion: The champion after the decision; None where there is none.
-        is_champion: Whether that is the challenger.
+        promoted: Whether this decision promoted the challenger.
+        reason: Reason of the decision, with the deciding number.
+        numbers: Values that the gate compared, and its thresholds.
+        champion: The champion after the decision; None if the experiment has no champion.
+        is_champion: Whether the challenger is the champion after the decision.
     """
 
     promoted: bool
@@ -124,7 +127,7 @@ class Decision:
 
     @property
     def check_result(self) -> dg.AssetCheckResult:
-        """The check of the gate: passes if the challenger is the champion, and warns otherwise."""
+        """Result of the gate check: passes if the challenger is the champion, and warns otherwise."""
         flat = {name: value for name, value in self.numbers.items() if isinstance(value, int | float)}
         return dg.AssetCheckResult(
             passed=self.is_champion,
@@ -135,17 +138,17 @@ class Decision:
         )
 
 
-GATE = "gate"
-
-
 def promote_if_better(lineage: Lineage, challenger: ArtifactRef, evaluation: ArtifactRef, by: str) -> Decision:
     """Promote a challenger if its evaluation passes the gate, and keep the champion otherwise.
 
     Args:
-        lineage: Of the experiment.
+        lineage: Lineage of the experiment.
         challenger: The adapter to promote.
-        evaluation: Its evaluation, beside the base model and the champion.
-        by: Who promotes, for the history.
+        evaluation: Evaluation of the challenger against the base model and the champion.
+        by: Author of the promotion, recorded in the history.
+
+    Returns:
+        The decision, with its reason and the numbers that the gate compared.
     """
     from finetune_assets.evaluation.files import forgetting_of, gain_of, read_evaluation
     from finetune_assets.evaluation.gate import judge
@@ -184,7 +187,7 @@ def promote_if_better(lineage: Lineage, challenger: ArtifactRef, evaluation: Art
 
 
 def _manual_promotion_reason(lineage: Lineage, challenger: ArtifactRef) -> str:
-    """Why the challenger must not be promoted automatically; empty if it may be."""
+    """Reason why the challenger requires manual promotion; empty if automatic promotion is allowed."""
     experiment = lineage.experiment
     command = f'finetune adapter promote {experiment.name} {name(challenger)} --reason "..."'
     if experiment.overrides:

@@ -1,4 +1,4 @@
-"""Champions of several experiments combined into one adapter, measured and judged like any other."""
+"""Asset `stacked_adapter`: combines champions of several experiments into one adapter and evaluates it."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -8,9 +8,18 @@ import dagster as dg
 from finetune_assets.artifacts.kinds import STACKS
 from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.promotion import GATE, promote_if_better, evaluation_metadata, evaluate
-from finetune_assets.assets.materialization import ARTIFACT, GROUP, asset_step, job, materialize_or_reuse, check_skipped, overridden, result
+from finetune_assets.assets.materialization import (
+    ARTIFACT,
+    GROUP,
+    asset_step,
+    check_skipped,
+    job,
+    materialize_or_reuse,
+    overridden,
+    result,
+)
 from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.assets.promotion import GATE, evaluate, evaluation_metadata, promote_if_better
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
@@ -28,7 +37,11 @@ from finetune_assets.store.artifacts import ArtifactRef
     deps=[dg.AssetDep("champion_adapter", partition_mapping=dg.AllPartitionMapping())],
     check_specs=[
         check_of_each(
-            "stacked_adapter", GATE, "The combined adapter serves: it beat the one before beyond noise.", blocking=False
+            "stacked_adapter",
+            GATE,
+            "The combined adapter is the champion: it improves on the previous champion (or the base model) beyond "
+            "noise.",
+            blocking=False,
         )
     ],
     automation_condition=auto_materialize("tokenized_dataset", "cached_base_model", apart=["champion_adapter"]),
@@ -40,9 +53,9 @@ def stacked_adapter(
     project: Project,
     launcher: dg.ResourceParam[Launcher],
 ) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
-    """One adapter out of the champions that the experiment's group `stack` names; nothing where there is no such group.
+    """One adapter combined from the champions that the experiment's `stack` settings name; skipped without them.
 
-    The champions are those of the moment, of other partitions of `champion_adapter`.
+    Uses the current champions, which belong to other partitions of `champion_adapter`.
     """
     from finetune_assets.evaluation.files import read_evaluation
 
@@ -66,13 +79,15 @@ def stacked_adapter(
             )
             return run_in_pipes(context, launcher, spec)
 
-        made = materialize_or_reuse(context, project, STACKS, fingerprint, make)
-        measured = evaluate(context, project, launcher, lineage, made.ref, tokenized_dataset, cached_base_model)
-        decision = promote_if_better(lineage, made.ref, measured.ref, by=f"run {context.run_id}")
+        outcome = materialize_or_reuse(context, project, STACKS, fingerprint, make)
+        evaluation_outcome = evaluate(
+            context, project, launcher, lineage, outcome.ref, tokenized_dataset, cached_base_model
+        )
+        decision = promote_if_better(lineage, outcome.ref, evaluation_outcome.ref, by=f"run {context.run_id}")
         context.log.info(decision.reason)
-        evaluation = read_evaluation(project.store().fetch(measured.ref))
+        evaluation = read_evaluation(project.store().fetch(evaluation_outcome.ref))
         yield result(
-            made,
+            outcome,
             [decision.check_result],
             overridden(lineage.experiment),
             decision=decision.reason,
@@ -82,7 +97,7 @@ def stacked_adapter(
 
 
 def _as_inputs(parts: dict[str, ArtifactRef]) -> dict[str, ArtifactRef]:
-    return {f"adapter-{place}": ref for place, ref in enumerate(parts.values())}
+    return {f"adapter-{index}": ref for index, ref in enumerate(parts.values())}
 
 
 def _made_from(

@@ -1,4 +1,4 @@
-"""The experiment's rows as training-ready tokens."""
+"""Asset `tokenized_dataset`: the experiment's rows as token sequences ready for training."""
 
 import json
 from pathlib import Path
@@ -45,9 +45,9 @@ def tokenized_dataset(
     project: Project,
     launcher: dg.ResourceParam[Launcher],
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """The experiment's rows: selected, split by content, put into its prompt, tokenized, masked and packed.
+    """The experiment's rows: selected, split by content, formatted as prompts, tokenized, masked and packed.
 
-    Reads only the tokenizer's files of the base model.
+    Reads only the tokenizer files of the base model.
     """
     with asset_step(context):
         lineage = project.lineage(context.partition_key)
@@ -77,20 +77,20 @@ def tokenized_dataset(
             made_from = {"dolly_raw": dolly_raw.fingerprint, "cached_base_model": cached_base_model.fingerprint}
             return publish_built(project, TOKENIZED, fingerprint, fingerprint, made_from, build)
 
-        made = materialize_or_reuse(context, project, TOKENIZED, fingerprint, make)
-        folder = project.store().fetch(made.ref, lambda path: path in (STATISTICS, PREVIEW))
+        outcome = materialize_or_reuse(context, project, TOKENIZED, fingerprint, make)
+        folder = project.store().fetch(outcome.ref, lambda path: path in (STATISTICS, PREVIEW))
         statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
         checks = dataset_checks(context, statistics, config.data)
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
-        return result(made, checks, overridden(lineage.experiment), **metadata)
+        return result(outcome, checks, overridden(lineage.experiment), **metadata)
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
     counts = dict(statistics)
     examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")
     for name in ("first_without_label", "first_truncated", "first_overlap", "length_histogram", "fill_histogram"):
-        del counts[name]  # the checks name them, a picture shows them
+        del counts[name]  # shown by the checks and by plots
     return {
         "dagster/row_count": sum(examples.values()),
         **{f"{split}_examples": count for split, count in examples.items()},

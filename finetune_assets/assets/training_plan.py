@@ -1,4 +1,4 @@
-"""What a training will take, before it takes anything."""
+"""Asset `training_plan`: predicted memory, time and cost of a training."""
 
 import json
 from pathlib import Path
@@ -38,8 +38,8 @@ from finetune_assets.store.artifacts import ArtifactRef
         check_of_each(
             "training_plan",
             "fits",
-            "What the training takes at its highest fits the hardware that the settings name, or this machine. "
-            "Otherwise nothing is trained, and this names the settings that would fit.",
+            "The training's peak memory fits the hardware in the settings, or this machine. Otherwise training is "
+            "blocked, and the check lists settings that fit.",
         )
     ],
     automation_condition=auto_materialize("tokenized_dataset", "cached_base_model"),
@@ -50,9 +50,10 @@ def training_plan(
     cached_base_model: ArtifactRef,
     project: Project,
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Memory by part, steps, tokens, hours and cost of a training, from shapes alone: no weight is read, no GPU taken.
+    """Predicted memory by part, steps, tokens, hours and cost of a training.
 
-    An adapter that the store has keeps the plan that it was trained by.
+    The prediction uses shapes only: it reads no weights and occupies no GPU. An adapter that is already in the store
+    keeps the plan of its training.
     """
     with asset_step(context):
         lineage = project.lineage(context.partition_key)
@@ -64,12 +65,12 @@ def training_plan(
 
         def build(folder: Path) -> None:
             store = project.store()
-            with store.cache.workspace("plan") as given:
-                (given / "config.yaml").write_text(dump(lineage.experiment.config), encoding="utf-8")
-                (given / "states.json").write_text(json.dumps([*trainer_states(store)]), encoding="utf-8")
+            with store.cache.workspace("plan") as workspace:
+                (workspace / "config.yaml").write_text(dump(lineage.experiment.config), encoding="utf-8")
+                (workspace / "states.json").write_text(json.dumps([*trainer_states(store)]), encoding="utf-8")
                 inputs = {
-                    "config": given / "config.yaml",
-                    "states": given / "states.json",
+                    "config": workspace / "config.yaml",
+                    "states": workspace / "states.json",
                     "base-model": store.fetch(cached_base_model, is_shape_file),
                     "dataset": store.fetch(tokenized_dataset),
                     "results": store.cache.simulations,
@@ -82,30 +83,32 @@ def training_plan(
             return publish_built(project, PLANS, name, name, made_from, build, replace=True)
 
         trained = project.store().find(ADAPTERS.folder, adapter) is not None
-        made = materialize_or_reuse(context, project, PLANS, name, make, anew=not trained)
-        plan = read_plan(project.store(), made.ref)
-        return result(made, [_checked(context, plan, made.hit)], overridden(lineage.experiment), **_described(plan))
+        outcome = materialize_or_reuse(context, project, PLANS, name, make, force=not trained)
+        plan = read_plan(project.store(), outcome.ref)
+        return result(
+            outcome, [_fit_check(context, plan, outcome.hit)], overridden(lineage.experiment), **_metadata(plan)
+        )
 
 
-def _checked(context: dg.AssetExecutionContext, plan: dict[str, Any], trained: bool) -> dg.AssetCheckResult:
-    told = f"Plan reused: the adapter is already trained. {plan['told']}" if trained else plan["told"]
+def _fit_check(context: dg.AssetExecutionContext, plan: dict[str, Any], trained: bool) -> dg.AssetCheckResult:
+    message = f"Plan reused: the adapter is already trained. {plan['summary']}" if trained else plan["summary"]
     if not plan["fits"]:
-        told += ". To train anyway, materialize lora_adapter without training_plan"
-    (context.log.info if plan["fits"] else context.log.error)(told)
+        message += ". To train anyway, materialize lora_adapter without training_plan"
+    (context.log.info if plan["fits"] else context.log.error)(message)
     numbers = {name: plan[name] for name in ("peak_memory_mib", "usable_mib") if plan[name] is not None}
     return dg.AssetCheckResult(
         passed=plan["fits"],
         check_name="fits",
-        description=told,
+        description=message,
         metadata={
             **numbers,
-            "advice": dg.MetadataValue.md("\n".join(f"- `{way}`" for way in plan["advice"]) or "none"),
+            "advice": dg.MetadataValue.md("\n".join(f"- `{setting}`" for setting in plan["advice"]) or "none"),
         },
     )
 
 
-def _described(plan: dict[str, Any]) -> dict[str, Any]:
-    """Numbers for Dagster's plots, named as those that are measured later."""
+def _metadata(plan: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of a plan; predicted values have the names of the values measured later, for Dagster's plots."""
     from finetune_assets.data.tables import rows_table
 
     rows = [{"part": part, "MiB": f"{size:,.1f}"} for part, size in plan["memory_mib"].items()]

@@ -1,1 +1,1 @@
-"""What happens without a human: what starts by itself, when, and whom it tells."""
+"""Automation: sensors, schedules and conditions that start runs, and alerts."""

@@ -1,10 +1,10 @@
-"""Tells a person what needs one, by a webhook that takes Slack's JSON, by email, or both. Off until configured.
+"""Alerts by webhook (Slack-compatible JSON), by email, or both. Disabled until configured.
 
-FINETUNE_ALERT_WEBHOOK: URL that takes `{"text": "..."}`, as Slack's, Mattermost's and Discord's (with /slack) do.
-FINETUNE_ALERT_EMAIL: whom to write to, separated by commas.
+FINETUNE_ALERT_WEBHOOK: URL that accepts `{"text": "..."}`, such as Slack's, Mattermost's or Discord's (with /slack).
+FINETUNE_ALERT_EMAIL: recipients, separated by commas.
 FINETUNE_SMTP: `smtp://user:password@host:587` (STARTTLS where the server offers it) or `smtps://...:465`.
-FINETUNE_ALERT_FROM: sender; the first of FINETUNE_ALERT_EMAIL by default.
-FINETUNE_UI_URL: where Dagster's UI is, for links.
+FINETUNE_ALERT_FROM: sender; default the first address in FINETUNE_ALERT_EMAIL.
+FINETUNE_UI_URL: URL of Dagster's UI, for links to runs.
 """
 
 import json
@@ -22,18 +22,18 @@ VARIABLES = ("FINETUNE_ALERT_WEBHOOK", "FINETUNE_ALERT_EMAIL")
 
 
 class AlertError(UserError):
-    """An alert reached nobody. Its text holds no secret."""
+    """An alert could not be delivered. The message contains no secrets."""
 
 
 def configured() -> bool:
     return any(os.environ.get(name) for name in VARIABLES)
 
 
-def tell(title: str, text: str) -> None:
-    """Send an alert each way that is configured.
+def send_alert(title: str, text: str) -> None:
+    """Send an alert through each configured channel.
 
     Raises:
-        AlertError: naming the ways that failed, after all were tried.
+        AlertError: If any channel failed. All channels are tried first; the message names those that failed.
     """
     failed = []
     for variable, send in zip(VARIABLES, (_to_webhook, _by_email), strict=True):
@@ -47,13 +47,13 @@ def tell(title: str, text: str) -> None:
 
 
 def link(run_id: str) -> str:
-    """To a run in the UI; empty where it is not known."""
+    """URL of a run in Dagster's UI; empty if FINETUNE_UI_URL is not set."""
     ui = os.environ.get("FINETUNE_UI_URL", "").rstrip("/")
     return f"{ui}/runs/{run_id}" if ui else ""
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the address, which is a secret of its own."""
+    """Type and code of an error, without the address, which may itself be a secret."""
     if isinstance(error, URLError) and isinstance(error.reason, Exception):
         error = error.reason
     return f"{type(error).__name__} {getattr(error, 'code', '')}".strip()

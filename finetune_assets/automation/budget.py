@@ -1,4 +1,4 @@
-"""How many GPU-hours automatic trainings may take a day."""
+"""Daily budget of GPU-hours for automatic trainings."""
 
 from datetime import UTC, datetime
 
@@ -8,33 +8,33 @@ from finetune_assets.config.loading import load_raw_data_config
 from finetune_assets.resources import deployment
 
 GPU_HOURS = "gpu_hours"
-"""Metadata of a `lora_adapter` that was trained: seconds of training times processes, in hours."""
+"""Metadata key of a trained `lora_adapter`: training time multiplied by the number of processes, in hours."""
 PAGE = 1_000
 
 
 def used_today(instance: dg.DagsterInstance, now: datetime) -> float:
-    """GPU-hours of the adapters trained since midnight, UTC. A training that failed is not counted."""
+    """GPU-hours of the adapters trained since midnight UTC. Failed trainings do not count."""
     midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("lora_adapter"), after_timestamp=midnight.timestamp())
     hours, cursor = 0.0, None
     while True:
         page = instance.fetch_materializations(wanted, limit=PAGE, cursor=cursor)
         for record in page.records:
-            made = record.asset_materialization
-            if made is not None and GPU_HOURS in made.metadata:
-                hours += float(made.metadata[GPU_HOURS].value)  # type: ignore[arg-type]
+            materialization = record.asset_materialization
+            if materialization is not None and GPU_HOURS in materialization.metadata:
+                hours += float(materialization.metadata[GPU_HOURS].value)  # type: ignore[arg-type]
         if not page.has_more:
             return hours
         cursor = page.cursor
 
 
 def allowed() -> float | None:
-    """GPU-hours a day; None for any."""
+    """Budget in GPU-hours per day; None for no limit."""
     return load_raw_data_config(deployment.configs(), deployment.raw_data()).arrivals.gpu_hours_a_day
 
 
 class WithinDailyGpuBudget(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True while today's trainings have taken less than the budget. What waits for it is trained tomorrow."""
+    """True while today's trainings have used less than the budget; further trainings are deferred to the next day."""
 
     @property
     def description(self) -> str:

@@ -1,4 +1,4 @@
-"""When raw data counts as new: it is not what was started last, has stopped growing, and is enough."""
+"""Detection of new raw data: it differs from the last started version, has stopped changing and has enough rows."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -9,30 +9,31 @@ from finetune_assets.config.schema import Arrivals
 
 
 class Watched(Protocol):
-    """Raw data that is looked at again and again."""
+    """Raw data source that is observed repeatedly."""
 
-    def glance(self) -> str:
-        """Changes whenever the data may have changed; cheap."""
+    def peek(self) -> str:
+        """Value that changes whenever the data may have changed; cheap."""
 
     def version(self) -> str:
-        """Changes if and only if what would be made of the data changes; reads all of what is new."""
+        """Value that changes if and only if the derived artifact would change; reads all new data."""
 
     def rows(self) -> int:
-        """How many rows there are; reads all of what is new."""
+        """Number of rows; reads all new data."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What earlier looks found; a sensor's cursor.
+class SensorCursor:
+    """Result of earlier observations, stored as the sensor's cursor.
 
     Attributes:
-        version: What was started last.
-        rows: Rows it had, where that was counted.
-        number: How many were started. Versions come back, and Dagster never runs one key twice.
-        settled: The glance at which there was nothing to start.
-        glance: The glance at data that has changed since.
-        since: When that glance was first had, in seconds since 1970.
-        first: When the data was first seen to differ from what was started last.
+        version: Version that was started last.
+        rows: Number of rows in that version, if counted.
+        number: Number of started versions. It is part of the run key, because Dagster never runs a key twice and an
+            earlier version may return.
+        settled: Glance at the data that was processed last; nothing is started while the glance is unchanged.
+        glance: Latest glance at data that has changed since.
+        since: Time of the first observation of `glance`, in seconds since 1970.
+        first: Time of the first observation of data that differs from `version`, in seconds since 1970.
     """
 
     version: str = ""
@@ -44,60 +45,63 @@ class Seen:
     first: float = 0.0
 
     @staticmethod
-    def read(cursor: str | None) -> "Seen":
-        return Seen(**json.loads(cursor)) if cursor else Seen()
+    def read(cursor: str | None) -> "SensorCursor":
+        return SensorCursor(**json.loads(cursor)) if cursor else SensorCursor()
 
     def write(self) -> str:
         return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a look led to.
+class Observation:
+    """Result of an observation.
 
     Attributes:
-        seen: For the next look.
-        told: What was found, for people.
-        starts: Whether the data is to be read now.
+        seen: Cursor for the next observation.
+        message: Description of the result for the sensor's tick.
+        starts: Whether to read the data now.
     """
 
-    seen: Seen
-    told: str
+    seen: SensorCursor
+    message: str
     starts: bool = False
 
 
-def look(watched: Watched, seen: Seen, settings: Arrivals, now: float) -> Look:
-    """Look at the data once.
+def observe(watched: Watched, seen: SensorCursor, settings: Arrivals, now: float) -> Observation:
+    """Observe the data once.
 
     Args:
-        watched: The data.
-        seen: What the last look found.
-        settings: How long to wait, and for how much.
-        now: Seconds since 1970.
+        watched: Raw data source.
+        seen: Cursor of the last observation.
+        settings: Debounce time, minimum number of new rows and maximum wait.
+        now: Current time, in seconds since 1970.
+
+    Returns:
+        The observation, with the cursor for the next one.
     """
-    glance = watched.glance()
+    glance = watched.peek()
     if glance == seen.settled:
-        return Look(replace(seen, glance="", first=0.0), "No change")
+        return Observation(replace(seen, glance="", first=0.0), "No change")
     if glance != seen.glance:
         seen = replace(seen, glance=glance, since=now, first=seen.first or now)
-        return Look(seen, f"Change detected; waiting for {settings.quiet_seconds:g} s without changes")
+        return Observation(seen, f"Change detected; waiting for {settings.quiet_seconds:g} s without changes")
     if (still := now - seen.since) < settings.quiet_seconds:
-        return Look(seen, f"Unchanged for {still:.0f} of {settings.quiet_seconds:g} s")
+        return Observation(seen, f"Unchanged for {still:.0f} of {settings.quiet_seconds:g} s")
     version = watched.version()
     if version == seen.version:
-        return Look(
+        return Observation(
             replace(seen, settled=glance, glance="", first=0.0),
             "No content change (files only touched, moved or renamed)",
         )
     rows = watched.rows() if settings.min_new_rows else None
-    if (wait := _waits_for_more(rows, seen, settings, now)) is not None:
-        return Look(seen, wait)
-    started = Seen(version, rows, seen.number + 1, settled=glance)
-    told = f"New data: version {version[:12]}" + (f", {rows:,} rows" if rows is not None else "")
-    return Look(started, told, starts=True)
+    if (wait := _reason_to_wait(rows, seen, settings, now)) is not None:
+        return Observation(seen, wait)
+    started = SensorCursor(version, rows, seen.number + 1, settled=glance)
+    message = f"New data: version {version[:12]}" + (f", {rows:,} rows" if rows is not None else "")
+    return Observation(started, message, starts=True)
 
 
-def _waits_for_more(rows: int | None, seen: Seen, settings: Arrivals, now: float) -> str | None:
+def _reason_to_wait(rows: int | None, seen: SensorCursor, settings: Arrivals, now: float) -> str | None:
     if rows is None or seen.rows is None or abs(rows - seen.rows) >= settings.min_new_rows:
         return None
     if now >= (until := seen.first + settings.max_wait_seconds):

@@ -1,8 +1,8 @@
-"""When an asset of an experiment is materialized without a human.
+"""Automation conditions: when an experiment's asset is materialized automatically.
 
-Dagster's conditions on events (`newly_updated` and its kin) forget what happens at the wrong moment, and fire although
-nothing changed. So what is compared here is what an asset was asked for last with what it would be made from now: a
-condition on a state, which cannot be missed, and which does not repeat what failed.
+Dagster's event-based conditions (`newly_updated` and similar) lose events that occur at the wrong moment, and fire even
+if nothing changed. The conditions here compare states instead: the inputs of the last request with the current inputs.
+Changes cannot be missed, and a failed materialization is not repeated with the same inputs.
 """
 
 import json
@@ -12,22 +12,22 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.automation import heartbeat
-from finetune_assets.automation.settings_hash import settings_of
+from finetune_assets.automation.settings_hash import settings_hashes
 from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG, OVERRIDES_TAG, newest_raw_tags
 
 PAGE = 1_000
 Asked = dict[str, str | None]
-"""Hash of the settings under `settings`, and the data version of each asset before it under that one's name."""
+"""Inputs of a request: the settings hash under `settings`, and each upstream asset's data version under its name."""
 
 
 class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True for a subscribed experiment whose settings or inputs are not those that the asset was last asked for with.
+    """True for a subscribed experiment if its settings or inputs changed since the last request of the asset.
 
-    An input that was made in one run together with this asset is not news, whether that run succeeded or not: a
-    training that failed is tried again with the next version of its inputs. Runs with overrides do not count.
+    An input that was materialized in the same run as this asset does not count as a change, whether that run succeeded
+    or not: a failed training is retried with the next version of its inputs. Runs with overrides are ignored.
 
     Args:
-        inputs: Names of the assets whose data versions count.
+        inputs: Names of the upstream assets to compare by data version.
     """
 
     def __init__(self, *inputs: str) -> None:
@@ -42,9 +42,9 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
         memory.count_requested(_partitions(context.get_previous_requested_subset(context.root_context.key)))
         for name in self.inputs:
             memory.count_made(name, context.key, context.asset_graph_view.instance)
-        now = settings_of(context.key.to_user_string())
+        hashes = settings_hashes(context.key.to_user_string())
         known = _partitions(context.candidate_subset)
-        memory.seen = {name: memory.inputs_of(name, now[name], self.inputs) for name in now if name in known}
+        memory.seen = {name: memory.inputs_of(name, hashes[name], self.inputs) for name in hashes if name in known}
         changed = {name for name, inputs in memory.seen.items() if memory.asked.get(name) != inputs}
         subset = context.candidate_subset.compute_intersection_with_partition_keys(changed)
         heartbeat.beat("experiments_sensor")
@@ -52,13 +52,13 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
 
 
 class Memory:
-    """What an asset was asked for, and the versions of its inputs; kept from one evaluation to the next.
+    """Cursor of `InputsChanged`: the inputs of the last request and the newest input versions.
 
     Attributes:
-        asked: By experiment, with what it was last asked for.
-        seen: By experiment, what was found at the last evaluation.
-        versions: By asset and experiment (empty for an asset without), the data version that was made last.
-        read: By asset, up to which record its materializations were read.
+        asked: Inputs of the last request, by experiment.
+        seen: Inputs at the last evaluation, by experiment.
+        versions: Newest data version, by asset and experiment (empty string for an asset without partitions).
+        read_to: Storage id of the last materialization that was read, by asset.
     """
 
     def __init__(
@@ -78,33 +78,35 @@ class Memory:
         return json.dumps({"asked": self.asked, "seen": self.seen, "versions": self.versions, "read": self.read_to})
 
     def count_requested(self, experiments: Set[str]) -> None:
-        """What was requested at the last evaluation was asked for with what was seen then."""
+        """Record the inputs seen at the last evaluation as requested, for the experiments requested then."""
         for name in experiments & self.seen.keys():
             self.asked[name] = self.seen[name]
 
     def count_made(self, upstream: str, asset: dg.AssetKey, instance: dg.DagsterInstance) -> None:
-        """Read what was materialized of `upstream` since the last evaluation."""
+        """Read the materializations of `upstream` since the last evaluation."""
         versions = self.versions.setdefault(upstream, {})
         together: dict[str, bool] = {}
         for record in _materializations(instance, upstream, self.read_to.get(upstream)):
             self.read_to[upstream] = record.storage_id
-            made = record.asset_materialization
-            if made is None or OVERRIDES_TAG in (made.tags or {}):
+            materialization = record.asset_materialization
+            if materialization is None or OVERRIDES_TAG in (materialization.tags or {}):
                 continue
-            name, version = record.partition_key or "", (made.tags or {}).get(DATA_VERSION_TAG, "")
+            name, version = record.partition_key or "", (materialization.tags or {}).get(DATA_VERSION_TAG, "")
             versions[name] = version
             if record.run_id not in together:
-                together[record.run_id] = _was_to_make(instance, record.run_id, asset)
+                together[record.run_id] = _run_selects(instance, record.run_id, asset)
             if together[record.run_id] and name in self.asked:
                 self.asked[name][upstream] = version
 
     def inputs_of(self, experiment: str, settings: str, upstream: tuple[str, ...]) -> Asked:
         versions = ((name, self.versions.get(name, {})) for name in upstream)
-        return {"settings": settings} | {name: found.get(experiment, found.get("")) for name, found in versions}
+        return {"settings": settings} | {
+            name: by_experiment.get(experiment, by_experiment.get("")) for name, by_experiment in versions
+        }
 
 
 def _materializations(instance: dg.DagsterInstance, asset: str, after: int | None) -> Iterator[dg.EventLogRecord]:
-    """Oldest first."""
+    """Materializations after a storage id, oldest first."""
     cursor = None
     wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), after_storage_id=after)
     while True:
@@ -115,7 +117,7 @@ def _materializations(instance: dg.DagsterInstance, asset: str, after: int | Non
         cursor = page.cursor
 
 
-def _was_to_make(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) -> bool:
+def _run_selects(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) -> bool:
     run = instance.get_run_by_id(run_id)
     return run is not None and (not run.asset_selection or asset in run.asset_selection)
 
@@ -125,10 +127,10 @@ def _partitions(subset: Any) -> Set[str]:
 
 
 class RawChecksPassed(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True while the newest raw data is good: a base model is then fetched in the run that trains on it.
+    """True while the newest raw data has passed its blocking checks.
 
-    Asked for before, each experiment's would be a run of its own, and a hundred experiments' runs would stand in the
-    queue before the first training.
+    The base model is then fetched in the run that trains on it. Requested earlier, each experiment's base model would
+    require a separate run, and the runs of a hundred experiments would be queued before the first training.
     """
 
     @property
@@ -143,7 +145,7 @@ class RawChecksPassed(dg.AutomationCondition):  # type: ignore[type-arg]
 
 
 class HasSettings(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True for a subscribed experiment that has what the asset is for: not each is merged, or stacked, or trained."""
+    """True for a subscribed experiment that configures the asset: not each experiment is merged, stacked or trained."""
 
     @property
     def description(self) -> str:
@@ -152,8 +154,8 @@ class HasSettings(dg.AutomationCondition):  # type: ignore[type-arg]
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         subset = context.candidate_subset
         if not subset.is_empty:
-            named = settings_of(context.key.to_user_string()).keys()
-            subset = subset.compute_intersection_with_partition_keys(named & _partitions(subset))
+            configured = settings_hashes(context.key.to_user_string()).keys()
+            subset = subset.compute_intersection_with_partition_keys(configured & _partitions(subset))
         return dg.AutomationResult(context, subset)
 
 
@@ -162,12 +164,14 @@ def auto_materialize(
     only_while: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
     apart: Sequence[str] = (),
 ) -> dg.AutomationCondition:  # type: ignore[type-arg]
-    """The condition of an asset: something changed, or will in the same run, and what is before it is whole and good.
+    """Condition of an asset: inputs changed, or will change in the same run, and its dependencies are ready.
+
+    Dependencies are ready if they exist, are not in progress and have passed their blocking checks.
 
     Args:
-        inputs: Names of the assets whose data versions count.
-        only_while: What must hold besides.
-        apart: Names of assets before it that are of other experiments, of which only some need be there.
+        inputs: Names of the upstream assets to compare by data version.
+        only_while: Additional condition that must hold.
+        apart: Names of upstream assets that belong to other experiments; not all of their partitions need to exist.
     """
     condition = dg.AutomationCondition
     counted, others = dg.AssetSelection.assets(*inputs), dg.AssetSelection.assets(*apart)

@@ -1,4 +1,4 @@
-"""Asks every five seconds whether an asset of a subscribed experiment is to be made."""
+"""Sensor that evaluates the automation conditions of subscribed experiments every five seconds."""
 
 import warnings
 
@@ -7,16 +7,17 @@ import dagster as dg
 from finetune_assets.resources.project import AUTOMATIC_TAG
 
 EACH_TIME = 3
-"""Dagster's daemon comes by every five seconds; a sensor with an interval of five misses every other time."""
+"""Minimum interval in seconds. Dagster's daemon evaluates sensors every five seconds, and a sensor with an interval of
+five seconds misses every other tick."""
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", dg.BetaWarning)  # of use_user_code_server, which conditions of one's own need
+    warnings.simplefilter("ignore", dg.BetaWarning)  # use_user_code_server, which custom conditions require
     experiments_sensor = dg.AutomationConditionSensorDefinition(
         "experiments_sensor",
         target=dg.AssetSelection.all() - dg.AssetSelection.assets("dolly_raw"),
         minimum_interval_seconds=EACH_TIME,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        # From the start, as rows or settings may be others by then; what is still right is taken from the store
+        # Retry all steps, because rows or settings may have changed since; unchanged artifacts are cache hits
         run_tags={AUTOMATIC_TAG: "true", "dagster/retry_strategy": "ALL_STEPS"},
         emit_backfills=False,
         use_user_code_server=True,

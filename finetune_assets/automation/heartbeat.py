@@ -1,4 +1,4 @@
-"""When each sensor did its work last, so that another one can tell that it has stopped."""
+"""Heartbeats of the sensors, by which another sensor detects that one has stopped."""
 
 import time
 from pathlib import Path
@@ -13,19 +13,19 @@ def _folder() -> Path:
 
 
 def beat(sensor: str) -> None:
-    """Note that a sensor has done its work."""
+    """Record a successful tick of a sensor."""
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / sensor).touch()
 
 
 def silent(now: float | None = None) -> dict[str, str]:
-    """Sensors that have worked once, and not for five minutes; what to say of each, by its title."""
-    now, found = now or time.time(), {}
+    """Alerts for sensors that have ticked before, but not in the last five minutes: text by title."""
+    now, alerts = now or time.time(), {}
     for path in sorted(_folder().glob("*")):
         if (seconds := now - path.stat().st_mtime) > SILENT_SECONDS:
-            found[f"{path.name} has stopped"] = (
+            alerts[f"{path.name} has stopped"] = (
                 f"Last successful tick: {seconds / 60:.0f} minutes ago. See Automation in Dagster's UI for its status "
                 "and its last ticks."
             )
-    return found
+    return alerts

@@ -1,5 +1,5 @@
-"""New raw data starts `dolly_raw` by itself: a sensor that looks, and a schedule for sources that are better asked at
-fixed hours."""
+"""Automatic materialization of `dolly_raw`: a sensor that watches the source, and a schedule for sources that are
+better read at fixed times."""
 
 import time
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.automation import heartbeat
-from finetune_assets.automation.change_detection import Look, Seen, look
+from finetune_assets.automation.change_detection import Observation, SensorCursor, observe
 from finetune_assets.automation.experiments import EACH_TIME
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
@@ -25,27 +25,27 @@ VERSION_TAG = "finetune/raw_version"
     "batch size under `arrivals` in raw_data.yaml.",
 )
 def raw_data_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    seen = Seen.read(context.cursor)
+    seen = SensorCursor.read(context.cursor)
     try:
-        found = look_at_source(seen)
+        observation = observe_source(seen)
     except UserError as e:
         context.log.warning(str(e))
         return dg.SensorResult(skip_reason=f"Not started: {e}", cursor=seen.write())
     heartbeat.beat("raw_data_sensor")
-    return _answer(found)
+    return _sensor_result(observation)
 
 
-def look_at_source(seen: Seen) -> Look:
+def observe_source(seen: SensorCursor) -> Observation:
     raw = Project().raw(asks_hub=True)
-    return look(raw, seen, raw.config.arrivals, time.time())
+    return observe(raw, seen, raw.config.arrivals, time.time())
 
 
-def _answer(found: Look) -> dg.SensorResult:
-    cursor = found.seen.write()
-    if not found.starts:
-        return dg.SensorResult(skip_reason=found.told, cursor=cursor)
-    version = found.seen.version
-    request: Any = dg.RunRequest(run_key=f"{found.seen.number}-{version}", tags={VERSION_TAG: version[:12]})
+def _sensor_result(observation: Observation) -> dg.SensorResult:
+    cursor = observation.seen.write()
+    if not observation.starts:
+        return dg.SensorResult(skip_reason=observation.message, cursor=cursor)
+    version = observation.seen.version
+    request: Any = dg.RunRequest(run_key=f"{observation.seen.number}-{version}", tags={VERSION_TAG: version[:12]})
     return dg.SensorResult(run_requests=[request], cursor=cursor)
 
 

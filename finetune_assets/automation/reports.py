@@ -1,4 +1,4 @@
-"""When the page about all experiments is made anew without a human."""
+"""Automation condition of the report of all experiments."""
 
 import json
 from typing import Any
@@ -6,16 +6,17 @@ from typing import Any
 import dagster as dg
 
 SETTLED_SECONDS = 20.0
-"""What follows an evaluation in its run, the champion, is waited for; experiments that end together share a page."""
+"""Delay after the newest upstream materialization, in seconds: the champion follows the evaluation in the same run, and
+experiments that finish together share one report."""
 
 
 class NewerInputs(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True where an asset before this one was made since this one was, in whatever partition, a while ago.
+    """True if any partition of an upstream asset was materialized after this asset, at least `SETTLED_SECONDS` ago.
 
-    What it was asked for with last is remembered, so that one that fails waits for something new.
+    The newest input of the last request is remembered, so a failed materialization is repeated only for a newer input.
 
     Args:
-        inputs: Names of the assets before it.
+        inputs: Names of the upstream assets.
     """
 
     def __init__(self, *inputs: str) -> None:
@@ -41,12 +42,12 @@ class NewerInputs(dg.AutomationCondition):  # type: ignore[type-arg]
 
 
 def _newest(instance: dg.DagsterInstance, asset: str) -> tuple[int, float]:
-    """Storage id and time of an asset's newest materialization; zeros where there is none."""
+    """Storage id and timestamp of an asset's newest materialization; zeros if it was never materialized."""
     records = instance.fetch_materializations(dg.AssetKey(asset), limit=1).records
     return (records[0].storage_id, records[0].timestamp) if records else (0, 0.0)
 
 
 def newer(*inputs: str) -> Any:
-    """The condition of an asset without partitions that follows partitioned ones, whichever of them are made."""
+    """Condition of an unpartitioned asset that follows any materialized partition of its upstream assets."""
     condition = NewerInputs(*inputs) & ~dg.AutomationCondition.in_progress()
     return condition.with_label("Auto-materialize after evaluations")

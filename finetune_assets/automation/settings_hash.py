@@ -1,4 +1,4 @@
-"""The part of an experiment's settings that each of its assets reads, as one hash."""
+"""Hashes of the settings that each asset of an experiment reads."""
 
 import logging
 from collections.abc import Callable
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def _identity(kind: ArtifactKind, experiment: Experiment, **inputs: Any) -> str:
-    """Identity of an artifact as far as settings decide it, with the same upstream artifacts always."""
+    """Identity of an artifact as determined by settings alone, with constant upstream artifacts."""
     config = experiment.config
     given = {
         "warm_start": config.training.warm_start,
@@ -37,7 +37,7 @@ def _base_model(experiment: Experiment, split_salt: str) -> str:
 
 
 def _tokenized(experiment: Experiment, split_salt: str) -> str:
-    # A threshold changes no bytes, and may change whether a check lets them through
+    # A threshold does not change the bytes, but may change whether a check passes
     return fingerprint(
         identity=_identity(TOKENIZED, experiment, split_salt=split_salt, tokenizer={}),
         allowed=experiment.config.data.max_refused_share,
@@ -49,7 +49,7 @@ def _adapter(experiment: Experiment, split_salt: str) -> str | None:
 
 
 def _plan(experiment: Experiment, split_salt: str) -> str | None:
-    """All that decides whether it fits, though it may change no byte of the adapter."""
+    """Hash of all settings that decide whether the training fits, even those that do not change the adapter."""
     adapter, training, hardware = (
         _adapter(experiment, split_salt),
         experiment.config.training,
@@ -73,7 +73,7 @@ def _champion(experiment: Experiment, split_salt: str) -> str | None:
 
 
 def _stack(experiment: Experiment, split_salt: str) -> str | None:
-    """Champions of other partitions count as settings: they are read from the store."""
+    """Hash of the stack settings and the current champions, which are read from the store like settings."""
     if experiment.config.stack is None:
         return None
     store = deployment.store()
@@ -98,21 +98,21 @@ SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "merged_model": _merge,
     "stacked_adapter": _stack,
 }
-"""Hash of the settings that an asset reads, where that is not its kind's identity alone; None where the experiment has
-none for it."""
+"""Functions that hash the settings of an asset, for assets that need more than the identity of their kind. The hash is
+None if the experiment does not configure the asset."""
 
 
-def settings_of(asset: str) -> dict[str, str]:
-    """The hash of an asset's settings for each subscribed experiment; those that cannot be loaded are left out."""
+def settings_hashes(asset: str) -> dict[str, str]:
+    """Hash of an asset's settings by subscribed experiment, without experiments that cannot be loaded."""
     configs = deployment.configs()
     salt = _split_salt(configs, deployment.raw_data(), _stamp(configs / "raw_data.yaml"))
     base = _stamp(configs / "base.yaml")
-    found = {}
-    for name in experiment_files(configs):  # a point of a sweep is never subscribed
+    hashes = {}
+    for name in experiment_files(configs):  # experiments of a sweep are never subscribed
         experiment = _loaded(configs, name, base, _stamp(configs / "experiments" / f"{name}.yaml"))
         if experiment and experiment.config.subscribed and (settings := _settings(asset, experiment, salt)):
-            found[name] = settings
-    return found
+            hashes[name] = settings
+    return hashes
 
 
 def _settings(asset: str, experiment: Experiment, split_salt: str) -> str | None:
@@ -121,7 +121,7 @@ def _settings(asset: str, experiment: Experiment, split_salt: str) -> str | None
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """A hint that a file has changed."""
+    """Modification time in ns and size in bytes of a file, which indicate a change; zeros if it cannot be read."""
     try:
         status = path.stat()
     except OSError:
@@ -131,15 +131,15 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @lru_cache
 def _split_salt(configs: Path, source: str | None, stamp: tuple[int, int]) -> str:
-    """Of the raw data's settings, as they were when their file had this stamp: each look asks for them many times."""
+    """Split salt of the raw data settings at this file stamp; cached, because each evaluation needs it many times."""
     return load_raw_data_config(configs, source).split_salt
 
 
 @lru_cache(maxsize=10_000)
 def _loaded(configs: Path, name: str, *stamps: tuple[int, int]) -> Experiment | None:
-    """An experiment as it was when its files had these stamps; None if it cannot be loaded."""
+    """An experiment at these file stamps; None if it cannot be loaded."""
     try:
         return load_experiment(configs, name)
     except ConfigError as e:
-        logger.error("experiment %s does not train by itself: %s", name, e)
+        logger.error("experiment %s is not trained automatically: %s", name, e)
         return None

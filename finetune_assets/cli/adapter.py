@@ -90,7 +90,7 @@ def history(experiment: str, as_json: bool) -> None:
     """List every champion that EXPERIMENT had, and why it was promoted."""
     records = Champions(open_store(), experiment).history()
     if not records:
-        raise StoreError(f"{experiment}: no adapter was promoted yet; the check of champion_adapter says why")
+        raise StoreError(f"{experiment}: no adapter was promoted yet; see the check `gate` of champion_adapter")
     if as_json:
         _print_json([asdict(record) for record in records])
         return
@@ -222,7 +222,9 @@ def verify(folder: Path) -> bool:
         for name in experiments_with_champions(store):
             for record in Champions(store, name).history():
                 if record.adapter == artifact.manifest.fingerprint:
-                    out.print(f"Champion {record.number} of {name}: {record.action} {_time_of(record)}, {record.reason}")
+                    out.print(
+                        f"Champion {record.number} of {name}: {record.action} {_time_of(record)}, {record.reason}"
+                    )
     for problem in problems:
         out.print(f"[red]{problem}[/red]")
     out.print(f"{folder}: " + ("[red]not verified[/red]" if problems else "verified"))

@@ -18,5 +18,5 @@ def chat(experiment: str, max_new_tokens: int, temperature: float) -> None:
     with progress_shown():
         available = contenders(lineage)
     talk = Conversation(available, max_new_tokens, temperature)
-    print(f"{experiment}: {', '.join(talk.names)} available; {talk.who} answers. /help lists the commands.")
+    print(f"{experiment}: {', '.join(talk.names)} available; {talk.active} answers. /help lists the commands.")
     run(talk, typed_lines())

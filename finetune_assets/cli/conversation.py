@@ -13,7 +13,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.errors import UserError
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, leaves_traces
 from finetune_assets.evaluation.generation import end_tokens
 from finetune_assets.evaluation.rows import questions
@@ -30,27 +29,27 @@ HELP = """\
 
 
 def contenders(lineage: Lineage) -> list[Contender]:
-    """The base, and of champion and challenger those that there are, fetched from the store.
+    """The base model, champion and challenger of an experiment, as far as they exist, fetched from the store.
 
     Raises:
-        ArtifactMissing: if there is neither.
+        ArtifactMissing: if there is neither champion nor challenger.
     """
-    found: dict[str, Any] = {}
+    adapters: dict[str, Any] = {}
     with suppress(ArtifactMissing):
-        found[CHAMPION] = lineage.champion()
+        adapters[CHAMPION] = lineage.champion()
     with suppress(ArtifactMissing):
         challenger = lineage.expected(ADAPTERS)
-        if found.get(CHAMPION) != challenger:
-            found[CHALLENGER] = challenger
-    if not found:
+        if adapters.get(CHAMPION) != challenger:
+            adapters[CHALLENGER] = challenger
+    if not adapters:
         asset = "stacked_adapter" if lineage.experiment.config.stack else "lora_adapter"
         raise ArtifactMissing(f"{lineage.experiment.name} has no adapter yet: materialize {asset} first")
     base = lineage.store.fetch(lineage.expected(BASE_MODELS))
-    seats = [Contender.of_folder(name, base, lineage.store.fetch(ref)) for name, ref in found.items()]
-    return [Contender(BASE, base, lineage.experiment.config), *seats]
+    adapted = [Contender.of_folder(name, base, lineage.store.fetch(ref)) for name, ref in adapters.items()]
+    return [Contender(BASE, base, lineage.experiment.config), *adapted]
 
 
-class Seat:
+class LoadedModel:
     """A base model in memory with the adapters of one or several contenders.
 
     Args:
@@ -73,8 +72,8 @@ class Seat:
         self.adapted.eval()
 
     @contextmanager
-    def speaking(self, name: str) -> Iterator[Any]:
-        """The model with that contender's adapter, or none."""
+    def answering(self, name: str) -> Iterator[Any]:
+        """The model with that contender's adapter, or without one for the base."""
         if self.adapted is None:
             yield self.base.eval()
         elif name == BASE:
@@ -87,40 +86,41 @@ class Seat:
 
 @dataclass
 class Conversation:
-    """Who answers, and what was said.
+    """A conversation, one history for each model.
 
     Args:
-        contenders: Those that can; each base model and each adapter is read when it is first asked.
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the likeliest token each time.
+        contenders: The models that can answer; each is loaded at its first question.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 is greedy decoding.
+        history: The turns so far, by contender, as chat templates take them.
     """
 
     contenders: list[Contender]
     max_new_tokens: int
     temperature: float = 0.0
-    said: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    history: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = [contender.name for contender in self.contenders]
-        self.who = self.names[-1] if CHAMPION not in self.names else CHAMPION
-        self.seats: dict[str, Seat] = {}
-        self.seated: dict[str, Seat] = {}
+        self.active = self.names[-1] if CHAMPION not in self.names else CHAMPION
+        self.loaded: dict[str, LoadedModel] = {}
+        self.models: dict[str, LoadedModel] = {}
 
-    def _seat(self, contender: Contender) -> Seat:
-        if contender.name not in self.seated:
+    def _model(self, contender: Contender) -> LoadedModel:
+        if contender.name not in self.models:
             print(f"(loading {contender.name} ...)", file=sys.stderr)
             alone = contender.adapter is not None and leaves_traces(contender.adapter)
             key = f"{contender.seat} {contender.name if alone else ''}"
-            seat = self.seats.get(key) or Seat(contender)
-            seat.add(contender)
-            self.seats[key] = self.seated[contender.name] = seat
-        return self.seated[contender.name]
+            model = self.loaded.get(key) or LoadedModel(contender)
+            model.add(contender)
+            self.loaded[key] = self.models[contender.name] = model
+        return self.models[contender.name]
 
     def answer(self, name: str, question: str) -> str:
-        """Let one of them answer, and print it as it comes."""
+        """Generate the answer of one contender, and print it token by token."""
         contender = next(contender for contender in self.contenders if contender.name == name)
-        seat, tokenizer, config = self._seat(contender), contender.tokenizer(), contender.config
-        turns = [*self.said.get(name, []), {"role": "user", "content": question}]
+        loaded, tokenizer, config = self._model(contender), contender.tokenizer(), contender.config
+        turns = [*self.history.get(name, []), {"role": "user", "content": question}]
         if config.data.prompt_template.chat_template:
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         else:
@@ -133,7 +133,7 @@ class Conversation:
             eos_token_id=sorted(ends) or None,
             **sampling,
         )
-        with torch.inference_mode(), seat.speaking(name) as model:
+        with torch.inference_mode(), loaded.answering(name) as model:
             prompt = torch.tensor([ids], device=model.device)
             out = model.generate(
                 prompt,
@@ -142,7 +142,7 @@ class Conversation:
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         text = str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
-        self.said[name] = [*turns, {"role": "assistant", "content": text}]
+        self.history[name] = [*turns, {"role": "assistant", "content": text}]
         return text
 
 
@@ -155,7 +155,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig) -> l
 
 
 def run(talk: Conversation, lines: Iterator[str]) -> None:
-    """Answer line by line until there is none, or one says `/quit`."""
+    """Answer line by line, until the end of input or `/quit`."""
     for line in lines:
         command = line.strip()
         if command in ("/quit", "/exit"):
@@ -163,18 +163,18 @@ def run(talk: Conversation, lines: Iterator[str]) -> None:
         if command == "/help":
             print(HELP)
         elif command == "/new":
-            talk.said.clear()
+            talk.history.clear()
             print("(new conversation)")
         elif command.removeprefix("/") in (*talk.names, ALL) and command.startswith("/"):
-            talk.who = command[1:]
-            print(f"({talk.who} answers now)")
+            talk.active = command[1:]
+            print(f"({talk.active} answers now)")
         elif command.startswith("/"):
             hint = "; the newest adapter is the champion" if command == f"/{CHALLENGER}" else ""
             known = ", ".join(f"/{name}" for name in talk.names)
             print(f"(unknown or unavailable: {command}{hint}; available: {known}, /all, /help)")
         elif command:
-            for name in talk.names if talk.who == ALL else [talk.who]:
-                if talk.who == ALL:
+            for name in talk.names if talk.active == ALL else [talk.active]:
+                if talk.active == ALL:
                     print(f"[{name}]")
                 talk.answer(name, command)
 

@@ -14,7 +14,8 @@ from finetune_assets.cli.run import materialize
 from finetune_assets.cli.terminal import out
 from finetune_assets.errors import UserError
 from finetune_assets.evaluation.files import read_evaluation
-from finetune_assets.evaluation.metrics import exact_match
+from finetune_assets.evaluation.metrics import METRICS
+from finetune_assets.evaluation.metrics.exact_match import exact_match
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -76,14 +77,6 @@ def answers(samples: list[dict[str, str]]) -> Table:
     return table
 
 
-METRICS = {
-    "loss": ("held-out loss", "{:.3f}"),
-    "exact_match": ("exact match", "{:.0%}"),
-    "rouge_l": ("ROUGE-L", "{:.2f}"),
-    "general_loss": ("loss of general text", "{:.3f}"),
-}
-
-
 def measurements(evaluation: dict[str, Any]) -> Table:
     """Losses and scores of the base model, the adapter, and the champion before it if there was one."""
     contenders = evaluation["contenders"]
@@ -91,7 +84,7 @@ def measurements(evaluation: dict[str, Any]) -> Table:
     table.add_column("")
     for name in contenders:
         table.add_column({"challenger": "with adapter", "base": "base model"}.get(name, name))
-    for metric, (title, form) in METRICS.items():
-        if all(metric in found for found in contenders.values()):
-            table.add_row(title, *(form.format(found[metric]) for found in contenders.values()))
+    for metric in METRICS:
+        if all(metric.name in scores for scores in contenders.values()):
+            table.add_row(metric.title, *(metric.form.format(scores[metric.name]) for scores in contenders.values()))
     return table

@@ -79,11 +79,11 @@ def show(experiment: str, plan: "Plan") -> None:
     out.print()
     if plan.work:
         out.print(f"steps     {plan.work.steps:,}\ntokens    {plan.work.tokens:,}")
-    known = "not known:" if plan.hours is None else f"{duration(plan.hours)}, by"
-    out.print(f"time      {known} {plan.known_from}")
+    estimate = "unknown:" if plan.hours is None else f"{duration(plan.hours)}, from"
+    out.print(f"time      {estimate} {plan.known_from}")
     if plan.cost is not None:
         out.print(f"cost      {plan.cost:,.2f}")
-    out.print(f"\n{'' if plan.fits else '[red]'}{plan.told()}")
+    out.print(f"\n{'' if plan.fits else '[red]'}{plan.summary()}")
 
 
 def shape_of(lineage: Lineage) -> Path:

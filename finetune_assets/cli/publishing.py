@@ -1,4 +1,4 @@
-"""An adapter on the Hub: its files as they are in the store, with what was measured added to its card."""
+"""Publish an adapter to the Hub: its files as they are in the store, with the evaluation added to its model card."""
 
 import shutil
 from pathlib import Path
@@ -8,25 +8,23 @@ from huggingface_hub import EvalResult, ModelCard
 
 from finetune_assets.artifacts.layout import CARD, write_sums
 from finetune_assets.errors import UserError
+from finetune_assets.evaluation.metrics import METRICS, ROW_METRICS
 from finetune_assets.sources import hub
 
 
 class PublishError(UserError):
-    """The Hub does not take it."""
-
-
-METRICS = {"loss": "Loss", "perplexity": "Perplexity", "exact_match": "Exact match", "rouge_l": "ROUGE-L"}
+    """The Hub rejected the upload."""
 
 
 def publish(adapter: Path, evaluation: dict[str, Any] | None, repo: str, private: bool, workspace: Path) -> str:
-    """Upload an adapter's folder as one commit; its address.
+    """Upload an adapter's folder as one commit, and return the commit's URL.
 
     Args:
-        adapter: Its files.
-        evaluation: What was measured of it, if it was.
-        repo: `owner/name`; made if it is not there.
-        private: Make it for its owner alone.
-        workspace: Empty folder for what is uploaded.
+        adapter: Folder of the adapter.
+        evaluation: Content of its evaluation.json, if it was evaluated.
+        repo: `owner/name`; created if it does not exist.
+        private: Create it as private.
+        workspace: Empty folder for the files to upload.
 
     Raises:
         PublishError: naming the repository and what to do.
@@ -45,27 +43,28 @@ def publish(adapter: Path, evaluation: dict[str, Any] | None, repo: str, private
 
 
 def with_results(readme: Path, evaluation: dict[str, Any], repo: str) -> None:
-    """Add to a card what the evaluation measured: as the Hub's own metadata, and as a table."""
+    """Add an evaluation to a model card: as metadata of the Hub, and as a table."""
     card = ModelCard.load(readme)
-    found, rows = evaluation["contenders"], evaluation["rows"]
+    contenders, rows = evaluation["contenders"], evaluation["rows"]
     card.data.model_name = repo.rpartition("/")[2]
     card.data.eval_results = [
         EvalResult(
             task_type="text-generation",
             dataset_type="held-out-rows",
-            dataset_name=f"{rows} rows that nothing was chosen by",
-            metric_type=metric,
-            metric_name=title,
-            metric_value=round(found["challenger"][metric], 6),
+            dataset_name=f"{rows} held-out rows",
+            metric_type=metric.name,
+            metric_name=metric.title,
+            metric_value=round(contenders["challenger"][metric.name], 6),
         )
-        for metric, title in METRICS.items()
-        if metric in found["challenger"]
+        for metric in ROW_METRICS
+        if metric.name in contenders["challenger"]
     ]
-    names = [name for name in ("base", "champion", "challenger") if name in found]
+    names = [name for name in ("base", "champion", "challenger") if name in contenders]
     titles = {"challenger": "this adapter", "champion": "the adapter before it"}
     lines = [f"| | {' | '.join(titles.get(name, name) for name in names)} |", "| --- |" + " --- |" * len(names)]
-    for metric, title in {**METRICS, "general_loss": "Loss of general text"}.items():
-        if all(metric in found[name] for name in names):
-            lines.append(f"| {title} | {' | '.join(f'{found[name][metric]:.4f}' for name in names)} |")
+    for metric in METRICS:
+        if all(metric.name in contenders[name] for name in names):
+            values = " | ".join(metric.form.format(contenders[name][metric.name]) for name in names)
+            lines.append(f"| {metric.title} | {values} |")
     card.text = f"{card.text.rstrip()}\n\n## Held-out evaluation ({rows} rows)\n\n" + "\n".join(lines)
     card.save(readme)

@@ -168,7 +168,9 @@ def show_cache() -> None:
     entries = sorted(store.cache.entries(), key=lambda cached: cached.used, reverse=True)
     table = new_table("artifact", "size", "last used", "")
     for cached in entries:
-        table.add_row(cached.entry.name, gigabytes(cached.size), local_time(cached.used), "in use" if cached.in_use else "")
+        table.add_row(
+            cached.entry.name, gigabytes(cached.size), local_time(cached.used), "in use" if cached.in_use else ""
+        )
     out.print(table)
     limit = "" if store.cache.limit is None else f" of at most {gigabytes(store.cache.limit)} (FINETUNE_CACHE_LIMIT)"
     out.print(f"{gigabytes(sum(cached.size for cached in entries))}{limit} in {store.cache.root}")

@@ -27,7 +27,7 @@ NAMED = "its name or fingerprint, or the first characters of it"
 SHORT = 12
 """Digits of a fingerprint that are shown; any number of first ones may be given."""
 WIDE = 250
-"""Columns where no terminal says how many it has, so that a file or a pipe gets whole lines."""
+"""Columns where stdout is not a terminal, so that a file or a pipe gets whole lines."""
 FORMATS = (".png", ".svg", ".pdf")
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 
@@ -47,7 +47,7 @@ class StoreGroup(click.Group):
     command_class = StoreCommand
 
 
-class ExperimentName(click.ParamType):
+class ExperimentName(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
     """The name of an experiment, which the shell completes; whether it exists is checked where it is read."""
 
     name = "experiment"
@@ -60,7 +60,7 @@ class ExperimentName(click.ParamType):
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-class PlotPath(click.ParamType):
+class PlotPath(click.ParamType):  # type: ignore[type-arg]
     """The path of a picture to draw."""
 
     name = "file"

@@ -1,10 +1,17 @@
-"""Where jobs run, and the cluster resources that they request."""
+"""Settings of where jobs run and of the cluster resources that they request."""
 
 import re
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
+ENGINES = {
+    "local": "finetune_assets.launch.local:LocalEngine",
+    "slurm": "finetune_assets.launch.slurm:SlurmEngine",
+    "kubernetes": "finetune_assets.launch.kubernetes:KubernetesEngine",
+}
+"""The registry of engines: module and class of each, imported when it runs a job."""
+AUTO = "auto"
 TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 
 
@@ -50,11 +57,11 @@ class KubernetesJob:
 
 
 @dataclass
-class Launcher:
+class LauncherSettings:
     """Where the jobs of an experiment run. Results are the same everywhere."""
 
-    engine: Literal["auto", "local", "slurm", "kubernetes"] = "auto"
-    """`auto` uses FINETUNE_LAUNCHER, or `local`: the machine that Dagster runs on."""
+    engine: str = "auto"
+    """`local`, the machine that Dagster runs on, `slurm` or `kubernetes`; `auto` uses FINETUNE_LAUNCHER, or `local`."""
     nodes: str = "1"
     """Number of machines, or a range such as `1-4`: an elastic training starts with fewer machines and continues with
     those that remain. `training.processes_per_node` sets the processes of each."""
@@ -84,14 +91,14 @@ class Launcher:
 
     @property
     def seconds(self) -> int | None:
-        """The time limit."""
+        """The time limit in seconds; None if it is not set."""
         return seconds_of(self.time_limit or "")
 
 
-def seconds_of(said: str) -> int | None:
-    """Of `hours:minutes:seconds` or `days-hours:minutes:seconds`; None of anything else."""
-    found = TIME_LIMIT.fullmatch(said)
-    if not found:
+def seconds_of(duration: str) -> int | None:
+    """Parse `hours:minutes:seconds` or `days-hours:minutes:seconds` to seconds; None for any other format."""
+    match = TIME_LIMIT.fullmatch(duration)
+    if not match:
         return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return int(timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds())

@@ -1,4 +1,4 @@
-"""Two trees of settings, setting by setting."""
+"""Compares two trees of settings."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,12 @@ ABSENT = "(absent)"
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting that differs, both values as text.
+    """A setting with different values, both as text.
 
     Attributes:
-        setting: Its dotted path.
-        before: Its value in the first tree; `ABSENT` where it has none.
-        after: Its value in the second.
+        setting: Dotted path of the setting.
+        before: Value in the first tree; `ABSENT` if the tree lacks the setting.
+        after: Value in the second tree, likewise.
     """
 
     setting: str
@@ -24,12 +24,12 @@ class Difference:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    """Settings whose values differ, in the order of the first tree, those that only the second has at the end."""
+    """Settings that differ, in the order of the first tree, followed by settings of only the second tree."""
     ours, theirs = dict(_flat(before)), dict(_flat(after))
     groups = {name.rpartition(".")[0] for name in (*ours, *theirs)}
-    names = [name for name in ours | theirs if name not in groups]  # `null` beside a group says what its members do
-    told = ((name, _text(ours, name), _text(theirs, name)) for name in names)
-    return [Difference(*one) for one in told if one[1] != one[2]]
+    names = [name for name in ours | theirs if name not in groups]  # a `null` group is compared by its members
+    rows = ((name, _text(ours, name), _text(theirs, name)) for name in names)
+    return [Difference(*row) for row in rows if row[1] != row[2]]
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

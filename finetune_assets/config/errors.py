@@ -1,4 +1,4 @@
-"""One form for everything that can be wrong with a setting."""
+"""The error for invalid settings, with a uniform message format."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -7,12 +7,12 @@ from finetune_assets.errors import UserError
 
 
 class ConfigError(UserError):
-    """A setting that is unknown, of the wrong type, missing, or impossible.
+    """A setting that is unknown, of the wrong type, missing, or invalid.
 
     Args:
-        where: The file (or `override`) that says it.
-        key: Dotted path of the setting; empty when the whole file is meant.
-        problem: What is wrong, with the value, and what to do.
+        where: File (or `override`) that contains the setting.
+        key: Dotted path of the setting; empty for the whole file.
+        problem: Description of the problem, with the value and a remedy.
     """
 
     def __init__(self, where: str, key: str, problem: str) -> None:
@@ -20,7 +20,7 @@ class ConfigError(UserError):
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or all that would be valid where nothing is near."""
+    """`did you mean 'x'?`, or all valid names if none is similar."""
     names = sorted(valid)
     near = get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(names)}"

@@ -1,7 +1,7 @@
-"""Identity as a hash: of settings in canonical form, and of whatever else decides an artifact's bytes.
+"""Fingerprints: hashes of settings in canonical form and of all other inputs that determine an artifact's bytes.
 
-Fields that the schema marks `not_identity` are left out, and so is every comment, order and spelling of a YAML file.
-`artifacts/kinds.py` says what the identity of each kind of artifact is made of.
+Fields that the schema marks `not_identity` are excluded. Comments, key order and formatting of a YAML file have no
+effect. `artifacts/kinds.py` defines the inputs of each kind's fingerprint.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ def fingerprint(**parts: Any) -> str:
 
 
 def identity(settings: Any) -> Any:
-    """A group of settings as plain data, without the fields that cannot change the bytes."""
+    """A group of settings as plain data, without the fields that cannot change an artifact's bytes."""
     if not is_dataclass(settings):
         return settings
     kept = (field for field in fields(settings) if field.metadata.get("identity", True))

@@ -1,4 +1,4 @@
-"""From YAML files and one run's overrides to one checked tree of settings."""
+"""Loads YAML files and a run's overrides into one validated tree of settings."""
 
 import logging
 import re
@@ -26,13 +26,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment's resolved settings.
+    """Resolved settings of one experiment.
 
     Attributes:
-        name: The partition key: its file's name without `.yaml`.
-        config: The settings, complete and checked.
-        overrides: The dotted `key=value` strings of this run; an adapter made with any is never promoted.
-        sweep: Name of the sweep that it is a point of.
+        name: Partition key: name of the experiment's file without `.yaml`, or of the sweep point.
+        config: Complete and validated settings.
+        overrides: Dotted `key=value` strings of this run; an adapter trained with overrides is never promoted.
+        sweep: Name of the sweep, if the experiment is a point of one.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of settings, in the order they are merged."""
+    """One source of settings; layers are merged in order."""
 
     where: str
     tree: DictConfig
 
 
 def experiment_files(configs: Path) -> list[str]:
-    """The names of the experiments that have a file, sorted; none is opened, so a broken one takes no other down.
+    """Sorted names of the experiments that have a file. No file is opened, so an invalid file affects no other.
 
-    A file whose name cannot be a partition key is passed over with a warning.
+    Files with a name that cannot be a partition key are skipped with a warning.
     """
     names = []
     for path in sorted((configs / "experiments").iterdir()) if (configs / "experiments").is_dir() else []:
@@ -65,42 +65,42 @@ def experiment_files(configs: Path) -> list[str]:
 
 
 def experiment_names(configs: Path) -> list[str]:
-    """The names of all experiments: those that have a file, and the points of sweeps.
+    """Names of all experiments: those with a file, and the points of sweeps.
 
-    A sweep that cannot be read is passed over with an error in the log, and takes nothing else down.
+    An invalid sweep is skipped with an error in the log and affects nothing else.
     """
     names = experiment_files(configs)
     for path in sweep_files(configs):
         try:
             names += [point.name for point in load_sweep(configs, path.stem) if point.name not in names]
         except ConfigError as e:
-            logger.error("sweep %s has no experiments: %s", path.stem, e)
+            logger.error("Skipping sweep %s: %s", path.stem, e)
     return sorted(names)
 
 
 def load_sweep(configs: Path, name: str) -> list[Point]:
-    """The points of a sweep.
+    """Load the points of a sweep.
 
     Raises:
-        ConfigError: naming the file, the setting, and what would be valid.
+        ConfigError: naming the file, the setting, and the valid options.
     """
     path = configs / "sweeps" / f"{name}.yaml"
     if not path.is_file() or not EXPERIMENT_NAME.fullmatch(name):
-        there = [file.stem for file in sweep_files(configs)]
-        raise ConfigError(str(path.parent), "", f"no sweep '{name}' here; {suggest(name, there)}")
+        known = [file.stem for file in sweep_files(configs)]
+        raise ConfigError(str(path.parent), "", f"no sweep '{name}' here; {suggest(name, known)}")
     return points(name, _merge(SweepConfig, [_read_layer(path)], path), path)
 
 
 def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Merge `base.yaml`, the experiment's file and one run's overrides, and check the result.
+    """Merge `base.yaml`, the experiment's file and a run's overrides, and validate the result.
 
     Args:
-        configs: The folder that holds `base.yaml` and `experiments/`.
+        configs: Folder with `base.yaml` and `experiments/`.
         name: Name of the experiment.
         overrides: Dotted settings such as `training.learning_rate=1e-4`.
 
     Raises:
-        ConfigError: naming the file (or the override), the setting, its value, and what would be valid.
+        ConfigError: naming the file (or the override), the setting, its value, and the valid options.
     """
     point = None if _file_of(configs, name).is_file() else _point(configs, name)
     path = _file_of(configs, point.experiment if point else name)
@@ -127,12 +127,12 @@ def _file_of(configs: Path, name: str) -> Path:
 
 
 def _point(configs: Path, name: str) -> Point | None:
-    """The point of a sweep that a name stands for, if there is one."""
+    """The sweep point with this name, if it exists."""
     for path in sweep_files(configs):
         if name.startswith(f"{path.stem}."):
-            found = next((point for point in load_sweep(configs, path.stem) if point.name == name), None)
-            if found:
-                return found
+            match = next((point for point in load_sweep(configs, path.stem) if point.name == name), None)
+            if match:
+                return match
     return None
 
 
@@ -146,7 +146,7 @@ def _point_layer(configs: Path, point: Point) -> Layer:
 
 
 def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataConfig:
-    """The deployment's raw data settings; `source`, where given, wins over the file."""
+    """Load the deployment's raw data settings; `source`, if given, overrides the file."""
     path = configs / "raw_data.yaml"
     layers = [_read_layer(path)]
     if source:
@@ -155,12 +155,12 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
     for key, problem in impossible_raw_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
     if config.source == "sample":
-        config.columns = Columns()  # the packaged rows have names of their own, whatever one's own file calls them
+        config.columns = Columns()  # the packaged rows use the default names; the file's names are for other sources
     return config
 
 
 def load_store_config(configs: Path) -> StoreConfig:
-    """The deployment's settings of what the store keeps."""
+    """Load the deployment's retention settings of the store."""
     path = configs / "store.yaml"
     layers = [_read_layer(path)] if path.exists() else []
     config = _merge(StoreConfig, layers, path)
@@ -170,18 +170,18 @@ def load_store_config(configs: Path) -> StoreConfig:
 
 
 def base_settings(configs: Path) -> dict[str, Any]:
-    """What every experiment begins with: the defaults, and `base.yaml` over them; what must be set is `???`."""
+    """Settings that every experiment starts from: `base.yaml` merged over the defaults; required ones are `???`."""
     base = OmegaConf.merge(_defaults(ExperimentConfig), _read_layer(configs / "base.yaml").tree)
     return OmegaConf.to_container(base)  # type: ignore[return-value]
 
 
 def load_resolved(path: Path) -> ExperimentConfig:
-    """Read back a tree that `dump` wrote."""
+    """Load a settings tree written by `dump`."""
     return _merge(ExperimentConfig, [_read_layer(path)], path)
 
 
 def read_settings(text: str) -> dict[str, Any]:
-    """The tree that `dump` wrote as it stands, also one of another version of this project."""
+    """Parse a settings tree written by `dump`, without validation, also of another version of this project."""
     return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
@@ -192,7 +192,7 @@ def dump(config: ExperimentConfig) -> str:
 
 def _read_layer(path: Path) -> Layer:
     if not path.is_file():
-        raise ConfigError(str(path), "", "this file is missing; copy it from the project's repository")
+        raise ConfigError(str(path), "", "file not found; copy it from the project's repository")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
@@ -202,14 +202,14 @@ def _read_layer(path: Path) -> Layer:
 
 @lru_cache(maxsize=64)
 def _parse(path: Path, text: str) -> Layer:
-    """Kept, for every experiment begins with the same `base.yaml`; nobody changes a layer."""
+    """Cached, because every experiment starts from the same `base.yaml`; layers are never modified."""
     try:
         tree = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     except yaml.MarkedYAMLError as e:
         line = f"line {e.problem_mark.line + 1}" if e.problem_mark else ""
         raise ConfigError(str(path), line, f"not valid YAML: {e.problem}") from e
     except (yaml.YAMLError, OmegaConfBaseException, AssertionError) as e:
-        raise ConfigError(str(path), "", f"not settings as `name: value`: {_first_line(e)}") from e
+        raise ConfigError(str(path), "", f"expected settings as `name: value`: {_first_line(e)}") from e
     if not isinstance(tree, DictConfig):
         raise ConfigError(str(path), "", "expected settings as `name: value`")
     _refuse_interpolation(OmegaConf.to_container(tree), str(path))
@@ -221,7 +221,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_interpolation(tree: Any, where: str, key: str = "") -> None:
-    """Settings are literal: they are saved with every artifact, so none may come from the environment."""
+    """Settings must be literal: they are saved with every artifact, so none may come from the environment."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             _refuse_interpolation(value, where, f"{key}.{name}" if key else str(name))
@@ -240,7 +240,7 @@ def _override_layer(override: str) -> Layer:
     try:
         tree = OmegaConf.from_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as e:
-        raise ConfigError(where, key, f"{value!r} is not a value: {_first_line(e)}") from e
+        raise ConfigError(where, key, f"{value!r} is not a valid value: {_first_line(e)}") from e
     _refuse_interpolation(OmegaConf.to_container(tree), where)
     return Layer(where, tree)
 
@@ -262,12 +262,12 @@ def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
 
 @lru_cache
 def _defaults(schema: type[Any]) -> DictConfig:
-    """Half of what it takes to load a file, were it not kept: 27 ms."""
+    """Cached, because it takes 27 ms, half of the time to load a file."""
     return OmegaConf.structured(schema)
 
 
 def _merge_one_by_one(schema: type, layers: list[Layer]) -> DictConfig:
-    """As all at once, to tell which layer does not fit."""
+    """Merge layer by layer, to find the layer with a type error."""
     merged = _defaults(schema)
     for layer in layers:
         try:
@@ -275,12 +275,12 @@ def _merge_one_by_one(schema: type, layers: list[Layer]) -> DictConfig:
         except OmegaConfBaseException as e:
             raise _type_error(schema, layer, e) from e
         except TypeError as e:
-            raise ConfigError(layer.where, "", f"does not fit what is there: {_first_line(e)}") from e
+            raise ConfigError(layer.where, "", f"does not fit the settings' structure: {_first_line(e)}") from e
     return merged
 
 
 def _check_names(schema: type, tree: Any, where: str, path: str = "") -> None:
-    """Refuse unknown names and groups that are not groups, before types are looked at."""
+    """Refuse unknown names, and values in place of groups, before types are checked."""
     if not isinstance(tree, dict):
         raise ConfigError(where, path, f"expected a group of settings, found {tree!r}")
     hints = get_type_hints(schema)
@@ -294,7 +294,7 @@ def _check_names(schema: type, tree: Any, where: str, path: str = "") -> None:
 
 
 def group_of(hint: Any) -> type | None:
-    """The dataclass that a field holds (`Wandb | None` holds one too), if any."""
+    """The dataclass in a field's type (also in `Wandb | None`), if any."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((option for option in options if is_dataclass(option)), None)  # type: ignore[return-value]
 
@@ -305,10 +305,10 @@ def _type_error(schema: type, layer: Layer, error: OmegaConfBaseException) -> Co
     options = _literal_options(schema, key)
     if options:
         return ConfigError(layer.where, key, f"{value!r} is not valid; {suggest(str(value), options)}")
-    said = str(error).splitlines()[0]
-    if "is not a ListConfig" in said:
-        said = "expected a list, such as [one, two]"
-    return ConfigError(layer.where, key, f"{value!r} has the wrong type: {said}")
+    problem = str(error).splitlines()[0]
+    if "is not a ListConfig" in problem:
+        problem = "expected a list, such as [one, two]"
+    return ConfigError(layer.where, key, f"{value!r} has the wrong type: {problem}")
 
 
 def _literal_options(schema: type, key: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The reference of every setting, written from the schema: `python -m finetune_assets.config.reference`."""
+"""Generates the settings reference from the schema: `python -m finetune_assets.config.reference`."""
 
 import ast
 import inspect
@@ -17,10 +17,10 @@ from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, Store
 TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Every setting
 
-Written from `finetune_assets/config/schema.py` by `python -m finetune_assets.config.reference`; do not edit.
+Generated from `finetune_assets/config/schema.py` by `python -m finetune_assets.config.reference`; do not edit.
 
-A setting marked † cannot change what is made, so changing it re-runs nothing. Settings of one run are given once for
-all its assets, as dotted strings:
+A setting marked † cannot change an artifact's bytes, so changing it re-runs nothing. Overrides of one run apply to all
+its assets and are given as dotted strings:
 
 <!-- run -->
 ```sh
@@ -30,7 +30,7 @@ finetune run demo --select '*lora_adapter' --set training.max_steps=5 --set lora
 
 
 def reference() -> str:
-    """The whole page in Markdown."""
+    """The page in Markdown."""
     experiment = _tables(ExperimentConfig, "", "An experiment (`configs/experiments/NAME.yaml`)")
     sweep = _tables(SweepConfig, "", "A sweep (`configs/sweeps/NAME.yaml`)")
     raw = _tables(RawDataConfig, "", "Raw data (`configs/raw_data.yaml`)")
@@ -76,15 +76,15 @@ def _default(field: Field[Any]) -> str:
 
 
 def docstrings(schema: type) -> dict[str, str]:
-    """The text under each attribute of a dataclass (which Python itself does not keep)."""
+    """The docstring below each attribute of a dataclass, which Python does not retain at runtime."""
     (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(schema))).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
+    texts = {}
     for statement, following in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            found[statement.target.id] = str(following.value.value) if is_text else ""  # type: ignore[attr-defined]
-    return found
+            texts[statement.target.id] = str(following.value.value) if is_text else ""  # type: ignore[attr-defined]
+    return texts
 
 
 if __name__ == "__main__":

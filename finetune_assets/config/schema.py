@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from finetune_assets.config.cluster import Launcher
+from finetune_assets.config.cluster import LauncherSettings
 
 NOT_IDENTITY = {"identity": False}
 
 
 def not_identity(default: Any) -> Any:
-    """A field that is left out of every fingerprint."""
+    """A field that is excluded from every fingerprint."""
     return field(default=default, metadata=NOT_IDENTITY)
 
 
@@ -359,7 +359,7 @@ class ExperimentConfig:
     """Champions of other experiments to combine instead of training."""
     hardware: Hardware = field(default_factory=Hardware, metadata=NOT_IDENTITY)
     """Hardware that a training is planned for."""
-    launcher: Launcher = field(default_factory=Launcher, metadata=NOT_IDENTITY)
+    launcher: LauncherSettings = field(default_factory=LauncherSettings, metadata=NOT_IDENTITY)
     """Where jobs run."""
     wandb: Wandb | None = field(default=None, metadata=NOT_IDENTITY)
     """Weights & Biases, or `null`."""

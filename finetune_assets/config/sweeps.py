@@ -1,7 +1,7 @@
-"""Sweeps: one file that stands for many experiments, which differ in what its grid says.
+"""Sweeps: one file that defines many experiments, which differ in the settings of its grid.
 
-A point's name is its partition: the sweep's, and of each setting the last word and the value, or where that cannot be
-part of a name, its place in the grid.
+A point's name is its partition key: the sweep's name, then the last word and the value of each setting. A value that
+cannot be part of a name is replaced by its index in the grid.
 """
 
 import random
@@ -23,10 +23,10 @@ class Point:
     """One experiment of a sweep.
 
     Attributes:
-        name: Its partition.
-        sweep: Name of its sweep.
-        experiment: Whose settings it begins with.
-        settings: What it changes of them, by dotted path.
+        name: Partition key.
+        sweep: Name of the sweep.
+        experiment: Experiment that provides the other settings.
+        settings: Settings of the point, by dotted path.
     """
 
     name: str
@@ -36,13 +36,15 @@ class Point:
 
 
 def points(sweep: str, config: SweepConfig, path: Path) -> list[Point]:
-    """The points of a grid, all or a seeded sample, in the grid's order.
+    """The points of a grid, or a seeded sample of them, in the grid's order.
 
     Raises:
         ConfigError: if the grid is empty, a setting has no list of values, or there are too many points.
     """
     if not config.grid:
-        raise ConfigError(str(path), "grid", "names no setting; give one its values, such as `lora.rank: [4, 8, 16]`")
+        raise ConfigError(
+            str(path), "grid", "no settings; add a setting and its values, such as `lora.rank: [4, 8, 16]`"
+        )
     for setting, values in config.grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(str(path), f"grid.{setting}", f"{values!r} must be a list of values")
@@ -52,27 +54,27 @@ def points(sweep: str, config: SweepConfig, path: Path) -> list[Point]:
         count *= len(values)
     wanted = min(config.sample or count, count)
     if wanted > MOST_POINTS:
-        raise ConfigError(str(path), "grid", f"{wanted} points are more than {MOST_POINTS}; set `sample` to draw some")
+        raise ConfigError(str(path), "grid", f"{wanted} points, maximum {MOST_POINTS}; set `sample` to draw some")
     chosen = sorted(random.Random(config.seed).sample(range(count), wanted)) if wanted < count else range(count)
-    found = []
+    grid_points = []
     for place in chosen:
         values = _nth(choices, place)
         parts = [_part(setting, *value) for setting, value in zip(config.grid, values, strict=True)]
         settings = dict(zip(config.grid, (value for _, value in values), strict=True))
-        found.append(Point(".".join([sweep, *parts]), sweep, config.experiment, settings))
-    names = [point.name for point in found]
+        grid_points.append(Point(".".join([sweep, *parts]), sweep, config.experiment, settings))
+    names = [point.name for point in grid_points]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(str(path), "grid", f"two points would be named {twice}; a value is given twice")
-    return found
+        raise ConfigError(str(path), "grid", f"duplicate point {twice}; list each value once")
+    return grid_points
 
 
 def _nth(choices: list[list[tuple[int, Any]]], place: int) -> list[tuple[int, Any]]:
-    """The combination of that number, the last setting changing fastest, without making those before it."""
-    found = []
+    """The combination at index `place`, the last setting varying fastest, without generating those before it."""
+    combination = []
     for values in reversed(choices):
         place, at = divmod(place, len(values))
-        found.append(values[at])
-    return found[::-1]
+        combination.append(values[at])
+    return combination[::-1]
 
 
 def _part(setting: str, place: int, value: Any) -> str:
@@ -82,6 +84,6 @@ def _part(setting: str, place: int, value: Any) -> str:
 
 
 def sweep_files(configs: Path) -> Iterator[Path]:
-    """The sweeps' files, by name."""
+    """Files of all sweeps, sorted by name."""
     folder = configs / "sweeps"
     return (path for path in sorted(folder.iterdir() if folder.is_dir() else []) if path.suffix == ".yaml")

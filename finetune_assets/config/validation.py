@@ -1,4 +1,4 @@
-"""Settings that are each of the right type and cannot stand together, or cannot stand at all."""
+"""Validates settings of the right type: ranges, formats, and combinations."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from finetune_assets.config.cluster import TIME_LIMIT
+from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
 from finetune_assets.config.schema import (
@@ -27,20 +27,20 @@ from finetune_assets.config.schema import (
 )
 
 Problem = tuple[str, str]
-"""Dotted path of the setting, and what is wrong with it."""
+"""Dotted path of the setting, and description of the problem."""
 
 PLACEHOLDERS = ("instruction", "context")
 COMPUTED_AS_STORED = {"fp32": "float32", "full_bf16": "bfloat16", "full_fp16": "float16"}
-"""What the base's weights must be where no mixed precision casts them."""
+"""Required data type of the base model's weights, if mixed precision does not cast them."""
 VERSION = re.compile(r"[^@\s]+@[0-9a-f]{40}")
 """One version of a model, as `model.trust_remote_code` names it."""
 REWRITES_BASE = ("pissa", "olora")
-"""Initialisations that move part of the base's weights into the adapter."""
+"""Initializations that move part of the base model's weights into the adapter."""
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
 
 
 def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
-    """Everything that is wrong with a complete tree, most basic first."""
+    """All problems of an experiment's complete settings, most basic first."""
     yield from _ranges(config)
     yield from _split(config.data)
     yield from _added_tokens(config.data.tokenization)
@@ -54,7 +54,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _hardware(config.hardware)
     yield from _launcher(config)
     if config.evaluation.lm_eval and not config.evaluation.lm_eval.tasks:
-        yield "evaluation.lm_eval.tasks", "names no task; name some, or set evaluation.lm_eval to null"
+        yield "evaluation.lm_eval.tasks", "no tasks; add some, or set evaluation.lm_eval to null"
     scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
     if added and isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         yield "lora.init_lora_weights", f"{scheme} cannot save the rows of data.tokenization.added_tokens; use true"
@@ -65,22 +65,24 @@ def _hardware(hardware: Hardware) -> Iterator[Problem]:
         if not isinstance(number, str | None) and number <= 0 and not (key.endswith("price_per_hour") and number == 0):
             yield key, f"{number} must be more than 0"
     if hardware.gpu and not hardware.memory_gib and memory_gib(hardware.gpu) is None:
-        known = f"known by name: {', '.join(MEMORY_GIB)}"
-        yield "hardware.gpu", f"the memory of '{hardware.gpu}' is not known; set hardware.memory_gib too ({known})"
+        known = f"known GPUs: {', '.join(MEMORY_GIB)}"
+        yield "hardware.gpu", f"the memory of '{hardware.gpu}' is unknown; also set hardware.memory_gib ({known})"
 
 
 def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
     launcher, macro = config.launcher, config.training.macro_batch_size
     nodes = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", launcher.nodes)
     if not nodes or int(nodes[1]) > int(nodes[2] or nodes[1]):
-        yield "launcher.nodes", f"{launcher.nodes!r} must be a number from 1, or least and most as 1-4"
+        yield "launcher.nodes", f"{launcher.nodes!r} must be a number of at least 1, or a range such as 1-4"
         return
     each = config.training.processes_per_node
     processes = launcher.node_range[1] * (int(each) if each.isdecimal() else launcher.gpus_per_node or 1)
     if launcher.node_range[1] > 1 and processes > macro:
-        yield "launcher.nodes", f"{processes} processes in all cannot share training.macro_batch_size {macro}"
+        yield "launcher.nodes", f"{processes} processes in total are more than training.macro_batch_size {macro}"
+    if launcher.engine not in (AUTO, *ENGINES):
+        yield "launcher.engine", f"{launcher.engine!r} is not an engine; {suggest(launcher.engine, [AUTO, *ENGINES])}"
     if launcher.node_range[1] > 1 and launcher.engine == "local":
-        yield "launcher.nodes", f"{launcher.nodes!r} machines need launcher.engine slurm or kubernetes"
+        yield "launcher.nodes", f"{launcher.nodes!r} machines require launcher.engine slurm or kubernetes"
     for name in ("gpus_per_node", "cpus_per_node", "rendezvous_seconds"):
         if (number := getattr(launcher, name)) is not None and number < 1:
             yield f"launcher.{name}", f"{number} must be at least 1"
@@ -93,17 +95,17 @@ def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
         yield "launcher.memory", f"{launcher.memory!r} must be a size such as 64G"
     for name in launcher.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            yield "launcher.environment", f"{name!r} is not a name of an environment variable"
+            yield "launcher.environment", f"{name!r} is not a valid name of an environment variable"
         elif re.search(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_?KEY", name, re.IGNORECASE):
             yield (
                 "launcher.environment",
-                f"{name} looks like a secret, and settings are kept with what is made; set it in the environment, "
-                "or name a secret in launcher.kubernetes.secrets",
+                f"{name} looks like a secret, and settings are stored with artifacts; set it in the environment, or "
+                "name a secret in launcher.kubernetes.secrets",
             )
 
 
 def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
-    """Everything that is wrong with the raw data's settings."""
+    """All problems of the raw data settings."""
     yield from _shares({"max_quarantine_share": config.max_quarantine_share, **_named("checks", config.checks)})
     arrivals = _named("arrivals", config.arrivals)
     for key, number in arrivals.items():
@@ -112,9 +114,9 @@ def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
     named = {field: name for field, name in asdict(config.columns).items() if name is not None}
     for field, name in named.items():
         if not name.strip():
-            yield f"columns.{field}", f"{name!r} names no column; use null to take the usual name"
+            yield f"columns.{field}", f"{name!r} is not a column name; use null for the default name"
         elif Counter(named.values())[name] > 1:
-            yield f"columns.{field}", f"'{name}' is given twice; a column can be one thing only"
+            yield f"columns.{field}", f"'{name}' is used more than once; each setting needs a different column"
 
 
 def _named(group: str, settings: Any) -> dict[str, Any]:
@@ -124,11 +126,11 @@ def _named(group: str, settings: Any) -> dict[str, Any]:
 def _shares(shares: dict[str, float]) -> Iterator[Problem]:
     for key, share in shares.items():
         if not 0 <= share <= 1:
-            yield key, f"{share} must be a share from 0 to 1"
+            yield key, f"{share} must be a fraction from 0 to 1"
 
 
 def impossible_store_settings(config: StoreConfig) -> Iterator[Problem]:
-    """Everything that is wrong with the store's settings."""
+    """All problems of the store's settings."""
     for name in ("keep_raw", "keep_adapters", "keep_reports"):
         if getattr(config, name) < 1:
             yield name, f"{getattr(config, name)} must be at least 1"
@@ -204,13 +206,16 @@ def _counts_of(tasks: LmEval) -> dict[str, int | None]:
 def _split(data: Data) -> Iterator[Problem]:
     for name, value in (("val_fraction", data.val_fraction), ("gate_fraction", data.gate_fraction)):
         if not 0 <= value < 1:
-            yield f"data.{name}", f"{value} must be a share from 0 to below 1"
+            yield f"data.{name}", f"{value} must be a fraction from 0 to below 1"
     if data.val_fraction + data.gate_fraction >= 1:
         total = data.val_fraction + data.gate_fraction
-        yield "data.val_fraction", f"with gate_fraction it takes {total:g} of the rows and leaves none to train on"
+        yield (
+            "data.val_fraction",
+            f"val_fraction + gate_fraction is {total:g}; it must be below 1 to leave rows to train on",
+        )
     yield from _shares({"data.max_refused_share": data.max_refused_share, **_named("data.checks", data.checks)})
     if data.categories == []:
-        yield "data.categories", "an empty list takes no rows; use null to take all"
+        yield "data.categories", "an empty list selects no rows; use null to select all"
 
 
 def _stack(stack: Stack) -> Iterator[Problem]:
@@ -218,17 +223,17 @@ def _stack(stack: Stack) -> Iterator[Problem]:
         yield "stack.adapters", f"{stack.adapters} must name at least two experiments, each with its weight"
     for name, weight in stack.adapters.items():
         if not math.isfinite(weight):
-            yield f"stack.adapters.{name}", f"{weight} is no weight"
+            yield f"stack.adapters.{name}", f"{weight} is not a valid weight"
     if not 0 < stack.density <= 1:
-        yield "stack.density", f"{stack.density} must be a share above 0, and at most 1"
+        yield "stack.density", f"{stack.density} must be a fraction above 0 and at most 1"
 
 
 def _added_tokens(tokenization: Tokenization) -> Iterator[Problem]:
     for token in tokenization.added_tokens:
         if not token.strip() or token != token.strip():
-            yield "data.tokenization.added_tokens", f"{token!r} is blank, or begins or ends in white space"
+            yield "data.tokenization.added_tokens", f"{token!r} is blank, or has leading or trailing white space"
         elif tokenization.added_tokens.count(token) > 1:
-            yield "data.tokenization.added_tokens", f"{token!r} is given twice"
+            yield "data.tokenization.added_tokens", f"{token!r} is listed twice"
 
 
 def _trust(model: Model) -> Iterator[Problem]:
@@ -247,13 +252,13 @@ def _template(template: PromptTemplate) -> Iterator[Problem]:
     for name, needed in wanted.items():
         text, key = getattr(template, name), f"data.prompt_template.{name}"
         try:
-            found = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+            placeholders = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
         except ValueError as e:
-            yield key, f"not a template: {e}; write a literal brace twice"
+            yield key, f"invalid template: {e}; double literal braces"
             continue
-        for field in sorted(found - set(PLACEHOLDERS)):
+        for field in sorted(placeholders - set(PLACEHOLDERS)):
             yield key, f"unknown placeholder '{{{field}}}'; {suggest(field, PLACEHOLDERS)}"
-        for field in sorted(needed - found):
+        for field in sorted(needed - placeholders):
             yield key, f"'{{{field}}}' is missing, so the model would never see the row's {field}"
         if not text.rstrip().endswith(template.response_split.rstrip()):
             yield (
@@ -269,17 +274,17 @@ def _batches(training: Training) -> Iterator[Problem]:
     if training.processes_per_node != "auto":
         number = training.processes_per_node
         if not number.isdecimal() or int(number) < 1:
-            yield "training.processes_per_node", f"{number!r} must be auto or a number from 1"
+            yield "training.processes_per_node", f"{number!r} must be auto or a number of at least 1"
         elif int(number) > macro:
-            yield "training.processes_per_node", f"{number} processes cannot share training.macro_batch_size {macro}"
+            yield "training.processes_per_node", f"{number} processes are more than training.macro_batch_size {macro}"
 
 
 def _types(config: ExperimentConfig) -> Iterator[Problem]:
-    """`fp32` and `full_*` compute in the type of the base's weights, so the two must agree."""
+    """`fp32` and `full_*` compute in the data type of the base model's weights, so the two must agree."""
     precision, dtype = config.training.precision, config.model.dtype
     wanted = COMPUTED_AS_STORED.get(precision)
     if wanted and dtype not in ("auto", wanted) and config.model.quantization == "none":
-        yield "training.precision", f"{precision} needs model.dtype {wanted} (or auto), found {dtype}"
+        yield "training.precision", f"{precision} requires model.dtype {wanted} (or auto), found {dtype}"
 
 
 def _quantized(config: ExperimentConfig) -> Iterator[Problem]:
@@ -289,12 +294,15 @@ def _quantized(config: ExperimentConfig) -> Iterator[Problem]:
     if precision.startswith("full_"):
         yield (
             "training.precision",
-            f"{precision} cannot be trained over an {quantization} base: the adapter's small gradients vanish in 16 "
+            f"{precision} cannot be used with an {quantization} base model: the adapter's small gradients vanish in 16 "
             "bits; use fp16 or bf16, which keep the adapter in float32",
         )
     if isinstance(config.lora.init_lora_weights, str) and config.lora.init_lora_weights != "gaussian":
         scheme = config.lora.init_lora_weights
-        yield "lora.init_lora_weights", f"{scheme} rewrites the base's weights, which {quantization} cannot; use true"
+        yield (
+            "lora.init_lora_weights",
+            f"{scheme} modifies the base weights, which {quantization} does not support; use true",
+        )
 
 
 def _lora(lora: Lora) -> Iterator[Problem]:
@@ -307,9 +315,11 @@ def _lora(lora: Lora) -> Iterator[Problem]:
     if not (isinstance(scheme, bool) or known):
         yield "lora.init_lora_weights", f"{scheme!r} is not valid; {suggest(str(scheme), ['true', *INIT_SCHEMES])}"
     if isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
-        # PEFT's conversion back to the published base keeps lora_A and lora_B alone
-        beside = [name for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if getattr(lora, name)]
-        for name in beside + (["bias"] if lora.bias != "none" else []):
-            yield f"lora.{name}", f"cannot be used with init_lora_weights {scheme}, whose adapter could not be saved"
+        # PEFT's conversion back to the published base model keeps only lora_A and lora_B
+        incompatible = [
+            name for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if getattr(lora, name)
+        ]
+        for name in incompatible + (["bias"] if lora.bias != "none" else []):
+            yield f"lora.{name}", f"cannot be used with init_lora_weights {scheme}: the adapter could not be saved"
     if lora.use_dora and lora.bias != "none":
         yield "lora.bias", f"{lora.bias} cannot be trained with use_dora; use none"

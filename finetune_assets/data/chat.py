@@ -1,10 +1,11 @@
-"""Conversations in a tokenizer's own chat template, and where in its text the assistant speaks.
+"""Renders conversations with a tokenizer's chat template and locates the assistant's text.
 
-A template that marks what the assistant generates (`{% generation %}`) is believed. Any other is first rendered with
-stand-ins in place of every turn's words: what is left around them is the template's own, the same for all conversations
-of these roles. A conversation's text must then be that frame with its words put in, which is checked to the last
-character, so short answers are never looked for. Where a template rewrites the last answer (one with reasoning, say),
-that one is all that the template adds to its own prompt; where it rewrites more, the conversation is refused.
+If a template marks the assistant's text with `{% generation %}`, these marks are used. Any other template is first
+rendered with placeholders instead of the turns' content: the text around them belongs to the template and is the same
+for all conversations with these roles. A conversation's text must then equal this frame with the content inserted. This
+is verified to the last character, so short answers are never searched for. If a template rewrites the last answer (for
+example, one with reasoning), that answer is everything the template adds to its own generation prompt. If it rewrites
+more, the conversation is refused.
 """
 
 import re
@@ -20,19 +21,19 @@ from finetune_assets.data.errors import DataError, RefusedRow
 from finetune_assets.data.rows import Turn
 
 MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""As transformers looks for it."""
+"""Pattern of the generation tag, as in transformers."""
 STAND_IN = "\ue000{}\ue001"
-"""In place of a turn's words; characters of Unicode's private use area occur in no template."""
+"""Placeholder for a turn's content; characters of Unicode's private use area occur in no template."""
 
 Span = tuple[int, int]
 
 
 class Frame(NamedTuple):
-    """What a template writes around the turns of some roles.
+    """Text that a template writes around turns with given roles.
 
     Attributes:
-        pieces: Text before the first turn's words, between the words, and behind the last's; one more than turns.
-        ends: How many characters of the piece behind a turn still belong to it (its end mark).
+        pieces: Text before the first turn's content, between contents, and after the last; one more than turns.
+        ends: For each turn, number of characters of the following piece that belong to the turn (its end mark).
     """
 
     pieces: tuple[str, ...]
@@ -43,10 +44,10 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        tokenizer: Whose template.
+        tokenizer: The tokenizer.
 
     Raises:
-        DataError: if it has none, or none that can be read.
+        DataError: if the tokenizer has no usable chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -55,20 +56,22 @@ class ChatTemplate:
             self.template = tokenizer.get_chat_template()
         except ValueError as e:
             raise DataError(
-                f"{self.name}: data.prompt_template.chat_template is true and this tokenizer has no chat "
-                "template; take an instruct model, or set it to false and use prompt_input and prompt_no_input"
+                f"{self.name}: data.prompt_template.chat_template is true, but this tokenizer has no chat template; "
+                "use an instruct model, or set chat_template to false and use prompt_input and prompt_no_input"
             ) from e
         self.marked = MARKS_GENERATION.search(self.template) is not None
         self.special = tokenizer.special_tokens_map
         self.frame = lru_cache(maxsize=10_000)(self._frame)
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, tuple[Span, ...]]:
-        """The text of a conversation up to the assistant's last turn, and where the assistant speaks in it.
+        """Render a conversation up to the assistant's last turn.
 
-        A span holds the words and the mark that ends the turn, so that the model learns to stop.
+        Returns:
+            The text, and the character spans of the assistant's turns. A span includes the end mark of its turn, so
+            that the model learns to stop.
 
         Raises:
-            RefusedRow: if the template refuses the conversation, or rewrites its words.
+            RefusedRow: if the template rejects the conversation, or rewrites its content.
         """
         roles = [turn["role"] for turn in turns]
         turns = turns[: len(roles) - roles[::-1].index("assistant")]
@@ -87,21 +90,21 @@ class ChatTemplate:
                 **self.special,
             )
         except TemplateSyntaxError as e:
-            raise DataError(f"{self.name}: its chat template is no template: {e}; repair chat_template.jinja") from e
+            raise DataError(f"{self.name}: invalid chat template: {e}; repair chat_template.jinja") from e
         except (TemplateError, TypeError, ValueError, KeyError) as e:
-            raise RefusedRow(f"the tokenizer's chat template refuses it: {e}") from e
+            raise RefusedRow(f"rejected by the tokenizer's chat template: {e}") from e
         return text, tuple((int(start), int(end)) for start, end in spans[0]) if self.marked else ()
 
     def _rewritten(self, text: str, turns: Sequence[Turn]) -> tuple[Span, ...]:
-        """The spans of a conversation whose last turn the template rewrites: that one is all that it adds."""
-        asked, _ = self._render(turns[:-1], prompt=True)
-        earlier = _locate(asked, turns[:-1], self.frame(tuple(turn["role"] for turn in turns[:-1]), prompt=True))
-        if earlier is None or not text.startswith(asked) or len(asked) == len(text):
+        """The spans if the template rewrites the last turn: that turn is everything after the generation prompt."""
+        before, _ = self._render(turns[:-1], prompt=True)
+        earlier = _locate(before, turns[:-1], self.frame(tuple(turn["role"] for turn in turns[:-1]), prompt=True))
+        if earlier is None or not text.startswith(before) or len(before) == len(text):
             raise RefusedRow(
-                "the tokenizer's chat template rewrites what was said, so that it cannot be told which of its text is "
-                f"the assistant's; the last turn is {turns[-1]['content'][:60]!r}"
+                "the tokenizer's chat template rewrites the turns, so the assistant's text cannot be located; "
+                f"the last turn is {turns[-1]['content'][:60]!r}"
             )
-        return (*earlier, (len(asked), len(text)))
+        return (*earlier, (len(before), len(text)))
 
     def _frame(self, roles: tuple[str, ...], prompt: bool = False) -> Frame:
         stand_ins = [STAND_IN.format(i) for i in range(len(roles))]
@@ -109,15 +112,15 @@ class ChatTemplate:
         rest, _ = self._render(turns, prompt)
         pieces = []
         for stand_in in stand_ins:
-            piece, found, rest = rest.partition(stand_in)
-            if not found:
-                raise RefusedRow("the tokenizer's chat template leaves out some of its turns")
+            piece, separator, rest = rest.partition(stand_in)
+            if not separator:
+                raise RefusedRow("the tokenizer's chat template omits some of the turns")
             pieces.append(piece)
         pieces.append(rest)
         return Frame(tuple(pieces), tuple(self._end(turns[: i + 1], pieces[i + 1]) for i in range(len(turns))))
 
     def _end(self, turns: Sequence[Turn], following: str) -> int:
-        """Characters behind the last of `turns` that are its own: they stand there before another turn follows."""
+        """Length of the last turn's end mark: the start of `following` that is also written without a next turn."""
         if turns[-1]["role"] != "assistant":
             return 0
         text, _ = self._render(turns)
@@ -126,7 +129,7 @@ class ChatTemplate:
 
 
 def _locate(text: str, turns: Sequence[Turn], frame: Frame) -> tuple[Span, ...] | None:
-    """Lay the frame over the text, turn by turn; None where it does not fit. A template may strip white space off."""
+    """Match the frame with the text, turn by turn; None if it does not fit. A template may strip white space."""
     if not text.startswith(frame.pieces[0]):
         return None
     at, spans = len(frame.pieces[0]), []

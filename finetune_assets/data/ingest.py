@@ -1,4 +1,4 @@
-"""From the source's files to the artifact of raw data: rows as Parquet, bad rows in a quarantine beside them."""
+"""Converts the source's files to the raw data artifact: good rows as Parquet, bad rows in a quarantine file."""
 
 import json
 import re
@@ -23,30 +23,30 @@ from finetune_assets.progress import ROWS, Progress
 PARQUET, QUARANTINE = "rows.parquet", "quarantine.jsonl"
 ROWS_PER_BATCH = 5_000
 SHOWN = 5
-"""Rows, good and bad, that are shown to people."""
+"""Maximum number of rows in each preview of good and bad rows."""
 REASONS = 50
-"""Different reasons that are counted by name."""
+"""Maximum number of distinct reasons that are counted separately."""
 WHERE = re.compile(r" at column \d+")
-"""Part of a reason that tells rows apart, not reasons."""
+"""Part of a reason that differs between rows with the same problem."""
 
 
 @dataclass
 class RawStatistics:
-    """What one version of the raw data holds.
+    """Statistics of one version of the raw data.
 
     Attributes:
-        rows: Good rows.
-        conversations: Those of them with more than instruction and response.
-        with_context: Those with a context (or a system turn).
-        quarantined: Bad rows.
-        reasons: Bad rows by reason.
-        categories: Good rows by category.
-        preview: The first good rows that are no conversations.
+        rows: Number of good rows.
+        conversations: Number of good rows with more than instruction and response.
+        with_context: Number of good rows with a context (or a system turn).
+        quarantined: Number of bad rows.
+        reasons: Number of bad rows by reason.
+        categories: Number of good rows by category.
+        preview: The first good rows that are not conversations.
         conversation_preview: The first conversations.
         first_quarantined: The first bad rows: file, line, reason, text.
-        files_without_rows: Files none of whose rows is good.
-        quality: What is wrong with good rows.
-        shown: Rows that `quality` names, by their number.
+        files_without_rows: Files without a good row.
+        quality: Quality problems of good rows.
+        shown: Rows that `quality` names, by row number.
     """
 
     rows: int = 0
@@ -68,10 +68,10 @@ class RawStatistics:
 
 
 def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawStatistics:
-    """Write `out/rows.parquet` and `out/quarantine.jsonl`; at most `ROWS_PER_BATCH` rows stand in memory.
+    """Write `out/rows.parquet` and `out/quarantine.jsonl`, with at most `ROWS_PER_BATCH` rows in memory.
 
     Raises:
-        DataError: if a file as a whole cannot be read, or there is no row in any.
+        DataError: if a file as a whole cannot be read, or no file contains a row.
     """
     counts = RawStatistics()
     categories: Counter[str] = Counter()
@@ -103,8 +103,8 @@ def _shown(parquet: Path, quality: Quality) -> dict[str, Row]:
     numbers = {number for pair in pairs for number in pair} | {*quality.first_leaked}
     if not numbers:
         return {}
-    found = rows_by_number(pq.ParquetFile(parquet).iter_batches(ROWS_PER_BATCH), numbers)
-    return {str(number): {**row, "messages": None} for number, row in found.items()}
+    rows = rows_by_number(pq.ParquetFile(parquet).iter_batches(ROWS_PER_BATCH), numbers)
+    return {str(number): {**row, "messages": None} for number, row in rows.items()}
 
 
 def _count(batch: list[Row], counts: RawStatistics) -> None:
@@ -118,7 +118,7 @@ def _count(batch: list[Row], counts: RawStatistics) -> None:
 
 
 class _Quarantine:
-    """Writes bad rows down, and counts them."""
+    """Writes bad rows to the quarantine file and counts them."""
 
     def __init__(self, file: TextIO, counts: RawStatistics) -> None:
         self.file, self.counts = file, counts
@@ -144,7 +144,7 @@ def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> I
         try:
             row = read(record.row)
         except BadRow as e:
-            quarantine.take(file.name, Unreadable(record.line, str(e), _as_it_stands(record)))
+            quarantine.take(file.name, Unreadable(record.line, str(e), _source_text(record)))
             continue
         good += 1
         yield row
@@ -152,7 +152,7 @@ def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> I
         quarantine.counts.files_without_rows.append(file.name)
 
 
-def _as_it_stands(record: Record) -> str:
+def _source_text(record: Record) -> str:
     if record.text is not None:
         return kept(record.text)
     return kept(json.dumps(record.row, ensure_ascii=False, default=str))

@@ -1,4 +1,4 @@
-"""What the label of a token says."""
+"""Label values of tokens."""
 
 IGNORED = -100
-"""Label of a token that is not learned, as PyTorch's cross-entropy and every trainer know it."""
+"""Label of tokens excluded from the loss; the default `ignore_index` of PyTorch's cross-entropy and of all trainers."""

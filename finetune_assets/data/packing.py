@@ -1,4 +1,4 @@
-"""Best-fit-decreasing bin packing of examples into sequences of one length."""
+"""Best-fit-decreasing bin packing of examples into sequences of equal length."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 def pack(lengths: Sequence[int] | NDArray[np.int64], capacity: int) -> list[list[int]]:
     """Assign every example to a pack so that no pack holds more than `capacity` tokens.
 
-    Longest first, each into the fullest pack that still takes it. Packs with the same space left are kept in one
-    stack, and the spaces that occur as the bits of one integer, so that finding the best is a bit operation.
+    Examples are placed longest first, each into the fullest pack with enough space. Packs with equal remaining space
+    share a stack, and the bits of one integer mark the spaces that occur, so finding the best pack is a bit operation.
 
     Args:
-        lengths: Tokens of each example, each from 1 to `capacity`.
-        capacity: Tokens of a pack.
+        lengths: Number of tokens of each example, from 1 to `capacity`.
+        capacity: Maximum number of tokens per pack.
 
     Returns:
-        Indices into `lengths`, pack by pack, the packs in order of their first example.
+        Indices into `lengths`, pack by pack; packs are sorted by their first example.
 
     Raises:
         ValueError: if an example is longer than a pack.
@@ -28,7 +28,7 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], capacity: int) -> list[list
     for example in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[example])
         if not 0 < length <= capacity:
-            raise ValueError(f"example {example} has {length} tokens, a pack takes 1 to {capacity}")
+            raise ValueError(f"example {example} has {length} tokens, expected 1 to {capacity}")
         fitting = occupied >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1

@@ -1,7 +1,7 @@
-"""From raw Parquet to training-ready Arrow files, in one pass over the text and bounded memory.
+"""Converts raw Parquet rows to training-ready Arrow files, in one pass over the text and bounded memory.
 
-The folder that comes out holds `train.arrow`, `val.arrow`, `gate.arrow` (Arrow streams that
-`datasets.Dataset.from_file` opens too) and, with packing, `packs.arrow`: the train examples of each packed sequence.
+The output folder contains `train.arrow`, `val.arrow` and `gate.arrow` (Arrow streams that `datasets.Dataset.from_file`
+can open too) and, with packing, `packs.arrow`: the train examples of each packed sequence.
 """
 
 import sys
@@ -30,7 +30,7 @@ from finetune_assets.progress import Progress
 
 ROWS_PER_BATCH = 1_000
 LENGTH_BINS, FILL_BINS = 40, 20
-"""How finely lengths and packed sequences are counted, for people to look at."""
+"""Number of bins of the histograms of example lengths and of packed sequences' fill."""
 EXAMPLE_SCHEMA = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.int32()), metadata={"doc": "tokens of prompt, response and end"}),
@@ -44,13 +44,13 @@ PACK_SCHEMA = pa.schema([pa.field("examples", pa.list_(pa.int32()), metadata={"d
 
 
 class Rows(NamedTuple):
-    """What is known of every row before any is tokenized; a few bytes a row, so that millions fit.
+    """Data about all rows, collected before tokenization; a few bytes per row, so that millions fit in memory.
 
     Attributes:
-        sides: As of `Draw`; shape (n,).
-        ranks: As of `Draw`; shape (n,).
-        prompts: A hash of the folded prompt; shape (n,).
-        categories: Shape (n,), each text once in memory.
+        sides: `Draw.side` of each row; shape (n,).
+        ranks: `Draw.rank` of each row; shape (n,).
+        prompts: Hash of each row's folded prompt; shape (n,).
+        categories: Category of each row; shape (n,), equal texts share memory.
     """
 
     sides: NDArray[np.float64]
@@ -64,11 +64,11 @@ class Rows(NamedTuple):
 
 @dataclass
 class Statistics:
-    """What came out. Token counts are of the train split unless named otherwise.
+    """Statistics of a prepared dataset. Token counts are of the train split unless named otherwise.
 
-    `refused` rows have no words in the experiment's template; `first_refused` says which was the first, and why.
-    `overlap` is of held-out rows whose prompt is also trained on, but for case, spaces and punctuation. Rows are named
-    by their numbers in the raw data, from 0.
+    `refused` rows cannot be rendered with the experiment's template; `first_refused` names the first of them and the
+    reason. `overlap` counts held-out rows with a prompt that is also in the train split, up to case, spaces and
+    punctuation. Rows are named by their numbers in the raw data, from 0.
     """
 
     rows_read: int = 0
@@ -88,11 +88,11 @@ class Statistics:
     length_quantiles: dict[str, int] = field(default_factory=dict)
     sequences: int = 0
     fill: float = 1.0
-    """Share of the sequences' places that hold a token."""
+    """Fraction of the sequences' positions that hold a token."""
     length_histogram: dict[str, Any] = field(default_factory=dict)
-    """`width` of a bin in tokens, and `counts` of the train examples in each bin, from 0 on."""
+    """`width` of a bin in tokens, and `counts` of the train examples in each bin, starting at 0."""
     fill_histogram: list[int] = field(default_factory=list)
-    """Packed sequences by the share of their places that is filled, in `FILL_BINS` bins of equal width from 0 to 1."""
+    """Number of packed sequences by fill fraction, in `FILL_BINS` bins of equal width from 0 to 1."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,8 +136,8 @@ def _select(rows: Rows, data: Data, statistics: Statistics) -> NDArray[np.bool_]
         occurring = set(rows.categories)
         for name in data.categories:
             if name not in occurring:
-                found = ", ".join(sorted(filter(None, occurring))) or "rows without a category only"
-                raise DataError(f"data.categories: no row has category '{name}'; found {found}")
+                names = ", ".join(sorted(filter(None, occurring))) or "rows without a category only"
+                raise DataError(f"data.categories: no row has category '{name}'; found {names}")
         taken &= np.isin(rows.categories, data.categories)
         statistics.rows_of_other_categories = int((~taken).sum())
     if data.num_samples is not None and taken.sum() > data.num_samples:
@@ -157,7 +157,11 @@ def _write_examples(
     statistics: Statistics,
     out: Path,
 ) -> NDArray[np.int64]:
-    """Write one Arrow stream a split; returns the train examples' lengths."""
+    """Write one Arrow stream per split.
+
+    Returns:
+        Number of tokens of each train example; shape (n,).
+    """
     lengths: list[NDArray[np.int64]] = []
     written: dict[Split, list[NDArray[np.int64]]] = {split: [] for split in Split}
     with ExitStack() as stack:
@@ -239,7 +243,7 @@ def _columns(examples: Examples, indices: NDArray[np.int64], categories: NDArray
 
 
 def _labelled_tokens(examples: Examples) -> NDArray[np.int64]:
-    """Tokens that each example teaches: labelled ones, its first place aside (nothing predicts that). Shape (n,)."""
+    """Number of labelled tokens of each example, without its first token, which nothing predicts. Shape (n,)."""
     starts = np.cumsum(examples.lengths) - examples.lengths
     learned = (examples.labels != IGNORED).astype(np.int64)
     learned[starts[examples.lengths > 0]] = 0
@@ -248,13 +252,13 @@ def _labelled_tokens(examples: Examples) -> NDArray[np.int64]:
 
 def _check_not_empty(statistics: Statistics, data: Data) -> None:
     left = statistics.examples
-    told = f"{statistics.rows_read} rows gave {dict(left)} examples, {statistics.without_label} without a label"
+    counts = f"{statistics.rows_read} rows gave {dict(left)} examples, {statistics.without_label} without a label"
     if statistics.refused:
-        told += f", {statistics.refused} refused by the template ({statistics.first_refused})"
+        counts += f", {statistics.refused} refused by the template ({statistics.first_refused})"
     if not left[Split.TRAIN]:
-        raise DataError(f"nothing to train on: {told}; take more rows or raise data.tokenization.cutoff_len")
+        raise DataError(f"no training examples: {counts}; use more rows or raise data.tokenization.cutoff_len")
     if not left[Split.VAL] and data.val_fraction > 0:
-        raise DataError(f"no validation example: {told}; take more rows, or a larger data.val_fraction, or set it to 0")
+        raise DataError(f"no validation examples: {counts}; use more rows, raise data.val_fraction, or set it to 0")
 
 
 def _describe_lengths(lengths: NDArray[np.int64], statistics: Statistics) -> None:

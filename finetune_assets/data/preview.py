@@ -1,4 +1,4 @@
-"""Examples as a person wants to look at them, in Markdown."""
+"""Previews of tokenized examples in Markdown."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SHOWN_CHARACTERS = 600
 
 
 def masked_tokens(stream: Path, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> str:
-    """The first examples as the model sees them: what is masked after `-`, what is learned after `+`."""
+    """The first examples as diff blocks: masked text after `-`, learned text after `+`."""
     with pa.ipc.open_stream(pa.memory_map(str(stream))) as reader:
         rows = reader.read_all().slice(0, count).select(["input_ids", "labels"]).to_pylist()
     return "\n".join(f"```diff\n{_segments(row, tokenizer)}\n```" for row in rows)

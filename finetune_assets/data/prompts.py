@@ -1,4 +1,4 @@
-"""From a row to the text that the model reads, and where in that text it is to learn."""
+"""Renders rows as input text of the model, with the character spans to learn."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,16 +8,16 @@ from transformers import PreTrainedTokenizerBase
 from finetune_assets.config.schema import PromptTemplate
 from finetune_assets.data.chat import ChatTemplate, Span
 from finetune_assets.data.errors import RefusedRow
-from finetune_assets.data.layouts import conversation
+from finetune_assets.data.layouts.instruction import conversation
 from finetune_assets.data.rows import Row
 
 
 class Rendered(NamedTuple):
-    """A row as text.
+    """A row rendered as text.
 
     Attributes:
-        text: All that the model reads.
-        spans: Where the assistant speaks, as index of the first character and behind the last, in order.
+        text: Complete input text of the model.
+        spans: Spans of the assistant's text, as first character and end (exclusive), in order.
     """
 
     text: str
@@ -28,13 +28,13 @@ Renderer = Callable[[Row], Rendered]
 
 
 def make_renderer(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """The function that renders a row by an experiment's template, or by the tokenizer's own.
+    """Create the function that renders a row with the experiment's prompts or the tokenizer's chat template.
 
     Returns:
-        A function that raises `RefusedRow` where the template has no words for a row.
+        A function that raises `RefusedRow` if a row cannot be rendered.
 
     Raises:
-        DataError: if the tokenizer's own is asked for and it has none.
+        DataError: if `chat_template` is set and the tokenizer has none.
     """
     if not template.chat_template:
         return lambda row: render_prompt(template, row)
@@ -45,15 +45,15 @@ def make_renderer(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) 
 
 
 def render_prompt(template: PromptTemplate, row: Row) -> Rendered:
-    """Fill the prompt with or without input and put the response behind it.
+    """Fill the prompt with or without a context and append the response.
 
     Raises:
-        RefusedRow: for a conversation, which such a prompt cannot hold.
+        RefusedRow: for a conversation, which such a prompt cannot represent.
     """
     if row["messages"]:
         raise RefusedRow(
-            f"a conversation of {len(row['messages'])} turns, which prompt_input cannot hold; set "
-            "data.prompt_template.chat_template to true, or take other rows by data.categories"
+            f"a conversation of {len(row['messages'])} turns cannot be rendered with prompt_input; set "
+            "data.prompt_template.chat_template to true, or select other rows with data.categories"
         )
     form = template.prompt_input if row["context"].strip() else template.prompt_no_input
     prompt = form.format(instruction=row["instruction"], context=row["context"])

@@ -1,5 +1,4 @@
-"""What the checks look at: rows that repeat others, answers that stand in their question, and how one version differs
-from another."""
+"""Measures for the data checks: duplicates, near-duplicates, leaked answers, and drift between versions."""
 
 import hashlib
 import math
@@ -17,35 +16,36 @@ from numpy.typing import NDArray
 from finetune_assets.data.rows import Row
 
 SHOWN = 5
-"""Rows that are shown of each kind."""
+"""Maximum number of rows to name for each problem."""
 LEAST_LEAK = 20
-"""Characters of a folded response below which it may well stand in its question: `yes`, a name, a number."""
+"""Minimum length of a leaked response, in folded characters; shorter ones (`yes`, a name, a number) may legitimately
+occur in their question."""
 BETWEEN_WORDS = re.compile(r"[\W_]+")
 
 
 def folded(text: str) -> str:
-    """Text without what does not tell two apart: Unicode form, case, spaces and punctuation."""
+    """Normalize Unicode form, case, spaces and punctuation, so that near-duplicates become equal."""
     return BETWEEN_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def hashed(*parts: str) -> int:
-    """64 bits; of ten million different texts two meet once in four hundred thousand times."""
+    """Hash to 64 bits; ten million different texts contain a collision with a probability of 1 in 400,000."""
     return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "big")
 
 
 @dataclass
 class Quality:
-    """What is wrong with good rows, counted while they pass by; 16 bytes a row are kept until all have.
+    """Quality problems of good rows, counted in one pass that keeps 16 bytes per row.
 
     Attributes:
-        duplicates: Rows that repeat an earlier one.
-        near_duplicates: Rows that do so but for case, spaces and punctuation.
-        leaked: Rows whose response stands in their instruction. In their context it may: that is what many are asked
-            to find.
-        lengths: Rows by the characters of prompt and response, in powers of two: bin n holds lengths below 2^n.
-        first_duplicates: Numbers of the first rows (from 0) that repeat another, each with the earlier one's.
-        first_near_duplicates: The same of near duplicates.
-        first_leaked: Numbers of the first rows whose response leaks.
+        duplicates: Number of exact duplicates of an earlier row.
+        near_duplicates: Number of rows equal to an earlier one up to case, spaces and punctuation.
+        leaked: Number of rows with an instruction that contains the response. A response in the context is not
+            counted: many tasks are to extract it from there.
+        lengths: Number of rows by characters of prompt and response, in powers of two: bin n holds lengths below 2^n.
+        first_duplicates: Numbers of the first duplicates (from 0), each with the number of the earlier row.
+        first_near_duplicates: The same for near-duplicates.
+        first_leaked: Numbers of the first rows with a leaked response.
     """
 
     duplicates: int = 0
@@ -58,12 +58,12 @@ class Quality:
 
 
 class Inspector:
-    """Looks at each row once, and sums up."""
+    """Inspects each row once and accumulates a `Quality`."""
 
     def __init__(self) -> None:
         self._exact, self._folded = array("Q"), array("Q")
         self._lengths: Counter[int] = Counter()
-        self._found = Quality()
+        self._quality = Quality()
 
     def look(self, row: Row) -> None:
         instruction, context, response = row["instruction"], row["context"], row["response"]
@@ -75,23 +75,23 @@ class Inspector:
         self._folded.append(hashed(*plain))
         self._lengths[sum(map(len, turns or parts)).bit_length()] += 1
         if len(plain[2]) >= LEAST_LEAK and plain[2] in plain[0]:
-            self._found.leaked += 1
-            if len(self._found.first_leaked) < SHOWN:
-                self._found.first_leaked.append(number)
+            self._quality.leaked += 1
+            if len(self._quality.first_leaked) < SHOWN:
+                self._quality.first_leaked.append(number)
 
     def sum_up(self) -> Quality:
-        found = self._found
+        quality = self._quality
         exact, near = _repeats(self._exact), _repeats(self._folded)
         near = near[~np.isin(near[:, 0], exact[:, 0])]
-        found.duplicates, found.near_duplicates = len(exact), len(near)
-        found.first_duplicates = [(int(row), int(first)) for row, first in exact[:SHOWN]]
-        found.first_near_duplicates = [(int(row), int(first)) for row, first in near[:SHOWN]]
-        found.lengths = {str(bits): count for bits, count in sorted(self._lengths.items())}
-        return found
+        quality.duplicates, quality.near_duplicates = len(exact), len(near)
+        quality.first_duplicates = [(int(row), int(first)) for row, first in exact[:SHOWN]]
+        quality.first_near_duplicates = [(int(row), int(first)) for row, first in near[:SHOWN]]
+        quality.lengths = {str(bits): count for bits, count in sorted(self._lengths.items())}
+        return quality
 
 
 def _repeats(hashes: "array[int]") -> NDArray[np.int64]:
-    """Rows whose hash has come before, and where it came first; shape (n, 2), in the order of the rows."""
+    """Rows with a hash that occurs earlier, and the row of its first occurrence; shape (n, 2), in row order."""
     values = np.frombuffer(hashes, np.uint64) if hashes else np.empty(0, np.uint64)
     _, first, group = np.unique(values, return_index=True, return_inverse=True)
     firsts = first[group]
@@ -100,7 +100,7 @@ def _repeats(hashes: "array[int]") -> NDArray[np.int64]:
 
 
 def distance(ours: Mapping[str, int], others: Mapping[str, int]) -> float:
-    """Total variation distance of two distributions, given as counts: 0 for the same, 1 if nothing is shared."""
+    """Total variation distance of two distributions given as counts: 0 if equal, 1 if disjoint."""
     totals = sum(ours.values()), sum(others.values())
     if not all(totals):
         return 0.0 if totals[0] == totals[1] else 1.0
@@ -109,18 +109,18 @@ def distance(ours: Mapping[str, int], others: Mapping[str, int]) -> float:
 
 
 def rows_by_number(batches: Any, numbers: set[int]) -> dict[int, Row]:
-    """Rows of a Parquet file by their numbers.
+    """Read rows of a Parquet file by number.
 
     Args:
         batches: Record batches, in order.
-        numbers: Whose rows are wanted; the reading ends with the last of them.
+        numbers: Numbers of the rows to read, from 0; reading stops after the last of them.
     """
-    found: dict[int, Row] = {}
+    rows: dict[int, Row] = {}
     start = 0
     for batch in batches:
         here = sorted(number - start for number in numbers if start <= number < start + len(batch))
-        found |= {start + index: batch.slice(index, 1).to_pylist()[0] for index in here}
+        rows |= {start + index: batch.slice(index, 1).to_pylist()[0] for index in here}
         start += len(batch)
-        if len(found) == len(numbers):
+        if len(rows) == len(numbers):
             break
-    return found
+    return rows

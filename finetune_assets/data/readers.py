@@ -1,7 +1,7 @@
-"""From a file to what stands in it, row by row, in bounded memory: JSON Lines, a JSON array, CSV, Parquet.
+"""Reads the rows of a file one by one in bounded memory: JSON Lines, a JSON array, CSV, Parquet.
 
-A row that cannot be read is handed on as `Unreadable` and the rest of the file read; where what follows it cannot be
-told apart any more, the whole file is refused, so that no row is lost unseen.
+A row that cannot be read is returned as `Unreadable`, and reading continues after it. If the rows after it cannot be
+separated any more, the whole file is refused, so that no row is lost silently.
 """
 
 import csv
@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from finetune_assets.data.errors import DataError
 
 MAX_ROW_BYTES = 16 << 20
-"""Of the longest row that is read; far beyond any context window, far below what would fill the memory."""
+"""Maximum size of a row; far beyond any context window, far below what would exhaust the memory."""
 KEPT_CHARACTERS = 100_000
-"""Of a bad row's text that are kept in the quarantine."""
+"""Maximum number of characters of a bad row's text kept in the quarantine."""
 CHUNK = 1 << 20
 ROWS_PER_BATCH = 1_000
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
@@ -30,9 +30,9 @@ NOT_TEXT = {
     b"\xfe\xff": "UTF-16; save it as UTF-8",
     b"\x1f\x8b": "compressed (gzip); unpack it first",
     b"PK": "a zip archive or spreadsheet; unpack it, or export it as CSV",
-    b"PAR1": "a Parquet file; let its name end in .parquet",
+    b"PAR1": "a Parquet file; rename it to end in .parquet",
 }
-"""First bytes of files that only look like text by their name."""
+"""First bytes of files that are not UTF-8 text, despite the file extension."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class SourceFile:
 
 
 class Record(NamedTuple):
-    """What was read as one row.
+    """One row as read from a file.
 
     Attributes:
-        line: Line of the file on which it begins; in Parquet, number of the row, from 1.
-        row: A dictionary, if all is well.
-        text: As it stands in the file, where that is at hand.
+        line: Line of the file on which the row begins; in Parquet, number of the row, from 1.
+        row: The parsed row; a dictionary if it is valid.
+        text: Source text of the row, if available.
     """
 
     line: int
@@ -66,9 +66,9 @@ class Unreadable(NamedTuple):
     """A row that cannot be read.
 
     Attributes:
-        line: As of a `Record`.
-        reason: Why not.
-        text: What stands there, at most `KEPT_CHARACTERS` of it.
+        line: As in `Record`.
+        reason: Reason why the row cannot be read.
+        text: Source text of the row, at most `KEPT_CHARACTERS`.
     """
 
     line: int
@@ -80,7 +80,7 @@ Records = Iterator[Record | Unreadable]
 
 
 def read_records(path: Path) -> Records:
-    """Everything that stands in a file, by the ending of its name.
+    """Read all rows of a file; the file extension selects the format.
 
     Raises:
         DataError: naming file (and line), if the file as a whole cannot be read.
@@ -92,7 +92,7 @@ def read_records(path: Path) -> Records:
 
 
 def kept(text: bytes | str) -> str:
-    """As much of a bad row as is kept; what is not UTF-8 as escapes."""
+    """The part of a bad row's text to keep; bytes that are not UTF-8 are escaped."""
     part = text[:KEPT_CHARACTERS]
     return (
         part.decode(errors="backslashreplace")
@@ -108,7 +108,7 @@ def _json(path: Path) -> Records:
         file.seek(0)
         begins = start.removeprefix(BYTE_ORDER_MARK).lstrip()
         if begins.partition(b"\n")[0].strip() == b"{":
-            raise DataError(f"{path}: neither an array of rows, [{{...}}, {{...}}], nor one JSON object a line")
+            raise DataError(f"{path}: neither an array of rows, [{{...}}, {{...}}], nor one JSON object per line")
         if begins[:1] != b"[":
             yield from _json_lines(file, path)
             return
@@ -141,7 +141,7 @@ def _skip_line(file: BinaryIO, line: bytes) -> int:
 
 
 def _too_long(size: int) -> str:
-    return f"{size:,} bytes in one row, of which at most {MAX_ROW_BYTES:,} are read; split it or leave it out"
+    return f"row of {size:,} bytes exceeds the maximum of {MAX_ROW_BYTES:,}; split or remove it"
 
 
 def _parsed(line: bytes, number: int) -> Record | Unreadable:
@@ -150,14 +150,14 @@ def _parsed(line: bytes, number: int) -> Record | Unreadable:
     except UnicodeDecodeError as e:
         reason = f"not UTF-8 at byte {e.start} of the line; save the file as UTF-8"
     except json.JSONDecodeError as e:
-        reason = f"not JSON: {e.msg.removesuffix(' at')} at column {e.colno}; one JSON object a line is expected"
+        reason = f"not JSON: {e.msg.removesuffix(' at')} at column {e.colno}; expected one JSON object per line"
     except (ValueError, RecursionError) as e:
         reason = f"cannot be read: {e}"
     return Unreadable(number, reason, kept(line))
 
 
 def _json_array(file: TextIO, path: Path) -> Records:
-    """The elements of one JSON array, which is never whole in memory."""
+    """Read the elements of a JSON array without loading all of it into memory."""
     array = _ArrayText(file, path)
     array.skip("[")
     while not array.at("]"):
@@ -173,7 +173,7 @@ def _json_array(file: TextIO, path: Path) -> Records:
 
 
 class _ArrayText:
-    """A window that moves over the text of a JSON array."""
+    """A sliding window over the text of a JSON array."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self.file, self.path = file, path
@@ -181,7 +181,7 @@ class _ArrayText:
         self.decoder = json.JSONDecoder()
 
     def next(self) -> str:
-        """The next character that is not white space, which is skipped; empty at the end."""
+        """Skip white space and return the next character; empty at the end."""
         while True:
             self._move(WHITE_SPACE.match(self.text, self.position).end())  # type: ignore[union-attr]
             if self.position < len(self.text) or not self._read():
@@ -196,11 +196,11 @@ class _ArrayText:
         self._move(self.position + 1)
 
     def element(self) -> Any:
-        """The element that begins here; more text is read until it is whole."""
+        """The element at the current position; reads more text until it is complete."""
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
-                if end < len(self.text) or self.ended:  # else a number might go on
+                if end < len(self.text) or self.ended:  # otherwise a number might continue
                     self._move(end)
                     return value
             except (json.JSONDecodeError, RecursionError) as e:
@@ -212,8 +212,8 @@ class _ArrayText:
 
     def broken(self, problem: str) -> DataError:
         return DataError(
-            f"{self.path}:{self.line}: not a JSON array: {problem}. What follows cannot be told apart, so nothing of "
-            "this file was taken; repair it, or write one JSON object a line (.jsonl)"
+            f"{self.path}:{self.line}: not a JSON array: {problem}. The rows after it cannot be separated, so the "
+            "whole file is refused; repair it, or write one JSON object per line (.jsonl)"
         )
 
     def _at_error(self, error: Exception) -> DataError:
@@ -253,12 +253,14 @@ def _csv(path: Path) -> Records:
             if len(fields) == len(header):
                 yield Record(start, dict(zip(header, fields, strict=True)))
             elif fields:
-                reason = f"{len(fields)} fields where the header has {len(header)}; put quotes around commas and lines"
+                reason = (
+                    f"{len(fields)} fields, but the header has {len(header)}; quote fields with commas or line breaks"
+                )
                 yield Unreadable(start, reason, kept("".join(lines.seen)))
 
 
 class _Lines:
-    """Lines of a file, those of the row at hand kept in view."""
+    """Iterates over the lines of a file and keeps those of the current row."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.seen = file, list[str]()
@@ -278,19 +280,19 @@ def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
     except csv.Error as e:
         raise DataError(f"{path}:1: the header is not CSV: {e}") from e
     if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
-        raise DataError(f"{path}:1: the header is one column, {header[0][:80]!r}; separate the columns by commas")
+        raise DataError(f"{path}:1: the header has a single column, {header[0][:80]!r}; separate columns by commas")
     if twice := next((name for name in header if header.count(name) > 1), None):
-        raise DataError(f"{path}:1: the header names '{twice}' twice; give each column a name of its own")
+        raise DataError(f"{path}:1: duplicate column '{twice}' in the header; give each column a unique name")
     return header
 
 
 def _bad_csv(error: csv.Error, start: int, lines: _Lines, path: Path) -> Unreadable:
     if "unexpected end of data" in str(error):
         raise DataError(
-            f"{path}:{start}: a quote that opens in this row is never closed and takes the file's other "
-            f"{len(lines.seen) - 1} lines with it, so nothing of this file was taken; close it, or write it twice"
+            f"{path}:{start}: a quote opened in this row is never closed and includes the file's remaining "
+            f"{len(lines.seen) - 1} lines, so the whole file is refused; close the quote, or double it"
         )
-    reason = f"not CSV: {error}; write a quote inside quotes twice"
+    reason = f"not CSV: {error}; double a quote inside a quoted field"
     return Unreadable(start, reason, kept("".join(lines.seen)))
 
 
@@ -303,11 +305,11 @@ def _parquet(path: Path) -> Records:
                 number += 1
                 yield Unreadable(number, row, "") if isinstance(row, str) else Record(number, row)
     except pa.ArrowException as e:
-        raise DataError(f"{path}: not a Parquet file, or one that was cut short: {str(e).splitlines()[0]}") from e
+        raise DataError(f"{path}: not a Parquet file, or a truncated one: {str(e).splitlines()[0]}") from e
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
-    """The rows of a batch; of one that is not UTF-8, the reason."""
+    """The rows of a batch; for a row that is not UTF-8, the reason instead."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as e:
@@ -323,4 +325,4 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".csv": _csv,
     ".parquet": _parquet,
 }
-"""By the ending of a file's name."""
+"""Readers by file extension."""

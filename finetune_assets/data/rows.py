@@ -1,4 +1,4 @@
-"""The one schema of raw data, the identity of a row, and the side of the split that it falls on."""
+"""The schema of raw data, and the assignment of rows to splits by content."""
 
 import hashlib
 import unicodedata
@@ -46,11 +46,11 @@ RAW_SCHEMA = pa.schema(
 Row = dict[str, Any]
 """One row of `RAW_SCHEMA`."""
 Turn = dict[str, str]
-"""`role` and `content`."""
+"""One turn of a conversation: `role` and `content`."""
 
 
 class Split(StrEnum):
-    """A side of the split."""
+    """A split of the rows."""
 
     TRAIN = "train"
     VAL = "val"
@@ -58,11 +58,11 @@ class Split(StrEnum):
 
 
 class Draw(NamedTuple):
-    """Two independent numbers in [0, 1) that a row's prompt decides.
+    """Two independent numbers in [0, 1) derived from a row's prompt.
 
     Attributes:
-        side: Where on the line of the split the row stands.
-        rank: The row's place in the queue when only some are taken.
+        side: Determines the row's split.
+        rank: Order in which rows are chosen if only some are used.
     """
 
     side: float
@@ -70,11 +70,11 @@ class Draw(NamedTuple):
 
 
 def draw(instruction: str, context: str, salt: str) -> Draw:
-    """What a row's prompt decides about it, whatever other rows there are.
+    """Derive a row's draw from its prompt, independently of all other rows.
 
-    The response is left out and case, spacing and Unicode form are folded, so that neither a duplicate nor another
-    answer to the same question can stand on the other side of the split. A conversation is decided by its system and
-    first user turn, so that one that goes on from another stands where that one does.
+    The response is excluded, and case, spacing and Unicode form are folded, so a duplicate or another answer to the
+    same question is always in the same split. A conversation is identified by its system turn and first user turn, so
+    a conversation that continues another one is in the same split.
     """
     text = "\0".join(
         " ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in (instruction, context)
@@ -84,7 +84,7 @@ def draw(instruction: str, context: str, salt: str) -> Draw:
 
 
 def side_of(draw: Draw, data: Data) -> Split:
-    """The gate's rows stand at the line's beginning, the validation rows at its end, so neither moves the other."""
+    """The split of a row: the low end of [0, 1) is gate, the high end validation, so the fractions are independent."""
     if draw.side < data.gate_fraction:
         return Split.GATE
     return Split.VAL if draw.side >= 1 - data.val_fraction else Split.TRAIN
@@ -92,12 +92,12 @@ def side_of(draw: Draw, data: Data) -> Split:
 
 @dataclass(frozen=True)
 class HoldoutRows:
-    """Both ends of the split's line, as far as an adapter and those that it began from were not trained on them.
+    """Rows that an adapter and its warm-start ancestors were not trained on: both ends of [0, 1) of `Draw.side`.
 
     Attributes:
-        salt: Of the draws.
-        gate: Rows that are drawn below this are unseen.
-        val: Rows that are drawn among the last so many are too.
+        salt: Salt of the draws.
+        gate: Rows with a draw below this are unseen.
+        val: Rows with a draw of at least 1 - `val` are unseen.
     """
 
     salt: str
@@ -105,12 +105,12 @@ class HoldoutRows:
     val: float
 
     def __and__(self, other: "HoldoutRows") -> "HoldoutRows":
-        """What neither of two has seen; another salt has mixed all rows."""
+        """Rows unseen by both; none if the salts differ, because each salt assigns all rows differently."""
         if other.salt != self.salt:
             return HoldoutRows(self.salt, 0.0, 0.0)
         return HoldoutRows(self.salt, min(self.gate, other.gate), min(self.val, other.val))
 
     def holds(self, instruction: str, context: str, split: str) -> bool:
-        """Whether a row of that side of the split is unseen."""
+        """Whether a row of a split is unseen."""
         side = draw(instruction, context, self.salt).side
         return side < self.gate if split == Split.GATE else side >= 1 - self.val

@@ -1,4 +1,4 @@
-"""Rows as a person wants to look at them, in Markdown."""
+"""Markdown tables of rows and conversations."""
 
 import re
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ def rows_table(rows: list[dict[str, Any]], columns: Iterable[str]) -> str:
 
 
 def conversations_table(rows: list[Row]) -> str:
-    """A Markdown table, a conversation a line, each of its turns shortened."""
+    """A Markdown table with one conversation per line; long turns are shortened."""
     lines = ["| category | turns |", "| --- | --- |"]
     for row in rows:
         turns = "\n".join(f"{turn['role']}: {_short(turn['content'])}" for turn in row["messages"])
@@ -31,6 +31,6 @@ def _short(text: str, longest: int = 160) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that stays in its cell and is shown as it is, be it Markdown or HTML."""
+    """Escape text for a table cell, so that Markdown and HTML in it are shown literally."""
     plain = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
     return LINE_END.sub("<br>", plain)

@@ -1,4 +1,4 @@
-"""Text that no adapter is trained on: paragraphs of a file, by which forgetting is measured."""
+"""Reads general text that no adapter is trained on, for measuring forgetting."""
 
 import json
 from pathlib import Path
@@ -11,15 +11,18 @@ SUFFIXES = (".txt", ".jsonl")
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts of a file, or of all files of a folder: paragraphs of .txt, the `text` of each line of .jsonl.
+    """Read the texts of a file or of all files in a folder: paragraphs of .txt, the `text` of each line of .jsonl.
 
     Raises:
-        DataError: naming file and line, if there is none or one cannot be read.
+        DataError: naming file and line, if there is no text or a line cannot be read.
     """
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
     texts = [text for file in files for text in _of_file(file)]
     if not texts:
-        raise DataError(f"evaluation.general_text: {path}: no text found; a .txt of paragraphs or a .jsonl is read")
+        raise DataError(
+            f"evaluation.general_text: {path}: no text found; use a .txt file of paragraphs or a .jsonl file of "
+            '{"text": "..."} lines'
+        )
     return texts
 
 

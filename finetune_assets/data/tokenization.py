@@ -1,4 +1,7 @@
-"""From text to token ids with labels. The prompt is masked by the tokens' own offsets, never by tokenizing it alone."""
+"""Tokenizes rendered rows and labels the tokens.
+
+The prompt is masked by the tokens' character offsets, never by tokenizing it separately.
+"""
 
 import json
 from collections.abc import Sequence
@@ -19,11 +22,11 @@ from finetune_assets.data.rows import Row
 
 
 class Refused(NamedTuple):
-    """A row that the template has no words for.
+    """A row that the template cannot render.
 
     Attributes:
-        row: Its place among the rows given.
-        reason: Why.
+        row: Index of the row in the input batch.
+        reason: Reason for the refusal.
     """
 
     row: int
@@ -32,16 +35,16 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """A batch of examples, their tokens end to end.
+    """A batch of examples with concatenated tokens.
 
     Attributes:
-        rows: Place of each example's row among the rows given; shape (n,).
-        lengths: Tokens of each example; shape (n,).
+        rows: Index of each example's row in the input batch; shape (n,).
+        lengths: Number of tokens of each example; shape (n,).
         input_ids: Token ids; shape (sum of lengths,), int32.
         labels: The same ids, or `IGNORED`; same shape.
-        prompt_lengths: Tokens before the first of the last answer; shape (n,).
-        truncated: Whether the example was cut at `cutoff_len`; shape (n,).
-        refused: Rows that became no example.
+        prompt_lengths: Number of tokens before the last answer; shape (n,).
+        truncated: Whether the example was truncated at `cutoff_len`; shape (n,).
+        refused: Rows that the template cannot render.
     """
 
     rows: NDArray[np.int64]
@@ -54,14 +57,14 @@ class Examples:
 
 
 class Encoder:
-    """Renders and tokenizes rows as one experiment asks for.
+    """Renders and tokenizes rows with the settings of one experiment.
 
     Args:
         tokenizer: A fast tokenizer.
         data: The experiment's data settings.
 
     Raises:
-        DataError: if the tokenizer is slow, or lacks an end token or chat template that the settings need.
+        DataError: if the tokenizer is slow, or lacks an end token or chat template that the settings require.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
@@ -69,9 +72,9 @@ class Encoder:
         self.settings = data.tokenization
         self.whole_text = data.prompt_template.chat_template
         if not tokenizer.is_fast:
-            raise DataError(f"{tokenizer.name_or_path}: has no fast tokenizer (tokenizer.json), which masking needs")
+            raise DataError(f"{tokenizer.name_or_path}: has no fast tokenizer (tokenizer.json), which masking requires")
         self.backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-        self.backend.no_padding()  # what tokenizer.json asks for when it is used alone
+        self.backend.no_padding()  # tokenizer.json may enable padding and truncation
         self.backend.no_truncation()
         self.eos = None if self.whole_text or not self.settings.add_eos_token else tokenizer.eos_token_id
         if self.settings.add_eos_token and not self.whole_text and self.eos is None:
@@ -80,7 +83,7 @@ class Encoder:
             )
 
     def encode(self, rows: list[Row]) -> Examples:
-        """Tokenize rows, add the end token, cut, and label."""
+        """Render and tokenize rows, append the end token, truncate, and label."""
         taken, rendered, refused = self._rendered(rows)
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=not self.whole_text)
         cutoff, count = self.settings.cutoff_len, len(rendered)
@@ -88,7 +91,7 @@ class Encoder:
         prompts = np.empty(count, np.int32)
         truncated = np.zeros(count, np.bool_)
         ids: list[int] = []
-        answers: list[tuple[int, int]] = []  # first token and the one behind the last, in `ids`
+        answers: list[tuple[int, int]] = []  # start and end (exclusive) in `ids`
         for i, (encoding, (text, spans)) in enumerate(zip(encodings, rendered, strict=True)):
             tokens = encoding.ids
             if self.eos is not None and tokens[-1] != self.eos:
@@ -120,7 +123,7 @@ class Encoder:
         return taken, rendered, refused
 
     def _last(self, encoding: Encoding, end: int, text: str) -> int:
-        """The token behind the last one of an answer. What ends with the text ends with the example."""
+        """Index after the last token of an answer. An answer at the end of the text extends to the example's end."""
         return 1 << 31 if end >= len(text) else token_behind(encoding, end, len(text))
 
     def _label(self, ids: NDArray[np.int32], answers: list[tuple[int, int]]) -> NDArray[np.int32]:
@@ -134,9 +137,9 @@ class Encoder:
 
 
 def first_token_at(encoding: Encoding, start: int, end: int) -> int:
-    """The first token that holds a character of text[start:end]; the number of tokens if none does.
+    """Index of the first token that holds a character of text[start:end]; the number of tokens if none does.
 
-    A character that the tokenizer drops (a stripped space, say) belongs to no token, so the next one decides.
+    A character that the tokenizer drops (such as a stripped space) belongs to no token, so the next one is used.
     """
     for character in range(start, end):
         token = encoding.char_to_token(character)
@@ -146,7 +149,7 @@ def first_token_at(encoding: Encoding, start: int, end: int) -> int:
 
 
 def token_behind(encoding: Encoding, end: int, length: int) -> int:
-    """The token behind the last one that holds a character of text[:end], where the text goes on up to `length`."""
+    """Index after the last token that holds a character of text[:end], in a text of `length` characters."""
     for character in range(end, length):
         token = encoding.char_to_token(character)
         if token is not None:
@@ -156,10 +159,10 @@ def token_behind(encoding: Encoding, end: int, length: int) -> int:
 
 
 def check_positions(folder: Path, data: Data) -> None:
-    """Refuse a cut-off beyond the positions that the model of this folder was made for.
+    """Check that `cutoff_len` does not exceed the maximum number of positions of the model in this folder.
 
     Raises:
-        DataError: naming both.
+        DataError: naming both values.
     """
     positions = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     cutoff = data.tokenization.cutoff_len
@@ -170,20 +173,20 @@ def check_positions(folder: Path, data: Data) -> None:
 def load_tokenizer(
     folder: str, added_tokens: Sequence[str] = (), trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model's or adapter's local folder.
+    """Load the tokenizer from the local folder of a base model or adapter.
 
     Args:
-        folder: Where its files lie.
-        added_tokens: Tokens to add where it lacks them (`data.tokenization.added_tokens`).
-        trust_remote_code: Run the Python code in the folder, if the tokenizer is written in some.
+        folder: Folder with the tokenizer's files.
+        added_tokens: Tokens to add if the tokenizer lacks them (`data.tokenization.added_tokens`).
+        trust_remote_code: Run the Python code in the folder, if the tokenizer requires it.
 
     Raises:
-        DataError: if there is none that loads.
+        DataError: if no tokenizer can be loaded.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as e:  # whatever a damaged file makes of a parser written in Rust
-        raise DataError(f"{folder}: no tokenizer that loads: {e}") from e
+    except Exception as e:  # the parser, written in Rust, raises any exception type for a damaged file
+        raise DataError(f"{folder}: the tokenizer cannot be loaded: {e}") from e
     if added_tokens:
         tokenizer.add_special_tokens({"extra_special_tokens": list(added_tokens)}, replace_extra_special_tokens=False)
     return tokenizer

@@ -22,39 +22,39 @@ def parser() -> argparse.ArgumentParser:
     parser = arguments.parser("finetune_assets.evaluation", __doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="folder of the tokenized dataset")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the challenger")
-    parser.add_argument("--champion", type=Path, help="folder of the adapter in service")
-    parser.add_argument("--champion-base-model", type=Path, help="folder of its base model, if that is another one")
-    parser.add_argument("--raw", type=Path, help="folder of the raw data, if rows may have to be read again")
-    parser.add_argument("--general-text", type=Path, help="folder of text that no adapter is trained on")
-    parser.add_argument("--tasks", type=Path, help="folder of tasks of the lm-evaluation-harness")
+    parser.add_argument("--champion", type=Path, help="folder of the champion")
+    parser.add_argument("--champion-base-model", type=Path, help="folder of the champion's base model, if it differs")
+    parser.add_argument("--raw", type=Path, help="folder of the raw data, if rows may have to be rendered again")
+    parser.add_argument("--general-text", type=Path, help="folder of general text that no adapter is trained on")
+    parser.add_argument("--tasks", type=Path, help="folder of lm-evaluation-harness tasks")
     return parser
 
 
 def contenders(args: argparse.Namespace) -> list[Contender]:
-    """Base, challenger and, if there is one, champion."""
+    """Return the base, the challenger and, if given, the champion."""
     config = load_resolved(args.config)
-    found = [
+    models = [
         Contender(BASE, args.base_model, config),
         Contender(CHALLENGER, args.base_model, config, args.adapter),
     ]
     if args.champion:
-        found.append(Contender.of_folder(CHAMPION, args.champion_base_model or args.base_model, args.champion))
-    return found
+        models.append(Contender.of_folder(CHAMPION, args.champion_base_model or args.base_model, args.champion))
+    return models
 
 
 def main() -> None:
     args = parser().parse_args()
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
-    unseen = HoldoutRows(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None
+    holdout = HoldoutRows(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None
     texts = read_texts(args.general_text) if args.general_text and config.evaluation.general_tokens else []
-    with joined() as process, reporter(process) as voice:
+    with joined() as process, reporter(process) as log:
         comparison = Comparison(
-            config, args.dataset, made_from["split"], texts, args.raw, voice.say, args.tasks, unseen
+            config, args.dataset, made_from["split"], texts, args.raw, log.write_line, args.tasks, holdout
         )
         comparison.run(contenders(args), process.device)
-        found = comparison.result()
-        for name, metrics in found["contenders"].items():
-            voice.say(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
+        result = comparison.result()
+        for name, metrics in result["contenders"].items():
+            log.write_line(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
     pq.write_table(pa.table(comparison.table()), args.output / ROWS)
-    (args.output / EVALUATION).write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
+    (args.output / EVALUATION).write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Who is compared: the base alone, the champion, the challenger; and the base model that they sit on in turn."""
+"""The models to compare (base, champion, challenger), and loading their adapters onto one shared base model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +22,13 @@ BASE, CHAMPION, CHALLENGER = "base", "champion", "challenger"
 
 @dataclass(frozen=True)
 class Contender:
-    """One model to be measured.
+    """A model to evaluate.
 
     Attributes:
         name: `base`, `champion` or `challenger`.
-        base_model: Folder of its base.
-        config: The settings that it was trained with.
-        adapter: Folder of its adapter; None for the base alone.
+        base_model: Folder of the base model.
+        config: Settings that the model was trained with.
+        adapter: Folder of the adapter; None for the base model alone.
     """
 
     name: str
@@ -38,29 +38,29 @@ class Contender:
 
     @staticmethod
     def of_folder(name: str, base_model: Path, adapter: Path) -> "Contender":
-        """An adapter with the settings that lie beside it."""
+        """Create a contender from an adapter folder, with the settings stored in it."""
         return Contender(name, base_model, load_resolved(adapter / CONFIG), adapter)
 
     @property
     def seat(self) -> str:
-        """Contenders of the same seat are measured on one base model in memory."""
+        """Key of the base model in memory: contenders with equal keys share it."""
         config = self.config
         tokens, precision = config.data.tokenization.added_tokens, config.training.precision
         model = {**identity(config.model), "base_model": None, "revision": None}
         return fingerprint(folder=str(self.base_model), model=model, tokens=list(tokens), precision=precision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """With the tokens that its experiment adds."""
+        """Load the tokenizer, including the tokens that the experiment adds."""
         return experiment_tokenizer(self.base_model, self.config)
 
 
 @dataclass
 class LoadedModels:
-    """Base models in memory, one at a time; contenders in the order of their seats read each once.
+    """Holds one base model in memory at a time; contenders ordered by `seat` load each base once.
 
     Attributes:
-        device: Where they are.
-        read: Folders of the models that were read, in order.
+        device: Device of the models.
+        read: Folders of the base models and adapters loaded so far, in order.
     """
 
     device: torch.device
@@ -70,28 +70,28 @@ class LoadedModels:
 
     @contextmanager
     def seated(self, contender: Contender) -> Iterator[PeftModel | PreTrainedModel]:
-        """The contender's model, in evaluation mode.
+        """Yield the contender's model in evaluation mode.
 
         Raises:
-            ModelError: if base or adapter do not load, or not go together.
+            ModelError: if base or adapter cannot be loaded, or are incompatible.
         """
         base = self._base_for(contender)
         if contender.adapter is None:
             yield base
             return
-        self._base = None  # it is not whole any more if the adapter does not fit
+        self._base = None  # a failed load of the adapter leaves the base partly modified
         model = with_adapter_of(base, contender.adapter)
         use_fused_lora(model)
         self.read.append(contender.adapter)
         try:
             yield model
         finally:
-            # What an adapter changes beside its own layers stays in the base, which is then read anew
+            # Changes outside the LoRA layers remain in the base after unload(): reload it for the next contender
             self._base = None if leaves_traces(contender.adapter) else model.unload()
 
     def _base_for(self, contender: Contender) -> PreTrainedModel:
         if self._base is None or self._taken != contender.seat:
-            self._base = None  # first, so that two are never in memory
+            self._base = None  # free the previous base first: two must never be in memory
             self._base = load_base(contender.base_model, contender.config.model, contender.config.training, self.device)
             resize_embeddings(self._base, contender.tokenizer(), contender.config)
             self._taken = contender.seat
@@ -100,7 +100,7 @@ class LoadedModels:
 
 
 def leaves_traces(adapter: Path) -> bool:
-    """Whether an adapter changes more of its base than its own layers, so that it cannot be taken off again."""
+    """Whether an adapter modifies base weights outside its LoRA layers, so that `unload()` cannot restore the base."""
     config = PeftConfig.from_pretrained(str(adapter))
     return bool(
         getattr(config, "bias", "none") != "none"

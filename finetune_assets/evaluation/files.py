@@ -1,4 +1,4 @@
-"""What an evaluation's folder holds."""
+"""Read the files of an evaluation folder."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def gain_of(folder: Path, confidence: float) -> tuple[Gain, str]:
-    """The challenger's gain over the champion, or where there is none over the base; and over which of them."""
+    """Return the challenger's gain over the champion (the base if there is no champion), and the opponent's name."""
     table = pq.read_table(folder / ROWS)
     opponent = "champion" if "champion" in table.column_names else "base"
     table = table.filter(table["comparable"])
@@ -26,6 +26,6 @@ def gain_of(folder: Path, confidence: float) -> tuple[Gain, str]:
 
 
 def forgetting_of(evaluation: Mapping[str, Any]) -> float | None:
-    """By how many nats a token the challenger is worse than the base on the general text; None if not measured."""
+    """Return the challenger's loss minus the base's on general text, in nats per token; None if not measured."""
     base, challenger = (evaluation["contenders"][name].get("general_loss") for name in ("base", "challenger"))
     return None if base is None or challenger is None else challenger - base

@@ -1,9 +1,9 @@
-"""Whether a challenger takes the champion's place: is it better beyond noise, and has it not forgotten too much.
+"""The promotion gate: whether a challenger improves on the champion beyond noise and within the forgetting limit.
 
-The gain is the mean loss that the challenger saves, in nats a token, over rows that nothing has been chosen by. What
-another draw of as many rows would have shown is what a bootstrap over them estimates (Efron 1979), paired, as both
-answer the same rows (Koehn 2004). The lower bound is that of the resampled gains, each in its own standard errors; the
-plain percentile promotes more often than it says where rows are few.
+The gain is the mean reduction in loss, in nats per token, over held-out rows that influenced no choice. Its sampling
+error is estimated by a bootstrap over these rows (Efron 1979), paired because both models are evaluated on the same
+rows (Koehn 2004). The lower bound is studentized: each resampled gain is divided by its own standard error. With few
+rows, the plain percentile bootstrap promotes more often than its nominal confidence level allows.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,18 +16,18 @@ from finetune_assets.config.schema import Gate
 
 RESAMPLES = 10_000
 AT_ONCE = 1_000
-"""Resamples drawn at a time, so that a hundred thousand rows need no gigabytes."""
+"""Resamples drawn at a time, which bounds memory when there are 100,000 rows."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What a challenger saves.
+    """Reduction in loss by a challenger.
 
     Attributes:
-        mean: In nats a token.
-        lower: Bound that it is above, with the confidence asked for.
-        confidence: That confidence.
-        rows: Rows compared.
+        mean: Mean gain, in nats per token.
+        lower: One-sided lower bound of the gain, in nats per token.
+        confidence: Confidence level of the lower bound.
+        rows: Number of rows compared.
     """
 
     mean: float
@@ -44,12 +44,12 @@ class Gain:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a challenger is promoted.
+    """Decision of the gate.
 
     Attributes:
-        promote: Whether.
-        reason: The number that decided, in words.
-        numbers: All that were looked at.
+        promote: Whether the challenger is promoted.
+        reason: The measurements that decided, as text.
+        numbers: All measurements and thresholds.
     """
 
     promote: bool
@@ -60,14 +60,14 @@ class Verdict:
 def paired_gain(
     before: NDArray[np.float64], after: NDArray[np.float64], tokens: NDArray[np.int64], confidence: float, seed: int = 0
 ) -> Gain:
-    """How much less the challenger loses than what it is compared with, and what chance leaves of that.
+    """Compute the mean gain of the challenger over its opponent, and the bootstrap lower bound of that gain.
 
     Args:
-        before: Summed loss of each row's answer in nats, by champion or base; shape (rows,).
-        after: The same by the challenger.
-        tokens: Tokens of each row's answer; same shape.
-        confidence: Of the lower bound, one-sided.
-        seed: Of the resampling.
+        before: Summed loss of each row's answer under champion or base, in nats; shape (rows,).
+        after: Summed loss under the challenger, in nats; shape (rows,).
+        tokens: Number of tokens of each row's answer; shape (rows,).
+        confidence: Confidence level of the one-sided lower bound.
+        seed: Seed of the resampling.
     """
     saved, weights = before - after, tokens.astype(np.float64)
     rows = len(saved)
@@ -80,48 +80,50 @@ def paired_gain(
     rng = np.random.default_rng(seed)
     pivots = []
     for at in range(0, RESAMPLES, AT_ONCE):
-        means, errors = _ratio(_drawn(rng, min(AT_ONCE, RESAMPLES - at), rows) @ sums)
+        means, errors = _ratio(_draw_counts(rng, min(AT_ONCE, RESAMPLES - at), rows) @ sums)
         pivots.append(np.divide(means - mean, errors, out=np.zeros_like(means), where=errors > 0))
     return Gain(float(mean), float(mean - np.quantile(np.concatenate(pivots), confidence) * error), confidence, rows)
 
 
-def _drawn(rng: np.random.Generator, count: int, rows: int) -> NDArray[np.float64]:
-    """How often each of `count` resamples draws each row; shape (count, rows)."""
-    places = rng.integers(0, rows, (count, rows)) + np.arange(count)[:, None] * rows
-    return np.bincount(places.ravel(), minlength=count * rows).reshape(count, rows).astype(np.float64)
+def _draw_counts(rng: np.random.Generator, count: int, rows: int) -> NDArray[np.float64]:
+    """Draw `count` resamples, as how often each contains each row; shape (count, rows)."""
+    indices = rng.integers(0, rows, (count, rows)) + np.arange(count)[:, None] * rows
+    return np.bincount(indices.ravel(), minlength=count * rows).reshape(count, rows).astype(np.float64)
 
 
 def _ratio(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean gain a token, and its standard error by linearisation, of each resample.
+    """Compute mean gain per token and its standard error (by linearization) for each resample.
 
     Args:
-        sums: Of saved, weight, saved^2, saved * weight and weight^2; shape (resamples, 5).
+        sums: Sums of saved, weight, saved^2, saved * weight and weight^2; shape (resamples, 5).
     """
     saved, weight, saved2, both, weight2 = sums.T
     mean = saved / weight
-    squares = saved2 - 2 * mean * both + mean**2 * weight2  # of saved - mean * weight
+    squares = saved2 - 2 * mean * both + mean**2 * weight2  # sum of (saved - mean * weight)^2
     return mean, np.sqrt(np.maximum(squares, 0)) / weight
 
 
 def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -> Verdict:
-    """Whether the challenger is promoted over its opponent.
+    """Decide whether the challenger is promoted over its opponent.
 
     Args:
-        gain: Over the opponent.
-        forgetting: By how many nats a token it is worse than the base on the general text; None if not measured.
-        settings: The thresholds.
-        opponent: What it was compared with, in words.
+        gain: Gain over the opponent.
+        forgetting: Increase in loss over the base on general text, in nats per token; None if not measured.
+        settings: Thresholds.
+        opponent: Name of the opponent, for messages.
     """
     numbers: dict[str, Any] = {**asdict(gain), "forgetting": forgetting, "thresholds": asdict(settings)}
-    against, most = [], settings.max_forgetting
+    failures, max_forgetting = [], settings.max_forgetting
     if gain.rows < settings.min_rows:
-        against.append(
+        failures.append(
             f"only {gain.rows} comparable gate rows (gate.min_rows = {settings.min_rows}); add rows, raise "
             "data.gate_fraction, or promote manually with finetune adapter promote"
         )
-    if forgetting is not None and forgetting > most:
-        against.append(f"forgetting is {forgetting:.4f} nats/token on general text (gate.max_forgetting = {most:g})")
-    gains = f"improvement over {opponent}: {gain}; gate.min_gain = {settings.min_gain:g}"
+    if forgetting is not None and forgetting > max_forgetting:
+        failures.append(
+            f"forgetting is {forgetting:.4f} nats/token on general text (gate.max_forgetting = {max_forgetting:g})"
+        )
+    improvement = f"improvement over {opponent}: {gain}; gate.min_gain = {settings.min_gain:g}"
     if gain.rows and gain.lower <= settings.min_gain:
-        against.append(gains)
-    return Verdict(not against, "; ".join(against) or gains, numbers)
+        failures.append(improvement)
+    return Verdict(not failures, "; ".join(failures) or improvement, numbers)

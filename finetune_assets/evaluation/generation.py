@@ -1,4 +1,4 @@
-"""Answers, generated greedily in batches."""
+"""Greedy generation of answers in batches."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -8,8 +8,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 BATCH_TOKENS = 16_384
 BLOCK = 128
-"""Prompts among which those of like length are put together. Where the time is up, whole blocks have been answered, so
-that what was answered is not the longest or the shortest of all."""
+"""Number of prompts within which prompts of similar length are batched together. When the time limit is reached, whole
+blocks are complete, so the answered prompts are not biased towards the longest or the shortest."""
 
 
 @torch.inference_mode()
@@ -23,21 +23,22 @@ def answers(
     kept: Sequence[str] = (),
     seconds: float = float("inf"),
 ) -> list[str | None]:
-    """The text that the model puts behind each prompt, up to an end token, in the prompts' order.
-
-    None stands for a prompt that was not answered, because the time was up.
+    """Generate an answer to each prompt, up to an end token, by greedy decoding.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: Its tokenizer.
+        model: The model, in evaluation mode.
+        tokenizer: Tokenizer of the model.
         prompts: Token ids of each prompt.
-        max_new_tokens: Longest answer.
-        progress: Told the answers done after every batch.
-        ends: Ids of tokens that end an answer, beside the tokenizer's own.
-        kept: Special tokens that are part of an answer.
-        seconds: Begin no batch after so long.
+        max_new_tokens: Maximum length of an answer, in tokens.
+        progress: Called after each batch with the number of answers generated so far.
+        ends: Ids of tokens that end an answer, in addition to the tokenizer's EOS token.
+        kept: Special tokens to keep in the text of an answer.
+        seconds: Time limit in seconds, after which no batch is started.
+
+    Returns:
+        The answers in the order of the prompts; None for a prompt not answered within the time limit.
     """
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     stops = {*ends, tokenizer.eos_token_id} - {None}
     greedy = GenerationConfig(
@@ -46,7 +47,7 @@ def answers(
     texts: list[str | None] = [None] * len(prompts)
     done = 0
     for batch in _batches(prompts, max_new_tokens):
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             break
         width = max(len(prompts[i]) for i in batch)
         ids = torch.full((len(batch), width), padding)
@@ -63,9 +64,9 @@ def answers(
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, expected: Sequence[Sequence[int]]) -> set[int]:
-    """Ids of the tokens that end an answer: the last special one of each expected answer.
+    """Return the ids of tokens that end an answer: the last special token of each expected answer.
 
-    A chat template ends a turn with a mark of its own (`<|im_end|>`, say), which many tokenizers do not name.
+    A chat template ends a turn with its own marker (such as `<|im_end|>`), which many tokenizers do not declare as EOS.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     last = (next((i for i in reversed(ids) if i in special), None) for ids in expected)
@@ -73,13 +74,13 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, expected: Sequence[Sequence[i
 
 
 def readable(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], kept: Sequence[str] = ()) -> str:
-    """The text of token ids without special tokens, but for those in `kept`, which may be all that an answer is."""
+    """Decode token ids without special tokens, except those in `kept`, which may be the entire answer."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in kept}
     return str(tokenizer.decode([i for i in ids if i not in special])).strip()
 
 
 def _batches(prompts: list[list[int]], max_new_tokens: int) -> Iterator[list[int]]:
-    """Prompts of like length together, at most `BATCH_TOKENS` tokens a batch, block by block."""
+    """Yield batches of prompt indices of similar length, at most `BATCH_TOKENS` tokens per batch, block by block."""
     for start in range(0, len(prompts), BLOCK):
         block = range(start, min(start + BLOCK, len(prompts)))
         batch: list[int] = []

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, for experiments that ask for some (the extra `lm-eval`)."""
+"""Run tasks of EleutherAI's lm-evaluation-harness, if `evaluation.lm_eval` is set (requires the extra `lm-eval`)."""
 
 from contextlib import chdir
 from pathlib import Path
@@ -12,22 +12,25 @@ from finetune_assets.errors import UserError
 
 
 class HarnessError(UserError):
-    """Tasks that cannot be run."""
+    """Raised when tasks of the lm-evaluation-harness cannot be run."""
 
 
 def run_tasks(
     model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: LmEval, own: Path | None
 ) -> dict[str, float]:
-    """What a model reaches in each task, as `task/metric`.
+    """Evaluate a model on each task.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: Its tokenizer.
-        settings: Which tasks, and how many rows of each.
-        own: Folder of further tasks, each a YAML file as the harness knows it; `data_files` in them are relative to it.
+        model: The model, in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        settings: Tasks, and the number of rows of each.
+        own: Folder of additional tasks, as YAML files of the harness; their `data_files` are relative to this folder.
+
+    Returns:
+        Metric values by `task/metric`.
 
     Raises:
-        HarnessError: if the harness is not installed, knows no such task, or cannot load its data.
+        HarnessError: if the harness is not installed, a task is unknown, or its data cannot be loaded.
     """
     try:
         from lm_eval import simple_evaluate
@@ -35,14 +38,16 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise HarnessError(
-            f"evaluation.lm_eval: the harness is not installed ({e}); pip install 'finetune-assets[lm-eval]'"
+            f"evaluation.lm_eval: lm-eval is not installed ({e}); run pip install 'finetune-assets[lm-eval]'"
         ) from e
     tasks = TaskManager(include_path=str(own) if own else None)
     if unknown := [name for name in settings.tasks if name not in tasks.all_tasks]:
-        raise HarnessError(f"evaluation.lm_eval.tasks: {', '.join(unknown)}: the harness knows no such task")
+        raise HarnessError(
+            f"evaluation.lm_eval.tasks: {', '.join(unknown)}: unknown task; add its YAML to evaluation.lm_eval.folder"
+        )
     try:
         with chdir(own or Path.cwd()):
-            found: Any = simple_evaluate(
+            results: Any = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
                 tasks=list(settings.tasks),
                 limit=settings.limit,
@@ -52,12 +57,12 @@ def run_tasks(
             )
     except (OSError, ValueError) as e:
         raise HarnessError(
-            f"evaluation.lm_eval.tasks: {', '.join(settings.tasks)}: {' '.join(str(e).split())}. A worker does not ask "
-            "the Hub: have the tasks' data in its cache (HF_HOME), or name files in tasks of your own"
+            f"evaluation.lm_eval.tasks: {', '.join(settings.tasks)}: {' '.join(str(e).split())}. Workers run offline: "
+            "download the tasks' data to the Hub cache (HF_HOME) first, or use custom tasks with local files"
         ) from e
     return {
         f"{task}/{metric.partition(',')[0]}": float(value)
-        for task, metrics in found["results"].items()
+        for task, metrics in results["results"].items()
         for metric, value in metrics.items()
         if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len"
     }

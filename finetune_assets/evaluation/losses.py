@@ -1,4 +1,4 @@
-"""What a model loses on each row: the cross-entropy of its answer, summed over its tokens."""
+"""Per-row loss of a model: cross-entropy of the answer, summed over its tokens."""
 
 from collections.abc import Callable
 
@@ -18,12 +18,12 @@ from finetune_assets.training.order import Examples, evaluation_batches
 
 
 class RowLosses:
-    """Measures rows with one model, as training computes them: examples end to end, without padding, where that holds.
+    """Computes the loss of rows under one model, on padding-free batches as in training where attention supports them.
 
     Args:
-        model: In evaluation mode, with or without an adapter.
-        config: The settings that it was trained with.
-        device: Where it is.
+        model: The model in evaluation mode, with or without an adapter.
+        config: Settings that the model was trained with.
+        device: Device of the model.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, config: ExperimentConfig, device: torch.device) -> None:
@@ -33,37 +33,38 @@ class RowLosses:
 
     @torch.inference_mode()
     def of(self, rows: Examples, progress: Callable[[int], None] = lambda done: None) -> NDArray[np.float64]:
-        """The loss of each row in nats, summed over its learned tokens; shape (rows,).
+        """Compute the loss of each row in nats, summed over its learned tokens; shape (rows,).
 
         Args:
-            rows: At least one.
-            progress: Told the rows done after every batch.
+            rows: At least one row.
+            progress: Called after each batch with the number of rows done so far.
         """
         base = base_of(self.model)
-        own = base.config._attn_implementation
+        attention = base.config._attn_implementation
         flat = select_attention(self.model, self.config.model.attention, rows, self._logits_of(rows), packed=False)
         try:
-            return self._measured(rows, flat, progress)
+            return self._batch_losses(rows, flat, progress)
         finally:
-            base.set_attn_implementation(own)  # generation has a cache, which packed attention has not
+            # Generation uses a KV cache, which packed attention does not support
+            base.set_attn_implementation(attention)
 
-    def _measured(self, rows: Examples, flat: bool, progress: Callable[[int], None]) -> NDArray[np.float64]:
-        found = np.zeros(len(rows))
-        micro = self.config.training.micro_batch_size
-        longest = max(self.config.data.tokenization.cutoff_len, int(rows.lengths.max()))
-        (batches,) = evaluation_batches(rows, 1, micro, micro * longest if flat else None)
+    def _batch_losses(self, rows: Examples, flat: bool, progress: Callable[[int], None]) -> NDArray[np.float64]:
+        row_losses = np.zeros(len(rows))
+        micro_batch_size = self.config.training.micro_batch_size
+        max_length = max(self.config.data.tokenization.cutoff_len, int(rows.lengths.max()))
+        (batches,) = evaluation_batches(rows, 1, micro_batch_size, micro_batch_size * max_length if flat else None)
         done = 0
-        for number, sequences in enumerate(batches):
+        for batch_number, sequences in enumerate(batches):
             batch = collate(sequences, rows, self.device, flat)
             with autocast(self.precision, self.device):
-                if number == 0:
+                if batch_number == 0:
                     self.summed.check(batch)
-                losses = self.summed.of_tokens(batch).double().cpu().numpy()
-            members = np.concatenate(sequences)
-            found[members] = _sums(losses, rows.learned[members])
-            done += len(members)
+                token_losses = self.summed.of_tokens(batch).double().cpu().numpy()
+            indices = np.concatenate(sequences)
+            row_losses[indices] = _group_sums(token_losses, rows.learned[indices])
+            done += len(indices)
             progress(done)
-        return found
+        return row_losses
 
     def _logits_of(self, rows: Examples) -> Callable[[list[list[int]], bool], Tensor]:
         def logits(sequences: list[list[int]], flat: bool) -> Tensor:
@@ -73,7 +74,7 @@ class RowLosses:
         return logits
 
 
-def _sums(values: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of consecutive groups of so many values each."""
+def _group_sums(values: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sum consecutive groups of values, group `i` having `counts[i]` values."""
     groups = np.repeat(np.arange(len(counts)), counts)
     return np.bincount(groups, values, len(counts)).astype(np.float64)

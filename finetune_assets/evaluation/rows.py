@@ -1,4 +1,4 @@
-"""The rows that all contenders are measured on, each in the words and tokens of its own experiment."""
+"""Held-out rows for evaluation, rendered with the prompt template and tokenizer of each contender's experiment."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,16 +19,17 @@ from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.training.order import Examples
 
 FIRST_WORDS = ("The", "It", "In", "A", "Yes")
-"""With which answers begin."""
+"""Common first words of an answer; see `questions`."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows as one contender reads them.
+    """Held-out rows in the rendering of one contender.
 
     Attributes:
-        examples: Its tokens; of what it says itself, only the answer is learned.
-        whole: Of which rows that is the whole answer, so that sums can be compared with another rendering's.
+        examples: Tokenized rows; only the tokens of the answer are learned.
+        whole: Mask of the rows with an untruncated answer, on which loss sums of different renderings are comparable;
+            shape (rows,).
     """
 
     examples: Examples
@@ -36,38 +37,38 @@ class HeldOut:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Token ids of all before the last answer."""
+        """Token ids up to the last answer, for each row."""
         lengths = self.examples.table["prompt_length"].to_pylist()
         return [ids[:length] for ids, length in zip(self.examples.ids.to_pylist(), lengths, strict=True)]
 
     @property
     def answers(self) -> list[list[int]]:
-        """Token ids of the last answer and its end."""
+        """Token ids of the last answer including its end token, for each row."""
         lengths = self.examples.table["prompt_length"].to_pylist()
         return [ids[length:] for ids, length in zip(self.examples.ids.to_pylist(), lengths, strict=True)]
 
 
 def held_out(dataset: Path, split: str, data: Data) -> HeldOut:
-    """The rows of one side of a tokenized dataset."""
+    """Read the rows of one split of a tokenized dataset."""
     table = Examples.read(dataset / f"{split}.arrow").table
     if data.tokenization.train_on_inputs:
-        table = _answers_alone(table)
+        table = _mask_prompts(table)
     examples = Examples(table)
     return HeldOut(examples, examples.lengths < data.tokenization.cutoff_len)
 
 
-def _answers_alone(table: pa.Table) -> pa.Table:
-    """What an experiment learns of its prompts too would be counted for it, and not for another."""
+def _mask_prompts(table: pa.Table) -> pa.Table:
+    """Mask the prompts, so that `train_on_inputs` of one experiment does not change what is compared."""
     labels = [
         [IGNORED] * length + ids[length:]
         for ids, length in zip(table["labels"].to_pylist(), table["prompt_length"].to_pylist(), strict=True)
     ]
-    at = table.schema.get_field_index("labels")
-    return table.set_column(at, "labels", pa.array(labels, pa.list_(pa.int32())))
+    column = table.schema.get_field_index("labels")
+    return table.set_column(column, "labels", pa.array(labels, pa.list_(pa.int32())))
 
 
 def rendering(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Differs between experiments that make different tokens of the same row."""
+    """Return a fingerprint of how rows become tokens; equal if both settings and tokenizer give the same tokens."""
     template, tokens = config.data.prompt_template, config.data.tokenization
     return fingerprint(
         template=identity(template),
@@ -78,58 +79,59 @@ def rendering(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def rendered_again(rows: HeldOut, raw: Path, tokenizer: PreTrainedTokenizerBase, data: Data) -> HeldOut:
-    """The same rows of the raw data in another experiment's words.
+    """Render the same rows of the raw data with the prompt template and tokenizer of another experiment.
 
-    A row that it has no words for, or only a part of, stays as an example of one learned token, and not `whole`.
+    A row that the template refuses, or with no answer token left, becomes an example with one learned token. Such
+    rows and truncated ones are not `whole`.
     """
     data = replace(data, tokenization=replace(data.tokenization, train_on_inputs=False))
     indices = rows.examples.table["row"].to_numpy()
-    texts = pq.read_table(raw / PARQUET).take(pa.array(indices)).to_pylist()
-    encoded = Encoder(tokenizer, data).encode(texts)
+    raw_rows = pq.read_table(raw / PARQUET).take(pa.array(indices)).to_pylist()
+    encoded = Encoder(tokenizer, data).encode(raw_rows)
     ends = np.cumsum(encoded.lengths)
-    examples: list[dict[str, Any]] = [{"input_ids": [0, 0], "labels": [IGNORED, 0], "prompt_length": 1}] * len(texts)
-    whole = np.zeros(len(texts), bool)
-    for place, row in enumerate(encoded.rows):
-        part = slice(ends[place] - encoded.lengths[place], ends[place])
-        labels = encoded.labels[part]
+    examples: list[dict[str, Any]] = [{"input_ids": [0, 0], "labels": [IGNORED, 0], "prompt_length": 1}] * len(raw_rows)
+    whole = np.zeros(len(raw_rows), bool)
+    for index, row in enumerate(encoded.rows):
+        span = slice(ends[index] - encoded.lengths[index], ends[index])
+        labels = encoded.labels[span]
         if (labels[1:] != IGNORED).any():
-            ids, length = encoded.input_ids[part], int(encoded.prompt_lengths[place])
+            ids, length = encoded.input_ids[span], int(encoded.prompt_lengths[index])
             examples[row] = {"input_ids": ids.tolist(), "labels": labels.tolist(), "prompt_length": length}
-            whole[row] = not encoded.truncated[place]
+            whole[row] = not encoded.truncated[index]
     return HeldOut(Examples(pa.Table.from_pylist(examples)), whole)
 
 
 def unseen_rows(rows: HeldOut, raw: Path, split: str, held_back: HoldoutRows) -> NDArray[np.bool_]:
-    """Which rows of a side of the split are held back; shape (rows,)."""
+    """Return the mask of the rows of a split that are in `held_back`; shape (rows,)."""
     indices = rows.examples.table["row"].to_numpy()
-    texts = pq.read_table(raw / PARQUET, columns=["instruction", "context"]).take(pa.array(indices)).to_pylist()
-    return np.array([held_back.holds(text["instruction"], text["context"], split) for text in texts], bool)
+    raw_rows = pq.read_table(raw / PARQUET, columns=["instruction", "context"]).take(pa.array(indices)).to_pylist()
+    return np.array([held_back.holds(row["instruction"], row["context"], split) for row in raw_rows], bool)
 
 
 def questions(prompts: list[str], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[list[int]]:
-    """A person's own questions as token ids, up to where the answer begins.
+    """Tokenize the user's prompts, up to where the answer begins.
 
-    Where that is depends on the answer's first word, with which a tokenizer may or may not merge the space before it;
-    what most words lead to is what training has mostly seen.
+    The boundary depends on the first word of the answer, because a tokenizer may merge the preceding space with it. The
+    boundary that most of `FIRST_WORDS` give is the one most common in training.
     """
     blank = {"context": "", "category": "", "messages": None}
     rows = [{**blank, "instruction": prompt, "response": word} for prompt in prompts for word in FIRST_WORDS]
     encoded = Encoder(tokenizer, data).encode(rows)
     starts = np.cumsum(encoded.lengths) - encoded.lengths
     spans = zip(starts, encoded.prompt_lengths, strict=True)
-    found = [tuple(encoded.input_ids[start : start + length].tolist()) for start, length in spans]
+    candidates = [tuple(encoded.input_ids[start : start + length].tolist()) for start, length in spans]
     each = len(FIRST_WORDS)
-    return [[*Counter(found[at : at + each]).most_common(1)[0][0]] for at in range(0, len(found), each)]
+    return [[*Counter(candidates[at : at + each]).most_common(1)[0][0]] for at in range(0, len(candidates), each)]
 
 
 def running_text(texts: list[str], tokenizer: PreTrainedTokenizerBase, most: int, window: int) -> Examples | None:
-    """Text as examples of up to `window` tokens, each of which is learned; None if there is none.
+    """Split text into examples of up to `window` tokens, all learned; None if the text is empty.
 
     Args:
         texts: Paragraphs or documents.
-        tokenizer: The contender's.
-        most: Tokens in all.
-        window: Tokens of an example.
+        tokenizer: Tokenizer of the contender.
+        most: Maximum number of tokens in total.
+        window: Maximum number of tokens per example.
     """
     examples: list[dict[str, list[int]]] = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""What a sweep found: held-out loss against what it costs, and the smallest adapter that is as good as the best."""
+"""Results of a sweep: held-out loss against cost, and the smallest adapter within noise of the best."""
 
 import json
 from dataclasses import dataclass
@@ -10,33 +10,33 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from finetune_assets.artifacts.layout import ROWS, TRAINER_STATE
-from finetune_assets.plots.bars import Cost, losses_by_cost
-from finetune_assets.plots.style import save
 from finetune_assets.evaluation.files import forgetting_of, read_evaluation
 from finetune_assets.evaluation.gate import Gain, paired_gain
+from finetune_assets.plots.bars import Cost, losses_by_cost
+from finetune_assets.plots.style import save
 
 COSTS = {
     "parameters": ("trainable parameters", 1.0),
     "seconds": ("training, seconds", 1.0),
     "memory": ("peak memory, GiB", 1 / 1024),
 }
-"""What a point costs: its attribute, how it is called, and by what it is multiplied to be shown."""
+"""Costs of a point: axis label and display factor by attribute of `Found`."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One point of a sweep after training and evaluation.
+    """A trained and evaluated point of a sweep.
 
     Attributes:
-        name: Its experiment.
-        settings: What it changes.
-        rows: The held-out rows that it was measured on; shape (rows,).
-        losses: Its summed loss of each; shape (rows,).
-        tokens: Tokens of each row's answer; shape (rows,).
-        parameters: Trainable parameters.
-        seconds: Of training.
-        memory: Peak in MiB.
-        forgetting: Nats a token on the general text, if measured.
+        name: Name of the experiment.
+        settings: Settings that the point changes.
+        rows: Indices of the held-out rows; shape (rows,).
+        losses: Summed loss of each row, in nats; shape (rows,).
+        tokens: Number of tokens of each row's answer; shape (rows,).
+        parameters: Number of trainable parameters.
+        seconds: Training time, in seconds.
+        memory: Peak memory, in MiB.
+        forgetting: Increase in loss over the base on general text, in nats per token; None if not measured.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Found:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Mean held-out loss, in nats per token."""
         return float(self.losses.sum() / self.tokens.sum())
 
 
 def found(name: str, settings: dict[str, Any], adapter: Path, evaluation: Path) -> Found:
-    """Read what a point's adapter and evaluation say."""
+    """Read a point of a sweep from the folders of its adapter and evaluation."""
     state = json.loads((adapter / TRAINER_STATE).read_text(encoding="utf-8"))
     table = pq.read_table(evaluation / ROWS)
     return Found(
@@ -73,16 +73,16 @@ def found(name: str, settings: dict[str, Any], adapter: Path, evaluation: Path) 
 
 
 def frontier(points: list[Found], cost: str) -> list[Found]:
-    """Those that no other beats in loss without costing more, cheapest first."""
-    kept: list[Found] = []
+    """Return the Pareto frontier of loss and cost, cheapest first."""
+    pareto: list[Found] = []
     for point in sorted(points, key=lambda point: (getattr(point, cost), point.loss)):
-        if not kept or point.loss < kept[-1].loss:
-            kept.append(point)
-    return kept
+        if not pareto or point.loss < pareto[-1].loss:
+            pareto.append(point)
+    return pareto
 
 
 def behind_best(points: list[Found], confidence: float) -> dict[str, Gain]:
-    """What the best point gains on each, by name; where its lower bound is not above 0, that may be noise."""
+    """Return the gain of the best point over each point, by name; a lower bound of 0 or less may be noise."""
     best = min(points, key=lambda point: point.loss)
     return {point.name: _gain(best, point, confidence) for point in points}
 
@@ -90,20 +90,20 @@ def behind_best(points: list[Found], confidence: float) -> dict[str, Gain]:
 def _gain(best: Found, point: Found, confidence: float) -> Gain:
     if np.array_equal(best.rows, point.rows):
         return paired_gain(point.losses, best.losses, best.tokens, confidence)
-    _, ours, theirs = np.intersect1d(best.rows, point.rows, return_indices=True)  # where settings of the data differ
-    return paired_gain(point.losses[theirs], best.losses[ours], best.tokens[ours], confidence)
+    _, best_index, point_index = np.intersect1d(best.rows, point.rows, return_indices=True)  # data settings may differ
+    return paired_gain(point.losses[point_index], best.losses[best_index], best.tokens[best_index], confidence)
 
 
 def smallest(points: list[Found], behind: dict[str, Gain]) -> Found:
-    """The point of the fewest trainable parameters that the best is not better than beyond noise."""
-    as_good = [point for point in points if behind[point.name].lower <= 0]
-    return min(as_good, key=lambda point: (point.parameters, point.loss))
+    """Return the point with the fewest trainable parameters among those within noise of the best."""
+    within_noise = [point for point in points if behind[point.name].lower <= 0]
+    return min(within_noise, key=lambda point: (point.parameters, point.loss))
 
 
 def draw(points: list[Found], chosen: Found, title: str, path: Path) -> None:
-    """Loss against each cost, the frontier as a line, the smallest that is as good as the best marked."""
+    """Plot loss against each cost with the Pareto frontier, marking the smallest point within noise of the best."""
     costs = [_cost(points, chosen, cost) for cost in COSTS]
-    save(losses_by_cost(costs, title, f"smallest within noise: {_short(chosen)}"), path)
+    save(losses_by_cost(costs, title, f"smallest within noise: {_point_label(chosen)}"), path)
 
 
 def _cost(points: list[Found], chosen: Found, cost: str) -> Cost:
@@ -112,9 +112,9 @@ def _cost(points: list[Found], chosen: Found, cost: str) -> Cost:
     def at(point: Found) -> tuple[float, float]:
         return getattr(point, cost) * factor, point.loss
 
-    named = [(*at(point), _short(point)) for point in points]
-    return Cost(label, named, [*map(at, frontier(points, cost))], at(chosen), log=cost == "parameters")
+    labeled = [(*at(point), _point_label(point)) for point in points]
+    return Cost(label, labeled, [*map(at, frontier(points, cost))], at(chosen), log=cost == "parameters")
 
 
-def _short(point: Found) -> str:
+def _point_label(point: Found) -> str:
     return ", ".join(f"{setting.rpartition('.')[2]} {value}" for setting, value in point.settings.items())

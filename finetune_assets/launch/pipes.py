@@ -1,8 +1,8 @@
-"""Launch a job from a Dagster asset: the worker's rank 0 reports to the run through Dagster Pipes."""
+"""Launch a job from a Dagster asset; rank 0 of the worker reports to the run through Dagster Pipes."""
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,64 +10,57 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.launch.engines import Engine, Launcher
-from finetune_assets.launch.kubernetes import POLL_SECONDS, KubernetesLauncher
-from finetune_assets.launch.local import LocalLauncher
-from finetune_assets.launch.slurm import SlurmLauncher
+from finetune_assets.launch.engines import Launcher, PodEngine
 from finetune_assets.store.artifacts import JOBS, ArtifactRef
 from finetune_assets.store.objects import Objects
 from finetune_assets.worker.job import JobSpec
-
-RUNNERS: dict[Engine, Callable[[], LocalLauncher | SlurmLauncher | KubernetesLauncher]] = {
-    "local": LocalLauncher,
-    "slurm": SlurmLauncher,
-    "kubernetes": KubernetesLauncher,
-}
 
 
 def run_in_pipes(context: dg.AssetExecutionContext, launcher: Launcher, spec: JobSpec) -> ArtifactRef:
     """Run a job inside a Pipes session and return its artifact.
 
     Raises:
-        JobFailed: with the worker's own error.
-        UserError: if its engine does not take it.
+        JobFailed: with the error that the worker reported.
+        UserError: if the engine rejects the job.
     """
     engine = launcher.engine(spec)
-    if engine == "kubernetes" and spec.nodes == (1, 1):
-        return KubernetesLauncher().run_pod(spec, partial(_in_pod, context))
+    if isinstance(engine, PodEngine) and spec.nodes == (1, 1):
+        return engine.run_pod(spec, partial(_run_pod, context))
     with (
-        _through_file() if engine == "local" else _through_store(spec) as reader,
+        _store_reader(spec) if engine.is_remote else _file_reader() as reader,
         dg.open_pipes_session(context, dg.PipesEnvContextInjector(), reader) as session,
     ):
-        return RUNNERS[engine]().run(spec, session.get_bootstrap_env_vars())
+        return engine.run(spec, session.get_bootstrap_env_vars())
 
 
-def _in_pod(context: dg.AssetExecutionContext, **wanted: Any) -> None:
+def _run_pod(context: dg.AssetExecutionContext, **pod_arguments: Any) -> None:
     from dagster_k8s import PipesK8sClient
 
+    from finetune_assets.launch.kubernetes import POLL_SECONDS
+
     client = PipesK8sClient(poll_interval=POLL_SECONDS)
-    client.run(context=context, pod_wait_timeout=0, delete_pod_on_completion=False, **wanted)
+    client.run(context=context, pod_wait_timeout=0, delete_pod_on_completion=False, **pod_arguments)
 
 
 @contextmanager
-def _through_file() -> Iterator[dg.PipesMessageReader]:
+def _file_reader() -> Iterator[dg.PipesMessageReader]:
     yield dg.PipesTempFileMessageReader()
 
 
 @contextmanager
-def _through_store(spec: JobSpec) -> Iterator[dg.PipesMessageReader]:
-    """Messages from another machine, in objects or in a file of the store, which go when they have been read."""
+def _store_reader(spec: JobSpec) -> Iterator[dg.PipesMessageReader]:
+    """Read messages of another machine from objects or a file in the store, and delete them afterwards."""
     objects, folder = Objects(spec.store), f"{spec.namespace}/{JOBS}/messages-{uuid.uuid4().hex}"
     if objects.is_local:
-        place = Path(objects.path) / folder
-        place.mkdir(parents=True)
+        message_folder = Path(objects.path) / folder
+        message_folder.mkdir(parents=True)
         try:
-            yield dg.PipesFileMessageReader(str(place / "messages.jsonl"))
+            yield dg.PipesFileMessageReader(str(message_folder / "messages.jsonl"))
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(message_folder, ignore_errors=True)
         return
     try:
-        from finetune_assets.worker.s3_messages import Messages  # boto3 is imported where there is S3
+        from finetune_assets.worker.s3_messages import Messages  # imports boto3, which only S3 stores need
 
         yield Messages("/".join(part for part in (objects.path, folder) if part), objects.bucket)
     finally:

@@ -1,6 +1,6 @@
-"""Run jobs on Slurm, through its command line.
+"""Run jobs on Slurm through its command-line tools.
 
-FINETUNE_SLURM_FOLDER: folder that this machine and the nodes share, for the jobs' output; default `slurm` in
+FINETUNE_SLURM_FOLDER: folder for the output of jobs, shared by this machine and the nodes; default `slurm` in
     FINETUNE_CACHE.
 """
 
@@ -24,58 +24,59 @@ from finetune_assets.worker.job import JobFailed, JobSpec
 from finetune_assets.worker.remote import RemoteJob
 
 POLL_SECONDS = 2.0, 15.0
-"""How often the controller is asked: at first, and in a job that has gone on for long. It serves others too."""
+"""Polling interval of a new and of a long-running job, in seconds. It grows because all users share the controller."""
 GRACE_SECONDS = 60
-"""A job is told so long before its time limit, and keeps a checkpoint."""
+"""Time before its limit at which a job gets SIGTERM and saves a checkpoint, in seconds."""
 TOLD_SECONDS = GRACE_SECONDS + 60 + 15
-"""How long before its limit a job that obeys may have ended: Slurm tells it up to 60 s earlier than it is asked to."""
+"""Time before its limit at which a job that obeys SIGTERM may have ended, in seconds: Slurm may send the signal up to
+60 s early."""
 CANCEL_SECONDS = 120
-"""How long a cancelled job may take; the cluster's KillWait is 30 s where nobody has set it."""
+"""Time for a cancelled job to end, in seconds. The cluster's KillWait defaults to 30 s."""
 LINGER_SECONDS = 60
-"""How long a job may go on whose first machine has ended: where another died, srun may wait for it for ever."""
+"""Time for a job to end after its first machine, in seconds. srun may wait indefinitely for a machine that died."""
 SILENT_SECONDS = 600
-"""How long a controller may be down."""
+"""Time for which the controller may be down, in seconds."""
 ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
     "REVOKED",
 }  # fmt: skip
 NEVER = {
-    "PartitionTimeLimit": "launcher.time_limit is more than the partition gives",
-    "PartitionNodeLimit": "launcher.nodes are more than the partition gives",
-    "PartitionConfig": "it asks for more than the partition has: see launcher.nodes, launcher.time_limit and "
+    "PartitionTimeLimit": "launcher.time_limit exceeds the limit of the partition",
+    "PartitionNodeLimit": "launcher.nodes exceeds the limit of the partition",
+    "PartitionConfig": "the job requests more than the partition has: check launcher.nodes, launcher.time_limit and "
     "launcher.cpus_per_node",
-    "BadConstraints": "no node has what it asks for: see launcher.gpus_per_node, launcher.memory and "
+    "BadConstraints": "no node has the requested resources: check launcher.gpus_per_node, launcher.memory and "
     "launcher.slurm.extra_arguments",
-    "AccountNotAllowed": "launcher.slurm.account may not use the partition",
-    "QOSNotAllowed": "launcher.slurm.qos may not use the partition",
-    "InvalidAccount": "launcher.slurm.account is not known",
-    "InvalidQOS": "launcher.slurm.qos is not known",
-    "AssocMaxNodePerJobLimit": "launcher.nodes are more than the account gives",
-    "QOSMaxNodePerJobLimit": "launcher.nodes are more than the quality of service gives",
-    "QOSMaxWallDurationPerJobLimit": "launcher.time_limit is more than the quality of service gives",
-    "AssocMaxWallDurationPerJobLimit": "launcher.time_limit is more than the account gives",
+    "AccountNotAllowed": "launcher.slurm.account is not allowed to use the partition",
+    "QOSNotAllowed": "launcher.slurm.qos is not allowed to use the partition",
+    "InvalidAccount": "launcher.slurm.account does not exist",
+    "InvalidQOS": "launcher.slurm.qos does not exist",
+    "AssocMaxNodePerJobLimit": "launcher.nodes exceeds the limit of the account",
+    "QOSMaxNodePerJobLimit": "launcher.nodes exceeds the limit of the quality of service",
+    "QOSMaxWallDurationPerJobLimit": "launcher.time_limit exceeds the limit of the quality of service",
+    "AssocMaxWallDurationPerJobLimit": "launcher.time_limit exceeds the limit of the account",
 }
-"""Reasons for which a job waits for ever."""
+"""Pending reasons of jobs that can never start, and the setting to change."""
 REFUSED = {
-    "invalid partition": "launcher.slurm.partition: there is no '{partition}' in this cluster; it has {partitions}",
-    "invalid account": "launcher.slurm.account: '{account}' is not one that you may use",
-    "invalid qos": "launcher.slurm.qos: '{qos}' is not one that you may use",
-    "invalid generic resource": "launcher.gpus_per_node: this cluster has no GPUs that Slurm knows of (GresTypes)",
-    "invalid time limit": "launcher.time_limit: '{time_limit}' is not one that Slurm takes",
-    "time limit exceed": "launcher.time_limit: '{time_limit}' is more than the partition gives",
-    "requested time limit is invalid": "launcher.time_limit: '{time_limit}' is more than the partition gives",
-    "node count specification invalid": "launcher.nodes: '{nodes}' are more than the partition has",
-    "node configuration is not available": "no node of this cluster has what launcher asks for (GPUs, cores, memory)",
-    "more processors requested than permitted": "launcher.cpus_per_node: {cpus} are more than a node has",
+    "invalid partition": "launcher.slurm.partition: '{partition}' does not exist; this cluster has: {partitions}",
+    "invalid account": "launcher.slurm.account: you are not allowed to use '{account}'",
+    "invalid qos": "launcher.slurm.qos: you are not allowed to use '{qos}'",
+    "invalid generic resource": "launcher.gpus_per_node: Slurm has no GPUs configured in this cluster (GresTypes)",
+    "invalid time limit": "launcher.time_limit: '{time_limit}' is not a valid time limit in Slurm",
+    "time limit exceed": "launcher.time_limit: '{time_limit}' exceeds the limit of the partition",
+    "requested time limit is invalid": "launcher.time_limit: '{time_limit}' exceeds the limit of the partition",
+    "node count specification invalid": "launcher.nodes: '{nodes}' exceeds the number of nodes in the partition",
+    "node configuration is not available": "no node of this cluster has the GPUs, cores and memory set in launcher",
+    "more processors requested than permitted": "launcher.cpus_per_node: {cpus} exceeds the number of cores of a node",
 }
-"""What sbatch says to a job that would never run, and which setting it means."""
+"""Parts of `sbatch` errors for jobs that can never run, and the error message that names the setting."""
 BUSY = (
     "maxsubmit", "job submit limit", "temporarily unable", "resource temporarily unavailable", "unable to contact",
     "timed out", "connection refused", "communication", "zero bytes",
 )  # fmt: skip
-"""What it says where another time may do."""
+"""Parts of `sbatch` errors that are transient."""
 OWN = ("SLURM_CONF", "SLURM_JWT")
-"""Of Slurm's variables, those that say which cluster is asked, and by whom."""
+"""Slurm's environment variables that select the cluster and authenticate the user."""
 SCRIPT = """#!/bin/sh
 export FINETUNE_HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
 export FINETUNE_MEETING="$SLURM_JOB_ID"
@@ -87,16 +88,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """What the controller tells of a job.
+    """State of a job, as reported by the controller.
 
     Attributes:
-        name: Such as RUNNING.
-        reason: Why it waits, or how it ended.
-        nodes: Where it runs.
-        start: When it is expected to start, or did.
-        ran: For how many seconds it has run.
-        preempted: Whether it had to make room for another.
-        first: The node of its script, which Slurm goes on without where fewer nodes are enough.
+        name: Name of the state, such as RUNNING.
+        reason: Reason for which the job is pending, or for its end.
+        nodes: Nodes on which the job runs.
+        start: Expected or actual start time.
+        ran: Run time, in seconds.
+        preempted: Whether the job was preempted.
+        first: Node that runs the batch script. A job with a range of nodes continues when it loses this node.
     """
 
     name: str
@@ -109,26 +110,28 @@ class State:
 
     @property
     def headless(self) -> bool:
-        """Whether what is left of it waits for a machine that is lost."""
-        return self.name == "RUNNING" and self.first not in _ask("scontrol", "show", "hostnames", self.nodes).split()
+        """Whether the job has lost its first node, so that the remaining nodes wait for it."""
+        return self.name == "RUNNING" and self.first not in _stdout("scontrol", "show", "hostnames", self.nodes).split()
 
 
-class SlurmLauncher:
-    """Hands jobs to `sbatch` and follows them."""
+class SlurmEngine:
+    """Submits jobs with `sbatch` and monitors them."""
+
+    is_remote = True
 
     def run(self, spec: JobSpec, environment: Mapping[str, str]) -> ArtifactRef:
-        """Run a job and wait for its artifact. If this process is ended meanwhile, so is the job.
+        """Run a job and wait for its artifact. Terminating this process cancels the job.
 
         Args:
             spec: The job.
-            environment: Added to this process's own, all of which the job is given.
+            environment: Variables added to the environment of this process; the job inherits both.
 
         Raises:
-            JobFailed: with the worker's own error, or with what Slurm did to it.
-            UserError: if Slurm does not take it.
+            JobFailed: with the error that the worker reported, or the reason for which Slurm ended the job.
+            UserError: if Slurm rejects the job.
         """
         if not shutil.which("sbatch"):
-            raise UserError("launcher.engine: 'slurm' needs sbatch, squeue, scontrol and scancel on this machine")
+            raise UserError("launcher.engine: 'slurm' requires sbatch, squeue, scontrol and scancel on this machine")
         name = f"finetune-{spec.makes}"
         self._cancel_former(name)
         remote = RemoteJob.begin(spec)
@@ -136,7 +139,7 @@ class SlurmLauncher:
             folder = Path(os.environ.get("FINETUNE_SLURM_FOLDER") or Path(spec.cache) / "slurm")
             output = folder / f"{remote.id}.log"
             number = self._submit(spec, remote, name, output, environment)
-            logger.info("Slurm has taken the job as %s; its output is %s", number, output)
+            logger.info("Submitted Slurm job %s; output: %s", number, output)
             try:
                 state = self._follow(number, output, remote)
             except BaseException:
@@ -149,18 +152,18 @@ class SlurmLauncher:
     def _submit(self, spec: JobSpec, remote: RemoteJob, name: str, output: Path, environment: Mapping[str, str]) -> str:
         output.parent.mkdir(parents=True, exist_ok=True)
         given = {**os.environ, **spec.settings.environment, **environment}
-        if "SLURM_JOB_ID" in given:  # Dagster itself runs in a job, whose options srun would take for its own
+        if "SLURM_JOB_ID" in given:  # Dagster itself runs in a job; srun would apply the options of that job
             given = {key: value for key, value in given.items() if not key.startswith("SLURM_") or key in OWN}
         command = ["sbatch", "--parsable", *arguments(spec, name, output)]
         done = subprocess.run(command, input=script(spec, remote), env=given, capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout.strip().split(";")[0]
-        self._cancel_former(name)  # a controller that did not answer in time may have taken it
-        raise _refused(spec, done.stderr)
+        self._cancel_former(name)  # a controller that timed out may still have accepted the job
+        raise _rejection(spec, done.stderr)
 
     def _follow(self, number: str, output: Path, remote: RemoteJob) -> State:
-        """Tell what the job does until it has ended."""
-        told, pause, answered = "", POLL_SECONDS[0], time.monotonic()
+        """Log state changes and forward the output of a job until it ends, and return its final state."""
+        description, pause, answered = "", POLL_SECONDS[0], time.monotonic()
         followed, lingering = Followed(output), _Lingering(remote)
         while True:
             followed.pass_on()
@@ -170,43 +173,43 @@ class SlurmLauncher:
                 return state
             if state:
                 answered = time.monotonic()
-                now = _waits(number, state)
-                if now != told:
-                    told = now
-                    logger.info("Slurm's job %s: %s", number, told)
+                current = _describe(number, state)
+                if current != description:
+                    description = current
+                    logger.info("Slurm job %s: %s", number, description)
                 if state.name == "PENDING" and state.reason in NEVER:
                     raise UserError(f"Slurm job {number} can never start ({state.reason}): {NEVER[state.reason]}")
                 if state.headless:
-                    logger.warning("Slurm's job %s has lost its first node, %s; cancelled", number, state.first)
+                    logger.warning("Cancelling Slurm job %s: it has lost its first node, %s", number, state.first)
                     self._cancel(number)
                     return State("NODE_FAIL", "BatchHost", state.first)
                 if state.name == "RUNNING" and lingering.long():
-                    logger.warning("Slurm's job %s has told how it ended, and has not ended; cancelled", number)
+                    logger.warning("Cancelling Slurm job %s: it reported its result but has not ended", number)
                     self._cancel(number)
                     return State("FAILED", "Lingering", state.nodes)
             elif time.monotonic() - answered > SILENT_SECONDS:
-                raise JobFailed(f"Slurm's controller has not answered for {SILENT_SECONDS} s", retriable=True)
+                raise JobFailed(f"the Slurm controller has not responded for {SILENT_SECONDS} s", retriable=True)
             time.sleep(pause)
             pause = min(pause * 1.05, POLL_SECONDS[1])
 
     def _cancel_former(self, name: str) -> None:
-        """End what a run that was killed has left: it could never publish beside this one."""
-        for number in _ask("squeue", "--me", "-h", "-o", "%i", "--name", name).split():
-            logger.warning("Slurm's job %s of an earlier run makes the same; it is cancelled", number)
+        """Cancel jobs left by a killed run, so that they do not compete with this run to publish the artifact."""
+        for number in _stdout("squeue", "--me", "-h", "-o", "%i", "--name", name).split():
+            logger.warning("Cancelling Slurm job %s of an earlier run for the same artifact", number)
             self._cancel(number)
 
     def _cancel(self, number: str) -> None:
-        deadline, told = time.monotonic() + CANCEL_SECONDS, False
+        deadline, requested = time.monotonic() + CANCEL_SECONDS, False
         while time.monotonic() < deadline:
-            told = told or subprocess.run(["scancel", number], capture_output=True).returncode == 0
-            if _gone(number):
+            requested = requested or subprocess.run(["scancel", number], capture_output=True).returncode == 0
+            if _has_ended(number):
                 return
             time.sleep(0.5)
-        logger.warning("Slurm's job %s was cancelled and has not ended in %d s", number, CANCEL_SECONDS)
+        logger.warning("Cancelled Slurm job %s has not ended after %d s", number, CANCEL_SECONDS)
 
 
 class _Lingering:
-    """Whether a job goes on though its first machine has told how it ended; the store is asked now and then."""
+    """Detects jobs that keep running after their first machine has reported its result, by polling the store."""
 
     def __init__(self, remote: RemoteJob) -> None:
         self.remote, self.looked, self.ended = remote, 0.0, 0.0
@@ -220,101 +223,98 @@ class _Lingering:
 
 
 def arguments(spec: JobSpec, name: str, output: Path) -> list[str]:
-    """sbatch's, from the settings."""
-    asked, (least, most) = spec.settings, spec.nodes
-    chosen = {  # no count of tasks: of a range of nodes, Slurm would then give the least
+    """Build the arguments of `sbatch` from the settings."""
+    settings, (least, most) = spec.settings, spec.nodes
+    options = {  # no number of tasks: with one, Slurm allocates the minimum of a range of nodes
         "job-name": name,
         "nodes": f"{least}-{most}" if least < most else str(least),
         "output": output,
         "open-mode": "append",
         "export": "ALL",
-        "signal": f"TERM@{GRACE_SECONDS}" if asked.time_limit else None,
-        "time": asked.time_limit,
-        "mem": asked.memory,
-        "cpus-per-task": asked.cpus_per_node,
-        "gpus-per-node": asked.gpus_per_node,
-        "partition": asked.slurm.partition,
-        "account": asked.slurm.account,
-        "qos": asked.slurm.qos,
+        "signal": f"TERM@{GRACE_SECONDS}" if settings.time_limit else None,
+        "time": settings.time_limit,
+        "mem": settings.memory,
+        "cpus-per-task": settings.cpus_per_node,
+        "gpus-per-node": settings.gpus_per_node,
+        "partition": settings.slurm.partition,
+        "account": settings.slurm.account,
+        "qos": settings.slurm.qos,
     }
-    flags = [f"--{flag}={value}" for flag, value in chosen.items() if value is not None]
-    # Begun anew by Dagster, which tells of it, and elsewhere; where fewer are enough, one that is lost ends nothing
-    kept = ["--no-kill"] if least < most else []
-    return [*flags, "--no-requeue", *kept, *asked.slurm.extra_arguments]
+    flags = [f"--{flag}={value}" for flag, value in options.items() if value is not None]
+    # Dagster retries failed jobs itself: it logs the retry, and may use other nodes. Elastic jobs survive a lost node
+    elastic = ["--no-kill"] if least < most else []
+    return [*flags, "--no-requeue", *elastic, *settings.slurm.extra_arguments]
 
 
 def script(spec: JobSpec, remote: RemoteJob) -> str:
-    """What Slurm runs on the first node."""
+    """Build the batch script that Slurm runs on the first node."""
     least, most = spec.nodes
     flags = ["--no-kill", "--kill-on-bad-exit=0"] if least < most else ["--kill-on-bad-exit=1"]
     if spec.settings.cpus_per_node:
-        flags.append(f"--cpus-per-task={spec.settings.cpus_per_node}")  # srun does not take it from sbatch since 22.05
+        # Since Slurm 22.05, srun does not inherit it from sbatch
+        flags.append(f"--cpus-per-task={spec.settings.cpus_per_node}")
     python = shlex.quote(spec.settings.slurm.python or sys.executable)
-    words = shlex.join((remote.store, remote.namespace, remote.id))
-    return SCRIPT.format(flags=" ".join(flags), python=python, arguments=words)
+    location = shlex.join((remote.store, remote.namespace, remote.id))
+    return SCRIPT.format(flags=" ".join(flags), python=python, arguments=location)
 
 
 def state_of(number: str) -> State | None:
-    """What the controller says of a job; None if it does not answer."""
+    """Return the state of a job, or None if the controller does not respond."""
     done = subprocess.run(["scontrol", "show", "job", "-o", number], capture_output=True, text=True)
     if done.returncode != 0:
         return State("COMPLETED", "forgotten") if "Invalid job id" in done.stderr else None
-    told = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", done.stdout))
+    fields = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", done.stdout))
     return State(
-        told["JobState"],
-        told.get("Reason", ""),
-        told.get("NodeList", ""),
-        told.get("StartTime", ""),
-        seconds_of(told.get("RunTime", "")) or 0,
-        told.get("PreemptTime", "None") != "None",
-        told.get("BatchHost", ""),
+        fields["JobState"],
+        fields.get("Reason", ""),
+        fields.get("NodeList", ""),
+        fields.get("StartTime", ""),
+        seconds_of(fields.get("RunTime", "")) or 0,
+        fields.get("PreemptTime", "None") != "None",
+        fields.get("BatchHost", ""),
     )
 
 
-def _waits(number: str, state: State) -> str:
+def _describe(number: str, state: State) -> str:
     if state.name != "PENDING":
         return f"{state.name} on {state.nodes}" if state.nodes not in ("", "(null)") else state.name
-    queue = _ask("squeue", "-h", "-t", "PENDING", "--sort=-p,i", "-o", "%i").split()
-    place = f", number {queue.index(number) + 1} of {len(queue)} that wait" if number in queue else ""
+    queue = _stdout("squeue", "-h", "-t", "PENDING", "--sort=-p,i", "-o", "%i").split()
+    position = f", position {queue.index(number) + 1} of {len(queue)} in the queue" if number in queue else ""
     expected = f", expected to start at {state.start}" if state.start.startswith("2") else ""
-    return f"PENDING ({state.reason}){place}{expected}"
+    return f"PENDING ({state.reason}){position}{expected}"
 
 
 def _outcome(state: State, number: str, remote: RemoteJob, spec: JobSpec) -> ArtifactRef:
-    """What was made, or why it was not.
+    """Return the artifact of a job that has ended.
 
     Raises:
-        JobFailed: with the cause that is nearest to a person's.
+        JobFailed: with the most specific cause that is known.
     """
-    found = remote.outcome()
-    if isinstance(found, ArtifactRef):
-        return found
-    ended = _ended(state, spec, found)
+    outcome = remote.outcome()
+    if isinstance(outcome, ArtifactRef):
+        return outcome
+    ended = _final_state(state, spec, outcome)
     limit = f" {spec.settings.time_limit}" if spec.settings.time_limit else ""
-    kept = "; the next run goes on from its last checkpoint" if spec.scratch else ""
+    resume = "; the next run resumes from its last checkpoint" if spec.scratch else ""
     by_slurm = {
-        "TIMEOUT": JobFailed(
-            f"Slurm's job {number} has reached its time limit{limit}: raise launcher.time_limit{kept}"
-        ),
-        "NODE_FAIL": JobFailed(f"Slurm has lost a node of job {number} ({state.nodes}){kept}", retriable=True),
-        "PREEMPTED": JobFailed(f"Slurm has taken the nodes of job {number} for another{kept}", retriable=True),
-        "BOOT_FAIL": JobFailed(f"a node of Slurm's job {number} ({state.nodes}) did not start", retriable=True),
-        "OUT_OF_MEMORY": JobFailed(
-            f"Slurm's job {number} needed more memory than it was given: raise launcher.memory{kept}"
-        ),
-        "CANCELLED": JobFailed(f"Slurm's job {number} was cancelled{kept}"),
+        "TIMEOUT": JobFailed(f"Slurm job {number} reached its time limit{limit}: raise launcher.time_limit{resume}"),
+        "NODE_FAIL": JobFailed(f"Slurm job {number} lost a node ({state.nodes}){resume}", retriable=True),
+        "PREEMPTED": JobFailed(f"Slurm job {number} was preempted{resume}", retriable=True),
+        "BOOT_FAIL": JobFailed(f"Slurm job {number}: a node failed to boot ({state.nodes})", retriable=True),
+        "OUT_OF_MEMORY": JobFailed(f"Slurm job {number} ran out of memory: raise launcher.memory{resume}"),
+        "CANCELLED": JobFailed(f"Slurm job {number} was cancelled{resume}"),
     }
     if ended in by_slurm:
         raise by_slurm[ended]
-    raise found or JobFailed(
-        f"Slurm's job {number} ended as {state.name} ({state.reason}), and no machine told why; see its output",
+    raise outcome or JobFailed(
+        f"Slurm job {number} ended as {state.name} ({state.reason}), and no node reported an error; check its output",
         retriable=True,
     )
 
 
-def _ended(state: State, spec: JobSpec, found: JobFailed | None) -> str:
-    """As what a job ended. One that obeys when it is told to end counts as failed for Slurm."""
-    if state.name != "FAILED" or (found and found.telling >= 0):
+def _final_state(state: State, spec: JobSpec, failure: JobFailed | None) -> str:
+    """Return the state in which a job ended. Slurm reports a job that obeys SIGTERM as FAILED."""
+    if state.name != "FAILED" or (failure and failure.specificity >= 0):
         return state.name
     if state.preempted:
         return "PREEMPTED"
@@ -322,32 +322,32 @@ def _ended(state: State, spec: JobSpec, found: JobFailed | None) -> str:
     return "TIMEOUT" if limit and state.ran >= limit - TOLD_SECONDS else state.name
 
 
-def _refused(spec: JobSpec, said: str) -> UserError:
-    asked, words = spec.settings, said.lower()
-    for sign, told in REFUSED.items():
-        if sign in words:
-            partitions = ", ".join(dict.fromkeys(_ask("sinfo", "-h", "-o", "%R").split())) or "none"
-            named = told.format(
-                partition=asked.slurm.partition,
+def _rejection(spec: JobSpec, stderr: str) -> UserError:
+    settings, lowercase = spec.settings, stderr.lower()
+    for sign, template in REFUSED.items():
+        if sign in lowercase:
+            partitions = ", ".join(dict.fromkeys(_stdout("sinfo", "-h", "-o", "%R").split())) or "none"
+            reason = template.format(
+                partition=settings.slurm.partition,
                 partitions=partitions,
-                account=asked.slurm.account,
-                qos=asked.slurm.qos,
-                time_limit=asked.time_limit,
-                nodes=asked.nodes,
-                cpus=asked.cpus_per_node,
+                account=settings.slurm.account,
+                qos=settings.slurm.qos,
+                time_limit=settings.time_limit,
+                nodes=settings.nodes,
+                cpus=settings.cpus_per_node,
             )
-            return UserError(f"Slurm has refused the job. {named}")
-    line = " ".join(said.split())
-    if any(sign in words for sign in BUSY):
-        return JobFailed(f"Slurm rejected the submission for now: {line}", retriable=True)
-    return UserError(f"Slurm has refused the job: {line}")
+            return UserError(f"Slurm rejected the job. {reason}")
+    line = " ".join(stderr.split())
+    if any(sign in lowercase for sign in BUSY):
+        return JobFailed(f"Slurm temporarily rejected the job: {line}", retriable=True)
+    return UserError(f"Slurm rejected the job: {line}")
 
 
-def _gone(number: str) -> bool:
+def _has_ended(number: str) -> bool:
     state = state_of(number)
     return state is not None and state.name in ENDED
 
 
-def _ask(*command: str) -> str:
-    """What a command prints; nothing if it fails."""
+def _stdout(*command: str) -> str:
+    """Run a command and return its standard output; the exit code is ignored."""
     return subprocess.run(command, capture_output=True, text=True).stdout

@@ -1,6 +1,6 @@
 """`python -m finetune_assets.merging --config FILE --base-model DIR --adapter DIR --dataset DIR ...`.
 
-Merges an adapter into its base, and compares what comes out with base and adapter.
+Merges an adapter into its base model, and compares the logits of the merged model with those of base plus adapter.
 """
 
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 from finetune_assets.artifacts.layout import MERGE
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.evaluation.contenders import Contender
-from finetune_assets.merging.merge import compare, merged, positions, reference
 from finetune_assets.evaluation.rows import held_out
+from finetune_assets.merging.merge import compare, merged, positions, reference
 from finetune_assets.training import arguments
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.reporting import reporter
@@ -25,15 +25,15 @@ def main() -> None:
     config = load_resolved(args.config)
     assert config.merge is not None
     contender = Contender.of_folder("adapter", args.base_model, args.adapter)
-    with joined() as process, reporter(process) as voice:
-        rows = held_out(args.dataset, "val", config.data)
-        places = positions(rows, config.merge.compared_rows)
-        voice.say(f"base and adapter: logits of {len(places)} held-out rows")
-        wanted = reference(contender, places, process.device)
-        voice.say(f"merging into the base as {config.merge.onto}, in {config.merge.dtype}")
+    with joined() as process, reporter(process) as log:
+        held_out_rows = held_out(args.dataset, "val", config.data)
+        rows = positions(held_out_rows, config.merge.compared_rows)
+        log.write_line(f"Computing logits of base plus adapter on {len(rows)} held-out rows")
+        expected = reference(contender, rows, process.device)
+        log.write_line(f"Merging into the base model (onto: {config.merge.onto}) in {config.merge.dtype}")
         merged(contender, config.merge, args.output)
-        found = compare(args.output, places, wanted, process.device)
-        voice.say(str(found))
-    told = {**found.to_dict(), "onto": config.merge.onto, "dtype": config.merge.dtype}
-    told["quantization"] = contender.config.model.quantization
-    (args.output / MERGE).write_text(json.dumps(told, indent=1), encoding="utf-8")
+        difference = compare(args.output, rows, expected, process.device)
+        log.write_line(str(difference))
+    result = {**difference.to_dict(), "onto": config.merge.onto, "dtype": config.merge.dtype}
+    result["quantization"] = contender.config.model.quantization
+    (args.output / MERGE).write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An adapter added into its base's weights, and how far what comes out is from the two apart."""
+"""Merge an adapter into the weights of its base model, and measure how far the logits change."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from finetune_assets.training.embeddings import resize_embeddings
 from finetune_assets.training.model import autocast, compute_precision, load_base, with_adapter_of
 
 PLACES = 16
-"""Tokens of a row whose logits are compared: those of all would be gigabytes of a large vocabulary."""
+"""Positions per row at which logits are compared; all positions would take gigabytes with a large vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Row:
     """A row to compare.
 
     Attributes:
-        ids: Its tokens; shape (length,).
-        places: Of which the logits are looked at; shape (places,).
+        ids: Token ids; shape (length,).
+        places: Positions at which logits are compared; shape (places,).
     """
 
     ids: Tensor
@@ -33,14 +33,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far logits are apart.
+    """Difference between two sets of logits.
 
     Attributes:
         largest: Largest absolute difference.
         mean: Mean absolute difference.
-        spread: Standard deviation of the logits over the vocabulary.
-        same_choice: Share of tokens whose most likely successor is the same.
-        rows: How many were compared.
+        spread: Standard deviation of the logits over the vocabulary, averaged over positions.
+        same_choice: Share of positions with the same most likely next token.
+        rows: Number of rows compared.
     """
 
     largest: float
@@ -51,7 +51,7 @@ class Difference:
 
     @property
     def share(self) -> float:
-        """The mean difference as a share of the spread."""
+        """Mean difference relative to the spread."""
         return self.mean / self.spread
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,66 +60,66 @@ class Difference:
     def __str__(self) -> str:
         return (
             f"logits of {self.rows} rows differ by {self.largest:.2e} at most and {self.mean:.2e} on average, "
-            f"{self.share:.2%} of their spread; {self.same_choice:.1%} of the tokens have the same likeliest successor"
+            f"{self.share:.2%} of their spread; top-1 next token agrees at {self.same_choice:.1%} of positions"
         )
 
 
 def positions(rows: HeldOut, most: int) -> list[Row]:
-    """The first rows, and places of their answers, evenly spread."""
-    found = []
+    """Return the first `most` rows with up to `PLACES` evenly spaced positions of their answers."""
+    selected = []
     for prompt, answer in zip(rows.prompts[:most], rows.answers[:most], strict=True):
         first, last = max(len(prompt) - 1, 0), len(prompt) + len(answer) - 1
         places = torch.linspace(first, last, min(PLACES, last - first + 1)).long()
-        found.append(Row(torch.tensor(prompt + answer), places))
-    return found
+        selected.append(Row(torch.tensor(prompt + answer), places))
+    return selected
 
 
 def reference(contender: Contender, rows: list[Row], device: torch.device) -> list[Tensor]:
-    """Logits of base and adapter, apart, as they were trained; (places, vocabulary) of each row."""
+    """Compute logits of the unmerged base plus adapter, in the training precision; (places, vocabulary) per row."""
     precision = compute_precision(contender.config.training, device)
     with LoadedModels(device).seated(contender) as model:
         return _logits(model, rows, device, precision)
 
 
 def merged(contender: Contender, settings: Merge, output: Path) -> None:
-    """Write base and adapter as one model that transformers loads.
+    """Merge base and adapter, and save the result as a model that transformers can load.
 
     Args:
         contender: The adapter.
-        settings: Into which base, and in which type.
-        output: Folder to write.
+        settings: Weights to merge into, and the dtype to save.
+        output: Folder to write to.
     """
     assert contender.adapter is not None
     config = contender.config
-    kept = config.model.quantization
-    device = torch.device("cuda" if torch.cuda.is_available() and kept != "none" else "cpu")
+    quantization = config.model.quantization
+    device = torch.device("cuda" if torch.cuda.is_available() and quantization != "none" else "cpu")
     if settings.onto == "published":
         config.model.quantization = "none"
     config.model.dtype, config.training.precision = "float32", "fp32"
     base = load_base(contender.base_model, config.model, config.training, device)
     if config.model.quantization != "none":
         base = base.dequantize().float()
-    config.model.quantization = kept
+    config.model.quantization = quantization
     tokenizer = contender.tokenizer()
     resize_embeddings(base, tokenizer, config)
     model = with_adapter_of(base, contender.adapter)
-    whole = model.merge_and_unload(safe_merge=True).to(getattr(torch, settings.dtype))
-    whole.save_pretrained(output)
+    merged_model = model.merge_and_unload(safe_merge=True).to(getattr(torch, settings.dtype))
+    merged_model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
 def compare(folder: Path, rows: list[Row], wanted: list[Tensor], device: torch.device) -> Difference:
-    """The merged model's logits beside those of base and adapter."""
+    """Compare the logits of the merged model with the `wanted` logits of base plus adapter."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", device_map={"": device}, local_files_only=True, use_safetensors=True
     )
-    found = _logits(model.eval(), rows, device, "as stored")
-    apart = [(one - other).abs() for one, other in zip(found, wanted, strict=True)]
-    total = sum(part.numel() for part in apart)
-    same = [one.argmax(-1) == other.argmax(-1) for one, other in zip(found, wanted, strict=True)]
+    merged_logits = _logits(model.eval(), rows, device, "as stored")
+    differences = [(actual - expected).abs() for actual, expected in zip(merged_logits, wanted, strict=True)]
+    total = sum(part.numel() for part in differences)
+    same = [actual.argmax(-1) == expected.argmax(-1) for actual, expected in zip(merged_logits, wanted, strict=True)]
     return Difference(
-        largest=max(float(part.max()) for part in apart),
-        mean=sum(float(part.double().sum()) for part in apart) / total,
+        largest=max(float(part.max()) for part in differences),
+        mean=sum(float(part.double().sum()) for part in differences) / total,
         spread=float(torch.stack([logits.std(-1).mean() for logits in wanted]).mean()),
         same_choice=sum(int(part.sum()) for part in same) / sum(part.numel() for part in same),
         rows=len(rows),
@@ -128,9 +128,9 @@ def compare(folder: Path, rows: list[Row], wanted: list[Tensor], device: torch.d
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel | Any, rows: list[Row], device: torch.device, precision: str) -> list[Tensor]:
-    found = []
+    row_logits = []
     for row in rows:
         with autocast(precision, device):
             logits = model(input_ids=row.ids[None].to(device), use_cache=False).logits[0]
-        found.append(logits[row.places.to(device)].float().cpu())
-    return found
+        row_logits.append(logits[row.places.to(device)].float().cpu())
+    return row_logits

@@ -1,1 +1,1 @@
-"""Small pictures of what was found: plain functions from numbers to matplotlib figures, in one style."""
+"""Small plots of results: functions that turn numbers into matplotlib figures in one style."""

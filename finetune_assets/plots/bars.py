@@ -1,4 +1,4 @@
-"""Pictures that compare."""
+"""Plots that compare losses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,54 +9,58 @@ from finetune_assets.plots.style import COLOURS, OF_CONTENDER, ON_WHITE, SMALL, 
 
 
 def by_category(categories: Sequence[Mapping[str, Any]], contenders: Sequence[str]) -> Any:
-    """Held-out loss of each contender, a group of bars a category, those of most rows first.
+    """Plot the held-out loss of each contender, one group of bars per category, largest categories first.
 
     Args:
-        categories: As `evaluation.json` has them: `category`, `rows`, and each contender's loss or None.
-        contenders: In the order of the bars.
+        categories: Categories from `evaluation.json`: `category`, `rows`, and the loss of each contender or None.
+        contenders: Names of the contenders, in the order of the bars.
     """
-    shown = sorted(categories, key=lambda one: -one["rows"])[:MOST_CATEGORIES]
+    shown = sorted(categories, key=lambda category: -category["rows"])[:MOST_CATEGORIES]
     figure, panel = new_figure(0.7 + 0.22 * (len(contenders) + 0.5) * max(len(shown), 2))
-    names = [f"{shortened(one['category'] or '(none)')}, {one['rows']:,} rows" for one in shown]
-    return _grouped(figure, panel, names, {who: [one[who] for one in shown] for who in contenders}, ON_WHITE)
+    names = [f"{shortened(category['category'] or '(none)')}, {category['rows']:,} rows" for category in shown]
+    return _grouped_bars(
+        figure, panel, names, {name: [category[name] for category in shown] for name in contenders}, ON_WHITE
+    )
 
 
 def by_experiment(losses: Mapping[str, Mapping[str, float | None]], look: Look = ON_WHITE) -> Any:
-    """Held-out loss of base, champion and challenger, a group of bars an experiment."""
+    """Plot the held-out loss of base, champion and challenger, one group of bars per experiment."""
     figure, panel = new_figure(0.7 + 0.6 * max(len(losses), 2), look=look)
-    series = {who: [found.get(who) for found in losses.values()] for who in OF_CONTENDER}
-    told = {who: values for who, values in series.items() if any(value is not None for value in values)}
-    return _grouped(figure, panel, [shortened(name, 36) for name in losses], told, look)
+    series = {name: [values.get(name) for values in losses.values()] for name in OF_CONTENDER}
+    measured = {name: values for name, values in series.items() if any(value is not None for value in values)}
+    return _grouped_bars(figure, panel, [shortened(name, 36) for name in losses], measured, look)
 
 
-def _grouped(
+def _grouped_bars(
     figure: Any, panel: Any, names: Sequence[str], series: Mapping[str, Sequence[float | None]], look: Look
 ) -> Any:
     height = 0.8 / max(len(series), 1)
-    for place, (who, values) in enumerate(series.items()):
-        at = [row + (place - (len(series) - 1) / 2) * height for row in range(len(names))]
-        bars = panel.barh(at, [value or 0.0 for value in values], height, color=OF_CONTENDER[who], label=who)
-        told = ["" if value is None else f"{value:.3f}" for value in values]
-        panel.bar_label(bars, told, fontsize=SMALL, padding=2, color=look.ink)
+    for index, (contender, values) in enumerate(series.items()):
+        positions = [row + (index - (len(series) - 1) / 2) * height for row in range(len(names))]
+        bars = panel.barh(
+            positions, [value or 0.0 for value in values], height, color=OF_CONTENDER[contender], label=contender
+        )
+        labels = ["" if value is None else f"{value:.3f}" for value in values]
+        panel.bar_label(bars, labels, fontsize=SMALL, padding=2, color=look.ink)
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
     panel.grid(visible=False)
     panel.margins(x=0.1)
-    panel.set_xlabel("held-out loss, nats a token (less is better)")
+    panel.set_xlabel("held-out loss, nats per token (lower is better)")
     legend(panel, look, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return figure
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Loss against one cost.
+    """Points of a plot of loss against one cost.
 
     Attributes:
-        label: Of the cost.
-        points: Cost, loss and name of each; shape (n, 3).
-        frontier: Cost and loss of those that no other beats; shape (m, 2).
-        marked: Cost and loss of the one that is marked.
-        log: Whether the costs are of several magnitudes.
+        label: Axis label of the cost.
+        points: Cost, loss and name of each point; shape (n, 3).
+        frontier: Cost and loss of the points on the Pareto frontier; shape (m, 2).
+        marked: Cost and loss of the marked point.
+        log: Whether to use a logarithmic cost axis.
     """
 
     label: str
@@ -67,7 +71,7 @@ class Cost:
 
 
 def losses_by_cost(costs: Sequence[Cost], title: str, marked: str) -> Any:
-    """Loss against each cost, the frontier as a line, one point marked by a ring that `marked` explains."""
+    """Plot loss against each cost with the Pareto frontier as a line; a ring labeled `marked` highlights one point."""
     figure, panels = new_figure(4.2, columns=len(costs), width=13.0, sharey=True)
     for panel, cost in zip(panels, costs, strict=True):
         panel.plot(*zip(*cost.frontier, strict=True), color=COLOURS[0], zorder=1)
@@ -79,7 +83,7 @@ def losses_by_cost(costs: Sequence[Cost], title: str, marked: str) -> Any:
         panel.set_xlabel(cost.label)
         if cost.log:
             panel.set_xscale("log")
-    panels[0].set_ylabel("held-out loss, nats a token")
+    panels[0].set_ylabel("held-out loss, nats per token")
     legend(panels[0], loc="upper right")
     figure.suptitle(title)
     return figure

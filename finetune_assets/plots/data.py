@@ -1,4 +1,4 @@
-"""Pictures of rows and of what they become."""
+"""Plots of raw rows and of tokenized examples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,20 +9,20 @@ MOST_CATEGORIES = 12
 
 
 def raw_rows(lengths: Mapping[str, int], categories: Mapping[str, int]) -> Any:
-    """How long rows are, and of which categories.
+    """Plot the distribution of row lengths and of categories.
 
     Args:
-        lengths: Rows by characters in powers of two, as `Quality.lengths`.
-        categories: Rows by category, the most frequent first.
+        lengths: Number of rows by length in characters, in bins of powers of two, as in `Quality.lengths`.
+        categories: Number of rows by category, most frequent first.
     """
     figure, (left, right) = new_figure(2.8, columns=2)
     counts = {int(bits): rows for bits, rows in lengths.items()}
     bits = range(min(counts, default=0), max(counts, default=0) + 1)
     left.bar(range(len(bits)), [counts.get(bit, 0) for bit in bits], color=COLOURS[0], width=0.9)
-    left.set_xticks(range(len(bits)), [_below(bit) for bit in bits], rotation=45)
-    left.set_xlabel("characters of prompt and response, below")
+    left.set_xticks(range(len(bits)), [_upper_bound(bit) for bit in bits], rotation=45)
+    left.set_xlabel("characters of prompt and response (upper bound)")
     left.set_ylabel("rows")
-    names = _most(categories)
+    names = _most_frequent(categories)
     bars = right.barh(range(len(names)), [*names.values()], color=COLOURS[2])
     right.bar_label(bars, fmt="{:,.0f}", fontsize=SMALL, padding=2)
     right.set_yticks(range(len(names)), [shortened(name) for name in names])
@@ -33,12 +33,12 @@ def raw_rows(lengths: Mapping[str, int], categories: Mapping[str, int]) -> Any:
     return figure
 
 
-def _below(bits: int) -> str:
+def _upper_bound(bits: int) -> str:
     return f"{2**bits}" if bits < 10 else f"{2 ** (bits - 10)}k" if bits < 20 else f"{2 ** (bits - 20)}M"
 
 
-def _most(categories: Mapping[str, int]) -> dict[str, int]:
-    """The most frequent, and all others together."""
+def _most_frequent(categories: Mapping[str, int]) -> dict[str, int]:
+    """Return the most frequent categories, with all others as one entry."""
     first = dict([*categories.items()][:MOST_CATEGORIES])
     others = sum(categories.values()) - sum(first.values())
     named = {name or "(none)": rows for name, rows in first.items()}
@@ -46,33 +46,32 @@ def _most(categories: Mapping[str, int]) -> dict[str, int]:
 
 
 def shortened(name: str, longest: int = 24) -> str:
-    """A person's word as a label: never long, and never read as mathematics."""
+    """Shorten a user-defined name for use as a label, and escape `$`, which matplotlib would parse as math."""
     text = name if len(name) <= longest else f"{name[: longest - 1]}…"
     return text.replace("$", r"\$")
 
 
 def tokens(lengths: Mapping[str, Any], cutoff: int, fills: Sequence[int]) -> Any:
-    """How long train examples are, and how full the sequences that they are packed into.
+    """Plot the lengths of training examples, and how full the packed sequences are.
 
     Args:
-        lengths: `width` of a bin in tokens, and `counts` of the bins from 0 on.
-        cutoff: Longest example in tokens.
-        fills: Sequences by the share of their places that is filled, in bins of equal width from 0 to 1; empty without
-            packing.
+        lengths: Bin `width` in tokens, and `counts` of the bins starting at 0.
+        cutoff: Maximum length of an example, in tokens.
+        fills: Number of packed sequences by fill ratio, in bins of equal width from 0 to 1; empty without packing.
     """
     figure, panels = new_figure(2.6, columns=2 if fills else 1)
     left = panels[0] if fills else panels
     width, counts = lengths["width"], lengths["counts"]
-    left.bar([width * place for place in range(len(counts))], counts, width, align="edge", color=COLOURS[0])
+    left.bar([width * index for index in range(len(counts))], counts, width, align="edge", color=COLOURS[0])
     left.axvline(cutoff, color=COLOURS[1], linestyle="--", linewidth=1.2, label=f"cutoff_len {cutoff:,}")
-    left.set_xlabel("tokens of a train example")
+    left.set_xlabel("tokens per training example")
     left.set_ylabel("examples")
     left.set_xlim(left=0)
     legend(left)
     if fills:
         share = 100 / len(fills)
-        panels[1].bar([share * place for place in range(len(fills))], fills, share, align="edge", color=COLOURS[2])
+        panels[1].bar([share * index for index in range(len(fills))], fills, share, align="edge", color=COLOURS[2])
         panels[1].set_xlim(0, 100)
-        panels[1].set_xlabel("filled part of a packed sequence, %")
+        panels[1].set_xlabel("fill of packed sequences, %")
         panels[1].set_ylabel("sequences")
     return figure

@@ -1,4 +1,4 @@
-"""Where a training's memory goes."""
+"""Plot of the memory of a training run, by part."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,16 +7,16 @@ from finetune_assets.plots.style import COLOURS, SMALL, legend, new_figure
 
 GIB_MIB = 1024
 FAR = 3
-"""Times the peak, above which what can be used is told instead of drawn: the parts would be a sliver."""
+"""Multiple of the peak above which the usable memory is not drawn as a line: the bar would be too narrow to read."""
 
 
 def by_part(parts: Mapping[str, float], usable: float, measured: float | None = None) -> Any:
-    """Predicted memory as one bar of its parts, and what may be used.
+    """Plot predicted memory as a stacked bar, with the usable memory.
 
     Args:
-        parts: MiB of each.
-        usable: MiB.
-        measured: MiB that the training then took, if it is over.
+        parts: Predicted memory by part, in MiB.
+        usable: Usable memory, in MiB.
+        measured: Measured peak memory in MiB, if the training has finished.
     """
     figure, panel = new_figure(1.7 if measured is None else 2.1)
     left = 0.0
@@ -35,6 +35,6 @@ def by_part(parts: Mapping[str, float], usable: float, measured: float | None = 
     panel.invert_yaxis()
     panel.grid(visible=False)
     panel.margins(x=0.1)
-    panel.set_xlabel(f"GiB; {limit:.2f} can be used{' (dashed)' if limit <= FAR * left else ''}")
+    panel.set_xlabel(f"GiB; {limit:.2f} usable{' (dashed)' if limit <= FAR * left else ''}")
     legend(panel, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     return figure

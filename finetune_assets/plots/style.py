@@ -1,6 +1,7 @@
-"""What all pictures share: colours that everybody can tell apart, and how a figure becomes a file.
+"""Style shared by all plots: a colour-blind safe palette, and rendering of figures to files.
 
-matplotlib is imported in functions, as definitions load without it, and never its pyplot, which keeps what it draws.
+matplotlib is imported inside functions, so that loading the definitions does not import it. pyplot is never used: it
+keeps a reference to every figure.
 """
 
 import base64
@@ -11,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#767676")
-"""Okabe and Ito's, without black and yellow, which one of a light and a dark page swallows."""
+"""Palette of Okabe and Ito, without black and yellow, which are invisible on a dark or a light page."""
 OF_CONTENDER = {"base": "#767676", "champion": "#e69f00", "challenger": "#0072b2"}
 WIDTH = 8.0
-"""Inches; at `DPI` as wide as Dagster shows metadata."""
+"""Width in inches; at `DPI` it equals the width of metadata in the Dagster UI."""
 DPI = 100
 TEXT, SMALL = 9, 8
 PALETTE = 64
 SPREAD = 20
-"""Times the smallest loss that the largest must be for a log scale."""
+"""Minimum ratio of largest to smallest loss for a log scale."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a picture is drawn on.
+    """Foreground and background colours of a plot.
 
     Attributes:
-        ink: Of text and axes.
-        paper: Of the background; `none` lets the page shine through.
+        ink: Colour of text and axes.
+        paper: Colour of the background; `none` is transparent.
     """
 
     ink: str
@@ -37,18 +38,21 @@ class Look:
 
 ON_WHITE = Look("#333333", "white")
 ON_ANY_PAGE = Look("#808080", "none")
-"""Readable on a light page and on a dark one."""
+"""Readable on both light and dark pages."""
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, look: Look = ON_WHITE, **grid: Any) -> tuple[Any, Any]:
-    """A figure and its panels, as an array of that shape without the sides of length 1.
+    """Create a figure and its panels.
 
     Args:
-        height: In inches.
-        rows: Panels below one another.
-        columns: Panels beside one another.
-        look: What it is drawn on.
-        grid: For `Figure.subplots`; `width` is the figure's own, in inches.
+        height: Height of the figure, in inches.
+        rows: Number of rows of panels.
+        columns: Number of columns of panels.
+        look: Foreground and background colours.
+        grid: Arguments of `Figure.subplots`, and `width` of the figure in inches.
+
+    Returns:
+        The figure, and its panels as an array of shape (rows, columns) without dimensions of size 1.
     """
     from matplotlib.figure import Figure
 
@@ -60,7 +64,7 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, look: Look = ON_W
 
 
 def dress(panel: Any, look: Look = ON_WHITE) -> None:
-    """Give a panel the style; a second axis of one needs it too."""
+    """Apply the style to a panel; required for twin axes too."""
     panel.set_facecolor("none")
     panel.tick_params(which="both", colors=look.ink, labelsize=SMALL)
     for side, spine in panel.spines.items():
@@ -77,7 +81,7 @@ def legend(panel: Any, look: Look = ON_WHITE, **where: Any) -> None:
 
 
 def losses(panel: Any, shown: Iterable[float], label: str) -> None:
-    """Scale the axis of losses: one that falls from 14 to 0.2 is a flat line where it matters, but on a log scale."""
+    """Scale and label a loss axis; wide ranges use a log scale, as a drop from 14 to 0.2 is flat on a linear one."""
     known = [value for value in shown if value > 0]
     if known and max(known) > SPREAD * min(known):
         panel.set_yscale("log")
@@ -86,20 +90,20 @@ def losses(panel: Any, shown: Iterable[float], label: str) -> None:
 
 
 def png(figure: Any) -> bytes:
-    """In few colours, which makes a third of it: Dagster keeps it in its database."""
+    """Render a figure as PNG with a reduced palette, a third of the size: Dagster stores it in its database."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     file = io.BytesIO()
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # once; `savefig` draws a figure with a layout twice
+    canvas.draw()  # draws once; `savefig` draws a figure with a layout engine twice
     picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
     picture.quantize(PALETTE, dither=Image.Dither.NONE).save(file, "png", optimize=True)
     return file.getvalue()
 
 
 def svg(figure: Any) -> bytes:
-    """The same bytes for the same figure, its text as text."""
+    """Render a figure as SVG with selectable text; equal figures give equal bytes."""
     import matplotlib
 
     file = io.BytesIO()
@@ -109,20 +113,20 @@ def svg(figure: Any) -> bytes:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write it as what the path ends in."""
+    """Save a figure in the format of the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def as_markdown(figure: Any, what: str) -> str:
-    """The picture in a line of Markdown; `what` is read to whoever does not see it."""
-    return f"![{what}]({_address(png(figure), 'png')})"
+    """Return the figure as a Markdown image with a data URI; `what` is the alternative text."""
+    return f"![{what}]({_data_uri(png(figure), 'png')})"
 
 
 def as_address(figure: Any) -> str:
-    """The picture as the address of an HTML image, sharp at any size."""
-    return _address(svg(figure), "svg+xml")
+    """Return the figure as a data URI of an SVG image, for the `src` of an HTML image."""
+    return _data_uri(svg(figure), "svg+xml")
 
 
-def _address(content: bytes, kind: str) -> str:
+def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

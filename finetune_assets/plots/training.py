@@ -1,4 +1,4 @@
-"""Pictures of a training: its curves, and what the GPUs did meanwhile."""
+"""Plots of a training run: loss curves and GPU utilization."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from finetune_assets.plots.data import shortened
 from finetune_assets.plots.style import COLOURS, ON_WHITE, SMALL, TEXT, Look, dress, legend, losses, new_figure
 
 MARKED = 40
-"""Reports up to which each is a point on its curve."""
+"""Maximum number of reports drawn with point markers."""
 
 
 def curves(state: Mapping[str, Any]) -> Any:
-    """Loss, held-out loss and learning rate by step, and the gradient norm below.
+    """Plot loss, held-out loss and learning rate by step, with the gradient norm below.
 
     Args:
-        state: As `trainer_state.json` has it.
+        state: Content of `trainer_state.json`.
     """
     history = state["history"]
     steps = [entry["step"] for entry in history]
@@ -26,10 +26,11 @@ def curves(state: Mapping[str, Any]) -> Any:
     above.plot(steps, [entry["loss"] for entry in history], color=COLOURS[0], marker=mark, label="training loss")
     held_out = _held_out(state)
     if held_out:
-        between = "-" if len(held_out) > 2 else ""  # nobody knows what lies between before and after
+        # A line needs values from within the training: nothing is known between the first and the last value
+        between = "-" if len(held_out) > 2 else ""
         style = {"color": COLOURS[1], "marker": "o", "markersize": 4, "linestyle": between}
         above.plot(*zip(*held_out, strict=True), **style, label="held-out loss")
-    losses(above, [entry["loss"] for entry in history], "loss, nats a token")
+    losses(above, [entry["loss"] for entry in history], "loss, nats per token")
     rate = above.twinx()
     dress(rate)
     rate.grid(visible=False)
@@ -49,29 +50,29 @@ def curves(state: Mapping[str, Any]) -> Any:
 
 
 def _held_out(state: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """Steps and losses, those before the first and after the last step too."""
+    """Steps and held-out losses, including those before the first and after the last step."""
     ends = state["held_out_loss"]
-    found = [(entry["step"], entry["held_out_loss"]) for entry in state["history"] if "held_out_loss" in entry]
+    during = [(entry["step"], entry["held_out_loss"]) for entry in state["history"] if "held_out_loss" in entry]
     before = [] if ends["before"] is None else [(0, ends["before"])]
     after = [] if ends["after"] is None else [(state["step"], ends["after"])]
-    return [*before, *found, *after]
+    return [*before, *during, *after]
 
 
 def utilisation(path: Path) -> Any | None:
-    """Load and memory of each GPU by the time, from the file that `Utilisation` writes; None if it has no row."""
+    """Plot utilization and memory of each GPU over time, from the CSV file of `Utilisation`; None if it has no rows."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
     if not rows:
         return None
     figure, (above, below) = new_figure(3.6, rows=2, sharex=True)
-    for number, gpu in enumerate(sorted({row["gpu"] for row in rows}, key=int)):
-        colour = COLOURS[number % len(COLOURS)]
+    for index, gpu in enumerate(sorted({row["gpu"] for row in rows}, key=int)):
+        colour = COLOURS[index % len(COLOURS)]
         for panel, column, factor in ((above, "utilisation_percent", 1), (below, "memory_mib", 1024)):
-            told = [(float(row["seconds"]), row[column]) for row in rows if row["gpu"] == gpu and row[column]]
-            points = [(seconds / 60, float(value) / factor) for seconds, value in told]
+            samples = [(float(row["seconds"]), row[column]) for row in rows if row["gpu"] == gpu and row[column]]
+            points = [(seconds / 60, float(value) / factor) for seconds, value in samples]
             panel.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=f"GPU {gpu}")
     above.set_ylim(0, 105)
-    above.set_ylabel("busy, %")
+    above.set_ylabel("utilization, %")
     legend(above, loc="lower right", ncols=4)
     below.set_ylim(bottom=0)
     below.set_ylabel("memory, GiB")
@@ -81,12 +82,12 @@ def utilisation(path: Path) -> Any | None:
 
 @dataclass(frozen=True)
 class Curve:
-    """One training among others.
+    """Loss curve of one training run.
 
     Attributes:
-        name: For the legend.
-        steps: Where its loss was reported; shape (n,).
-        losses: In nats a token; shape (n,).
+        name: Label in the legend.
+        steps: Steps at which the loss was reported; shape (n,).
+        losses: Losses at these steps, in nats per token; shape (n,).
     """
 
     name: str
@@ -95,21 +96,21 @@ class Curve:
 
 
 def overlaid(shown: Sequence[Curve], look: Look = ON_WHITE) -> Any:
-    """Loss by the share of the training that is done; the first ones by name, the others in grey behind them."""
+    """Plot loss curves by training progress in percent; the first ones are labeled, the others are grey."""
     figure, panel = new_figure(3.4, look=look)
-    named = len(COLOURS) - 1  # the last is the grey of the others
+    named = len(COLOURS) - 1  # the last colour is the grey for unlabeled curves
     for curve in shown[named:]:
-        panel.plot(_shares(curve), curve.losses, color=COLOURS[-1], linewidth=0.7, alpha=0.4)
+        panel.plot(_progress_percent(curve), curve.losses, color=COLOURS[-1], linewidth=0.7, alpha=0.4)
     for colour, curve in zip(COLOURS, shown[:named], strict=False):
-        panel.plot(_shares(curve), curve.losses, color=colour, linewidth=1.4, label=shortened(curve.name, 36))
+        panel.plot(_progress_percent(curve), curve.losses, color=colour, linewidth=1.4, label=shortened(curve.name, 36))
     if others := shown[named:]:
         panel.plot([], [], color=COLOURS[-1], linewidth=0.7, label=f"{len(others)} others")
     panel.set_xlim(0, 100)
-    panel.set_xlabel("part of the training, %")
-    losses(panel, [loss for curve in shown for loss in curve.losses], "training loss, nats a token")
+    panel.set_xlabel("training progress, %")
+    losses(panel, [loss for curve in shown for loss in curve.losses], "training loss, nats per token")
     legend(panel, look)
     return figure
 
 
-def _shares(curve: Curve) -> list[float]:
+def _progress_percent(curve: Curve) -> list[float]:
     return [100 * step / curve.steps[-1] for step in curve.steps]

@@ -1,1 +1,1 @@
-"""What a training will take, before anything is taken: memory, steps, tokens, hours, money."""
+"""Estimate memory, steps, tokens, hours and cost of a training run before it starts."""

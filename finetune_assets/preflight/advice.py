@@ -1,4 +1,4 @@
-"""Which settings would fit, where those that are set do not."""
+"""Suggest settings that fit in memory, if the current ones do not."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -8,61 +8,61 @@ from finetune_assets.preflight.case import Case, NotSimulated
 from finetune_assets.preflight.memory import Memory, predict
 
 BY_BATCH = ("activations", "workspace", "gaps")
-"""Parts of the memory that grow with the micro-batch."""
+"""Parts of the memory that grow with the micro-batch size."""
 NOTHING = "a smaller base model, or a shorter data.tokenization.cutoff_len"
 
 
 def ways(case: Case, memory: Memory) -> list[str]:
-    """Changes after each of which it fits, as overrides, the least change first.
+    """Return alternative changes that make a training fit, as overrides, smallest change first.
 
     Args:
-        case: What does not fit.
-        memory: What it takes.
+        case: The case that does not fit.
+        memory: Predicted memory of the case.
     """
-    found = [*_ways_on_one(case, memory)]
-    if not found and case.device.kind == "cuda" and case.experiment.training.sharding == "none":
-        found = [*_sharded(case)]
-    return found or [NOTHING]
+    changes = [*_single_device_changes(case, memory)]
+    if not changes and case.device.kind == "cuda" and case.experiment.training.sharding == "none":
+        changes = [*_sharded_changes(case)]
+    return changes or [NOTHING]
 
 
-def _ways_on_one(case: Case, memory: Memory) -> Iterator[str]:
-    """Without more devices: a smaller micro-batch, activations computed twice, a quantized base, or all of these."""
+def _single_device_changes(case: Case, memory: Memory) -> Iterator[str]:
+    """Changes without more devices: smaller micro-batch, gradient checkpointing, quantized base, or all of these."""
     changes: list[str] = []
-    for change, changed in _steps(case):
+    for change, changed in _memory_savings(case):
         changes += change
-        now = _predicted(changed) if change else memory
-        if now is None:
+        predicted = _predicted(changed) if change else memory
+        if predicted is None:
             continue
-        if now.total <= case.device.usable and change:
+        if predicted.total <= case.device.usable and change:
             yield " with ".join(changes)
-        elif size := _fitting_size(case, now):
+        elif size := _fitting_size(case, predicted):
             yield " with ".join([*changes, f"training.micro_batch_size={size}"])
 
 
 def _predicted(case: Case) -> Memory | None:
-    """A change that this model does not take is no way."""
+    """Predict the memory of a case; None if the model does not support it."""
     with suppress(NotSimulated):
         return predict(case)
     return None
 
 
-def _steps(case: Case) -> Iterator[tuple[list[str], Case]]:
-    """Each change that saves memory, with what is set then."""
+def _memory_savings(case: Case) -> Iterator[tuple[list[str], Case]]:
+    """Yield cumulative changes that save memory, as overrides, with the resulting case."""
     yield [], case
     if not case.checkpointing:
         case = replace(case, checkpointing=True)
         yield ["training.gradient_checkpointing=true"], case
     if case.experiment.model.quantization != "nf4":
-        yield ["model.quantization=nf4"], _in_nf4(case)
+        yield ["model.quantization=nf4"], _with_nf4(case)
 
 
-def _in_nf4(case: Case) -> Case:
+def _with_nf4(case: Case) -> Case:
     model = replace(case.experiment.model, quantization="nf4")
     return replace(case, experiment=replace(case.experiment, model=model), checkpointing=True)
 
 
 def _fitting_size(case: Case, memory: Memory) -> int | None:
-    """The largest micro-batch that fits, if a smaller one does."""
+    """Return the largest smaller micro-batch size that fits; None if none does."""
     fits: Callable[[int], bool] = lambda size: _with_size(case, memory, size).total <= case.device.usable  # noqa: E731
     return next(filter(fits, range(case.experiment.training.micro_batch_size - 1, 0, -1)), None)
 
@@ -72,16 +72,16 @@ def _with_size(case: Case, memory: Memory, size: int) -> Memory:
     return replace(memory, **{part: int(getattr(memory, part) * share) for part in BY_BATCH})
 
 
-def _sharded(case: Case) -> Iterator[str]:
-    """With the base spread over more GPUs."""
-    case = _in_nf4(case)
-    whole = _predicted(case)
-    if whole is None:
+def _sharded_changes(case: Case) -> Iterator[str]:
+    """Change that shards the base model over more GPUs."""
+    case = _with_nf4(case)
+    unsharded = _predicted(case)
+    if unsharded is None:
         return
-    least = _with_size(case, whole, 1)
-    room = case.device.usable - (least.total - least.weights)
-    if room > 0:
+    smallest = _with_size(case, unsharded, 1)
+    room_bytes = case.device.usable - (smallest.total - smallest.weights)
+    if room_bytes > 0:
         yield (
             "training.gradient_checkpointing=true with model.quantization=nf4 with training.micro_batch_size=1 with "
-            f"training.sharding=fsdp on at least {-(-least.weights // room)} GPUs"
+            f"training.sharding=fsdp on at least {-(-smallest.weights // room_bytes)} GPUs"
         )

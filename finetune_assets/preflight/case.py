@@ -1,7 +1,8 @@
-"""What a plan asks of a model: the memory of a micro-batch, and the weights that a token is multiplied with.
+"""Model properties that a plan needs: memory of a micro-batch, and the number of weights each token is multiplied with.
 
-Both follow from the base model's config.json, the settings in `Question`, and the code and libraries of a simulation
-(`simulation.py`, which imports torch, transformers and peft). Results are kept, so that planning again is instant.
+Both are determined by the base model's config.json, the settings in `Question`, and the code and libraries of the
+simulation (`simulation.py`, which imports torch, transformers and peft). Results are cached, so that planning again is
+instant.
 """
 
 import hashlib
@@ -27,22 +28,22 @@ LIBRARIES = ("torch", "transformers", "peft")
 
 
 class NotSimulated(Exception):
-    """A model whose step does not run on tensors without data: one that routes tokens by what they are, say."""
+    """Raised when a training step cannot run on fake tensors, for example if tokens are routed by their values."""
 
     @classmethod
     def because(cls, error: Exception) -> "NotSimulated":
-        """In one line of an error's own words."""
+        """Create the exception from another, with its type and message on one line."""
         return cls(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A base model's configuration, which is read by transformers only when a simulation needs it.
+    """Configuration of a base model, loaded with transformers only if a simulation needs it.
 
     Attributes:
-        content: What identifies it: the bytes of config.json.
-        load: Reads it.
-        results: Where results of its simulations are kept; None to keep none.
+        content: Bytes of config.json, which identify the configuration.
+        load: Loads the configuration.
+        results: Cache of simulation results; None disables caching.
     """
 
     content: bytes
@@ -51,17 +52,17 @@ class Shape:
 
     @staticmethod
     def of(config: "PretrainedConfig", results: Results | None = None) -> "Shape":
-        """Of a configuration that is there already."""
+        """Create a shape from a loaded configuration."""
         return Shape(config.to_json_string().encode(), lambda: config, results)
 
     @staticmethod
     def read(folder: Path, own_code: bool, results: Results | None = None) -> "Shape":
-        """Of a base model's folder; its weights need not be there.
+        """Create a shape from a base model folder; the weights are not required.
 
-        Results of a model with code of its own are not kept: they follow from that code too.
+        Results of a model with remote code are not cached, because they depend on that code too.
 
         Raises:
-            OSError: if there is no config.json.
+            OSError: if config.json does not exist.
         """
 
         def load() -> "PretrainedConfig":
@@ -80,19 +81,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Question:
-    """All that a simulation reads beside the base model's configuration. A new field here is in the key of its result.
+    """Inputs of a simulation besides the base model's configuration. All fields are part of the cache key.
 
     Attributes:
         lora: Settings of the adapter.
-        quantization: Of the base.
-        own_code: Whether the base may run code of its own.
+        quantization: Quantization of the base model.
+        own_code: Whether the base model may run remote code.
         mixed: Whether trained weights are kept in float32.
-        precision: What is computed in.
-        dtype: Of the base's weights, and what quantized ones are computed in.
+        precision: Compute precision.
+        dtype: Dtype of the base weights, and compute dtype of quantized weights.
         device: `cpu` or `cuda`.
-        lengths: Tokens of the micro-batch's examples, which lie end to end.
-        learned: How many of all their tokens are learned.
-        checkpointing: Whether activations are computed twice.
+        lengths: Lengths of the examples of the micro-batch in tokens, concatenated without padding.
+        learned: Number of learned tokens in the micro-batch.
+        checkpointing: Whether gradient checkpointing is on.
     """
 
     lora: Lora
@@ -109,16 +110,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a model and one micro-batch take, in bytes where nothing else is said.
+    """Memory of a model and one micro-batch; sizes are in bytes unless noted.
 
     Attributes:
-        weights: The frozen weights, as bitsandbytes keeps those that it quantizes.
-        quantized: Numbers in quantized weights.
-        largest_layer: The frozen weights of the largest layer.
+        weights: Frozen weights, with quantized ones as bitsandbytes stores them.
+        quantized: Number of elements in quantized weights.
+        largest_layer: Frozen weights of the largest layer.
         trained: Trained weights.
-        trained_count: Numbers in them.
-        kept: By the backward pass, of the forward pass: the activations.
-        peak: The highest there is at once beside weights, gradients and optimizer, activations included.
+        trained_count: Number of elements in trained weights.
+        kept: Activations that the forward pass keeps for the backward pass.
+        peak: Peak memory besides weights, gradients and optimizer, including activations.
     """
 
     weights: float
@@ -130,9 +131,9 @@ class Simulated:
     peak: float
 
     def beyond(self, shallower: "Simulated", by: float) -> "Simulated":
-        """With more layers: `by` times as many as it has more than `shallower`."""
-        ours, theirs = vars(self), vars(shallower)
-        return Simulated(**{name: ours[name] + by * (ours[name] - theirs[name]) for name in ours})
+        """Extrapolate to more layers: add `by` times the difference to `shallower`."""
+        deep, shallow = vars(self), vars(shallower)
+        return Simulated(**{name: deep[name] + by * (deep[name] - shallow[name]) for name in deep})
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,12 @@ class Case:
     """A micro-batch of a model on a device.
 
     Attributes:
-        shape: The base model's configuration.
-        experiment: The settings.
-        device: Where it is to be trained; nothing is asked of it.
-        lengths: Tokens of the micro-batch's examples, which lie end to end.
-        learned: How many of all their tokens are learned.
-        checkpointing: Whether activations are computed twice.
+        shape: Configuration of the base model.
+        experiment: Settings of the experiment.
+        device: Device to train on; it is not accessed.
+        lengths: Lengths of the examples of the micro-batch in tokens, concatenated without padding.
+        learned: Number of learned tokens in the micro-batch.
+        checkpointing: Whether gradient checkpointing is on.
     """
 
     shape: Shape
@@ -157,7 +158,7 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """Of the base's weights, and what quantized ones are computed in."""
+        """Dtype of the base weights, and compute dtype of quantized weights."""
         return self.device.dtype(self.experiment)
 
     @property
@@ -178,13 +179,15 @@ class Case:
 
 
 def simulate(case: Case) -> Simulated:
-    """What a micro-batch takes.
+    """Simulate the memory of a micro-batch, or return the cached result.
 
     Raises:
         NotSimulated: if the model cannot be simulated.
     """
     names = {field.name for field in fields(Simulated)}
-    return Simulated(**_answered(case.shape, "micro_batch", asdict(case.question), names, lambda: _micro_batch(case)))
+    return Simulated(
+        **_cached_result(case.shape, "micro_batch", asdict(case.question), names, lambda: _micro_batch(case))
+    )
 
 
 def _micro_batch(case: Case) -> dict[str, Any]:
@@ -192,12 +195,12 @@ def _micro_batch(case: Case) -> dict[str, Any]:
 
 
 def multiplied_weights(case: Case) -> int:
-    """Weights of the base that a token is multiplied with.
+    """Return the number of base weights that each token is multiplied with.
 
     Raises:
-        NotSimulated: if the model cannot be built as a shape alone.
+        NotSimulated: if the model cannot be built on the meta device.
     """
-    return int(_answered(case.shape, "multiplied_weights", {}, {"count"}, lambda: _weights(case))["count"])
+    return int(_cached_result(case.shape, "multiplied_weights", {}, {"count"}, lambda: _weights(case))["count"])
 
 
 def _weights(case: Case) -> dict[str, Any]:
@@ -206,8 +209,8 @@ def _weights(case: Case) -> dict[str, Any]:
 
 
 def stored_dtype(shape: Shape) -> str | None:
-    """The type of the weights in the base model's files, if its configuration names one."""
-    name = _answered(shape, "stored_dtype", {}, {"dtype"}, lambda: _dtype(shape))["dtype"]
+    """Return the dtype of the stored base weights, if its configuration has one."""
+    name = _cached_result(shape, "stored_dtype", {}, {"dtype"}, lambda: _dtype(shape))["dtype"]
     return name
 
 
@@ -216,23 +219,23 @@ def _dtype(shape: Shape) -> dict[str, Any]:
     return {"dtype": str(dtype).removeprefix("torch.") if dtype else None}
 
 
-def _answered(
-    shape: Shape, kind: str, question: dict[str, Any], names: set[str], answer: Callable[[], dict[str, Any]]
+def _cached_result(
+    shape: Shape, kind: str, inputs: dict[str, Any], names: set[str], compute: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """A result that is kept, or one that is made now and kept."""
-    whole = {"kind": kind, "config": hashlib.sha256(shape.content).hexdigest(), **_made_by(), **question}
-    result = shape.results.get(whole, names) if shape.results else None
+    """Return the cached result, or compute and cache it."""
+    key = {"kind": kind, "config": hashlib.sha256(shape.content).hexdigest(), **_code_and_libraries(), **inputs}
+    result = shape.results.get(key, names) if shape.results else None
     if result is None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what one library says to another
-            result = answer()
+            warnings.simplefilter("ignore", FutureWarning)  # addressed to other libraries, not to the user
+            result = compute()
         if shape.results:
-            shape.results.put(whole, result)
+            shape.results.put(key, result)
     return result
 
 
 @cache
-def _made_by() -> dict[str, Any]:
-    """Code and libraries of a simulation."""
+def _code_and_libraries() -> dict[str, Any]:
+    """Hash of the simulation code, and versions of its libraries."""
     code = hashlib.sha256(b"".join((PACKAGE / name).read_bytes() for name in SIMULATED_CODE)).hexdigest()
     return {"code": code, "libraries": {name: version(name) for name in LIBRARIES}}

@@ -14,8 +14,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="resolved configuration")
     parser.add_argument("--base-model", type=Path, required=True, help="folder of the base model's config.json")
     parser.add_argument("--dataset", type=Path, required=True, help="folder of the tokenized dataset")
-    parser.add_argument("--states", type=Path, required=True, help="JSON file: trainer states of earlier trainings")
-    parser.add_argument("--results", type=Path, required=True, help="folder of kept results of simulations")
+    parser.add_argument(
+        "--states", type=Path, required=True, help="JSON file with the trainer states of earlier training runs"
+    )
+    parser.add_argument("--results", type=Path, required=True, help="folder of cached simulation results")
     parser.add_argument("--output", type=Path, required=True, help="folder for the plan")
     args = parser.parse_args()
     config = load_resolved(args.config)

@@ -1,4 +1,4 @@
-"""What a training is planned for: the hardware that the settings name, or this machine's. No GPU is touched."""
+"""Hardware that a training run is planned for: from the settings, or of this machine. No GPU memory is allocated."""
 
 import os
 from dataclasses import dataclass, replace
@@ -13,22 +13,22 @@ from finetune_assets.worker import gpus
 
 GIB = 1 << 30
 RESERVED = {"cpu": 0.95, "cuda": 0.9}
-"""Share of the device's memory that is planned with; the rest goes to gaps between allocations, and to the driver."""
+"""Fraction of device memory that a plan may use; the rest is for fragmentation and the driver."""
 AMPERE = 8
-"""Compute capability from which GPUs compute in bfloat16."""
+"""Minimum major compute capability for bfloat16."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a training is planned for.
+    """Hardware that a training run is planned for.
 
     Attributes:
         kind: `cpu` or `cuda`.
-        bytes: Memory of one GPU, or of the machine.
-        processes: That train together.
-        bf16: Whether it computes in bfloat16.
-        name: As its maker calls it.
-        nodes: Machines that they are on.
+        bytes: Memory of one GPU, or of the machine for `cpu`.
+        processes: Total number of training processes.
+        bf16: Whether the device supports bfloat16.
+        name: Product name.
+        nodes: Number of machines.
     """
 
     kind: str
@@ -40,17 +40,17 @@ class Device:
 
     @property
     def usable(self) -> int:
-        """Bytes that one process may plan with."""
+        """Usable memory of one process, in bytes."""
         sharing = self.processes // self.nodes if self.kind == "cpu" else 1
         return int(self.bytes * RESERVED[self.kind]) // sharing
 
     def precision(self, experiment: ExperimentConfig) -> str:
-        """As `compute_precision` decides there."""
+        """Return the precision that `compute_precision` selects on this device."""
         wanted = experiment.training.precision
         return wanted if wanted != "auto" else "bf16" if self.bf16 else "fp32"
 
     def dtype(self, experiment: ExperimentConfig) -> str:
-        """As `weights_dtype` decides there, by its name in torch."""
+        """Return the torch dtype name that `weights_dtype` selects on this device."""
         name: str = experiment.model.dtype
         if name == "auto":
             name = COMPUTED_AS_STORED.get(experiment.training.precision) or ("bfloat16" if self.bf16 else "float32")
@@ -58,44 +58,46 @@ class Device:
 
 
 def device_of(experiment: ExperimentConfig) -> Device:
-    """What the settings name, or machines like this one; of a range of machines, as many as may begin.
+    """Return the hardware in the settings, or machines like this one; for a range of nodes, the minimum.
 
     Raises:
-        UserError: if this machine has not as many GPUs as are asked for, or does not tell what they are; or if they are
-            a cluster's.
+        UserError: if this machine has fewer GPUs than required, does not report their memory, or the GPUs belong to a
+            cluster and are not described in the settings.
     """
-    one = _one_machine(experiment)
+    machine = _one_machine(experiment)
     nodes = experiment.launcher.node_range[0]
-    return replace(one, processes=one.processes * nodes, nodes=nodes)
+    return replace(machine, processes=machine.processes * nodes, nodes=nodes)
 
 
 def _one_machine(experiment: ExperimentConfig) -> Device:
-    hardware, processes, asked = experiment.hardware, experiment.training.processes_per_node, experiment.launcher
+    hardware, processes, launcher = experiment.hardware, experiment.training.processes_per_node, experiment.launcher
     if hardware.memory_gib or hardware.gpu:
         name = hardware.gpu or "GPU"
-        size = hardware.memory_gib or memory_gib(name) or 0  # an unknown name is refused when settings are loaded
-        count = (asked.gpus_per_node or hardware.count) if processes == "auto" else int(processes)
+        size = hardware.memory_gib or memory_gib(name) or 0  # loading the settings rejects unknown names
+        count = (launcher.gpus_per_node or hardware.count) if processes == "auto" else int(processes)
         return Device("cuda", int(size * GIB), count, computes_in_bf16(name), name)
     if visible := gpus.visible():
-        return _first_of(visible, gpus.wanted(processes, visible))
-    if asked.gpus_per_node:
+        return _query_first_gpu(visible, gpus.wanted(processes, visible))
+    if launcher.gpus_per_node:
         raise UserError(
-            f"launcher.gpus_per_node: {asked.gpus_per_node}, and this machine has none to plan for; say what the "
-            "cluster's are in hardware.gpu or hardware.memory_gib"
+            f"launcher.gpus_per_node: {launcher.gpus_per_node}, but this machine has no GPU to plan for; set the GPUs "
+            "of the cluster in hardware.gpu or hardware.memory_gib"
         )
     count = 1 if processes == "auto" else int(processes)
     return Device("cpu", machine_bytes(), count, False, cpu_name())
 
 
-def _first_of(visible: list[str], count: int) -> Device:
-    """Ask the driver, not CUDA, which would take half a GiB of the GPU for as long as this process lives."""
+def _query_first_gpu(visible: list[str], count: int) -> Device:
+    """Query the first GPU with NVML: a CUDA context would take 0.5 GiB of GPU memory until this process exits."""
     driver = nvml()
     if driver is None:
-        raise UserError("this machine's GPUs do not tell their memory (NVML); set hardware.gpu or hardware.memory_gib")
+        raise UserError(
+            "GPU memory of this machine is unknown (NVML is unavailable); set hardware.gpu or hardware.memory_gib"
+        )
     try:
         first = visible[0]
-        by = driver.nvmlDeviceGetHandleByIndex if first.isdecimal() else driver.nvmlDeviceGetHandleByUUID
-        handle = by(int(first) if first.isdecimal() else first)
+        get_handle = driver.nvmlDeviceGetHandleByIndex if first.isdecimal() else driver.nvmlDeviceGetHandleByUUID
+        handle = get_handle(int(first) if first.isdecimal() else first)
         size = driver.nvmlDeviceGetMemoryInfo(handle).total
         bf16 = driver.nvmlDeviceGetCudaComputeCapability(handle)[0] >= AMPERE
         return Device("cuda", size, count, bf16, driver.nvmlDeviceGetName(handle))
@@ -104,13 +106,13 @@ def _first_of(visible: list[str], count: int) -> Device:
 
 
 def machine_bytes() -> int:
-    """Memory of this machine, or of the container that this process may fill.
+    """Return the total memory of this machine, or the limit of the container, in bytes.
 
-    All of it, not what is free: a plan is for when the training has the machine.
+    Total rather than free memory, because a plan assumes that the training has the machine to itself.
     """
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
     except OSError:
-        return whole
-    return min(whole, int(limit)) if limit.isdecimal() else whole
+        return total
+    return min(total, int(limit)) if limit.isdecimal() else total

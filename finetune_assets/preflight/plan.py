@@ -1,4 +1,4 @@
-"""A training before it begins: does it fit, how many steps and tokens, how long, for how much."""
+"""Plan a training run: whether it fits in memory, its steps and tokens, duration and cost."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,24 +16,24 @@ from finetune_assets.preflight.work import Work, full_batch, work_of
 
 
 def sized(size: float) -> str:
-    """Bytes for people."""
+    """Format a size in bytes as GiB or MiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training will take.
+    """Estimated requirements of a training run.
 
     Attributes:
-        device: Where.
-        memory: Of one process at its highest; None where the model cannot be simulated.
-        unknown: Why not.
-        checkpointing: Whether activations are to be computed twice.
-        advice: Settings that would fit, where it does not.
-        work: Steps and tokens; None while there is no tokenized dataset.
-        hours: Of training; None where nothing says how fast the hardware is.
-        known_from: Where the speed is known from.
-        cost: Of all devices, in the currency of the price; None without one.
+        device: Hardware that the plan is for.
+        memory: Peak memory of one process, by part; None if the model cannot be simulated.
+        unknown: Why the model cannot be simulated; empty otherwise.
+        checkpointing: Whether gradient checkpointing will be on.
+        advice: Settings that fit, if the current ones do not.
+        work: Steps and tokens; None without a tokenized dataset.
+        hours: Training time in hours; None if the speed of the hardware is unknown.
+        known_from: Source of the speed estimate, or why it is unknown.
+        cost: Cost of all devices, in the currency of `hardware.price_per_hour`; None without a price.
     """
 
     device: Device
@@ -48,11 +48,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """False only where it is known not to."""
+        """Whether the training fits in memory; true if its memory is unknown."""
         return self.memory is None or self.memory.total <= self.device.usable
 
-    def told(self) -> str:
-        """One sentence: whether it fits, and what would."""
+    def summary(self) -> str:
+        """Return one sentence: whether the training fits, and otherwise the settings that do."""
         if self.memory is None:
             return f"Memory estimate unavailable: the model cannot be simulated ({self.unknown})"
         each = "GPU" if self.device.kind == "cuda" else "process"
@@ -72,7 +72,7 @@ class Plan:
             "usable_mib": round(self.device.usable / MIB, 1),
             "gradient_checkpointing": self.checkpointing,
             "fits": self.fits,
-            "told": self.told(),
+            "summary": self.summary(),
             "advice": self.advice,
             "work": work,
             "hours": self.hours,
@@ -82,15 +82,15 @@ class Plan:
 
 
 def read_shape(folder: Path, experiment: ExperimentConfig, results: Path | None = None) -> Shape:
-    """The configuration of a base model's folder; its weights need not be there.
+    """Read the configuration of a base model; the weights are not required.
 
     Args:
-        folder: The folder.
-        experiment: The settings.
-        results: Folder where results of simulations are kept, if they are to be: `NodeCache.simulations`.
+        folder: Folder of the base model.
+        experiment: Settings of the experiment.
+        results: Folder of cached simulation results (`NodeCache.simulations`); None disables caching.
     """
-    kept = Results(results) if results else None
-    return Shape.read(folder, bool(experiment.model.trust_remote_code), kept)
+    cached = Results(results) if results else None
+    return Shape.read(folder, bool(experiment.model.trust_remote_code), cached)
 
 
 def make_plan(
@@ -99,16 +99,16 @@ def make_plan(
     dataset: Path | None = None,
     states: Iterable[dict[str, Any]] = (),
 ) -> Plan:
-    """Plan a training.
+    """Plan a training run.
 
     Args:
-        shape: The base model's configuration.
-        experiment: The settings.
-        dataset: Folder of the tokenized dataset, if there is one.
-        states: Trainer states of earlier trainings, from which the hardware's speed is known.
+        shape: Configuration of the base model.
+        experiment: Settings of the experiment.
+        dataset: Folder of the tokenized dataset; None if it is not materialized yet.
+        states: Trainer states of earlier training runs, to estimate the speed of the hardware.
 
     Raises:
-        UserError: if the settings ask for GPUs that are not there.
+        UserError: if the settings require GPUs that are not available.
     """
     device = device_of(experiment)
     work = work_of(dataset, experiment, device.processes) if dataset else None
@@ -122,7 +122,7 @@ def make_plan(
 
 
 def settled(case: Case) -> tuple[Case, Memory | None, str]:
-    """Decide as the trainer does whether activations are computed twice, and what the training takes then."""
+    """Decide on gradient checkpointing as the trainer does, and predict the memory for this choice."""
     wanted = case.experiment.training.gradient_checkpointing
     case = replace(case, checkpointing=bool(wanted))
     try:
@@ -137,16 +137,16 @@ def settled(case: Case) -> tuple[Case, Memory | None, str]:
 
 def _hours(case: Case, work: Work | None, states: Iterable[dict[str, Any]]) -> tuple[float | None, str]:
     if work is None:
-        return None, "steps and tokens are known once tokenized_dataset is made"
+        return None, "steps and tokens are unknown until tokenized_dataset is materialized"
     experiment, device = case.experiment, case.device
     try:
         weights = multiplied_weights(case)
     except NotSimulated as e:
-        return None, f"the model cannot be built as a shape alone ({e})"
+        return None, f"the model cannot be built on the meta device ({e})"
     kind = Kind(
         weights, experiment.model.quantization, device.precision(experiment), case.checkpointing, device.processes
     )
-    past = [found for state in states if (found := Past.of(state))]
+    past = [run for state in states if (run := Past.of(state))]
     rate, known_from = speed(device.name, kind, past)
     if rate is None:
         return None, known_from

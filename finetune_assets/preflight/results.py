@@ -1,4 +1,4 @@
-"""Results of simulations, kept on this machine: the same question is answered once."""
+"""Cache of simulation results on this machine."""
 
 import hashlib
 import json
@@ -12,38 +12,38 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Results:
-    """A folder of results, each a small JSON file named by the sha256 of what it answers.
+    """A folder of results, each a small JSON file named by the SHA-256 of its question.
 
-    A file that is damaged, or of another question, counts as none.
+    A damaged file, or one that belongs to a different question, counts as a cache miss.
 
     Attributes:
-        folder: Where they are kept.
+        folder: Folder of the result files.
     """
 
     folder: Path
 
     def get(self, question: Mapping[str, Any], names: set[str]) -> dict[str, Any] | None:
-        """The result of a question, if it is kept whole; it has these names."""
+        """Return the cached result of a question; None if it is missing, damaged, or has other keys than `names`."""
         try:
-            kept = json.loads(self._file(question).read_bytes())
-            result = kept["result"]
-            whole = kept["sum"] == _sum(question, result)
-            return result if whole and set(result) == names else None
+            cached = json.loads(self._file(question).read_bytes())
+            result = cached["result"]
+            intact = cached["sum"] == _sum(question, result)
+            return result if intact and set(result) == names else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def put(self, question: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Keep a result. A disk that takes none costs time alone: the question is answered again."""
+        """Cache a result. Disk errors are ignored: the result is computed again next time."""
         file = self._file(question)
-        written = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+        temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
         content = {"question": question, "result": result, "sum": _sum(question, result)}
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                written.write_text(json.dumps(content), encoding="utf-8")
-                written.replace(file)
+                temporary.write_text(json.dumps(content), encoding="utf-8")
+                temporary.replace(file)
             finally:
-                written.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
     def _file(self, question: Mapping[str, Any]) -> Path:
         return self.folder / f"{_sum(question)}.json"

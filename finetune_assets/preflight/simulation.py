@@ -1,8 +1,8 @@
-"""One training step on tensors without data: what it keeps and how high it rises, whatever the architecture.
+"""Simulate one training step on fake tensors to measure activation and peak memory, for any architecture.
 
-The trainer's own model, adapter and loss are run forward and backward on PyTorch's fake tensors, which have shapes and
-types and no memory, and every storage that comes and goes is counted. A deep model is simulated at two depths: what a
-layer adds is the same for each, or repeats after a few.
+The trainer's own model, adapter and loss run forward and backward on PyTorch's fake tensors, which have shapes and
+dtypes but no memory; every storage allocated and freed is counted. A deep model is simulated at two depths and
+extrapolated: each layer adds the same amount, or the amounts repeat after a few layers.
 """
 
 import copy
@@ -29,22 +29,22 @@ from finetune_assets.training.model import autocast, base_of, layers_of, peft_co
 from finetune_assets.training.telemetry import multiplied_weights
 
 SIMULATED = "simulated"
-"""The name under which transformers knows the attention of a simulation."""
+"""Name of the simulated attention in the transformers `AttentionInterface`."""
 LONGEST_PATTERN = 8
-"""Kinds of layers that may follow one another before they repeat; a model without such a pattern is simulated whole."""
+"""Maximum length of a repeating pattern of layer kinds; a model without such a pattern is simulated at full depth."""
 
 
 def simulated(shape: PretrainedConfig, question: Question) -> Simulated:
     """Simulate a micro-batch of a model.
 
     Raises:
-        NotSimulated: if the model cannot be.
+        NotSimulated: if the model cannot be simulated.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # it prints a traceback of what is told in a sentence
+    log.setLevel(logging.CRITICAL)  # it logs a traceback; NotSimulated has the message
     try:
-        return _at_depth(shape, question)
+        return _extrapolated(shape, question)
     except NotSimulated:
         raise
     except Exception as e:
@@ -54,31 +54,31 @@ def simulated(shape: PretrainedConfig, question: Question) -> Simulated:
 
 
 def multiplied_weights_of(shape: PretrainedConfig, question: Question) -> int:
-    """Weights of a model that a token is multiplied with.
+    """Return the number of weights that each token is multiplied with.
 
     Raises:
-        NotSimulated: if its class cannot be built as a shape alone.
+        NotSimulated: if the model class cannot be built on the meta device.
     """
     return multiplied_weights(base_on_meta(shape, question))
 
 
-def _at_depth(shape: PretrainedConfig, question: Question) -> Simulated:
+def _extrapolated(shape: PretrainedConfig, question: Question) -> Simulated:
     depth = getattr(shape, "num_hidden_layers", 0)
-    pattern = None if _names_layers(question.lora) else _pattern(base_on_meta(shape, question))
+    pattern = None if _adapters_differ_by_layer(question.lora) else _pattern(base_on_meta(shape, question))
     if pattern is None or depth <= 3 * pattern:
         return _simulated(shape, question, None)
     shallow, deep = _simulated(shape, question, pattern), _simulated(shape, question, 2 * pattern)
     return deep.beyond(shallow, (depth - 2 * pattern) / pattern)
 
 
-def _names_layers(lora: Lora) -> bool:
-    """Whether layers get adapters that differ."""
+def _adapters_differ_by_layer(lora: Lora) -> bool:
+    """Whether the adapter differs between layers."""
     names = [*lora.rank_pattern, *(lora.target_modules if isinstance(lora.target_modules, list) else [])]
     return lora.layers_to_transform is not None or any(char.isdigit() for name in names for char in name)
 
 
 def _pattern(base: PreTrainedModel) -> int | None:
-    """After how many layers their kinds repeat; None if they do not."""
+    """Return the length of the repeating pattern of layer kinds; None without a pattern."""
     layers = layers_of(base.get_decoder())
     named = getattr(base.config, "layer_types", None) or [""] * len(layers)
     if len(named) != len(layers):
@@ -88,7 +88,7 @@ def _pattern(base: PreTrainedModel) -> int | None:
         for name, layer in zip(named, layers, strict=True)
     ]
     for length in range(1, LONGEST_PATTERN + 1):
-        if all(kind == kinds[at % length] for at, kind in enumerate(kinds)):
+        if all(kind == kinds[index % length] for index, kind in enumerate(kinds)):
             return length
     return None
 
@@ -118,8 +118,11 @@ def _base_bytes(model: nn.Module) -> int:
 
 
 def quantized_bytes(weight: Tensor, kind: str) -> int:
-    """Of one weight: nf4 has half a byte an element, a byte for each block of 64, and 4 for each 256 of those; int8 a
-    byte an element, and 4 a row."""
+    """Return the size of a quantized weight, in bytes.
+
+    nf4 takes half a byte per element, 1 byte per block of 64 elements, and 4 bytes per 256 blocks; int8 takes 1 byte
+    per element and 4 bytes per row.
+    """
     count = weight.numel()
     if kind == "int8":
         return count + 4 * weight.shape[0]
@@ -128,7 +131,7 @@ def quantized_bytes(weight: Tensor, kind: str) -> int:
 
 
 def _on_meta(shape: PretrainedConfig, question: Question, layers: int | None = None) -> PeftModel:
-    """The model with its adapter as shapes alone, of fewer layers where that is asked for."""
+    """Build the model with its adapter on the meta device, optionally with only `layers` layers."""
     base = base_on_meta(shape, question, layers)
     with torch.device("meta"):
         if question.quantization != "none":
@@ -139,10 +142,10 @@ def _on_meta(shape: PretrainedConfig, question: Question, layers: int | None = N
 
 
 def base_on_meta(shape: PretrainedConfig, question: Question, layers: int | None = None) -> PreTrainedModel:
-    """The base alone, as it was published.
+    """Build the unmodified base model on the meta device.
 
     Raises:
-        NotSimulated: if its class cannot be built as a shape alone.
+        NotSimulated: if the model class cannot be built on the meta device.
     """
     shape = copy.deepcopy(shape)
     if layers is not None:
@@ -154,12 +157,12 @@ def base_on_meta(shape: PretrainedConfig, question: Question, layers: int | None
             return AutoModelForCausalLM.from_config(
                 shape, dtype=getattr(torch, question.dtype), trust_remote_code=question.own_code
             )
-    except Exception as e:  # a model's own code may fail in any way
+    except Exception as e:  # the model's remote code can raise any exception
         raise NotSimulated.because(e) from e
 
 
 def _step(model: PeftModel, question: Question) -> tuple[int, int]:
-    """Bytes that a forward pass keeps, and the most there is at once until the backward pass has ended."""
+    """Return the bytes that the forward pass keeps, and the peak until the end of the backward pass."""
     lengths, device = question.lengths, question.device
     AttentionInterface.register(SIMULATED, _attention(lengths, device))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -173,12 +176,12 @@ def _step(model: PeftModel, question: Question) -> tuple[int, int]:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         model.train()
-        there = [*model.parameters(), *model.buffers()]
+        preallocated = [*model.parameters(), *model.buffers()]
         for parameter in trainable(model):
             parameter.grad = torch.zeros_like(parameter)
-            there.append(parameter.grad)
+            preallocated.append(parameter.grad)
         batch = _batch(lengths, question.learned)
-        with _Counting(there) as counting:
+        with _Counting(preallocated) as counting:
             with autocast(question.precision, torch.device("cpu")):
                 total = loss(batch)
             kept = counting.now
@@ -187,18 +190,18 @@ def _step(model: PeftModel, question: Question) -> tuple[int, int]:
 
 
 def _batch(lengths: list[int], learned: int) -> Batch:
-    ids, at = torch.zeros(1, sum(lengths), dtype=torch.long), torch.zeros(learned, dtype=torch.long)
+    ids, indices = torch.zeros(1, sum(lengths), dtype=torch.long), torch.zeros(learned, dtype=torch.long)
     boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    return Batch(ids, torch.zeros_like(ids), boundaries, max(lengths), at, at, sum(lengths))
+    return Batch(ids, torch.zeros_like(ids), boundaries, max(lengths), indices, indices, sum(lengths))
 
 
 class _Counting(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, but for those that were there before."""
+    """Counts the bytes of all live storages, except those of the `preallocated` tensors."""
 
-    def __init__(self, there: list[Tensor]) -> None:
+    def __init__(self, preallocated: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in preallocated}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -213,31 +216,31 @@ class _Counting(TorchDispatchMode):
             self.sizes[storage._cdata] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, storage._cdata)
+            weakref.finalize(storage, self._released, storage._cdata)
 
-    def _gone(self, key: int) -> None:
+    def _released(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
 
 
-# ---- what stands for kernels that fake tensors do not run
+# ---- replacements for kernels that fake tensors do not support
 
 
 def _attention(lengths: list[int], device: str) -> Callable[..., tuple[Tensor, None]]:
-    """What `varlen_attention` does, with boundaries that are known beforehand."""
+    """Return an attention function with the memory of `varlen_attention`, for boundaries known in advance."""
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         if device == "cuda":
             return _Flash.apply(query, key, value).transpose(1, 2), None
         grouped = query.shape[1] != key.shape[1]
         parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-        seen = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=grouped) for part in parts]
-        return torch.cat(seen, 2).transpose(1, 2), None
+        outputs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=grouped) for part in parts]
+        return torch.cat(outputs, 2).transpose(1, 2), None
 
     return attention
 
 
 class _Flash(torch.autograd.Function):
-    """Memory of FlashAttention: the output and a number a token and head."""
+    """Allocates what FlashAttention keeps: the output, and one float32 per token and head (logsumexp)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -253,21 +256,21 @@ class _Flash(torch.autograd.Function):
 
 
 def _quantize(base: nn.Module, kind: str) -> None:
-    """Have the layers that bitsandbytes would quantize compute with as much memory as its own do."""
+    """Replace the layers that bitsandbytes would quantize by layers with the same memory use."""
     output = base.get_output_embeddings()  # type: ignore[operator]
     for module in [*base.modules()]:
         for name, child in module.named_children():
             if type(child) is nn.Linear and child is not output:
-                made = QuantizedLinear(
+                quantized = QuantizedLinear(
                     child.in_features, child.out_features, child.bias is not None, dtype=child.weight.dtype
                 )
-                made.kind = kind
-                made.requires_grad_(False)
-                setattr(module, name, made)
+                quantized.kind = kind
+                quantized.requires_grad_(False)
+                setattr(module, name, quantized)
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer whose weight is made anew in every pass."""
+    """A linear layer that dequantizes its weight in every pass."""
 
     kind = "nf4"
 
@@ -281,7 +284,7 @@ class _Dequantized(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(weight)
         if kind == "int8":
-            # The input in 8 bits, the product in 32
+            # The input is quantized to 8 bits; the product has 32 bits
             _ = x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.int32)
             return x.new_empty((*x.shape[:-1], weight.shape[0]))
         return x @ torch.empty_like(weight, dtype=x.dtype).t()

@@ -1,4 +1,4 @@
-"""How fast a training will be: as fast as the trainings most like it were on the same hardware."""
+"""Estimate training speed from the most similar earlier training runs on the same hardware."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from typing import Any
 from finetune_assets.training.telemetry import PEAK_TFLOPS
 
 ASSUMED_MFU = 0.35
-"""Of a GPU that nothing has been trained on yet."""
+"""MFU assumed for a GPU without earlier training runs."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What decides how fast a training is, beside its hardware.
+    """Properties of a training run that determine its speed, besides the hardware.
 
     Attributes:
-        weights: Of the base, that a token is multiplied with.
-        quantization: Of the base.
-        precision: What is computed in.
-        checkpointing: Whether activations are computed twice.
-        processes: That train together.
+        weights: Number of base weights that each token is multiplied with.
+        quantization: Quantization of the base model.
+        precision: Compute precision.
+        checkpointing: Whether gradient checkpointing is on.
+        processes: Number of training processes.
     """
 
     weights: int
@@ -32,12 +32,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Past:
-    """What an earlier training showed.
+    """Speed of an earlier training run.
 
     Attributes:
-        hardware: What it ran on.
-        kind: What it was.
-        flops: Operations a second and process, 4 a weight and token.
+        hardware: Hardware that it ran on.
+        kind: Properties of the run.
+        flops: Operations per second and process, at 4 operations per weight and token.
     """
 
     hardware: str
@@ -46,7 +46,7 @@ class Past:
 
     @staticmethod
     def of(state: dict[str, Any]) -> "Past | None":
-        """From a `trainer_state.json`; None from one that does not say enough."""
+        """Create from a `trainer_state.json`; None if it lacks the required fields."""
         active = state.get("active", {})
         weights, seconds = active.get("multiplied_weights"), state.get("seconds")
         if not weights or not seconds or not active.get("hardware"):
@@ -68,28 +68,31 @@ ALIKE: tuple[Callable[[Kind, Kind], bool], ...] = (
     lambda a, b: a.quantization == b.quantization,
     lambda a, b: True,
 )
-"""How alike two trainings may be, the most alike first."""
+"""Similarity criteria of two training runs, strictest first."""
 
 
 def speed(hardware: str, kind: Kind, past: Iterable[Past]) -> tuple[float | None, str]:
-    """Operations a second and process, and where that is known from; None where it is not.
+    """Estimate operations per second and process.
 
     Args:
-        hardware: The device's name.
-        kind: What is to be trained.
-        past: Earlier trainings, on any hardware.
+        hardware: Name of the device.
+        kind: Properties of the planned training run.
+        past: Earlier training runs, on any hardware.
+
+    Returns:
+        The speed (None if unknown), and the source of the estimate or why it is unknown.
     """
-    here = [one for one in past if hardware in one.hardware or one.hardware in hardware]
+    comparable = [run for run in past if hardware in run.hardware or run.hardware in hardware]
     for alike in ALIKE:
-        if like := [one for one in here if alike(one.kind, kind)]:
-            return median(one.flops for one in like), _known_from(like, kind, hardware)
+        if similar := [run for run in comparable if alike(run.kind, kind)]:
+            return median(run.flops for run in similar), _source(similar, kind, hardware)
     part = next((part for part in PEAK_TFLOPS if part in hardware), None)
     if part is None:
-        return None, f"nothing was trained on {hardware} yet"
-    guess = f"{ASSUMED_MFU:.0%} MFU, assumed: no measured run on {hardware} yet"
-    return PEAK_TFLOPS[part] * 1e12 * ASSUMED_MFU, guess
+        return None, f"no training run on {hardware} yet"
+    source = f"{ASSUMED_MFU:.0%} MFU, assumed: no measured run on {hardware} yet"
+    return PEAK_TFLOPS[part] * 1e12 * ASSUMED_MFU, source
 
 
-def _known_from(like: Sequence[Past], kind: Kind, hardware: str) -> str:
-    alike = "like it" if all(one.kind == kind for one in like) else "of other kinds"
-    return f"{len(like)} earlier training{'s' * (len(like) > 1)} {alike} on {hardware}"
+def _source(similar: Sequence[Past], kind: Kind, hardware: str) -> str:
+    settings = "the same settings" if all(run.kind == kind for run in similar) else "similar settings"
+    return f"{len(similar)} earlier training run{'s' * (len(similar) > 1)} with {settings} on {hardware}"

@@ -1,4 +1,4 @@
-"""How much there is to do, to the last token: what the trainer's own order of the rows comes to."""
+"""Exact number of steps and tokens of a training run, computed with the trainer's own batch sampler."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,13 @@ from finetune_assets.training.order import Examples, GlobalBatchSampler, read_pa
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done, exactly.
+    """Exact amount of work of a training run.
 
     Attributes:
-        steps: Optimizer steps.
-        tokens: That all processes read, padding not counted.
-        lengths: Examples of the largest micro-batch.
-        learned: Its learned tokens.
+        steps: Number of optimizer steps.
+        tokens: Number of tokens read by all processes, excluding padding.
+        lengths: Lengths of the examples of the largest micro-batch, in tokens.
+        learned: Number of learned tokens in the largest micro-batch.
     """
 
     steps: int
@@ -27,7 +27,7 @@ class Work:
 
 
 def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Work:
-    """Steps and tokens of a tokenized dataset."""
+    """Compute steps, tokens and the largest micro-batch for a tokenized dataset."""
     train, packs = Examples.read(dataset / "train.arrow"), read_packs(dataset)
     sequences = packs or [[example] for example in range(len(train))]
     lengths = np.array([train.lengths[sequence].sum() for sequence in sequences])
@@ -46,7 +46,7 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Work
 
 
 def full_batch(experiment: ExperimentConfig) -> tuple[list[int], int]:
-    """Lengths and learned tokens of the largest micro-batch that the settings allow."""
+    """Return example lengths and number of learned tokens of the largest micro-batch that the settings allow."""
     tokens = experiment.data.tokenization
     length = (tokens.packing_length if tokens.packing else None) or tokens.cutoff_len
     lengths = [length] * experiment.training.micro_batch_size

@@ -1,4 +1,4 @@
-"""How far a long thing is: a line in the log every few seconds, one at its end, and a bar where a terminal shows it."""
+"""Report the progress of long operations: periodic log lines, a summary at the end, and a bar on terminals."""
 
 import itertools
 import logging
@@ -15,45 +15,50 @@ from types import TracebackType
 from finetune_assets.progress.relay import Display, State
 
 EVERY_SECONDS = 5.0
-"""How often a line is told; what is done sooner is not told of, but for large transfers."""
+"""Interval of log lines, in seconds. Shorter operations are not logged, except for large transfers."""
 DRAWN_SECONDS = 0.1
+"""Minimum interval between updates of a bar, in seconds."""
 RECENT_SECONDS = 20.0
-"""What the speed, and with it the time left, is of."""
+"""Period over which speed and remaining time are computed, in seconds."""
 WORTH_TELLING = 10_000_000
-"""Transfers of so many bytes are told of, however quick they are."""
+"""Size from which a transfer is logged regardless of its duration, in bytes."""
 THREADS = 4
+"""Number of parts of a transfer that run in parallel."""
 logger = logging.getLogger(__name__)
 clock = time.monotonic
 
 
 class Stopped(Exception):
-    """Another part of the same transfer has failed."""
+    """Raised in the other parts of a transfer after one part has failed."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is counted.
+    """Unit in which progress is counted.
 
     Attributes:
-        name: In the plural.
+        name: Name of the unit, in the plural.
     """
 
     name: str
 
     def of(self, done: int, total: int | None) -> str:
+        """Format a count, such as `3 of 10 rows`."""
         return f"{done:,} {self.name}" if total is None else f"{done:,} of {total:,} {self.name}"
 
     def rate(self, speed: float) -> str:
+        """Format a speed, given in units per second."""
         if speed < 1:
             return f"{speed * 60:.1f} {self.name}/min"
         return f"{speed:,.{0 if speed >= 10 else 1}f} {self.name}/s"
 
     def is_worth_telling(self, done: int, seconds: float) -> bool:
+        """Return whether a finished operation is logged."""
         return seconds >= EVERY_SECONDS
 
 
 class Bytes(Unit):
-    """Bytes, in decimal units."""
+    """Bytes, formatted in decimal units."""
 
     def of(self, done: int, total: int | None) -> str:
         return gigabytes(done) if total is None else f"{gigabytes(done)} of {gigabytes(total)}"
@@ -69,27 +74,27 @@ BYTES, ROWS, STEPS = Bytes("bytes"), Unit("rows"), Unit("steps")
 
 
 class Progress:
-    """Counts what is done of one long thing, from any number of threads. It never fails what it counts.
+    """Counts the progress of one operation. It is thread-safe, and its display never raises into the operation.
 
     Args:
-        what: Such as `fetching base-models/owner/name`.
-        total: How many in all; None if nobody knows.
-        unit: What is counted.
-        done: How many were done before, by somebody else.
-        logs: Whether it tells lines; without, it is a bar alone.
+        what: Name of the operation, such as `fetching base-models/owner/name`.
+        total: Total number of units, or None if it is unknown.
+        unit: Unit of the counts.
+        done: Number of units completed before this process started, such as by an earlier run.
+        logs: Whether to write log lines in addition to the bar.
     """
 
     display: Display | None = None
-    """Where bars go; set when a process begins, not when this module is imported."""
+    """Display that draws the bars. It is set when a process starts, not when this module is imported."""
     _numbers = itertools.count()
 
     def __init__(self, what: str, total: int | None, unit: Unit = BYTES, done: int = 0, logs: bool = True) -> None:
         self.what, self.total, self.unit, self.logs = what, total, unit, logs
         self.done = self.before = done
-        self.began = self.told = clock()
+        self.began = self.logged_at = clock()
         self.drawn = 0.0
         self.note = ""
-        """Stands in a bar instead of the speed."""
+        """Text that a bar shows instead of the speed."""
         self.key = f"{os.getpid()}-{next(self._numbers)}"
         self._recent = deque([(self.began, done)])
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -104,17 +109,17 @@ class Progress:
             logger.info("%s: %s", self.what, self.summary())
 
     def add(self, count: int) -> None:
-        """So many more.
+        """Add `count` completed units.
 
         Raises:
-            Stopped: if the transfer has failed elsewhere.
+            Stopped: if another part of the transfer has failed.
         """
         if self._stop.is_set():
             raise Stopped
         self._count(count)
 
     def reach(self, count: int) -> None:
-        """So many by now."""
+        """Set the number of completed units to `count`, unless it is already higher."""
         self._count(max(0, count - self.done))
 
     def _count(self, count: int) -> None:
@@ -122,21 +127,21 @@ class Progress:
             self.done += count
             now = clock()
             self._remember(now)
-            tells = self.logs and now - self.told >= EVERY_SECONDS and self.done != self.total
-            draws = now - self.drawn >= DRAWN_SECONDS
-            if tells:
-                self.told = now
-            if draws:
+            should_log = self.logs and now - self.logged_at >= EVERY_SECONDS and self.done != self.total
+            should_draw = now - self.drawn >= DRAWN_SECONDS
+            if should_log:
+                self.logged_at = now
+            if should_draw:
                 self.drawn = now
-        if tells:
+        if should_log:
             line = f"{self.what}: {self.line()}"
-            self.says(line)
+            self.log_line(line)
             logger.info("%s", line)
-        elif draws:
+        elif should_draw:
             self._show()
 
     def _remember(self, now: float) -> None:
-        """Keep the newest count that is old enough to tell the speed by, and what came after it."""
+        """Append the current count, and drop samples that are too old or too dense to compute the speed from."""
         self._recent.append((now, self.done))
         while len(self._recent) > 2 and self._recent[1][0] <= now - RECENT_SECONDS:
             self._recent.popleft()
@@ -144,18 +149,20 @@ class Progress:
             del self._recent[-2]
 
     def take_back(self, count: int) -> None:
-        """So many must be done again."""
+        """Subtract `count` units that have to be repeated."""
         with self._lock:
             self.done -= count
 
     def stop(self) -> None:
+        """Make `add` raise `Stopped` in all threads."""
         self._stop.set()
 
-    def says(self, line: str) -> None:
-        """A line that is told by somebody says no more than this: where a bar is drawn it need not be shown."""
-        self._show(said=line)
+    def log_line(self, line: str) -> None:
+        """Register a log line that duplicates the bar, so that terminals with a bar leave it out."""
+        self._show(line)
 
     def line(self) -> str:
+        """Format the current progress: counts, speed and remaining time."""
         speed = f"{self.unit.of(self.done, self.total)} · {self.unit.rate(self._speed())}"
         if self.total is None:
             return speed
@@ -163,6 +170,7 @@ class Progress:
         return f"{speed} · ETA {'unknown' if left is None else timedelta(seconds=round(left))}"
 
     def summary(self) -> str:
+        """Format the counts, duration and mean speed of a finished operation."""
         seconds = clock() - self.began
         rate = self.unit.rate((self.done - self.before) / max(seconds, 1e-3))
         return f"{self.unit.of(self.done, None)} in {seconds:.1f} s · {rate}"
@@ -175,18 +183,18 @@ class Progress:
         speed = self._speed()
         return None if self.total is None or not speed else max(0, self.total - self.done) / speed
 
-    def _show(self, said: str = "", ended: bool = False) -> None:
+    def _show(self, line: str = "", ended: bool = False) -> None:
         if self.display is None:
             return
         speed, seconds = self._speed(), clock() - self.began
-        beside = self.note or (self.unit.rate(speed) if speed else "")
-        text = self.unit.of(self.done, self.total) + (f" · {beside}" if beside else "")
+        note = self.note or (self.unit.rate(speed) if speed else "")
+        text = self.unit.of(self.done, self.total) + (f" · {note}" if note else "")
         state = State(self.key, self.what, self.done, self.total, text, seconds, self._left())
-        self.display.show(replace(state, said=said, ended=ended))
+        self.display.show(replace(state, log_line=line, ended=ended))
 
 
 def gigabytes(count: float) -> str:
-    """Bytes for people, in decimal units: `16.1 GB`."""
+    """Format a number of bytes in decimal units, such as `16.1 GB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -194,12 +202,17 @@ def gigabytes(count: float) -> str:
 
 
 def in_parallel(jobs: Iterable[Callable[[], None]], progress: Progress) -> None:
-    """Run the parts of a transfer, a few at once; the first error ends them all."""
+    """Run the parts of a transfer in a thread pool. The first error stops all parts and is raised.
+
+    Args:
+        jobs: Functions that each transfer one part.
+        progress: Progress of the whole transfer.
+    """
     with ThreadPoolExecutor(THREADS) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # also where this thread is interrupted
+        finally:  # also if this thread is interrupted
             if not all(future.done() and not future.exception() for future in futures):
                 progress.stop()
                 for future in futures:

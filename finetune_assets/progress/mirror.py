@@ -1,4 +1,4 @@
-"""All that a process and its children write, led through the one that draws bars."""
+"""Route the output of a process and its children through the process that draws progress bars."""
 
 import atexit
 import codecs
@@ -16,15 +16,15 @@ POLL_SECONDS = 0.1
 
 @contextmanager
 def owned() -> Iterator[None]:
-    """Draw bars on the terminal, and let all that this process and those that it starts write go through it.
+    """Draw bars on the terminal, and print all output of this process and its children above them.
 
-    Dagster copies stdout and stderr into files by processes of its own, which would write across the bars.
+    Dagster starts separate processes that copy stdout and stderr into files; their output would overwrite the bars.
     """
     with ExitStack() as stack:
         screen = stack.enter_context(drawn())
         if isinstance(screen, Screen):
             stack.enter_context(_mirrored(screen))
-        atexit.register(stack.close)  # whoever opened this may end without closing it
+        atexit.register(stack.close)  # the process may exit without closing the context
         try:
             yield
         finally:
@@ -55,14 +55,14 @@ def _mirrored(screen: Screen) -> Iterator[None]:
 
 
 def _mirror(source: int, screen: Screen, ended: threading.Event) -> None:
-    """Print what comes, until nothing does once `ended`; what was left behind may hold the other side open."""
+    """Print the output until none is left after `ended`; orphaned processes may keep the write end of the pipe open."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while True:
         if select.select([source], [], [], POLL_SECONDS)[0]:
-            text = os.read(source, 65536)
-            if not text:
+            content = os.read(source, 65536)
+            if not content:
                 return
-            screen.write(decoder.decode(text))
+            screen.write(decoder.decode(content))
         elif ended.is_set():
             return
         else:

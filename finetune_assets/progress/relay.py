@@ -1,7 +1,7 @@
-"""What a bar shows, and how it comes from a job's processes to the one that owns the terminal: through a named pipe.
+"""Send the states of progress bars from a job's processes through a named pipe to the process that owns the terminal.
 
-Only one process may draw on a terminal. The others send it what they would draw, and nobody waits for anybody: where
-nobody reads, or the pipe is full, a state is lost, and the next one says more.
+Only one process may draw on a terminal; the others send it the states of their bars. Neither side blocks: without a
+reader, or if the pipe is full, a state is dropped, and the next one supersedes it.
 """
 
 import json
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Protocol
 
 VARIABLE = "FINETUNE_PROGRESS"
-"""Environment variable: the named pipe's path."""
+"""Environment variable with the path of the named pipe."""
 ATOMIC_BYTES = 4096
-"""So much is written to a pipe as one piece, whoever else writes to it (Linux; PIPE_BUF)."""
+"""Size up to which a write to a pipe is atomic, in bytes (PIPE_BUF on Linux)."""
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class State:
-    """What a bar shows.
+    """State of a progress bar.
 
     Attributes:
-        key: Tells it from others, of other processes too.
-        what: Such as `tokenizing`.
-        done: How many.
-        total: Of how many, if that is known.
-        text: Both in words, and how fast it goes.
-        seconds: Since it began.
-        left: Seconds until its end, if that is known.
-        said: A line that is told just now and says no more than this; empty without one.
-        ended: Whether the bar goes.
+        key: Key of the bar, unique across processes.
+        what: Name of the operation, such as `tokenizing`.
+        done: Number of completed units.
+        total: Total number of units, or None if it is unknown.
+        text: Counts and speed as text.
+        seconds: Elapsed time, in seconds.
+        left: Remaining time, in seconds, or None if it is unknown.
+        log_line: Log line that accompanies this state and duplicates it; empty if none.
+        ended: Whether to remove the bar.
     """
 
     key: str
@@ -44,21 +44,21 @@ class State:
     text: str
     seconds: float
     left: float | None
-    said: str = ""
+    log_line: str = ""
     ended: bool = False
 
 
 class Display(Protocol):
-    """What draws bars, or passes on what they show to what does. It never raises."""
+    """Draws bars, or forwards their states to a process that does. It never raises."""
 
     def show(self, state: State) -> None: ...
 
 
 class Sender:
-    """Passes on what is to be shown.
+    """Sends the states of bars through a named pipe.
 
     Args:
-        path: The named pipe.
+        path: Path of the named pipe.
     """
 
     def __init__(self, path: str) -> None:
@@ -74,28 +74,28 @@ class Sender:
 
 
 def from_environment() -> Display | None:
-    """Where this process's bars go, if its launcher shows them; of processes that do the same together the first's."""
+    """Return the display for this process, or None if its launcher draws no bars or its rank is not 0."""
     path = os.environ.get(VARIABLE)
     return Sender(path) if path and os.environ.get("RANK", "0") == "0" else None
 
 
 @contextmanager
 def heard(folder: Path, display: Display | None) -> Iterator[Mapping[str, str]]:
-    """Show what other processes send, meanwhile; what they leave behind goes at the end.
+    """Show the bars of other processes inside the context, and remove remaining bars at its end.
 
     Args:
-        folder: For the named pipe.
-        display: Shows it; without one nobody sends.
+        folder: Folder in which the named pipe is created.
+        display: Display that draws the bars. If None, the other processes send no states.
 
     Yields:
-        Environment variables for those processes.
+        Environment variables for the other processes.
     """
     if display is None:
         yield {}
         return
     path, ended = folder / "progress", threading.Event()
     os.mkfifo(path)
-    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # to write too: else it ends with whoever writes
+    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # also for writing: else reading ends with the last writer
     reader = threading.Thread(target=_pass_on, args=(pipe, display, ended), daemon=True)
     reader.start()
     try:
@@ -118,4 +118,4 @@ def _pass_on(pipe: int, display: Display, ended: threading.Event) -> None:
                 shown[state.key] = state
                 display.show(state)
     for state in shown.values():
-        display.show(replace(state, said="", ended=True))
+        display.show(replace(state, log_line="", ended=True))

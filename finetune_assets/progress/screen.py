@@ -1,4 +1,4 @@
-"""Bars at the bottom of a terminal. One process draws, and whatever else is written comes as lines above them."""
+"""Progress bars at the bottom of a terminal. One process draws them and prints all other output above them."""
 
 import os
 import re
@@ -22,22 +22,23 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SHOWN_SECONDS = 0.5
-"""What is done sooner is not drawn."""
+"""Elapsed time from which a bar is drawn, in seconds."""
 DRAWN_A_SECOND = 5
+"""Refresh rate of the bars, in Hz."""
 COVERED = 100
-"""Lines that are remembered as said by a bar."""
+"""Number of recent log lines to remember as duplicates of a bar."""
 ROOMY = 100
-"""Columns in which there is room for all times."""
+"""Terminal width from which both elapsed and remaining time are shown, in columns."""
 ECHO = "^C"
-"""The terminal itself writes it where the cursor is; without room for it the bar would go on in the next line."""
+"""Text that the terminal echoes at the cursor on Ctrl-C. Without room for it, the bar would wrap to the next line."""
 CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 class Terminal:
-    """A terminal as a file that is never in the way: what it does not take is lost.
+    """A terminal as a file object that never raises: output that the terminal does not accept is dropped.
 
     Args:
-        number: Its file descriptor; a copy is kept.
+        number: File descriptor of the terminal, which is duplicated.
     """
 
     encoding = "utf-8"
@@ -53,7 +54,7 @@ class Terminal:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing, because writes are unbuffered."""
 
     def isatty(self) -> bool:
         return True
@@ -62,7 +63,7 @@ class Terminal:
         return self.number
 
     def size(self) -> tuple[int, int]:
-        """Columns and lines that may be drawn in; 80 and 24 where it does not say how many it has."""
+        """Return the usable columns and lines, based on 80 and 24 if the terminal does not report its size."""
         columns = lines = 0
         with suppress(OSError):
             columns, lines = os.get_terminal_size(self.number)
@@ -70,28 +71,29 @@ class Terminal:
 
 
 class Screen:
-    """Draws the bars of what is going on, and prints lines above them.
+    """Draws the bars of the operations in progress, and prints other output above them.
 
-    A line that says no more than a bar does is left out.
+    Log lines that duplicate a bar are left out.
 
     Args:
-        terminal: Where.
-        console: Of rich, on the same.
+        terminal: Terminal to draw on.
+        console: Console of rich for the same terminal.
     """
 
     def __init__(self, terminal: Terminal, console: "Console") -> None:
         self.terminal, self.console = terminal, console
         self.states: dict[str, tuple[State, float]] = {}
-        """By key, with when each came; replaced as a whole, because it is drawn in another thread."""
+        """States and their arrival times, by key. Updates replace the dictionary, because another thread draws it."""
         self._live: Live | None = None
-        self._said: deque[str] = deque(maxlen=COVERED)
+        self._duplicates: deque[str] = deque(maxlen=COVERED)
         self._rest, self._is_mid_line = "", False
         self._lock = threading.RLock()
 
     def show(self, state: State) -> None:
+        """Draw or update the bar of a state, or remove it if the operation has ended."""
         with self._lock:
-            if state.said:
-                self._said.append(state.said)
+            if state.log_line:
+                self._duplicates.append(state.log_line)
             if state.ended:
                 self.states = {key: other for key, other in self.states.items() if key != state.key}
             else:
@@ -119,11 +121,11 @@ class Screen:
         self._live.start()
 
     def write(self, text: str) -> int:
-        """Print whole lines; the rest waits for its end, or for `flush`."""
+        """Print complete lines; an incomplete line is buffered until its end or `flush`."""
         with self._lock:
             *lines, self._rest = (self._rest + text).split("\n")
             for line in lines:
-                if CODES.sub("", line).rstrip().endswith(tuple(self._said)):
+                if CODES.sub("", line).rstrip().endswith(tuple(self._duplicates)):
                     continue
                 if self._live:
                     self.console.out(line.rstrip("\r"), highlight=False)
@@ -133,17 +135,17 @@ class Screen:
         return len(text)
 
     def flush(self) -> None:
-        """Show what has no line end yet (somebody may be asked something), unless that would hit a bar."""
+        """Print an incomplete line, such as an input prompt, unless a bar is drawn."""
         with self._lock:
             if self._rest and not self._live:
                 self.terminal.write(self._rest)
                 self._rest, self._is_mid_line = "", True
 
     def close(self) -> None:
-        """Take all bars away, and show what is left."""
+        """Remove all bars, and print the buffered output."""
         with self._lock:
             for state, _ in self.states.values():
-                self.show(replace(state, said="", ended=True))
+                self.show(replace(state, log_line="", ended=True))
             self.flush()
 
     def _table(self) -> "Table":
@@ -154,7 +156,7 @@ class Screen:
 
         self.console.size = ConsoleDimensions(*self.terminal.size())
         table, now = Table.grid(padding=(0, 1), expand=True), time.monotonic()
-        table.add_column()  # the first to be cut where the terminal is narrow
+        table.add_column()  # the first to be truncated if the terminal is narrow
         table.add_column(ratio=1, no_wrap=True)
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True)
@@ -169,7 +171,7 @@ class Screen:
 
 
 def _times(state: State, passed: float, narrow: bool) -> str:
-    """How long it has taken and will take, so many seconds after that state; in a narrow terminal the latter alone."""
+    """Format elapsed and remaining time, `passed` seconds after a state; if `narrow`, only the remaining time."""
     elapsed = str(timedelta(seconds=int(state.seconds + passed)))
     if state.left is None:
         return elapsed
@@ -179,10 +181,10 @@ def _times(state: State, passed: float, narrow: bool) -> str:
 
 @contextmanager
 def drawn() -> Iterator[TextIO | Screen]:
-    """Draw this process's bars on stderr, if a person looks at it.
+    """Draw the bars of this process on stderr, if it is an interactive terminal.
 
     Yields:
-        What takes lines that are to stand above them.
+        File object for lines to print above the bars.
     """
     screen = _screen()
     if screen is None:
@@ -207,6 +209,7 @@ def _screen() -> Screen | None:
 
 
 def is_terminal(number: int) -> bool:
+    """Return whether a file descriptor is open and a terminal."""
     try:
         return os.isatty(number)
     except OSError:

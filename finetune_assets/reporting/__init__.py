@@ -1,1 +1,1 @@
-"""Experiments and their latest runs, from the store alone: collected, compared, and shown on one page."""
+"""Report on experiments and their latest runs, read from the store alone."""

@@ -1,4 +1,4 @@
-"""Every experiment with its latest runs and its champion, from configuration and store."""
+"""Collect all experiments with their latest runs and champions, from configuration and store."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory, inventory
 
 RUNS = 3
-"""Newest runs of an experiment that are shown, besides its champion."""
+"""Number of newest runs shown per experiment, in addition to its champion."""
 READERS = 8
 REPORT_CODE = "1"
-"""Raise it when the same experiments give another page."""
+"""Increase when the same experiments result in a different page."""
 T = TypeVar("T")
 
 
@@ -31,13 +31,13 @@ class Reported:
     """One experiment.
 
     Attributes:
-        name: Its name.
-        description: What it is for.
-        error: Why its settings cannot be read; empty where they can.
-        differences: How its settings differ from `base.yaml` over the defaults.
-        runs: Its newest runs, newest first; at the end its champion, where that is older.
-        older: How many more the store has.
-        champion: The record of the adapter that serves.
+        name: Name of the experiment.
+        description: Description from its settings.
+        error: Why its settings are invalid; empty if they are valid.
+        differences: Settings that differ from `base.yaml` over the defaults.
+        runs: Newest runs, newest first, followed by the champion if it is older.
+        older: Number of older runs in the store that are not shown.
+        champion: Record of the current champion.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Reported:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is reported.
+    """Content of the report.
 
     Attributes:
-        namespace: Whose.
-        experiments: Those with the newest runs first, those without any at the end.
-        problems: What could not be read.
+        namespace: Namespace of the store.
+        experiments: Experiments, newest run first; those without a run are at the end.
+        problems: Errors while reading the store and the configuration.
     """
 
     namespace: str
@@ -72,8 +72,8 @@ class Report:
 
     @property
     def trained(self) -> list[Reported]:
-        """Experiments with a run."""
-        return [one for one in self.experiments if one.runs]
+        """Experiments with at least one run."""
+        return [experiment for experiment in self.experiments if experiment.runs]
 
     @property
     def fingerprint(self) -> str:
@@ -81,11 +81,11 @@ class Report:
 
 
 class Collector:
-    """Reads a store once.
+    """Collects a report from one listing of the store.
 
     Args:
-        store: Where adapters, evaluations and champions lie.
-        configs: Folder of the configuration.
+        store: Store of adapters, evaluations and champions.
+        configs: Folder of the configuration files.
     """
 
     def __init__(self, store: ArtifactStore, configs: Path) -> None:
@@ -93,42 +93,49 @@ class Collector:
         self.problems: list[str] = []
 
     def collect(self) -> Report:
-        found, namespace = inventory(self.store.objects), self.store.namespace
-        records = self._records(found)
-        made: dict[str, list[Artifact]] = defaultdict(list)
-        for adapter in adapters(found, namespace):
-            made[adapter.experiment].append(adapter)
-        runs = self._runs(found, [one for name in made for one in _shown(made[name], records.get(name))])
-        base = self._tried(lambda: base_settings(self.configs))
-        names = sorted({*experiment_files(self.configs), *made, *records})
-        reported = [self._reported(name, base, runs[name], len(made[name]), records.get(name)) for name in names]
-        newest_first = sorted(reported, key=lambda one: one.latest.created if one.latest else "", reverse=True)
+        listing, namespace = inventory(self.store.objects), self.store.namespace
+        records = self._records(listing)
+        by_experiment: dict[str, list[Artifact]] = defaultdict(list)
+        for adapter in adapters(listing, namespace):
+            by_experiment[adapter.experiment].append(adapter)
+        runs = self._runs(
+            listing, [adapter for name in by_experiment for adapter in _shown(by_experiment[name], records.get(name))]
+        )
+        base = self._read_or_report(lambda: base_settings(self.configs))
+        names = sorted({*experiment_files(self.configs), *by_experiment, *records})
+        reported = [
+            self._reported(name, base, runs[name], len(by_experiment[name]), records.get(name)) for name in names
+        ]
+        newest_first = sorted(
+            reported, key=lambda experiment: experiment.latest.created if experiment.latest else "", reverse=True
+        )
         return Report(namespace, tuple(newest_first), tuple(self.problems))
 
-    def _records(self, found: Inventory) -> dict[str, Record]:
+    def _records(self, listing: Inventory) -> dict[str, Record]:
         def read(key: str) -> Record | None:
-            return self._tried(lambda: parse_record(found.records[key], f"{self.store.url}/{key}"))
+            return self._read_or_report(lambda: parse_record(listing.records[key], f"{self.store.url}/{key}"))
 
-        records = {name: read(key) for name, key in newest_records(found, self.store.namespace).items()}
+        records = {name: read(key) for name, key in newest_records(listing, self.store.namespace).items()}
         return {name: record for name, record in records.items() if record}
 
-    def _runs(self, found: Inventory, wanted: list[Artifact]) -> dict[str, list[Run]]:
-        measured = evaluations(found, self.store.namespace)
+    def _runs(self, listing: Inventory, artifacts: list[Artifact]) -> dict[str, list[Run]]:
+        newest_evaluations = evaluations(listing, self.store.namespace)
 
-        def read(one: Artifact) -> Run | None:
-            return self._tried(lambda: read_run(self.store, one, measured.get(one.manifest.fingerprint)))
+        def read(adapter: Artifact) -> Run | None:
+            evaluation = newest_evaluations.get(adapter.manifest.fingerprint)
+            return self._read_or_report(lambda: read_run(self.store, adapter, evaluation))
 
         runs: dict[str, list[Run]] = defaultdict(list)
         with ThreadPoolExecutor(READERS) as pool:
-            for run in pool.map(read, wanted):
+            for run in pool.map(read, artifacts):
                 if run:
                     runs[run.experiment].append(run)
         return runs
 
     def _reported(
-        self, name: str, base: dict[str, Any] | None, runs: list[Run], made: int, champion: Record | None
+        self, name: str, base: dict[str, Any] | None, runs: list[Run], count: int, champion: Record | None
     ) -> Reported:
-        older = made - len(runs)
+        older = count - len(runs)
         try:
             config = load_experiment(self.configs, name).config
         except ConfigError as e:
@@ -136,12 +143,16 @@ class Collector:
                 name, error=str(e).replace(f"{self.configs}/", ""), runs=tuple(runs), older=older, champion=champion
             )
         price = config.hardware.price_per_hour
-        told = tuple(one for one in differences(base or {}, asdict(config)) if base and one.setting != "description")
-        costs = tuple(replace(run, numbers=with_cost(run.numbers, price)) for run in runs)
-        return Reported(name, config.description, "", told, costs, older, champion)
+        changed = tuple(
+            difference
+            for difference in differences(base or {}, asdict(config))
+            if base and difference.setting != "description"
+        )
+        priced_runs = tuple(replace(run, numbers=with_cost(run.numbers, price)) for run in runs)
+        return Reported(name, config.description, "", changed, priced_runs, older, champion)
 
-    def _tried(self, read: Callable[[], T]) -> T | None:
-        """What one part says, or None and a problem more: no part takes the others down."""
+    def _read_or_report(self, read: Callable[[], T]) -> T | None:
+        """Return the result of `read`; on an error record a problem and return None, so that the rest is still read."""
         try:
             return read()
         except (UserError, OSError, ValueError, KeyError, TypeError) as e:
@@ -150,10 +161,12 @@ class Collector:
 
 
 def collect(store: ArtifactStore, configs: Path) -> Report:
-    """Every experiment that has a file or an adapter; what cannot be read is told among the problems."""
+    """Collect every experiment with a file or an adapter; read errors are added to `problems`."""
     return Collector(store, configs).collect()
 
 
-def _shown(made: list[Artifact], champion: Record | None) -> list[Artifact]:
-    older = made[RUNS:]
-    return made[:RUNS] + [one for one in older if champion and one.manifest.fingerprint == champion.adapter]
+def _shown(newest_first: list[Artifact], champion: Record | None) -> list[Artifact]:
+    older = newest_first[RUNS:]
+    return newest_first[:RUNS] + [
+        adapter for adapter in older if champion and adapter.manifest.fingerprint == champion.adapter
+    ]

@@ -1,8 +1,9 @@
-"""What is shown of a run in one line, and in the pictures of all of them."""
+"""Columns of the table of runs, and plots of the latest runs."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_assets.evaluation.metrics import ANSWER_METRICS
 from finetune_assets.plots.bars import by_experiment
 from finetune_assets.plots.style import OF_CONTENDER, ON_WHITE, Look
 from finetune_assets.plots.training import Curve, overlaid
@@ -14,13 +15,13 @@ MOST_BARS = 12
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a run.
+    """A column of the table of runs.
 
     Attributes:
-        title: For people.
-        number: Its name among the run's numbers.
-        form: How it is written.
-        factor: What it is multiplied with before.
+        title: Column title.
+        number: Key in the numbers of a run.
+        form: Format string.
+        factor: Factor that the number is multiplied by before formatting.
     """
 
     title: str
@@ -37,11 +38,10 @@ class Column:
 
 
 COLUMNS = (
-    Column("loss of the base", "loss_base", "{:.4f}"),
-    Column("of the champion", "loss_champion", "{:.4f}"),
-    Column("of this run", "loss_challenger", "{:.4f}"),
-    Column("exact match", "exact_match_challenger", "{:.1%}"),
-    Column("ROUGE-L", "rouge_l_challenger", "{:.3f}"),
+    Column("base loss", "loss_base", "{:.4f}"),
+    Column("champion loss", "loss_champion", "{:.4f}"),
+    Column("run loss", "loss_challenger", "{:.4f}"),
+    *(Column(metric.title, f"{metric.name}_challenger", metric.form) for metric in ANSWER_METRICS),
     Column("forgetting", "forgetting", "{:+.3f}"),
     Column("tokens/s", "tokens_per_second", "{:,.0f}"),
     Column("MFU", "mfu", "{:.0%}"),
@@ -50,21 +50,22 @@ COLUMNS = (
     Column("cost", "cost", "{:,.2f}"),
 )
 EXPLAINED = (
-    "Losses are nats a token on held-out rows: of the base model, of the champion that the run was measured against, "
-    "and of the run itself. Exact match and ROUGE-L are of answers to such rows. Forgetting is how many nats a token "
-    "worse than the base a run is on general text. Cost is hours x processes x hardware.price_per_hour."
+    "Losses are in nats per token on held-out rows, for the base model, the champion that the run was compared with, "
+    "and the run. Exact match and ROUGE-L are measured on generated answers to held-out rows. Forgetting is the loss "
+    "of the run minus that of the base model on general text, in nats per token. Cost is hours x processes x "
+    "hardware.price_per_hour."
 )
 
 
 def pictures(report: Report, look: Look = ON_WHITE) -> dict[str, Any]:
-    """Figures of the latest runs by what they show; none where there is nothing to show."""
-    latest = [(one.name, one.latest) for one in report.experiments if one.latest]
+    """Return plots of the latest runs by title; plots without data are omitted."""
+    latest = [(entry.name, entry.latest) for entry in report.experiments if entry.latest]
     curves = [Curve(name, run.steps, run.losses) for name, run in latest if run.steps]
     losses = {
-        name: {who: run.numbers.get(f"loss_{who}") for who in OF_CONTENDER}
+        name: {contender: run.numbers.get(f"loss_{contender}") for contender in OF_CONTENDER}
         for name, run in latest
         if "loss_challenger" in run.numbers
     }
     newest = dict([*losses.items()][:MOST_BARS])
-    found = {"Training loss of the latest runs": overlaid(curves, look)} if curves else {}
-    return found | ({"Held-out loss of the latest runs": by_experiment(newest, look)} if newest else {})
+    figures = {"Training loss of the latest runs": overlaid(curves, look)} if curves else {}
+    return figures | ({"Held-out loss of the latest runs": by_experiment(newest, look)} if newest else {})

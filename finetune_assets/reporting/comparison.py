@@ -1,4 +1,4 @@
-"""Two runs, setting by setting and number by number."""
+"""Compare two runs: settings, inputs, versions and measurements."""
 
 import json
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory
 
 INPUTS = ("base_model", "revision", "cached_base_model", "dolly_raw", "tokenized_dataset", "warm_start", "champions")
-"""What an adapter's origin says of its inputs."""
+"""Inputs of an adapter, as keys of its manifest's `made_from`."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A number of both runs; None where one was not measured."""
+    """A measurement of both runs; None for a run that was not measured."""
 
     name: str
     first: float | None
@@ -34,12 +34,12 @@ class Comparison:
     """How two runs differ.
 
     Attributes:
-        first: The one.
-        second: The other.
+        first: First run.
+        second: Second run.
         settings: Settings that differ.
         inputs: Base model and data that differ, by name or fingerprint.
-        versions: Versions of packages, and hardware, that differ.
-        numbers: All that was measured of either.
+        versions: Package versions and hardware that differ.
+        numbers: All measurements of either run.
     """
 
     first: Run
@@ -50,8 +50,8 @@ class Comparison:
     numbers: list[Pair]
 
     def to_dict(self) -> dict[str, Any]:
-        def both(found: list[Difference]) -> dict[str, list[str]]:
-            return {one.setting: [one.before, one.after] for one in found}
+        def both(changes: list[Difference]) -> dict[str, list[str]]:
+            return {change.setting: [change.before, change.after] for change in changes}
 
         return {
             "runs": [
@@ -62,26 +62,28 @@ class Comparison:
             "inputs": both(self.inputs),
             "versions": both(self.versions),
             "numbers": {
-                one.name: {"first": one.first, "second": one.second, "difference": one.difference}
-                for one in self.numbers
+                pair.name: {"first": pair.first, "second": pair.second, "difference": pair.difference}
+                for pair in self.numbers
             },
         }
 
 
-def compare(store: ArtifactStore, found: Inventory, first: Artifact, second: Artifact) -> Comparison:
-    """Compare two adapters of a store, as they were trained and as they were measured last."""
-    measured = evaluations(found, store.namespace)
-    one, other = (read_run(store, adapter, measured.get(adapter.manifest.fingerprint)) for adapter in (first, second))
+def compare(store: ArtifactStore, inventory: Inventory, first: Artifact, second: Artifact) -> Comparison:
+    """Compare two adapters of a store, using the newest evaluation of each."""
+    newest_evaluations = evaluations(inventory, store.namespace)
+    run, other_run = (
+        read_run(store, adapter, newest_evaluations.get(adapter.manifest.fingerprint)) for adapter in (first, second)
+    )
     settings = [read_settings(read(store, adapter, CONFIG)) for adapter in (first, second)]
     versions = [_versions(json.loads(read(store, adapter, PROVENANCE))) for adapter in (first, second)]
-    names = dict.fromkeys([*one.numbers, *other.numbers])
+    names = dict.fromkeys([*run.numbers, *other_run.numbers])
     return Comparison(
-        one,
-        other,
+        run,
+        other_run,
         differences(*settings),
-        differences(_inputs(one.made_from), _inputs(other.made_from)),
+        differences(_inputs(run.made_from), _inputs(other_run.made_from)),
         differences(*versions),
-        [Pair(name, one.numbers.get(name), other.numbers.get(name)) for name in names],
+        [Pair(name, run.numbers.get(name), other_run.numbers.get(name)) for name in names],
     )
 
 

@@ -1,5 +1,5 @@
-"""What was measured of an adapter, as numbers of the same names everywhere: in Dagster's metadata, where its plots put
-experiments side by side, in the report, and where two runs are compared."""
+"""Measurements of an adapter, with the same names in Dagster metadata (and its plots), the report, and comparisons of
+two runs."""
 
 from collections.abc import Mapping
 from statistics import median
@@ -11,7 +11,7 @@ Numbers = dict[str, float]
 
 
 def of_training(state: Mapping[str, Any]) -> Numbers:
-    """Of a trainer's state; none of an adapter that was combined from others instead of trained."""
+    """Return the measurements in a trainer state; empty for an adapter combined from others."""
     history = state["history"]
     if not history:
         return {}
@@ -34,14 +34,16 @@ def of_training(state: Mapping[str, Any]) -> Numbers:
 
 
 def of_evaluation(evaluation: Mapping[str, Any]) -> Numbers:
-    """Each contender's, as `loss_challenger`, and how much of the general text was forgotten, in nats a token."""
+    """Return the metrics of each contender (such as `loss_challenger`), and forgetting in nats per token."""
     contenders, forgetting = evaluation["contenders"], forgetting_of(evaluation)
-    found = {f"{metric}_{name}": value for name, told in contenders.items() for metric, value in sorted(told.items())}
-    return found | ({} if forgetting is None else {"forgetting": forgetting})
+    numbers = {
+        f"{metric}_{name}": value for name, metrics in contenders.items() for metric, value in sorted(metrics.items())
+    }
+    return numbers | ({} if forgetting is None else {"forgetting": forgetting})
 
 
 def with_cost(numbers: Numbers, price_per_hour: float | None) -> Numbers:
-    """With what all devices cost together, where their price is known."""
+    """Add the cost of all devices, if the price is set."""
     hours = numbers.get("device_hours")
     if price_per_hour is None or hours is None:
         return numbers

@@ -1,4 +1,4 @@
-"""A report as one page: HTML that needs nothing but itself, and Markdown with pictures."""
+"""Render a report as a self-contained HTML page, and as Markdown with embedded images."""
 
 import json
 from dataclasses import asdict
@@ -13,18 +13,18 @@ from finetune_assets.reporting.columns import COLUMNS, EXPLAINED, pictures
 
 SHORT = 12
 MOST_LINES = 100
-"""Experiments in the table of the Markdown, which Dagster keeps in its database."""
+"""Maximum number of experiments in the Markdown table, which Dagster stores in its database."""
 
 
 def write(report: Report, folder: Path) -> None:
-    """The page, the same in Markdown, and all that it was made of as JSON."""
+    """Write the report as HTML, as Markdown, and its data as JSON."""
     numbers = json.dumps(asdict(report), indent=1, ensure_ascii=False)
     for name, text in {PAGE: as_html(report), PAGE_MARKDOWN: as_page(report), PAGE_NUMBERS: numbers}.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def as_html(report: Report) -> str:
-    """The whole page, as UTF-8 text; every word of a person's is escaped."""
+    """Render the HTML page; all user-defined text is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(
@@ -41,31 +41,39 @@ def as_html(report: Report) -> str:
 
 
 def as_page(report: Report) -> str:
-    """The same in Markdown, without the experiments' details."""
+    """Render the report as Markdown, without the details of each experiment."""
     trained = report.trained[:MOST_LINES]
-    titles = ["experiment", "run", "made", *(column.title for column in COLUMNS)]
-    lines = [_line(titles), _line(["---"] * len(titles)), *map(_of_experiment, trained)] if trained else []
-    more = len(report.trained) - len(trained)
-    broken = [f"{one.name} cannot be read: {one.error}" for one in report.experiments if one.error]
+    titles = ["experiment", "run", "created (UTC)", *(column.title for column in COLUMNS)]
+    lines = [_table_row(titles), _table_row(["---"] * len(titles)), *map(_experiment_row, trained)] if trained else []
+    omitted = len(report.trained) - len(trained)
+    broken = [f"{entry.name}: invalid settings: {entry.error}" for entry in report.experiments if entry.error]
     parts = [
         "\n".join(lines) or "No experiment has a run yet.",
-        f"{more} older ones stand on the page." if more else "",
+        f"{omitted} older experiments are on the HTML page." if omitted else "",
         EXPLAINED if trained else "",
         *(as_markdown(figure, what) for what, figure in pictures(report).items()),
-        "\n".join(f"- {cell(told)}" for told in [*broken, *report.problems]),
+        "\n".join(f"- {cell(problem)}" for problem in [*broken, *report.problems]),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _of_experiment(one: Reported) -> str:
-    run = one.latest
+def _experiment_row(experiment: Reported) -> str:
+    run = experiment.latest
     assert run is not None
-    serves = "champion" if one.serves(run) else f"champion: {short(one.champion.adapter)}" if one.champion else ""
-    name = f"**{cell(one.name)}**" + (f" ({serves})" if serves else "")
-    return _line([name, f"`{short(run.fingerprint)}`", moment(run.created), *(column.of(run) for column in COLUMNS)])
+    status = (
+        "champion"
+        if experiment.serves(run)
+        else f"champion: {short(experiment.champion.adapter)}"
+        if experiment.champion
+        else ""
+    )
+    name = f"**{cell(experiment.name)}**" + (f" ({status})" if status else "")
+    return _table_row(
+        [name, f"`{short(run.fingerprint)}`", moment(run.created), *(column.of(run) for column in COLUMNS)]
+    )
 
 
-def _line(cells: list[str]) -> str:
+def _table_row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -74,5 +82,5 @@ def short(fingerprint: str) -> str:
 
 
 def moment(written: str) -> str:
-    """In UTC, so that the page is the same wherever it is made."""
+    """Format an ISO 8601 timestamp in UTC, so that the page does not depend on the local time zone."""
     return f"{datetime.fromisoformat(written):%Y-%m-%d %H:%M}"

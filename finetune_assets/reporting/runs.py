@@ -1,4 +1,4 @@
-"""An adapter as the store tells of it: what it was made from, how it was trained, how it did."""
+"""Read adapters from the store: provenance, training curves and measurements."""
 
 import json
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ class Run:
     """One adapter.
 
     Attributes:
-        experiment: Whose it is.
-        fingerprint: Its own.
-        created: When it was published (ISO 8601).
-        combined: Whether it was combined from others instead of trained.
-        overrides: Settings that its run alone had.
-        made_from: What its manifest says of its origin.
-        hardware: That it was trained on.
-        numbers: What was measured, by name.
-        steps: Where its training loss was reported; shape (n,).
-        losses: Training loss there, in nats a token; shape (n,).
+        experiment: Name of the experiment.
+        fingerprint: Fingerprint of the adapter.
+        created: Time of publication (ISO 8601).
+        combined: Whether the adapter was combined from others instead of trained.
+        overrides: Settings overridden for this run.
+        made_from: Inputs of the adapter, from its manifest.
+        hardware: Hardware that it was trained on.
+        numbers: Measurements by name.
+        steps: Steps at which the training loss was reported; shape (n,).
+        losses: Training loss at these steps, in nats per token; shape (n,).
     """
 
     experiment: str
@@ -41,26 +41,32 @@ class Run:
     losses: tuple[float, ...]
 
 
-def adapters(found: Inventory, namespace: str) -> list[Artifact]:
-    """The adapters of a namespace, newest first."""
+def adapters(inventory: Inventory, namespace: str) -> list[Artifact]:
+    """Return the adapters of a namespace, newest first."""
     return [
-        one for one in found.artifacts if one.namespace == namespace and one.kind in (ADAPTERS.folder, STACKS.folder)
+        artifact
+        for artifact in inventory.artifacts
+        if artifact.namespace == namespace and artifact.kind in (ADAPTERS.folder, STACKS.folder)
     ]
 
 
-def evaluations(found: Inventory, namespace: str) -> dict[str, Artifact]:
-    """The newest evaluation of each adapter, by the adapter's fingerprint."""
-    ours = (one for one in found.artifacts if one.namespace == namespace and one.kind == EVALUATIONS.folder)
+def evaluations(inventory: Inventory, namespace: str) -> dict[str, Artifact]:
+    """Return the newest evaluation of each adapter, by fingerprint of the adapter."""
+    artifacts = (
+        artifact
+        for artifact in inventory.artifacts
+        if artifact.namespace == namespace and artifact.kind == EVALUATIONS.folder
+    )
     newest: dict[str, Artifact] = {}
-    for one in ours:
-        newest.setdefault(str(one.manifest.made_from.get("lora_adapter")), one)
+    for artifact in artifacts:
+        newest.setdefault(str(artifact.manifest.made_from.get("lora_adapter")), artifact)
     return newest
 
 
-def newest_records(found: Inventory, namespace: str) -> dict[str, str]:
-    """The key of the newest record of a champion, by experiment."""
+def newest_records(inventory: Inventory, namespace: str) -> dict[str, str]:
+    """Return the key of the newest champion record of each experiment."""
     newest: dict[str, str] = {}
-    for key in found.records:
+    for key in inventory.records:
         first, kind, *rest = key.split("/")
         if (first, kind, len(rest)) == (namespace, CHAMPIONS.folder, 2):
             newest[rest[0]] = max(key, newest.get(rest[0], ""))
@@ -68,10 +74,10 @@ def newest_records(found: Inventory, namespace: str) -> dict[str, str]:
 
 
 def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | None) -> Run:
-    """Read what is known of an adapter; of its weights nothing.
+    """Read the metadata and measurements of an adapter, without its weights.
 
     Raises:
-        StoreError, OSError, ValueError, KeyError: if that cannot be read, or is not what was written there.
+        StoreError, OSError, ValueError, KeyError: if the files cannot be read, or have been changed.
     """
     state, provenance = (json.loads(read(store, adapter, name)) for name in (TRAINER_STATE, PROVENANCE))
     measured = json.loads(read(store, evaluation, EVALUATION)) if evaluation else None
@@ -91,5 +97,5 @@ def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | Non
 
 
 def read(store: ArtifactStore, artifact: Artifact, name: str) -> str:
-    """One of an artifact's small files."""
+    """Read a small text file of an artifact."""
     return store.read(artifact.kind, artifact.name, artifact.manifest, name).decode("utf-8")

@@ -1,13 +1,14 @@
-"""Where this deployment keeps things: environment variables, with defaults for a laptop.
+"""Environment variables of a deployment, with defaults for a single machine.
 
-FINETUNE_CONFIGS: folder of the configuration files; default `configs/` of the project.
+FINETUNE_CONFIGS: folder of the configuration files; default `configs/` in the project.
 FINETUNE_STORE: URL of the artifact store, `file:///folder` or `s3://bucket/prefix`; default
-    `file://<project>/.finetune/store`. Credentials, endpoint and region of S3 are the environment's: AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION, AWS_CA_BUNDLE.
-FINETUNE_NAMESPACE: keeps one developer's or branch's artifacts from another's; default the user's name.
+    `file://<project>/.finetune/store`. S3 reads credentials, endpoint and region from the environment:
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION,
+    AWS_CA_BUNDLE.
+FINETUNE_NAMESPACE: separates the artifacts of developers or branches; default the user name.
 FINETUNE_CACHE: node-local folder for fetched artifacts and running jobs; default `<project>/.finetune/cache`.
-FINETUNE_CACHE_LIMIT: most that folder keeps of fetched artifacts, such as `200GB`; default `100GB`.
-FINETUNE_RAW_DATA: wins over `source` in `configs/raw_data.yaml`.
+FINETUNE_CACHE_LIMIT: maximum size of the fetched artifacts in that folder, such as `200GB`; default `100GB`.
+FINETUNE_RAW_DATA: overrides `source` in `configs/raw_data.yaml`.
 """
 
 import getpass
@@ -29,7 +30,7 @@ def configs() -> Path:
 
 
 def root() -> Path:
-    """The project: what relative paths in settings are relative to."""
+    """Project folder, to which relative paths in settings are resolved."""
     return configs().parent
 
 
@@ -46,20 +47,20 @@ def cache() -> Path:
 
 
 def cache_limit() -> int:
-    """Bytes.
+    """Maximum size of the cache, in bytes.
 
     Raises:
-        StoreError: if FINETUNE_CACHE_LIMIT is not a size.
+        StoreError: If FINETUNE_CACHE_LIMIT is not a size.
     """
-    said = os.environ.get("FINETUNE_CACHE_LIMIT") or "100GB"
+    size = os.environ.get("FINETUNE_CACHE_LIMIT") or "100GB"
     try:
-        return int(TypeAdapter(ByteSize).validate_python(said))
+        return int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError as e:
-        raise StoreError(f"FINETUNE_CACHE_LIMIT: '{said}' is not a size; write it as 200GB") from e
+        raise StoreError(f"FINETUNE_CACHE_LIMIT: '{size}' is not a size; write it as 200GB") from e
 
 
 def s3_client() -> Any:
-    """boto3's client of S3, as Dagster's resource makes it from the environment."""
+    """boto3 S3 client, created by Dagster's resource from the environment."""
     from dagster_aws.s3 import S3Resource
 
     return S3Resource().get_client()

@@ -1,4 +1,4 @@
-"""What every asset is given: the configuration of this run, and the lineage that follows from it."""
+"""Dagster resource of all assets: the configuration of the run, and the lineage derived from it."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,60 +16,60 @@ from finetune_assets.store.locks import Lock
 
 DATA_VERSION_TAG = "dagster/data_version"
 OVERRIDES_TAG = "finetune/overrides"
-"""On a materialization: the settings that its run alone had. Nothing that happens by itself goes by it."""
+"""Tag of a materialization with per-run overrides: their number. Automation ignores such materializations."""
 GOOD_TAG = "finetune/good"
-"""On a materialization of `dolly_raw`: its blocking checks passed. Later versions are compared with it."""
+"""Tag of a `dolly_raw` materialization that passed its blocking checks. Later versions are compared with it."""
 AUTOMATIC_TAG = "finetune/auto_materialize"
-"""On a run: no human started it."""
+"""Tag of a run that automation started."""
 
 
 def newest_raw_tags(instance: dg.DagsterInstance) -> Mapping[str, str]:
-    """Tags of the newest materialization of `dolly_raw`; none where there is none."""
+    """Tags of the newest materialization of `dolly_raw`; empty if it was never materialized."""
     last = instance.get_latest_materialization_event(dg.AssetKey("dolly_raw"))
     return (last.asset_materialization.tags if last and last.asset_materialization else None) or {}
 
 
 class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """One run's view of configuration and store; every asset of the run sees the same."""
+    """Configuration and store of one run, identical for all its assets."""
 
     overrides: list[str] = Field(
-        default=[], description="Settings of this run alone, such as training.learning_rate=1e-4."
+        default=[], description="Settings overrides for this run only, such as training.learning_rate=1e-4."
     )
-    force: bool = Field(default=False, description="Make artifacts anew even if the store has them.")
+    force: bool = Field(default=False, description="Recompute artifacts even if the store has them.")
 
     _raw_version: str | None = PrivateAttr(default=None)
     _raw_config: RawDataConfig | None = PrivateAttr(default=None)
-    _alive: Lock | None = PrivateAttr(default=None)
-    _drawn: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _run_lock: Lock | None = PrivateAttr(default=None)
+    _progress_bars: ExitStack = PrivateAttr(default_factory=ExitStack)
     _experiments: dict[str, Experiment] | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Show that the run lives, and settle on its raw data and its settings. Where a person looks on, draw bars.
+        """Acquire the run lock, fix the run's raw data and settings, and draw progress bars on a terminal.
 
-        An experiment and the settings of the raw data are read once a run: what is edited meanwhile is for the next.
+        Experiments and raw data settings are read once per run; later edits apply to the next run.
 
-        A run that no human started takes the raw data that `dolly_raw` read last, whatever its source is by now. So all
-        its steps agree, and data that arrives while it waits is left to the run that follows.
+        An automatic run uses the raw data that `dolly_raw` read last, even if its source has changed since. All steps
+        of the run thus use the same data, and data that arrives while it is queued is left to the next run.
         """
         if not context.run:
             return
-        if context.run.remote_job_origin is None:  # else a server did, maybe beside others
-            self._drawn.enter_context(mirror.owned())
+        if context.run.remote_job_origin is None:  # otherwise a code server started it, possibly with other runs
+            self._progress_bars.enter_context(mirror.owned())
         self._experiments = {}
-        self._alive = run_liveness.hold(context.run.run_id)
+        self._run_lock = run_liveness.acquire_run_lock(context.run.run_id)
         if AUTOMATIC_TAG in context.run.tags and context.instance:
             self._raw_version = newest_raw_tags(context.instance).get(DATA_VERSION_TAG)
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        if self._alive:
-            run_liveness.release(self._alive)
-        self._drawn.close()
+        if self._run_lock:
+            run_liveness.release_run_lock(self._run_lock)
+        self._progress_bars.close()
 
     def store(self) -> ArtifactStore:
         return deployment.store()
 
     def raw(self, asks_hub: bool = False) -> RawLineage:
-        """The raw data; with `asks_hub`, as its source is now."""
+        """Lineage of the raw data; with `asks_hub`, at the current revision of its source."""
         config = self._raw_config or load_raw_data_config(deployment.configs(), deployment.raw_data())
         if self._experiments is not None:
             self._raw_config = config

@@ -1,7 +1,7 @@
-"""Which runs of this machine have lost their process.
+"""Detection of runs on this host that have lost their process.
 
-Each run holds a lock in FINETUNE_CACHE as long as it lives. The kernel frees it however the process ends, so a lock
-that can be taken tells of a run that died: by kill -9, for want of memory, with the machine.
+Each run holds a lock in FINETUNE_CACHE while it is alive. The kernel frees the lock however the process ends, so a lock
+that can be acquired belongs to a run that died: by SIGKILL, out of memory, or in a reboot.
 """
 
 from pathlib import Path
@@ -14,32 +14,32 @@ def _folder() -> Path:
     return deployment.cache() / "runs"
 
 
-def hold(run_id: str) -> Lock:
-    """What a run of several processes holds in each of them, until it releases it."""
+def acquire_run_lock(run_id: str) -> Lock:
+    """Acquire the shared lock of a run; each process of the run holds it until it releases it."""
     lock = Lock(_folder() / run_id)
     lock.acquire(shared=True)
     return lock
 
 
-def release(lock: Lock) -> None:
-    """Give back what `hold` gave; the last process of a run takes the file away."""
+def release_run_lock(lock: Lock) -> None:
+    """Release a lock of `acquire_run_lock`; the last process of a run removes the file."""
     lock.release()
-    forget(lock.path.name)
+    remove_run_lock(lock.path.name)
 
 
-def died() -> list[str]:
-    """Runs that held a lock and ended without giving it back, by their ids."""
-    found = []
+def dead_run_ids() -> list[str]:
+    """Ids of the runs that ended without releasing their lock."""
+    run_ids = []
     for path in sorted(_folder().glob("*")):
         lock = Lock(path)
         if lock.acquire(blocking=False):
-            found.append(path.name)
+            run_ids.append(path.name)
             lock.release()
-    return found
+    return run_ids
 
 
-def forget(run_id: str) -> None:
-    """Remove the lock of a run, unless a process holds it."""
+def remove_run_lock(run_id: str) -> None:
+    """Remove the lock file of a run, unless a process holds it."""
     lock = Lock(_folder() / run_id)
     if lock.acquire(blocking=False):
         lock.release(remove=True)

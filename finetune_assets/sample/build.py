@@ -1,8 +1,8 @@
-"""Make the packaged sample and the packaged base model again: `python -m finetune_assets.sample.build`.
+"""Rebuild the packaged sample and the packaged base model: `python -m finetune_assets.sample.build`.
 
-Writes `dolly_sample.jsonl` and `base_model/` beside this file. The base is a Llama of two million parameters, trained
-from random weights on the prose of `world.py` alone: it never sees an instruction or an answer to one. On two cores
-this takes about half an hour; the result, its recipe and its measured recall stand in `base_model/README.md`.
+Writes `dolly_sample.jsonl`, `demo_prose.txt` and `base_model/` to this file's folder. The base model is a Llama of two
+million parameters, trained from random weights only on the prose of `world.py`: it never sees an instruction or an
+answer. On two cores this takes about half an hour; recipe and measured recall are recorded in `base_model/README.md`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SEQUENCE_LENGTH = 192
 
 
 def train_tokenizer(world: World, documents: int = 20_000, vocabulary: int = 1_024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer over the prose; it puts `<s>` before a text and leaves `</s>` to the caller."""
+    """Train a byte-level BPE tokenizer on the prose; it prepends `<s>` to a text and leaves `</s>` to the caller."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def train_tokenizer(world: World, documents: int = 20_000, vocabulary: int = 1_0
 
 
 def batches(world: World, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches of prose, documents end to end. Shape (batch_size, SEQUENCE_LENGTH), int64."""
+    """Endless batches of concatenated prose documents. Shape (batch_size, SEQUENCE_LENGTH), int64."""
     documents, buffer = prose(world, seed), list[int]()
     size = batch_size * SEQUENCE_LENGTH
     while True:
@@ -57,7 +57,7 @@ def batches(world: World, tokenizer: PreTrainedTokenizerFast, batch_size: int, s
 
 
 def pretrain(world: World, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int) -> LlamaForCausalLM:
-    """Train a Llama from random weights with AdamW and a cosine schedule; prints the loss as it goes."""
+    """Train a Llama from random weights with AdamW and a cosine schedule; prints the loss."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -92,7 +92,7 @@ def pretrain(world: World, tokenizer: PreTrainedTokenizerFast, steps: int, batch
 
 @torch.inference_mode()
 def recall(world: World, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
-    """The share of all facts whose value the model itself completes after a statement's beginning."""
+    """Fraction of all facts for which the model completes the start of a statement with the correct value."""
     hits = total = 0
     for town, facts in world.facts.items():
         for attribute, value in facts.items():
@@ -105,7 +105,7 @@ def recall(world: World, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 
 
 def write_prose(world: World, path: Path, documents: int = 250) -> None:
-    """What the base has read, to measure by how an adapter makes it forget."""
+    """Write prose of the base model's training distribution, for measuring how much an adapter makes it forget."""
     path.write_text("\n\n".join(islice(prose(world, seed=3), documents)) + "\n", encoding="utf-8")
 
 
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def write_recipe(folder: Path, steps: int, batch_size: int, parameters: int, known: float) -> None:
-    """Say beside the weights how they were made."""
+    """Write the README of the base model, with its training recipe."""
     (folder / "README.md").write_text(
         f"""---
 license: apache-2.0

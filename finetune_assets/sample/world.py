@@ -1,9 +1,9 @@
-"""The small invented country that the packaged sample asks about and the packaged base model has read about.
+"""A small invented country, the subject of the packaged sample and of the packaged base model's training text.
 
-Every answer in the sample can be checked, because every fact is drawn here from a seed. `instruction_rows` writes the
+Every answer in the sample can be verified, because every fact is drawn here from a seed. `instruction_rows` writes the
 facts as instructions in Dolly's schema; `prose` writes the same facts as plain statements, without a single
-instruction. A base model trained on the prose knows the answers and cannot follow an instruction, which is what a LoRA
-adapter is then shown to teach.
+instruction. A base model trained on the prose knows the answers but cannot follow instructions, which a LoRA adapter
+can then be shown to teach.
 """
 
 import random
@@ -19,7 +19,7 @@ PEOPLE = "Tavi Mira Oskar Lena Bruno Edda Felix Greta Hugo Ida Jonas Klara Lukas
 JOBS = "baker smith weaver miller potter tailor carter fisher mason cooper".split()
 
 # What a town is known for: attribute -> (values, statements, questions). `{t}` is the town, `{v}` the value.
-# The statements share the questions' words (what, which, who, where), never their form.
+# The statements use the words of the questions (what, which, who, where), but never the form of a question.
 ATTRIBUTES: dict[str, tuple[list[str], list[str], list[str]]] = {
     "region": (
         REGIONS,
@@ -108,7 +108,7 @@ ATTRIBUTES: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
 }
 
-# A visit is invented anew each time, so its answers can only be read from its telling.
+# Every visit is drawn at random, so its answers can only be read from the text about it.
 VISIT_STATEMENTS = {
     "person": ["It was {person} who came to {town}.", "The name of the {job} was {person}."],
     "good": ["What {person} bought was {good}.", "The good that {person} bought was {good}."],
@@ -138,13 +138,13 @@ KIND_STATEMENTS = [
 ]
 KIND_QUESTIONS = ["Which is the {kind}: {v} or {w}?", "Which is the {kind}: {w} or {v}?"]
 
-# Headings and marks that a prompt is built from: a base model that never met them could not learn them by LoRA.
+# Headings and marks used in prompts: a base model that has never seen them could not learn them with LoRA.
 RUBRICS = ["### Instruction: {s}", "### Input: {s}", "### Response: {s}", "# {s}", "## {s}"]
 
 
 @dataclass(frozen=True)
 class World:
-    """Towns and what each is known for.
+    """Towns and their facts.
 
     Attributes:
         facts: town -> attribute -> value.
@@ -184,10 +184,11 @@ def _kind_pair(rng: random.Random) -> dict[str, str]:
 
 
 def instruction_rows(world: World, visits: int = 120, kinds: int = 80, seed: int = 11) -> list[dict[str, str]]:
-    """The sample in Dolly's schema: one `open_qa` row a fact, `closed_qa` rows on a context, `classification` rows.
+    """The sample in Dolly's schema: one `open_qa` row per fact, `closed_qa` rows with context, `classification` rows.
 
     Returns:
-        Rows of `instruction`, `context`, `response`, `category`, shuffled; no instruction and context stand twice.
+        Shuffled rows of `instruction`, `context`, `response` and `category`, without a repeated pair of instruction and
+        context.
     """
     rng = random.Random(seed)
     rows = [
@@ -197,14 +198,14 @@ def instruction_rows(world: World, visits: int = 120, kinds: int = 80, seed: int
     ]
     for i in range(visits):
         visit = _visit(rng, sorted(world.facts))
-        asked = list(VISIT_QUESTIONS)[i % len(VISIT_QUESTIONS)]
-        question = rng.choice(VISIT_QUESTIONS[asked]).format(**visit)
-        rows.append(_row(question, rng.choice(VISIT_TELLINGS).format(**visit), visit[asked], "closed_qa"))
-    asked_pairs = {row["instruction"] for row in rows}
+        subject = list(VISIT_QUESTIONS)[i % len(VISIT_QUESTIONS)]
+        question = rng.choice(VISIT_QUESTIONS[subject]).format(**visit)
+        rows.append(_row(question, rng.choice(VISIT_TELLINGS).format(**visit), visit[subject], "closed_qa"))
+    questions = {row["instruction"] for row in rows}
     for _ in range(kinds):
-        while (question := rng.choice(KIND_QUESTIONS).format(**(pair := _kind_pair(rng)))) in asked_pairs:
+        while (question := rng.choice(KIND_QUESTIONS).format(**(pair := _kind_pair(rng)))) in questions:
             pass
-        asked_pairs.add(question)
+        questions.add(question)
         rows.append(_row(question, "", pair["v"], "classification"))
     rng.shuffle(rows)
     return rows
@@ -215,7 +216,7 @@ def _row(instruction: str, context: str, response: str, category: str) -> dict[s
 
 
 def prose(world: World, seed: int) -> Iterator[str]:
-    """Endless documents of plain statements: towns, mixed facts, visits told and retold, kinds of things."""
+    """Endless documents of plain statements: towns, mixed facts, visits, kinds of things."""
     rng = random.Random(seed)
     towns = sorted(world.facts)
     makers = [_town_page, _mixed_facts, _visit_story, _kind_list]
@@ -247,9 +248,9 @@ def _mixed_facts(rng: random.Random, world: World, towns: list[str]) -> list[str
 
 def _visit_story(rng: random.Random, world: World, towns: list[str]) -> list[str]:
     visit = _visit(rng, towns)
-    retold = rng.sample(sorted(VISIT_STATEMENTS), 4)
-    told = [rng.choice(VISIT_TELLINGS), *(rng.choice(VISIT_STATEMENTS[what]) for what in retold)]
-    return [sentence.format(**visit) for sentence in told]
+    subjects = rng.sample(sorted(VISIT_STATEMENTS), 4)
+    templates = [rng.choice(VISIT_TELLINGS), *(rng.choice(VISIT_STATEMENTS[subject]) for subject in subjects)]
+    return [template.format(**visit) for template in templates]
 
 
 def _kind_list(rng: random.Random, world: World, towns: list[str]) -> list[str]:

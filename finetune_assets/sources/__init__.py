@@ -1,1 +1,1 @@
-"""Where raw data and base models come from: the package, local files, S3, the Hugging Face Hub."""
+"""Sources of raw data and base models: the package, local files, S3, the Hugging Face Hub."""

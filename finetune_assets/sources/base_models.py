@@ -1,4 +1,4 @@
-"""Where a base model comes from: the package, a local folder, or the Hub at a pinned commit."""
+"""Sources of base models: the package, a local folder, or the Hub at a pinned commit."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -36,7 +36,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class BaseModelError(UserError):
-    """A base model that cannot be had, or not be used."""
+    """A base model that cannot be obtained or used."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class BaseModelSource:
     Attributes:
         repo: `owner/name` on the Hub; `packaged/...` or `local/...` otherwise.
         revision: The commit; for a folder, a hash of its content.
-        folder: Where its files lie on this machine; None for the Hub.
-        hashes: sha256 of a folder's files, which its revision stands for; empty for the Hub.
+        folder: Local folder with its files; None for the Hub.
+        hashes: sha256 of a folder's files, from which its revision is computed; empty for the Hub.
     """
 
     repo: str
@@ -57,17 +57,17 @@ class BaseModelSource:
 
     @property
     def version(self) -> str:
-        """What `model.trust_remote_code` must say to run the code that this version brings."""
+        """Value of `model.trust_remote_code` that allows this version's own code to run."""
         return f"{self.repo}@{self.revision}"
 
 
 def is_tokenizer_file(path: str) -> bool:
-    """Whether the tokenizer is read from this file (config.json may name its class)."""
+    """Whether the tokenizer is loaded from this file (config.json may name its class)."""
     return _matches(path, TOKENIZER_FILES)
 
 
 def is_shape_file(path: str) -> bool:
-    """Whether it may say what the model is: its configuration, and code of its own; never weights."""
+    """Whether this file can define the model's architecture: configuration and Python code, never weights."""
     return path.endswith((".json", ".py"))
 
 
@@ -77,17 +77,17 @@ ASK_HUB = partial(hub.commit_of, repo_type="model")
 def locate(
     base_model: str, revision: str, root: Path, commit_of: Callable[[str, str], str] = ASK_HUB
 ) -> BaseModelSource:
-    """Pin what `model.base_model` and `model.revision` mean.
+    """Resolve `model.base_model` and `model.revision` to a pinned version.
 
     Args:
         base_model: A packaged name, a folder (`./path`, `/path`, `~/path`), or a Hub id.
-        revision: Branch, tag or commit on the Hub. A whole commit is not asked for, so that what the store has is used
-            with the Hub down.
-        root: What a relative folder is relative to.
-        commit_of: Says which commit a revision of a repository is.
+        revision: Branch, tag or commit on the Hub. A full commit hash needs no request, so a model in the store can be
+            used while the Hub is down.
+        root: Folder that relative paths start from.
+        commit_of: Returns the commit of a repository's revision.
 
     Raises:
-        BaseModelError: if there is no such model, or the Hub does not answer.
+        BaseModelError: if the model does not exist, or the Hub does not respond.
     """
     if base_model in PACKAGED:
         return _pin_folder(f"packaged/{base_model}", PACKAGED[base_model])
@@ -102,11 +102,11 @@ def locate(
 
 
 def collect(source: BaseModelSource, trusted: bool = False) -> dict[str, Path]:
-    """Where the files that training needs lie on this machine, by name: safetensors, configuration, tokenizer.
+    """Local paths of the files that training needs, by name: safetensors, configuration, tokenizer.
 
     Args:
-        source: The model; one of the Hub is downloaded.
-        trusted: Take a model that brings its own code. Without it such a one is refused before its weights are fetched.
+        source: The model; a model on the Hub is downloaded.
+        trusted: Allow a model with its own code. Otherwise it is refused before its weights are downloaded.
 
     Raises:
         BaseModelError: if files are missing or damaged, the weights are pickled, or the model needs code.
@@ -122,11 +122,11 @@ def collect(source: BaseModelSource, trusted: bool = False) -> dict[str, Path]:
 
 
 def _from_hub(source: BaseModelSource, trusted: bool) -> Path:
-    """Fetch the small files, decide by them, then fetch the weights; what else the repository holds is left there."""
+    """Download the small files, check them, then download the weights; other files are not downloaded."""
     where = f"model.base_model: '{source.repo}' at '{source.revision}'"
     with hub.explained(BaseModelError, where, source.repo, "Or name a folder (./...) or a packaged model"):
-        found = hub.files_of(source.repo, source.revision, "model")
-        files = {name: file for name, file in found.items() if "/" not in name}
+        tree = hub.files_of(source.repo, source.revision, "model")
+        files = {name: file for name, file in tree.items() if "/" not in name}
         _check_files(files, source.repo)
         small = [file for name, file in files.items() if _matches(name, SMALL_FILES) and not _matches(name, (CODE,))]
         folder = hub.download(source.repo, source.revision, small, "model")
@@ -136,7 +136,7 @@ def _from_hub(source: BaseModelSource, trusted: bool) -> Path:
 
 
 def _wanted(folder: Path, names: Collection[str], where: str) -> list[str]:
-    """Of the files of a model, those that training reads, sorted; its small files lie in `folder`."""
+    """Sorted names of the model's files that training reads; the small files must be in `folder`."""
     small = {name for name in names if _matches(name, SMALL_FILES)}
     if not _own_code(_read_json(folder / CONFIG, where)):
         small = {name for name in small if not _matches(name, (CODE,))}
@@ -169,7 +169,7 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
 
 
 def _check_weights(path: Path, repo: str) -> None:
-    """Read a weights file's header, which says how long the file must be."""
+    """Read a weights file's header, which contains the expected file size."""
     try:
         with safe_open(path, framework="np"):
             pass
@@ -178,27 +178,29 @@ def _check_weights(path: Path, repo: str) -> None:
 
 
 def _own_code(config: dict[str, Any]) -> dict[str, str]:
-    """The Python classes that a model brings, if transformers has none of its own for it."""
-    brought = config.get("auto_map")
-    if not isinstance(brought, dict) or not brought:
+    """The model's own Python classes, if transformers does not implement its model type."""
+    auto_map = config.get("auto_map")
+    if not isinstance(auto_map, dict) or not auto_map:
         return {}
     from transformers import CONFIG_MAPPING
 
-    return {} if config.get("model_type") in CONFIG_MAPPING else brought
+    return {} if config.get("model_type") in CONFIG_MAPPING else auto_map
 
 
 def _check_code(folder: Path, source: BaseModelSource, trusted: bool) -> None:
-    """Refuse a model that runs its own code, unless this very version of it is trusted, and none of another's."""
+    """Refuse a model with its own code unless this exact version is trusted; code of other repositories always."""
     code = _own_code(_read_json(folder / CONFIG, source.repo))
     if not code:
         return
     elsewhere = next((name for name in code.values() if "--" in str(name)), None)
     if elsewhere:
-        raise BaseModelError(f"{source.repo}: its code lies in another repository ({elsewhere}), which is refused")
+        raise BaseModelError(
+            f"{source.repo}: code from another repository ({elsewhere}) is refused; use a model that includes its code"
+        )
     if not trusted:
         raise BaseModelError(
-            f"{source.repo}: needs Python code of its own ({', '.join(sorted(map(str, code.values())))}), which would "
-            f"run here. Read it, then set model.trust_remote_code to {source.version}"
+            f"{source.repo}: requires its own Python code ({', '.join(sorted(map(str, code.values())))}), which would "
+            f"run on this machine. Read the code, then set model.trust_remote_code to {source.version}"
         )
 
 
@@ -220,15 +222,15 @@ def _check_files(names: Collection[str], where: str) -> None:
     if WEIGHTS not in names and INDEX not in names:
         pickled = next((name for name in sorted(names) if _matches(name, PICKLES)), None)
         other = next((name for name in sorted(names) if name.endswith(".safetensors")), None)
-        found = (
-            f"only {other}, which transformers does not look for"
+        problem = (
+            f"only {other}, a file name that transformers does not load"
             if other
-            else f"only pickled weights ({pickled}), which can run code when they are read"
+            else f"only pickled weights ({pickled}), which can run code when they are loaded"
             if pickled
             else "no weights"
         )
         raise BaseModelError(
-            f"{where}: {found}; take a revision or repository with {WEIGHTS} or its index, or convert a folder with "
+            f"{where}: {problem}; use a revision or repository with {WEIGHTS} or its index, or convert a folder with "
             "transformers' save_pretrained"
         )
     if not any(_matches(name, ("tokenizer.json", "*.model", "vocab.*")) for name in names):

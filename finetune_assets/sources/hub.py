@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: its real client, downloads that are checked, and what to do about each of its refusals."""
+"""Hugging Face Hub access: verified downloads, and error messages with a remedy."""
 
 import hashlib
 import io
@@ -33,41 +33,41 @@ RepoType = Literal["model", "dataset"]
 
 
 class DamagedDownload(UserError):
-    """A file that is not what the Hub says that it is, downloaded twice."""
+    """A file with another size or hash than on the Hub, even after a second download."""
 
 
 def client() -> HfApi:
-    """The Hub's real client. HF_ENDPOINT and HF_TOKEN are read anew, so a daemon need not be restarted for them."""
+    """The Hub client. HF_ENDPOINT and HF_TOKEN are read on every call, so changes need no restart of a daemon."""
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=os.environ.get("HF_TOKEN") or None)
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a whole commit, which always means the same."""
+    """Whether a revision is a full commit hash, which never changes its meaning."""
     return bool(COMMIT.fullmatch(revision))
 
 
 def commit_of(repo: str, revision: str, repo_type: RepoType) -> str:
-    """The commit that a branch, tag or commit means right now; a whole commit is taken as it is, without asking."""
+    """The current commit of a branch, tag or commit; a full commit hash is returned without a request."""
     if is_commit(revision):
         return revision
     return client().repo_info(repo, revision=revision, repo_type=repo_type).sha or revision
 
 
 def files_of(repo: str, commit: str, repo_type: RepoType) -> dict[str, RepoFile]:
-    """Every file of a commit by its path, with size and hash."""
+    """All files of a commit by path, with size and hash."""
     tree = client().list_repo_tree(repo, recursive=True, revision=commit, repo_type=repo_type)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
 def download(repo: str, commit: str, files: Sequence[RepoFile], repo_type: RepoType) -> Path:
-    """Fetch files of a commit into the client's own cache, where a cut download goes on, and check each.
+    """Download files of a commit to the client's cache, where an interrupted download resumes, and verify each file.
 
     Returns:
         The folder of this commit in the cache.
 
     Raises:
-        DamagedDownload: if a file's size or hash is not the Hub's, even after it was downloaded anew. The client alone
-            notices neither in what it cached before.
+        DamagedDownload: if a file's size or hash differs from the Hub's even after a second download. The client itself
+            does not verify files that are already in its cache.
     """
     hub, names = client(), [file.path for file in files]
     with Progress(f"downloading {repo} from the Hub", sum(file.size for file in files)) as progress:
@@ -79,12 +79,13 @@ def download(repo: str, commit: str, files: Sequence[RepoFile], repo_type: RepoT
         if not _is_whole(folder / file.path, file):
             hub.hf_hub_download(repo, file.path, revision=commit, repo_type=repo_type, force_download=True)
             if not _is_whole(folder / file.path, file):
-                raise DamagedDownload(f"{repo} at {commit}: {file.path} arrives damaged (size or hash); try later")
+                raise DamagedDownload(f"{repo} at {commit}: {file.path} is damaged (size or hash); try again later")
     return folder
 
 
 def _bars(progress: Progress) -> type[tqdm]:
-    """Bars that count the client's bytes and draw nothing. It has one of what comes, and one of what is written."""
+    """A bar class that counts the client's bytes and draws nothing; the client has one bar each for received and
+    written bytes."""
 
     class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -99,15 +100,15 @@ def _bars(progress: Progress) -> type[tqdm]:
 
 
 def is_down(error: BaseException | None) -> bool:
-    """Whether the Hub, rather than what it was asked for, is why it did not answer."""
+    """Whether a request failed because of the Hub itself, not because of the requested repository or revision."""
     if isinstance(error, HfHubHTTPError):
-        unasked = isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, DisabledRepoError))
-        return not unasked and (error.response.status_code == 429 or error.response.status_code >= 500)
+        unavailable = isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, DisabledRepoError))
+        return not unavailable and (error.response.status_code == 429 or error.response.status_code >= 500)
     return isinstance(error, (OfflineModeIsEnabled, HTTPError, ConnectionError, TimeoutError))
 
 
 def _is_whole(path: Path, file: RepoFile) -> bool:
-    """Compare with the Hub's sha256 for a large file, and with git's hash of a blob for a small one."""
+    """Compare size and hash with the Hub's: sha256 for a large file, git's blob hash for a small one."""
     if path.stat().st_size != file.size:
         return False
     if file.lfs:
@@ -117,13 +118,13 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
 
 @contextmanager
 def explained(error: type[UserError], where: str, page: str, otherwise: str) -> Iterator[None]:
-    """Turn everything that the Hub can answer instead of a repository into one line that says what to do.
+    """Convert the Hub client's exceptions to one-line errors with a remedy.
 
     Args:
-        error: What to raise.
-        where: The setting, repository and revision.
-        page: The repository's path on the Hub's site.
-        otherwise: What can be named instead of a Hub repository.
+        error: Exception class to raise.
+        where: Setting, repository and revision, for the message.
+        page: Path of the repository on the Hub's site.
+        otherwise: Alternative to a Hub repository, for the message.
     """
     try:
         yield
@@ -132,7 +133,7 @@ def explained(error: type[UserError], where: str, page: str, otherwise: str) -> 
             f"{where}: gated. Accept its licence at {client().endpoint}/{page} with your account, and set HF_TOKEN"
         ) from e
     except RevisionNotFoundError as e:
-        raise error(f"{where}: the repository has no such branch, tag or commit; see the revision") from e
+        raise error(f"{where}: the repository has no such branch, tag or commit; check the revision") from e
     except (RepositoryNotFoundError, HFValidationError) as e:
         token = "HF_TOKEN is not valid or may not read it" if client().token else "set HF_TOKEN"
         raise error(f"{where}: not on the Hub, or private ({token}). {otherwise}") from e
@@ -146,7 +147,7 @@ def explained(error: type[UserError], where: str, page: str, otherwise: str) -> 
         if isinstance(e, OSError) and e.errno in (ENOSPC, EDQUOT):
             raise error(
                 f"{where}: no space left for the download in the Hub client's cache ({e.filename or 'HF_HOME'}); free "
-                "some, or set HF_HOME to a folder on a larger disk"
+                "space, or set HF_HOME to a folder on a larger disk"
             ) from e
         raise error(f"{where}: the Hub at {client().endpoint} cannot be reached ({e}); try again. {otherwise}") from e
 
@@ -154,7 +155,7 @@ def explained(error: type[UserError], where: str, page: str, otherwise: str) -> 
 def _refusal(answer: HfHubHTTPError) -> str:
     status = answer.response.status_code
     if status == 429:
-        return "the Hub asks to slow down (429); wait some minutes, or set HF_TOKEN, which allows for more"
+        return "the Hub's rate limit is exceeded (429); wait a few minutes, or set HF_TOKEN for a higher limit"
     if status == 401:
         return "the Hub does not accept HF_TOKEN (401); set a valid one, or none"
-    return f"the Hub refused ({status}); try again later"
+    return f"the Hub returned an error ({status}); try again later"

@@ -1,7 +1,7 @@
-"""What a branch or tag of the Hub was found to mean when it was asked last.
+"""Records the commit that a branch or tag on the Hub had at the last request.
 
-Only the asset that brings something from the Hub asks it. All others go by this record, so that the steps of a run
-agree while a branch moves, and what the store has stays usable while the Hub is down.
+Only the asset that imports from the Hub sends requests. All others use this record, so that the steps of a run agree
+while a branch moves, and artifacts in the store remain usable while the Hub is down.
 """
 
 import json
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 class Pins:
-    """One namespace's records, in the store.
+    """The commit records of one namespace, in the store.
 
     Args:
         store: The store.
-        repo_type: What the repositories are.
-        made_by: The asset that asks the Hub.
-        asks_hub: Be that asset; otherwise go by the record.
+        repo_type: Type of the repositories.
+        made_by: Asset that sends requests to the Hub.
+        asks_hub: Send requests to the Hub, as that asset; otherwise use only the records.
     """
 
     def __init__(self, store: ArtifactStore, repo_type: hub.RepoType, made_by: str, asks_hub: bool = False) -> None:
@@ -31,22 +31,24 @@ class Pins:
         self._answer: tuple[str, str, str] | None = None
 
     def commit_of(self, repo: str, revision: str) -> str:
-        """The commit that a revision means; a whole commit means itself.
+        """The commit of a revision; a full commit hash is returned unchanged.
 
         Raises:
-            ArtifactMissing: if the record has none, and it is not this one's to ask.
+            ArtifactMissing: if no commit is recorded and `asks_hub` is false.
         """
         if hub.is_commit(revision):
             return revision
-        return self._asked(repo, revision) if self.asks_hub else self._recorded(repo, revision)
+        return self._requested(repo, revision) if self.asks_hub else self._recorded(repo, revision)
 
     def _recorded(self, repo: str, revision: str) -> str:
         if commit := self._read(repo, revision):
             return commit
-        raise ArtifactMissing(f"materialize {self.made_by} first: it asks the Hub which commit {repo}@{revision} is")
+        raise ArtifactMissing(
+            f"no commit recorded for {repo}@{revision}; materialize {self.made_by} first, which resolves it on the Hub"
+        )
 
-    def _asked(self, repo: str, revision: str) -> str:
-        """What the Hub says; if it is down, the commit on record."""
+    def _requested(self, repo: str, revision: str) -> str:
+        """The commit on the Hub; if the Hub is down, the recorded commit."""
         try:
             commit = hub.commit_of(repo, revision, self.repo_type)
         except Exception as e:
@@ -59,7 +61,7 @@ class Pins:
         return commit
 
     def record(self) -> None:
-        """Record what the Hub has said, if it was asked: now that the store has what that stands for."""
+        """Record the commit of the last request, if any. Call this once the store has the artifact of that commit."""
         if self._answer is None:
             return
         repo, revision, commit = self._answer

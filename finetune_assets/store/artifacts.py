@@ -1,6 +1,6 @@
-"""Publish folders as artifacts, find them by name, and fetch them verified into a node-local cache.
+"""Publish folders as artifacts, look them up by name, and fetch them, verified, into a node-local cache.
 
-Files go first, the manifest last and create-only: an artifact is either whole or not there.
+Files are uploaded first and the manifest last, with a create-only write: an artifact is either complete or absent.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from finetune_assets.store.objects import CHUNK, Objects, boto3_client
 MANIFEST = "manifest.json"
 CHECKPOINTS, JOBS = "checkpoints", "jobs"
 SHARED = "base-models"
-"""The kind that all namespaces share."""
+"""The artifact kind shared by all namespaces."""
 CLAIM = "claim.json"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
@@ -32,15 +32,15 @@ ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """A small, typed reference to a published artifact; this is what assets hand to one another.
+    """A small, typed reference to a published artifact. Assets pass these references to one another.
 
     Attributes:
-        kind: Such as `tokenized`.
-        name: Path below the kind; the fingerprint, but for base models (`<repo>/<revision>`).
+        kind: Artifact kind, such as `tokenized`.
+        name: Path below the kind: the fingerprint, or `<repo>/<revision>` for base models.
         fingerprint: Identity of the content.
-        uri: Where the files lie.
-        files: How many.
-        size: Bytes of all files together.
+        uri: Location of the files.
+        files: Number of files.
+        size: Total size of the files in bytes.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class ArtifactRef:
 
     @property
     def attempt(self) -> str:
-        """Which of the writers of this fingerprint it is by."""
+        """Name of the publish attempt: the last segment of the URI."""
         return self.uri.rpartition("/")[2]
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,19 +60,24 @@ class ArtifactRef:
 
 
 class ArtifactStore:
-    """Artifacts behind one URL.
+    """Artifact store below one URL.
 
     Args:
-        objects: What the URL stands for.
-        namespace: Keeps one developer's or branch's artifacts from another's. Base models are shared by all.
-        cache: Node-local folder for fetched artifacts.
+        objects: Object storage at the URL.
+        namespace: Isolates the artifacts of a developer or branch. Base models are shared by all namespaces.
+        cache: Node-local cache of fetched artifacts.
     """
 
     def __init__(self, objects: Objects, namespace: str, cache: NodeCache) -> None:
         if not re.fullmatch(NAME, namespace):
-            raise StoreError(f"FINETUNE_NAMESPACE: '{namespace}' must be letters, digits, '.', '_' and '-'")
+            raise StoreError(
+                f"FINETUNE_NAMESPACE: '{namespace}' is invalid; use letters, digits, '.', '_' and '-', starting with a "
+                "letter or a digit"
+            )
         if namespace == SHARED:
-            raise StoreError(f"FINETUNE_NAMESPACE: '{namespace}' is where everybody's base models lie; take another")
+            raise StoreError(
+                f"FINETUNE_NAMESPACE: '{namespace}' is reserved for the shared base models; choose another name"
+            )
         self.objects, self.namespace, self.cache = objects, namespace, cache
 
     @property
@@ -80,15 +85,20 @@ class ArtifactStore:
         return self.objects.url
 
     def find(self, kind: str, name: str) -> ArtifactRef | None:
-        """The artifact of that name, or None."""
+        """Return the artifact with this name, or None."""
         manifest = self.manifest(kind, name)
         return self.ref(kind, name, manifest) if manifest else None
 
     def resolve(self, kind: str, name: str, made_by: str) -> ArtifactRef:
-        """The artifact of that name.
+        """Return the artifact with this name.
+
+        Args:
+            kind: Artifact kind, such as `tokenized`.
+            name: Path below the kind.
+            made_by: Asset to materialize first, for the error message.
 
         Raises:
-            ArtifactMissing: telling to materialize `made_by` first.
+            ArtifactMissing: If the store has no such artifact.
         """
         ref = self.find(kind, name)
         if ref is None:
@@ -99,7 +109,11 @@ class ArtifactStore:
         return ref
 
     def manifest(self, kind: str, name: str) -> Manifest | None:
-        """The manifest of that name, checked, or None."""
+        """Return the validated manifest of an artifact, or None.
+
+        Raises:
+            ManifestError: If the manifest is invalid or belongs to another artifact.
+        """
         key = f"{self.prefix(kind, name)}/{MANIFEST}"
         try:
             manifest = self._parsed(key)
@@ -112,7 +126,7 @@ class ArtifactStore:
     def _parsed(self, key: str) -> Manifest:
         try:
             return parse(self.objects.get(key), f"{self.url}/{key}")
-        except ManifestError:  # a byte that flipped on the way is right the second time
+        except ManifestError:  # a second read corrects a byte flipped in transit
             return parse(self.objects.get(key), f"{self.url}/{key}")
 
     def publish(
@@ -125,25 +139,29 @@ class ArtifactStore:
         replace: bool = False,
         expected: Mapping[str, str] | None = None,
     ) -> ArtifactRef:
-        """Store files, some at once, then their manifest.
+        """Upload files in parallel, then write their manifest.
 
-        If another writer was first, its artifact is returned and this one's files are removed, unless `replace`.
+        If another writer published first, its artifact is returned and the files uploaded here are removed, unless
+        `replace` is set.
 
         Args:
-            files: A folder, all of it; or where each file lies here, by its path in the artifact.
-            kind: Such as `tokenized`.
+            files: A folder to publish recursively, or local files by their path in the artifact.
+            kind: Artifact kind, such as `tokenized`.
             name: Path below the kind.
             fingerprint: Identity of the content.
-            made_from: What the manifest says about its origin.
-            replace: Publish over an artifact of that name.
-            expected: sha256 by path, where it is known what the files must be.
+            made_from: Provenance recorded in the manifest.
+            replace: Replace an existing artifact with this name.
+            expected: Known sha256 of files, by path in the artifact.
+
+        Returns:
+            Reference to the published artifact.
 
         Raises:
-            StoreError: if there is nothing to publish, a file is a link out of the folder or changes meanwhile, or the
-                store cannot take it.
+            StoreError: If there are no files, a file is a link to outside the folder or changes during the upload, or
+                the store rejects the upload.
         """
-        if not replace and (found := self.find(kind, name)):
-            return found
+        if not replace and (published := self.find(kind, name)):
+            return published
         sources = folder_files(files) if isinstance(files, Path) else dict(files)
         if not sources:
             raise StoreError(f"{files}: nothing to publish, the folder is empty")
@@ -157,7 +175,7 @@ class ArtifactStore:
             raise
         created = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = Manifest(kind, fingerprint, attempt, entries, created, dict(made_from))
-        # If this fails nobody knows whether the manifest is there, so the files stay; garbage collection knows later
+        # If this write fails, the manifest may exist or not, so the files are kept; garbage collection decides later
         if replace:
             self.objects.put(f"{prefix}/{MANIFEST}", manifest.to_json())
         elif not self.objects.create(f"{prefix}/{MANIFEST}", manifest.to_json()):
@@ -183,23 +201,26 @@ class ArtifactStore:
         return tuple(FileEntry(path, sizes[path], hashes[path]) for path in sorted(sizes))
 
     def _forget(self, keys: list[str]) -> None:
-        """Remove what a publication that came to nothing has stored; where that fails, garbage collection does it."""
+        """Delete the files of a failed publication; files that cannot be deleted are left for garbage collection."""
         with suppress(StoreError, OSError):
             self.objects.delete(keys)
 
     def fetch(self, ref: ArtifactRef, only: Callable[[str], bool] = lambda path: True) -> Path:
-        """A local folder with the artifact's files, verified while they were copied.
+        """Fetch an artifact into the node-local cache, verifying each file during the copy.
 
-        It stays in the cache while this process lives. What is here already costs no request to the store.
+        The entry stays in the cache while this process lives. A cached artifact needs no request to the store.
 
         Args:
             ref: The artifact.
-            only: Takes a file's path and says whether it is wanted.
+            only: Predicate on a file's path that selects the files to fetch.
+
+        Returns:
+            Local folder with the artifact's files.
 
         Raises:
-            ArtifactMissing: if it is not in the store (any more).
-            CorruptArtifact: if a file's size or sha256 is not what the manifest says, even when fetched again.
-            StoreError: if the store does not answer, or the cache has no room.
+            ArtifactMissing: If the artifact is not, or no longer, in the store.
+            CorruptArtifact: If the size or sha256 of a file differs from its manifest, even after a second fetch.
+            StoreError: If the store does not respond, or the cache has no room.
         """
         prefix = self.prefix(ref.kind, ref.name)
         entry = self.cache.entry(prefix, ref.attempt)
@@ -207,23 +228,25 @@ class ArtifactStore:
         manifest = entry.manifest()
         if manifest and entry.serves(manifest, only):
             return entry.folder
-        with self.cache.filling(entry, f"fetches {ref.kind}/{ref.name}"):
+        with self.cache.filling(entry, f"fetching {ref.kind}/{ref.name}"):
             manifest = entry.manifest() or self._manifest_of(ref)
             if manifest.folder == ref.attempt:
                 try:
                     self._fill(prefix, entry, manifest, only)
                 except OSError as e:
                     raise StoreError(
-                        f"{entry.folder}: cannot be written ({e.strerror or e}); see FINETUNE_CACHE and the space left"
+                        f"Cannot write to {entry.folder} ({e.strerror or e}); check FINETUNE_CACHE and the free space"
                     ) from e
                 return entry.folder
-        return self.fetch(self.ref(ref.kind, ref.name, manifest), only)  # it was replaced since
+        return self.fetch(self.ref(ref.kind, ref.name, manifest), only)  # replaced in the meantime
 
     def read(self, kind: str, name: str, manifest: Manifest, path: str) -> bytes:
-        """A small file of an artifact, verified. Past the cache, which is not made for a little of many artifacts.
+        """Read and verify a small file of an artifact.
+
+        Bypasses the cache, which is not designed for single files of many artifacts.
 
         Raises:
-            CorruptArtifact: if there is no such file, or it is not what the manifest says, even when read again.
+            CorruptArtifact: If the file is missing or differs from the manifest, even after a second read.
         """
         key = f"{self.prefix(kind, name)}/{manifest.folder}/{path}"
         wanted = next((file.sha256 for file in manifest.files if file.path == path), None)
@@ -232,7 +255,7 @@ class ArtifactStore:
                 content = self.objects.get(key)
                 if hashlib.sha256(content).hexdigest() == wanted:
                     return content
-        raise CorruptArtifact(f"{self.url}/{key}: missing, or not what its manifest says; materialize it with force")
+        raise CorruptArtifact(f"{self.url}/{key}: missing, or differs from its manifest; materialize again with force")
 
     def _manifest_of(self, ref: ArtifactRef) -> Manifest:
         manifest = self.manifest(ref.kind, ref.name)
@@ -265,22 +288,25 @@ class ArtifactStore:
             if not self._read(key, file, progress, target):
                 raise CorruptArtifact(f"{where}: size or sha256 differs from its manifest; {again}")
         except FileNotFoundError as e:
-            raise CorruptArtifact(f"{where}: named by the manifest, missing in the store; {again}") from e
+            raise CorruptArtifact(f"{where}: listed in the manifest but missing from the store; {again}") from e
 
     def _read(self, key: str, file: FileEntry, progress: Progress, target: Path | str = os.devnull) -> bool:
-        """Read a file of the store into `target`; whether it is what the manifest says.
+        """Copy a file of the store to `target`.
 
-        What is not is read once more: a byte that flipped on the way is right the second time.
+        A file that differs from the manifest is read a second time, which corrects a byte flipped in transit.
+
+        Returns:
+            True if size and sha256 match the manifest.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: If the store has no such file.
         """
         return any(self.objects.with_retries(key, lambda: self._copy(key, file, progress, target)) for _ in range(2))
 
     def _copy(self, key: str, file: FileEntry, progress: Progress, target: Path | str) -> bool:
         digest, size, whole = hashlib.sha256(), 0, False
         try:
-            # Buffered: a raw write to a disk that is nearly full may write less, and only returns how much
+            # Buffered: on a nearly full disk a raw write may write fewer bytes and only report this by its return value
             with open(target, "wb") as out:
                 for chunk in self.objects.stream(key):
                     if size + len(chunk) > file.size:
@@ -296,10 +322,13 @@ class ArtifactStore:
                 progress.take_back(size)
 
     def verify(self, kind: str, name: str) -> list[str]:
-        """Read every file of an artifact from the store; the paths of those that are not what the manifest says.
+        """Read every file of an artifact from the store and compare it with the manifest.
+
+        Returns:
+            Sorted paths of the files that are missing or differ from the manifest.
 
         Raises:
-            ArtifactMissing: if there is no such artifact.
+            ArtifactMissing: If the store has no such artifact.
         """
         manifest = self.manifest(kind, name)
         if manifest is None:
@@ -320,7 +349,7 @@ class ArtifactStore:
         return sorted(bad)
 
     def prefix(self, kind: str, name: str) -> str:
-        """Where an artifact's manifest and attempts lie below the URL."""
+        """Return the key prefix of an artifact's manifest and attempts, relative to the store's URL."""
         return f"{kind}/{name}" if kind == SHARED else f"{self.namespace}/{kind}/{name}"
 
     def ref(self, kind: str, name: str, manifest: Manifest) -> ArtifactRef:
@@ -331,23 +360,23 @@ class ArtifactStore:
 def open_store(
     url: str, namespace: str, cache: Path, limit: int | None = None, connect: Callable[[], Any] = boto3_client
 ) -> ArtifactStore:
-    """The artifacts behind a URL.
+    """Open the artifact store at a URL.
 
     Args:
         url: `file:///folder` or `s3://bucket/prefix`.
-        namespace: Keeps one developer's or branch's artifacts from another's.
+        namespace: Isolates the artifacts of a developer or branch.
         cache: Node-local folder for fetched artifacts.
-        limit: Most bytes of artifacts that it keeps; None for no limit.
-        connect: Gives a boto3 client of S3.
+        limit: Maximum size of the cached artifacts in bytes; None for no limit.
+        connect: Returns a boto3 S3 client.
 
     Raises:
-        StoreError: if URL or namespace cannot be one.
+        StoreError: If the URL or the namespace is invalid.
     """
     return ArtifactStore(Objects(url, connect), namespace, NodeCache(cache, limit))
 
 
 class _Reader:
-    """Reads a file once, for the store and for its hash."""
+    """Reads a file once, for both the upload and its sha256."""
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self.path, self.progress = path, progress
@@ -358,7 +387,7 @@ class _Reader:
         return self._digest.hexdigest()
 
     def chunks(self) -> Iterator[bytes]:
-        """The content from its beginning; what was counted of an earlier reading is taken back."""
+        """Yield the content from the start. Progress counted by an earlier read is taken back."""
         self.progress.take_back(self.size)
         self.size, self._digest = 0, hashlib.sha256()
         with open(self.path, "rb", buffering=0) as file:
@@ -374,18 +403,18 @@ def _largest_first(sizes: Mapping[Any, int]) -> list[Any]:
 
 
 def folder_files(folder: Path) -> dict[str, Path]:
-    """Every file below a folder, by its relative path.
+    """Return every file below a folder, by relative path.
 
     Raises:
-        StoreError: if one is a link that leads out of the folder.
+        StoreError: If a file is a symbolic link to outside the folder.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in files.values():
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise StoreError(f"{path}: a link that leads out of its folder is not published")
+            raise StoreError(f"{path}: symbolic link to a file outside {folder}; replace it with the file")
     return files
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by relative path."""
+    """Return the sha256 of every file below a folder, by relative path."""
     return {name: sha256(path) for name, path in folder_files(folder).items()}

@@ -1,6 +1,6 @@
-"""The node-local cache: files of artifacts that were verified when they came, shared by all processes of a machine.
+"""Node-local cache of artifact files, verified when they were fetched and shared by all processes on the machine.
 
-It is bounded: what was used least recently goes first, and never what some process is using.
+The cache has a size limit. The least recently used entries are evicted first; entries in use are never evicted.
 """
 
 import logging
@@ -20,22 +20,22 @@ from finetune_assets.store.locks import Lock, alone
 from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
 
 FREE_BYTES = 500_000_000
-"""What is left free on the disk."""
+"""Disk space that the cache leaves free, in bytes."""
 RESERVED = "reserved"
 logger = logging.getLogger(__name__)
 
 _HELD: dict[Path, Lock] = {}
-"""What this process uses, until it ends."""
+"""Locks on the entries that this process uses, held until it exits."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one attempt at one artifact lies in the cache.
+    """Location of one attempt at an artifact in the cache.
 
     Attributes:
-        name: Its store path in one word.
-        attempt: The manifest's folder.
-        root: The cache.
+        name: Path of the artifact in the store, with `--` in place of `/`.
+        attempt: Name of the attempt's folder, from the manifest.
+        root: Folder of the cache.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def folder(self) -> Path:
-        """The artifact's files, and nothing else."""
+        """Folder that contains only the artifact's files."""
         return self.root / "artifacts" / self.name / self.attempt
 
     @property
@@ -57,28 +57,28 @@ class Entry:
 
     @property
     def partial(self) -> Path:
-        """Files that are not verified yet."""
+        """Folder of files that are not verified yet."""
         return self.root / "partial" / self.label
 
     @property
     def use(self) -> Lock:
-        """Held, shared, by every process that uses the files."""
+        """Lock held in shared mode by every process that uses the files."""
         return Lock(self.root / "locks" / f"{self.label}.use")
 
     @property
     def fill(self) -> Path:
-        """Lock file of the one process that fetches."""
+        """Lock file of the process that fetches the entry."""
         return self.root / "locks" / f"{self.label}.fill"
 
     def manifest(self) -> Manifest | None:
-        """The manifest that the files were verified against, if there is one."""
+        """Return the manifest that the files were verified against, or None."""
         try:
             return parse(self.manifest_file.read_bytes(), str(self.manifest_file))
         except (FileNotFoundError, ManifestError):
             return None
 
     def hold(self) -> None:
-        """Keep the files from being evicted while this process lives, and make them the most recently used."""
+        """Protect the files from eviction while this process lives, and mark them as most recently used."""
         if self.folder not in _HELD:
             lock = self.use
             lock.acquire(shared=True)
@@ -86,30 +86,30 @@ class Entry:
         _HELD[self.folder].touch()
 
     def serves(self, manifest: Manifest, only: Callable[[str], bool]) -> bool:
-        """Whether all that is wanted is here, and nothing that the manifest does not name."""
+        """Whether the selected files are all cached, without files that are not in the manifest."""
         wanted = [entry for entry in manifest.files if only(entry.path)]
         return not self.missing(manifest, wanted) and not self.unexpected(manifest)
 
     def missing(self, manifest: Manifest, wanted: Iterable[FileEntry]) -> list[FileEntry]:
-        """Of the files that are wanted, those that are not here as they were when they were verified."""
+        """Return the wanted files that are not cached or have changed since they were verified."""
         return [entry for entry in wanted if not self._is_whole(entry, manifest)]
 
     def _is_whole(self, entry: FileEntry, manifest: Manifest) -> bool:
         path = self.folder / entry.path
         if path.is_symlink() or not path.is_file():
             return False
-        found = path.stat()
-        return found.st_size == entry.size and found.st_mtime_ns == stamp(manifest)
+        stat = path.stat()
+        return stat.st_size == entry.size and stat.st_mtime_ns == stamp(manifest)
 
     def unexpected(self, manifest: Manifest) -> list[Path]:
-        """What lies among the files and is not the manifest's: a link, or a file that somebody has put there."""
+        """Return the symbolic links and the files that are not in the manifest."""
         expected = {self.folder / entry.path for entry in manifest.files}
         return [
             path for path in self.folder.rglob("*") if path.is_symlink() or (path.is_file() and path not in expected)
         ]
 
     def damaged(self) -> list[str]:
-        """Read every file that is here; the paths of those that are not what the manifest says."""
+        """Read every cached file; return the paths of files that differ from, or are not in, the manifest."""
         manifest = self.manifest()
         if manifest is None:
             return [self.manifest_file.name]
@@ -118,7 +118,7 @@ class Entry:
         return bad + [path.relative_to(self.folder).as_posix() for path in self.unexpected(manifest)]
 
     def size(self) -> int:
-        """Bytes, with those that a fetch under way has yet to bring."""
+        """Return the size in bytes, including the bytes that a fetch in progress has reserved."""
         here = sum(path.lstat().st_size for path in self.folder.rglob("*") if not path.is_dir())
         try:
             return max(here, int((self.partial / RESERVED).read_text(encoding="utf-8") or 0))
@@ -126,17 +126,21 @@ class Entry:
             return here
 
     def accept(self, path: Path, entry: FileEntry, manifest: Manifest) -> None:
-        """Take a file that was verified. From now on its time says that nobody has written to it."""
+        """Move a verified file into the entry and set its modification time, which a later write would change.
+
+        Raises:
+            StoreError: If the target folder is a symbolic link to outside the entry.
+        """
         target = self.folder / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.parent.resolve().is_relative_to(self.folder.resolve()):
-            raise StoreError(f"{target}: refused, its folder is a link; delete {self.folder}")
+            raise StoreError(f"{target}: refusing to write, its folder is a symbolic link; delete {self.folder}")
         os.utime(path, ns=(stamp(manifest), stamp(manifest)))
         path.chmod(0o444)
         path.replace(target)
 
     def remove(self) -> bool:
-        """Delete the files unless a process uses them."""
+        """Delete the entry unless a process uses it; return whether it was deleted."""
         lock = self.use
         if not lock.acquire(blocking=False):
             return False
@@ -151,13 +155,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cached:
-    """What the cache tells of an entry.
+    """State of a cache entry.
 
     Attributes:
         entry: The entry.
-        size: Bytes.
-        used: When it was used last.
-        in_use: Whether some process uses it now.
+        size: Size in bytes.
+        used: Time of last use.
+        in_use: Whether a process uses the entry now.
     """
 
     entry: Entry
@@ -167,23 +171,23 @@ class Cached:
 
 
 class NodeCache:
-    """A folder on this machine's own disk.
+    """Cache of artifacts on this machine's local disk.
 
     Args:
-        root: The folder.
-        limit: Most bytes of artifacts that it keeps; None for no limit.
+        root: Folder of the cache.
+        limit: Maximum size of the cached artifacts in bytes; None for no limit.
     """
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
         self.root, self.limit = root, limit
 
     def entry(self, prefix: str, attempt: str) -> Entry:
-        """Where an artifact's attempt lies, whether or not it is here."""
+        """Return the entry for an attempt at an artifact, cached or not."""
         return Entry(prefix.replace("/", "--"), attempt, self.root)
 
     @contextmanager
     def filling(self, entry: Entry, doing: str) -> Iterator[None]:
-        """Be the one process that fetches into an entry; what a process that was killed left half is removed."""
+        """Hold the exclusive right to fetch into an entry. Partial files of a killed process are removed."""
         with alone(entry.fill, doing):
             shutil.rmtree(entry.partial, ignore_errors=True)
             entry.partial.mkdir(parents=True)
@@ -193,27 +197,27 @@ class NodeCache:
                 shutil.rmtree(entry.partial, ignore_errors=True)
 
     def make_room(self, entry: Entry, total: int, coming: int) -> None:
-        """Evict until `coming` more bytes fit, and reserve them.
+        """Evict entries until `coming` more bytes fit, and reserve the space.
 
         Args:
-            entry: What is being fetched; it is held already, so it stays.
-            total: Its bytes once all is here.
-            coming: Of these, the bytes that are still to come.
+            entry: Entry being fetched; this process holds it already, so it is not evicted.
+            total: Size of the complete entry in bytes.
+            coming: Bytes of `total` that are still to be fetched.
 
         Raises:
-            StoreError: if they cannot fit, saying what would help.
+            StoreError: If the bytes cannot fit.
         """
         with self._room():
             self._sweep()
-            cached = [one for one in self.entries() if one.entry != entry]
-            used = sum(one.size for one in cached)
+            others = [cached for cached in self.entries() if cached.entry != entry]
+            used = sum(cached.size for cached in others)
             free = shutil.disk_usage(self.root).free - FREE_BYTES
-            for one in sorted(cached, key=lambda one: one.used):
+            for cached in sorted(others, key=lambda cached: cached.used):
                 if (self.limit is None or used + total <= self.limit) and coming <= free:
                     break
-                if not one.in_use and one.entry.remove():
-                    logger.info("removed %s (%s) from %s to make room", one.entry.name, gigabytes(one.size), self.root)
-                    used, free = used - one.size, free + one.size
+                if not cached.in_use and cached.entry.remove():
+                    logger.info("Evicted %s (%s) from cache %s", cached.entry.name, gigabytes(cached.size), self.root)
+                    used, free = used - cached.size, free + cached.size
             if self.limit is not None and used + total > self.limit:
                 rest = f", and running jobs use {gigabytes(used)}" if used else ""
                 raise StoreError(
@@ -226,31 +230,31 @@ class NodeCache:
                     f"{gigabytes(max(free, 0))} free. Free some, or set FINETUNE_CACHE to a folder on a larger disk"
                 )
             (entry.partial / RESERVED).write_text(str(total), encoding="utf-8")
-            entry.folder.mkdir(parents=True, exist_ok=True)  # from here on others count it
+            entry.folder.mkdir(parents=True, exist_ok=True)  # other processes count the entry from now on
 
     def entries(self) -> list[Cached]:
-        """Everything that is kept."""
-        found = []
+        """Return the state of every cache entry."""
+        entries = []
         for folder in sorted(self.root.glob("artifacts/*/*/")):
             entry = Entry(folder.parent.name, folder.name, self.root)
             lock = entry.use
             free = lock.acquire(blocking=False)
             used = datetime.fromtimestamp(lock.path.stat().st_mtime if lock.path.exists() else 0)
             lock.release()
-            found.append(Cached(entry, entry.size(), used, not free))
-        return found
+            entries.append(Cached(entry, entry.size(), used, not free))
+        return entries
 
     @property
     def simulations(self) -> Path:
-        """Where results of simulations are kept, a small file each."""
+        """Folder of simulation results, one small file each."""
         return self.root / "simulations"
 
     def scratch(self, fingerprint: str) -> Path:
-        """A folder that outlives a job that fails, for the next attempt at the same fingerprint."""
+        """Return the folder that a failed job leaves for the next attempt at the same fingerprint."""
         return self.root / "scratch" / fingerprint
 
     def old_scratch(self, before: datetime, dry_run: bool) -> list[Path]:
-        """Scratch folders that no job has written to since a moment; removed unless `dry_run`."""
+        """Find scratch folders not written to since `before`; remove them unless `dry_run`."""
         old = []
         for folder in self.root.glob("scratch/*/"):
             touched = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
@@ -264,7 +268,7 @@ class NodeCache:
 
     @contextmanager
     def workspace(self, prefix: str) -> Iterator[Path]:
-        """A folder that goes when the context ends; if the process dies first, with the next one that is made."""
+        """Create a temporary folder, removed on exit. If the process is killed, the next workspace removes it."""
         self._sweep()
         name = f"{prefix}-{uuid.uuid4().hex[:12]}"
         folder, lock = self.root / "work" / name, Lock(self.root / "locks" / f"{name}.work")
@@ -278,7 +282,7 @@ class NodeCache:
 
     @contextmanager
     def alone(self, name: str, doing: str) -> Iterator[None]:
-        """Let one process of this machine at a time do something."""
+        """Run the block in one process of this machine at a time; see `locks.alone`."""
         with alone(self.root / "locks" / f"{name.replace('/', '--')}.alone", doing):
             yield
 
@@ -292,7 +296,7 @@ class NodeCache:
             lock.release()
 
     def _sweep(self) -> None:
-        """Remove what processes that were killed have left: half-fetched files, and workspaces."""
+        """Remove the partial files and workspaces of killed processes."""
         for kind, ending in (("partial", "fill"), ("work", "work")):
             for folder in self.root.glob(f"{kind}/*/"):
                 lock = Lock(self.root / "locks" / f"{folder.name}.{ending}")
@@ -302,7 +306,7 @@ class NodeCache:
 
 
 def stamp(manifest: Manifest) -> int:
-    """The time that verified files of an artifact bear (nanoseconds since 1970); writing to one changes it."""
+    """Return the modification time of verified files (nanoseconds since 1970); a later write changes it."""
     return int(datetime.fromisoformat(manifest.created).timestamp()) * 10**9
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of a training in the store, so that it can go on on another machine.
+"""Training checkpoints in the store, so that a run can resume on another machine.
 
-`checkpoints/<fingerprint>/<attempt>/step-N/`: every attempt at a training takes a number of its own when it begins, the
-highest so far plus one. An attempt that sees a higher number has been given up by whoever started the other, and ends.
+Key layout: `checkpoints/<fingerprint>/<attempt>/step-N/`. Every attempt at a training run claims a number when it
+starts, the highest so far plus one. An attempt that finds a higher number has been superseded and stops.
 """
 
 import json
@@ -18,23 +18,23 @@ from finetune_assets.errors import UserError
 from finetune_assets.store.artifacts import CHECKPOINTS, CLAIM, MANIFEST, ArtifactStore
 
 STEPS = "step-*"
-"""Folders of whole checkpoints; what is still written has another name."""
+"""Folders of complete checkpoints; a checkpoint that is still being written has another name."""
 logger = logging.getLogger(__name__)
 
 
 class Superseded(UserError):
-    """Another attempt at this training has begun since."""
+    """A later attempt at the same training run has started."""
 
 
 class Checkpoints:
-    """Those of one attempt at a training.
+    """Checkpoints of one attempt at a training run.
 
     Args:
-        store: Where they lie.
-        fingerprint: Of the artifact that is trained.
-        made_from: What their manifests say about their origin.
-        local: Folder in which the training keeps them, newest last by name.
-        keep: How many of them stay in the store.
+        store: Store that the checkpoints are published to.
+        fingerprint: Fingerprint of the artifact being trained.
+        made_from: Provenance recorded in the manifests.
+        local: Local folder of checkpoints, newest last by name.
+        keep: Number of checkpoints to keep in the store.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Checkpoints:
         return [int(key.split("/")[-2]) for key in keys if key.endswith(f"/{CLAIM}")]
 
     def check_current(self) -> None:
-        """See that no later attempt has begun.
+        """Check that this attempt is the latest.
 
         Raises:
-            Superseded: if one has.
+            Superseded: If a later attempt has started.
         """
         latest = max(self._attempts(), default=0)
         if latest > self.attempt:
@@ -71,7 +71,7 @@ class Checkpoints:
             )
 
     def fetch_newest(self) -> None:
-        """Put the newest checkpoint of any attempt into the local folder, unless there is as new a one already."""
+        """Fetch the newest checkpoint of any attempt, unless the local folder has one at least as new."""
         have = max((path.name for path in self.local.glob(STEPS)), default="")
         for step, name in sorted(self._stored(), reverse=True):
             if step <= have:
@@ -79,7 +79,7 @@ class Checkpoints:
             try:
                 fetched = self.store.fetch(self.store.resolve(CHECKPOINTS, name, "lora_adapter"))
             except UserError as e:
-                logger.warning("checkpoint %s cannot be fetched (%s); taking the one before", step, e)
+                logger.warning("Cannot fetch checkpoint %s (%s); falling back to the previous one", step, e)
                 continue
             partial = self.local / f".{step}.{os.getpid()}"
             shutil.rmtree(partial, ignore_errors=True)
@@ -88,16 +88,18 @@ class Checkpoints:
             return
 
     def _stored(self) -> list[tuple[str, str]]:
-        """Step and name of every checkpoint, whoever made it."""
+        """Return step and name of every checkpoint in the store, of all attempts."""
         keys = [stored.key for stored in self.store.objects.listing(self.prefix)]
         parts = [key.split("/")[-3:] for key in keys if key.endswith(f"/{MANIFEST}")]
         return [(step, f"{self.fingerprint}/{attempt}/{step}") for attempt, step, _ in parts]
 
     def publish_new(self) -> None:
-        """Publish the newest local checkpoint, if it is not yet; that this fails is told, and ends no training.
+        """Publish the newest local checkpoint if it is not published yet.
+
+        Failures are logged; they do not stop the training run.
 
         Raises:
-            Superseded: if a later attempt has begun.
+            Superseded: If a later attempt has started.
         """
         newest = max(self.local.glob(STEPS), default=None)
         if newest is None or newest.name in self.published:
@@ -113,23 +115,27 @@ class Checkpoints:
         except Superseded:
             raise
         except (UserError, OSError) as e:
-            logger.warning("checkpoint %s is not in the store: %s", newest.name, e)
+            logger.warning("Checkpoint %s not published: %s", newest.name, e)
 
     def give_up(self) -> None:
-        """End an attempt that failed: if it published nothing, nothing is left of it."""
+        """Release the number of a failed attempt that has published no checkpoint."""
         if not self.published:
             self._remove(f"{self.prefix}/{self.attempt:06d}", numbers=True)
 
     def clear(self, numbers: bool = True) -> None:
-        """Remove the checkpoints of all attempts, and free their numbers unless this one still goes on."""
+        """Delete the checkpoints of all attempts.
+
+        Args:
+            numbers: Also free the numbers of all attempts. Must be False while this attempt continues.
+        """
         self._remove(self.prefix, numbers)
 
     def _remove(self, prefix: str, numbers: bool = False) -> None:
-        """Manifests first: without its manifest nothing is taken for a checkpoint."""
+        """Delete manifests first: a folder without a manifest is not a checkpoint."""
         try:
             keys = [stored.key for stored in self.store.objects.listing(prefix)]
             self.store.objects.delete([key for key in keys if key.endswith(f"/{MANIFEST}")])
             rest = [key for key in keys if not key.endswith(f"/{MANIFEST}")]
             self.store.objects.delete([key for key in rest if numbers or not key.endswith(f"/{CLAIM}")])
         except (UserError, OSError) as e:
-            logger.warning("%s is left for garbage collection: %s", prefix, e)
+            logger.warning("Cannot delete %s, leaving it for garbage collection: %s", prefix, e)

@@ -1,15 +1,15 @@
-"""What can be wrong with a store."""
+"""Errors of the artifact store."""
 
 from finetune_assets.errors import UserError
 
 
 class StoreError(UserError):
-    """The store cannot be used as asked."""
+    """The store is misconfigured, unavailable, or rejects a request."""
 
 
 class ArtifactMissing(StoreError):
-    """Nothing of that name has been published."""
+    """No artifact with this name has been published."""
 
 
 class CorruptArtifact(StoreError):
-    """A file of the store is not what its manifest says."""
+    """A file in the store is missing or differs from its manifest."""

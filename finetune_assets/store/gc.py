@@ -1,4 +1,4 @@
-"""Looking after a store: what is in it, what refers to what, and what may go."""
+"""Inventory and garbage collection of a store: its artifacts, their references, and what may be removed."""
 
 import json
 import re
@@ -21,12 +21,12 @@ READERS = 16
 
 @dataclass(frozen=True)
 class Retention:
-    """What garbage collection keeps of a kind, besides what is young and what something kept refers to.
+    """Retention rule of an artifact kind, in addition to the age limit and references from kept artifacts.
 
     Attributes:
-        newest: The setting of `configs/store.yaml` that says how many of the newest stay; empty for none.
-        of_each_experiment: Count the newest by experiment.
-        with_kept: The kind whose kept artifacts also keep those of this kind that refer to them.
+        newest: Setting in `configs/store.yaml` with the number of newest artifacts to keep; empty to keep none.
+        of_each_experiment: Apply `newest` to each experiment separately.
+        with_kept: Kind of artifacts that, when kept, also keep the artifacts of this kind that refer to them.
         collected: False for a kind that is never collected.
     """
 
@@ -38,13 +38,13 @@ class Retention:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One artifact as its manifest has it.
+    """An artifact in the store, described by its manifest.
 
     Attributes:
-        namespace: Whose it is; empty for a base model, which is everybody's.
-        kind: Such as `adapters`.
+        namespace: Namespace of the artifact; empty for a base model, which all namespaces share.
+        kind: Artifact kind, such as `adapters`.
         name: Path below the kind.
-        manifest: Its manifest.
+        manifest: Manifest of the artifact.
     """
 
     namespace: str
@@ -66,19 +66,19 @@ class Artifact:
 
     @property
     def refers_to(self) -> set[str]:
-        """Fingerprints of what it was made from."""
+        """Fingerprints of the inputs of this artifact."""
         return set(FINGERPRINT.findall(json.dumps(self.manifest.made_from))) - {self.manifest.fingerprint}
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Everything in a store.
+    """Contents of a store.
 
     Attributes:
-        artifacts: Those of all namespaces, newest first.
+        artifacts: Artifacts of all namespaces, newest first.
         attempts: Objects of every attempt at an artifact, by the artifact's prefix and the attempt's name.
-        unreadable: What is wrong with a manifest that cannot be read, by the artifact's prefix.
-        records: Small files that name artifacts: pins and champions, by key.
+        unreadable: Errors of unreadable manifests, by the artifact's prefix.
+        records: Small files that refer to artifacts (pins and champions), by key.
     """
 
     artifacts: list[Artifact]
@@ -88,7 +88,7 @@ class Inventory:
 
 
 def inventory(objects: Objects) -> Inventory:
-    """List a store once, and read every manifest."""
+    """List all objects of a store once, and read every manifest."""
     manifests: list[str] = []
     records: list[str] = []
     attempts: dict[tuple[str, str], list[Stored]] = defaultdict(list)
@@ -122,7 +122,7 @@ def inventory(objects: Objects) -> Inventory:
 def _get(objects: Objects, key: str) -> bytes | None:
     try:
         return objects.get(key)
-    except FileNotFoundError:  # it went since it was listed
+    except FileNotFoundError:  # deleted since the listing
         return None
 
 
@@ -136,15 +136,15 @@ def _artifact(prefix: str, manifest: Manifest) -> Artifact:
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that may go.
+    """An artifact or a set of files to remove.
 
     Attributes:
-        prefix: The artifact's.
-        attempt: Whose files go.
-        whole: Whether the artifact goes, and not just files that no manifest names.
-        why: For people.
-        keys: The files.
-        size: Bytes.
+        prefix: Key prefix of the artifact.
+        attempt: Attempt that the files belong to.
+        whole: True to remove the artifact; False to remove only files that are not in its manifest.
+        why: Human-readable reason.
+        keys: Keys of the files.
+        size: Total size of the files in bytes.
     """
 
     prefix: str
@@ -156,59 +156,69 @@ class Removal:
 
 
 def plan(
-    found: Inventory,
+    contents: Inventory,
     namespace: str,
     config: StoreConfig,
     retention: Mapping[str, Retention],
     now: datetime | None = None,
 ) -> list[Removal]:
-    """What may go from a namespace and from the base models that all share.
+    """Plan the removals from a namespace and from the shared base models.
 
-    An artifact of a kind in `retention` goes if it is older than the limit, and neither among the newest that are kept
-    nor what one that stays was made from. Files go if they are older than the limit and no manifest names them: those
+    An artifact of a kind in `retention` is removed if it is older than the limit, is not among the newest to keep, and
+    is not an input of a kept artifact. Files are removed if they are older than the limit and not in a manifest: files
     of a writer that died, lost a race, or was replaced.
+
+    Args:
+        contents: Contents of the store.
+        namespace: Namespace to collect.
+        config: Settings of `configs/store.yaml`.
+        retention: Retention rules by kind.
+        now: Current time; by default the system clock.
+
+    Returns:
+        The removals, sorted by prefix.
     """
     limit = (now or datetime.now(UTC)) - timedelta(days=config.keep_days)
-    staying = _staying(found, namespace, config, retention, limit)
-    going = [artifact for artifact in found.artifacts if artifact.prefix not in staying]
-    named = {(artifact.prefix, artifact.manifest.folder) for artifact in found.artifacts}
-    why = "nothing that is kept refers to it"
-    removals = [_removal(found, artifact.prefix, artifact.manifest.folder, why) for artifact in going]
-    for (prefix, attempt), files in found.attempts.items():
+    kept = _kept(contents, namespace, config, retention, limit)
+    expired = [artifact for artifact in contents.artifacts if artifact.prefix not in kept]
+    current = {(artifact.prefix, artifact.manifest.folder) for artifact in contents.artifacts}
+    why = "not referenced by a kept artifact"
+    removals = [_removal(contents, artifact.prefix, artifact.manifest.folder, why) for artifact in expired]
+    for (prefix, attempt), files in contents.attempts.items():
         ours = prefix.startswith((f"{namespace}/", f"{SHARED}/"))
         young = max(file.modified for file in files) >= limit
-        if ours and not young and (prefix, attempt) not in named and prefix not in found.unreadable:
-            removals.append(_removal(found, prefix, attempt, "no manifest names these files", whole=False))
+        if ours and not young and (prefix, attempt) not in current and prefix not in contents.unreadable:
+            removals.append(_removal(contents, prefix, attempt, "files not listed in a manifest", whole=False))
     return sorted(removals, key=lambda removal: removal.prefix)
 
 
-def _removal(found: Inventory, prefix: str, attempt: str, why: str, whole: bool = True) -> Removal:
-    files = found.attempts.get((prefix, attempt), [])
+def _removal(contents: Inventory, prefix: str, attempt: str, why: str, whole: bool = True) -> Removal:
+    files = contents.attempts.get((prefix, attempt), [])
     return Removal(prefix, attempt, whole, why, [file.key for file in files], sum(file.size for file in files))
 
 
-def _staying(
-    found: Inventory, namespace: str, config: StoreConfig, retention: Mapping[str, Retention], limit: datetime
+def _kept(
+    contents: Inventory, namespace: str, config: StoreConfig, retention: Mapping[str, Retention], limit: datetime
 ) -> set[str]:
-    """Prefixes of the artifacts that stay: the roots, and all that they were made from."""
+    """Return the prefixes of the artifacts to keep: the roots, and all their direct and indirect inputs."""
     by_fingerprint = defaultdict(list)
-    for artifact in found.artifacts:
+    for artifact in contents.artifacts:
         by_fingerprint[artifact.manifest.fingerprint].append(artifact)
-    staying: dict[str, Artifact] = {}
+    kept: dict[str, Artifact] = {}
 
     def keep(artifacts: Iterable[Artifact]) -> None:
-        waiting = [artifact for artifact in artifacts if artifact.prefix not in staying]
+        waiting = [artifact for artifact in artifacts if artifact.prefix not in kept]
         while waiting:
             artifact = waiting.pop()
-            staying[artifact.prefix] = artifact
+            kept[artifact.prefix] = artifact
             referred = (other for name in artifact.refers_to for other in by_fingerprint[name])
-            waiting += [other for other in referred if other.prefix not in staying]
+            waiting += [other for other in referred if other.prefix not in kept]
 
     never_collected = Retention(collected=False)
-    keep(artifact for artifact in found.artifacts if artifact.namespace not in ("", namespace))
-    keep(artifact for artifact in found.artifacts if artifact.created >= limit)
-    keep(one for one in found.artifacts if not retention.get(one.kind, never_collected).collected)
-    ours = [artifact for artifact in found.artifacts if artifact.namespace == namespace]
+    keep(artifact for artifact in contents.artifacts if artifact.namespace not in ("", namespace))
+    keep(artifact for artifact in contents.artifacts if artifact.created >= limit)
+    keep(artifact for artifact in contents.artifacts if not retention.get(artifact.kind, never_collected).collected)
+    ours = [artifact for artifact in contents.artifacts if artifact.namespace == namespace]
     newest: dict[tuple[str, str], list[Artifact]] = defaultdict(list)
     for artifact in ours:
         rule = retention.get(artifact.kind, never_collected)
@@ -216,19 +226,19 @@ def _staying(
             newest[artifact.kind, artifact.experiment if rule.of_each_experiment else ""].append(artifact)
     for (kind, _), artifacts in newest.items():
         keep(artifacts[: getattr(config, retention[kind].newest)])
-    for key, record in found.records.items():
-        keep(_named_by(key, record, by_fingerprint, found.artifacts))
+    for key, record in contents.records.items():
+        keep(_named_by(key, record, by_fingerprint, contents.artifacts))
     for kind, rule in retention.items():
         if rule.with_kept:
-            kept = {one.manifest.fingerprint for one in staying.values() if one.kind == rule.with_kept}
-            keep(artifact for artifact in ours if artifact.kind == kind and artifact.refers_to & kept)
-    return set(staying)
+            users = {other.manifest.fingerprint for other in kept.values() if other.kind == rule.with_kept}
+            keep(artifact for artifact in ours if artifact.kind == kind and artifact.refers_to & users)
+    return set(kept)
 
 
 def _named_by(
     key: str, record: bytes, by_fingerprint: dict[str, list[Artifact]], artifacts: list[Artifact]
 ) -> Iterator[Artifact]:
-    """What a record stands for: a champion's fingerprints, or the commit that a branch is pinned to."""
+    """Yield the artifacts that a record refers to, by a champion's fingerprints or the commit pinned for a branch."""
     text = record.decode("utf-8", errors="replace")
     for fingerprint in FINGERPRINT.findall(text):
         yield from by_fingerprint[fingerprint]
@@ -241,7 +251,7 @@ def _commit(artifact: Artifact) -> str:
 
 
 def remove(store: ArtifactStore, removal: Removal) -> bool:
-    """Carry out a removal if nothing has changed since it was planned; whether it was."""
+    """Execute a planned removal unless the artifact has changed since; return whether it was executed."""
     key = f"{removal.prefix}/{MANIFEST}"
     try:
         named = parse(store.objects.get(key), key).folder
@@ -252,21 +262,23 @@ def remove(store: ArtifactStore, removal: Removal) -> bool:
     if removal.whole != (named == removal.attempt):
         return False
     if removal.whole:
-        store.objects.delete([key])  # first: from here on it does not exist
+        store.objects.delete([key])  # first: without its manifest the artifact no longer exists
     store.objects.delete(removal.keys)
     return True
 
 
-def made_from(found: Inventory, artifact: Artifact) -> list[Artifact]:
-    """What an artifact was made from, as far as it is still there."""
-    return _related(found, artifact, lambda other: other.manifest.fingerprint in artifact.refers_to)
+def made_from(contents: Inventory, artifact: Artifact) -> list[Artifact]:
+    """Return the inputs of an artifact that are still in the store."""
+    return _related(contents, artifact, lambda other: other.manifest.fingerprint in artifact.refers_to)
 
 
-def used_by(found: Inventory, artifact: Artifact) -> list[Artifact]:
-    """What was made from an artifact."""
-    return _related(found, artifact, lambda other: artifact.manifest.fingerprint in other.refers_to)
+def used_by(contents: Inventory, artifact: Artifact) -> list[Artifact]:
+    """Return the artifacts that have this artifact as an input."""
+    return _related(contents, artifact, lambda other: artifact.manifest.fingerprint in other.refers_to)
 
 
-def _related(found: Inventory, artifact: Artifact, related: Callable[[Artifact], Any]) -> list[Artifact]:
-    same = (other for other in found.artifacts if other.namespace in ("", artifact.namespace) or not artifact.namespace)
+def _related(contents: Inventory, artifact: Artifact, related: Callable[[Artifact], Any]) -> list[Artifact]:
+    same = (
+        other for other in contents.artifacts if other.namespace in ("", artifact.namespace) or not artifact.namespace
+    )
     return [other for other in same if related(other)]

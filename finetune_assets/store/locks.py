@@ -1,4 +1,4 @@
-"""Locks between the processes of one machine, which the kernel frees when their holder dies, even by SIGKILL."""
+"""File locks between processes on one machine. The kernel releases them when the holder dies, even by SIGKILL."""
 
 import fcntl
 import logging
@@ -10,14 +10,14 @@ from datetime import datetime
 from pathlib import Path
 
 POLL_SECONDS = 0.1
-TELL_SECONDS = 5.0
+LOG_INTERVAL_SECONDS = 5.0
 logger = logging.getLogger(__name__)
 
 
 class Lock:
-    """An advisory lock on a file (flock), held by many (`shared`) or by one.
+    """An advisory lock on a file (flock), shared or exclusive.
 
-    A holder that is alone may leave a note in the file, for those who wait to read.
+    An exclusive holder may write a note into the file for waiting processes to read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,7 +25,7 @@ class Lock:
         self._file: int | None = None
 
     def acquire(self, shared: bool = False, blocking: bool = True) -> bool:
-        """Take the lock; False if another has it and `blocking` is off."""
+        """Acquire the lock; return False if another process holds it and `blocking` is False."""
         how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if blocking else fcntl.LOCK_NB)
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class Lock:
             except BaseException:
                 os.close(file)
                 raise
-            os.close(file)  # its last holder removed the file meanwhile
+            os.close(file)  # the last holder has removed the file in the meantime
 
     def _is_there(self, file: int) -> bool:
         try:
@@ -50,7 +50,7 @@ class Lock:
             return False
 
     def release(self, remove: bool = False) -> None:
-        """Give the lock back. With `remove`, which only a holder who is alone may ask for, its file goes too."""
+        """Release the lock. With `remove`, allowed for exclusive holders only, also delete its file."""
         if self._file is not None:
             if remove:
                 self.path.unlink(missing_ok=True)
@@ -58,25 +58,25 @@ class Lock:
             self._file = None
 
     def touch(self) -> None:
-        """Set the file's time to now."""
+        """Set the file's modification time to now."""
         os.utime(self.path)
 
     def note(self, text: str) -> None:
-        """Leave a note for those who wait."""
+        """Write a note for waiting processes."""
         if self._file is not None:
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, text.encode(), 0)
 
     def read_note(self) -> str:
-        """What the holder has left, or an empty text."""
+        """Return the holder's note, or an empty string."""
         try:
             return self.path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
 
 
-class _Noting(logging.Handler):
-    """Leaves what is logged while a lock is held as the note to those who wait for it."""
+class _NoteHandler(logging.Handler):
+    """Writes the latest log message of a lock's holder into the lock's note."""
 
     def __init__(self, lock: Lock, who: str) -> None:
         super().__init__(logging.INFO)
@@ -88,25 +88,25 @@ class _Noting(logging.Handler):
 
 @contextmanager
 def alone(path: Path, doing: str) -> Iterator[None]:
-    """Let one process of this machine at a time do something; the others wait, and tell what for.
+    """Run the block in one process of this machine at a time. Other processes wait and log the holder's note.
 
     Args:
-        path: The lock's file.
-        doing: Such as `fetches base-models/owner/name`.
+        path: Lock file.
+        doing: Current activity, such as `fetching base-models/owner/name`.
     """
     lock = Lock(path)
-    began = told = time.monotonic()
+    began = logged = time.monotonic()
     while not lock.acquire(blocking=False):
-        if time.monotonic() - told >= (TELL_SECONDS if told > began else 0.5):
-            told = time.monotonic()
+        if time.monotonic() - logged >= (LOG_INTERVAL_SECONDS if logged > began else 0.5):
+            logged = time.monotonic()
             logger.info("Waiting for %s", lock.read_note() or f"the lock of another process ({doing})")
         time.sleep(POLL_SECONDS)
     who = f"the lock held by PID {os.getpid()} ({doing}, since {datetime.now():%H:%M:%S})"
     lock.note(who)
-    noting, package = _Noting(lock, who), logging.getLogger("finetune_assets")
-    package.addHandler(noting)
+    handler, package = _NoteHandler(lock, who), logging.getLogger("finetune_assets")
+    package.addHandler(handler)
     try:
         yield
     finally:
-        package.removeHandler(noting)
+        package.removeHandler(handler)
         lock.release(remove=True)

@@ -1,4 +1,4 @@
-"""The manifest: written last, it is what makes a folder of files an artifact."""
+"""The artifact manifest. It is written last: a folder of files becomes an artifact once its manifest exists."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class ManifestError(UserError):
-    """A manifest that cannot be trusted."""
+    """A manifest is invalid, damaged or unsafe."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class FileEntry:
     """One file of an artifact.
 
     Attributes:
-        path: Relative to the artifact's folder, with forward slashes.
-        size: Bytes.
-        sha256: Of the content, 64 hex digits.
+        path: Path relative to the artifact's folder, with forward slashes.
+        size: Size in bytes.
+        sha256: Hash of the content, 64 hex digits.
     """
 
     path: str
@@ -35,16 +35,16 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is, what it holds, and what it was made from.
+    """Identity, files and provenance of an artifact.
 
     Attributes:
-        kind: Such as `tokenized` or `adapters`.
-        fingerprint: The identity that the artifact was made under.
-        folder: Name of the folder of the files, beside the manifest; each attempt has its own, so none overwrites
-            another's.
-        files: Every file, sorted by path.
-        created: When it was published (UTC, ISO 8601).
-        made_from: Fingerprints of the inputs by name, and whatever else tells where the artifact comes from.
+        kind: Artifact kind, such as `tokenized` or `adapters`.
+        fingerprint: Identity of the artifact.
+        folder: Name of the folder of files, next to the manifest. Each attempt has a separate folder, so that attempts
+            do not overwrite each other.
+        files: All files, sorted by path.
+        created: Time of publication (UTC, ISO 8601).
+        made_from: Provenance: fingerprints of the inputs by name, and other records of the artifact's origin.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """Total size of the files in bytes."""
         return sum(entry.size for entry in self.files)
 
     def to_json(self) -> bytes:
@@ -65,19 +65,25 @@ class Manifest:
 
 
 def parse(raw: bytes, where: str) -> Manifest:
-    """Read a manifest, refusing anything that could lead a reader outside the artifact.
+    """Parse and validate a manifest, rejecting paths that lead outside the artifact.
+
+    Args:
+        raw: JSON of the manifest.
+        where: Location of the manifest, for error messages.
 
     Raises:
-        ManifestError: if it is not a manifest, of another format, not as it was written, or names a path that is not
-            plain and relative.
+        ManifestError: If it is not a manifest, has another format version or a wrong digest, or contains a path that
+            is not plain and relative.
     """
     again = "delete it and materialize the asset again"
     try:
         tree = json.loads(raw)
         if tree["format"] != FORMAT:
-            raise ManifestError(f"{where}: made by another version of this project (format is not {FORMAT}); {again}")
+            raise ManifestError(
+                f"{where}: written by another version of this project (format is not {FORMAT}); {again}"
+            )
         if tree.pop("digest") != _digest(tree):
-            raise ManifestError(f"{where}: not as it was written (its digest differs); {again}")
+            raise ManifestError(f"{where}: modified since it was written (digest mismatch); {again}")
         del tree["format"]
         files = tuple(FileEntry(**entry) for entry in tree.pop("files"))
         manifest = Manifest(files=files, **tree)
@@ -86,18 +92,18 @@ def parse(raw: bytes, where: str) -> Manifest:
         raise ManifestError(f"{where}: not a manifest ({e!r}); {again}") from e
     for path in (manifest.folder, *(entry.path for entry in files)):
         if not isinstance(path, str) or not is_plain(path):
-            raise ManifestError(f"{where}: refused, '{path}' is not a plain relative path")
+            raise ManifestError(f"{where}: unsafe path '{path}', not a plain relative path; {again}")
     if "/" in manifest.folder:
-        raise ManifestError(f"{where}: refused, '{manifest.folder}' is not a plain name of a folder")
+        raise ManifestError(f"{where}: unsafe folder '{manifest.folder}', not a plain folder name; {again}")
     if bad := next((entry for entry in files if not _is_plausible(entry)), None):
-        raise ManifestError(f"{where}: refused, size or sha256 of '{bad.path}' cannot be; {again}")
+        raise ManifestError(f"{where}: invalid size or sha256 of '{bad.path}'; {again}")
     if len({entry.path for entry in files}) < len(files):
-        raise ManifestError(f"{where}: refused, it names a file twice; {again}")
+        raise ManifestError(f"{where}: a file is listed twice; {again}")
     return manifest
 
 
 def _digest(tree: dict[str, Any]) -> str:
-    """Of everything that a manifest says, so that a changed bit is noticed; it proves nothing against an attacker."""
+    """Return the digest of a manifest's content. It detects bit errors; it is no protection against an attacker."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -106,7 +112,7 @@ def _is_plausible(entry: FileEntry) -> bool:
 
 
 def is_plain(path: str) -> bool:
-    """Whether `path` is relative, normalised and cannot climb."""
+    """Whether `path` is relative, normalized and free of `..`."""
     parts = PurePosixPath(path).parts
     unsafe = not path or path.startswith("/") or "\\" in path or "\0" in path or ".." in parts
     return not unsafe and str(PurePosixPath(path)) == path and path != "."

@@ -1,7 +1,7 @@
-"""Objects by key behind one URL: a folder, or a bucket of S3 or of a server that speaks as S3 does.
+"""Object storage below one URL: a folder, or a bucket on S3 or an S3-compatible server.
 
-obstore does the transfers (why: benchmarks/RESULTS.md). It retries what a request can be retried for and resumes a
-download that was cut; what is left to retry whole is retried here, and what cannot be helped is told in one line.
+obstore performs the transfers (reasons: benchmarks/RESULTS.md). It retries single requests and resumes interrupted
+downloads. This module retries whole operations, and reports permanent errors in one line.
 """
 
 import logging
@@ -25,8 +25,8 @@ from finetune_assets.store.errors import StoreError
 
 MIB = 1 << 20
 CHUNK = 4 * MIB
-PART, PARTS_AT_ONCE, MOST_PARTS = 8 * MIB, 4, 10_000
-"""A part of an upload, how many of one file are under way, and how many S3 allows."""
+PART, PARTS_AT_ONCE, MAX_PARTS = 8 * MIB, 4, 10_000
+"""Size of an upload part in bytes, concurrent parts per file, and the maximum number of parts on S3."""
 TRIES = 3
 PAUSE_SECONDS = 2.0
 RETRIES = {
@@ -35,41 +35,41 @@ RETRIES = {
     "retry_timeout": timedelta(minutes=2),
 }
 TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "6h"}
-"""`read_timeout` ends a connection that stalls; `timeout` is of a whole request, and a file of any size is one."""
-CREDENTIALS_LIVE = timedelta(minutes=5)
-"""How long before credentials are asked for anew: botocore renews temporary ones ten minutes before they end."""
+"""`read_timeout` aborts a stalled connection; `timeout` covers a whole request, for a file of any size."""
+CREDENTIALS_TTL = timedelta(minutes=5)
+"""Time before credentials are requested again: botocore renews temporary ones ten minutes before they expire."""
 
 CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 EXPIRED = "the credentials have expired; log in again, or set a new AWS_SESSION_TOKEN"
 REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to it"
-FULL = "no space left; free some, or raise the quota"
+FULL = "no space left; free some space, or raise the quota"
 ADVICE = {
-    "NoSuchBucket": "there is no such bucket; create it, or correct FINETUNE_STORE",
+    "NoSuchBucket": "bucket not found; create it, or correct FINETUNE_STORE",
     "ExpiredToken": EXPIRED,
     "ExpiredTokenException": EXPIRED,
     "TokenRefreshRequired": EXPIRED,
     "RequestExpired": EXPIRED,
     "InvalidToken": EXPIRED,
-    "InvalidAccessKeyId": f"the server does not know this access key; {CREDENTIALS}",
-    "SignatureDoesNotMatch": f"the secret key is not the access key's; {CREDENTIALS}",
-    "AccessDenied": "not allowed; the credentials need s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject, "
+    "InvalidAccessKeyId": f"unknown access key; {CREDENTIALS}",
+    "SignatureDoesNotMatch": f"the secret key does not match the access key; {CREDENTIALS}",
+    "AccessDenied": "access denied; the credentials need s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject, "
     "s3:DeleteObject and s3:AbortMultipartUpload on its objects",
     "AllAccessDisabled": "access to this bucket is disabled",
-    "AccountProblem": "there is a problem with the account; ask its owner",
-    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    "AccountProblem": "problem with the account; contact its owner",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong; synchronize it",
     "PermanentRedirect": REGION,
     "AuthorizationHeaderMalformed": REGION,
     "IllegalLocationConstraintException": REGION,
     "QuotaExceeded": FULL,
-    "EntityTooLarge": "the object is larger than the server takes",
-    "InvalidBucketName": "not a name of a bucket; correct FINETUNE_STORE",
+    "EntityTooLarge": "the object is larger than the server accepts",
+    "InvalidBucketName": "invalid bucket name; correct FINETUNE_STORE",
 }
-"""What to do about each refusal that trying again cannot help, by S3's own code."""
+"""Advice for errors that a retry cannot fix, by S3 error code."""
 LOCAL_ADVICE = {
     "(os error 28)": FULL,
     "(os error 122)": FULL,
     "(os error 27)": f"File too large: {FULL}",
-    "(os error 13)": "permission denied; see who owns it, or correct FINETUNE_STORE",
+    "(os error 13)": "permission denied; check the owner and mode, or correct FINETUNE_STORE",
     "(os error 30)": "the file system is read-only",
 }
 
@@ -79,12 +79,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Stored:
-    """An object as a listing tells of it.
+    """An object in a listing.
 
     Attributes:
-        key: Below the store's URL.
-        size: Bytes.
-        modified: When it was last written.
+        key: Key relative to the store's URL.
+        size: Size in bytes.
+        modified: Time of the last write.
     """
 
     key: str
@@ -93,21 +93,21 @@ class Stored:
 
 
 def boto3_client() -> Any:
-    """A client of S3 as the environment has it: AWS_* variables, profile, or the machine's role."""
+    """Create an S3 client configured by AWS_* variables, a profile, or the machine's role."""
     import boto3
 
     return boto3.Session().client("s3")
 
 
 class Objects:
-    """Objects by key below one URL. Nothing is connected to before it is used.
+    """Objects by key below one URL. Connects at the first use.
 
     Args:
         url: `file:///folder`, or `s3://bucket` or `s3://bucket/prefix`.
-        connect: Gives the boto3 client whose endpoint and region are used.
+        connect: Returns the boto3 client that provides the endpoint and the region.
 
     Raises:
-        StoreError: if the URL is of no known form.
+        StoreError: If the URL is invalid.
     """
 
     def __init__(self, url: str, connect: Callable[[], Any] = boto3_client) -> None:
@@ -116,14 +116,14 @@ class Objects:
         scheme, _, rest = self.url.partition("://")
         if "@" in rest and scheme != "file":
             raise StoreError(
-                f"FINETUNE_STORE: credentials do not belong into a URL ({scheme}://...@{rest.rpartition('@')[2]}); "
+                f"FINETUNE_STORE: the URL must not contain credentials ({scheme}://...@{rest.rpartition('@')[2]}); "
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         parts = urlsplit(self.url)
         self.is_local = scheme == "file" and rest.startswith("/")
         if not self.is_local and not (scheme == "s3" and parts.netloc and not parts.query and not parts.fragment):
             raise StoreError(
-                f"FINETUNE_STORE: '{url}' is not a store; use file:///an/absolute/folder or s3://bucket/prefix"
+                f"FINETUNE_STORE: invalid URL '{url}'; use file:///an/absolute/folder or s3://bucket/prefix"
             )
         self.path = rest if self.is_local else parts.path.strip("/")
         self.bucket = "" if self.is_local else parts.netloc
@@ -134,52 +134,52 @@ class Objects:
             try:
                 return LocalStore(self.path, mkdir=True)
             except (OSError, BaseError) as e:
-                said = str(e).splitlines()[0]
-                raise StoreError(f"FINETUNE_STORE: '{self.url}' cannot be used as a folder: {said}") from e
+                reason = str(e).splitlines()[0]
+                raise StoreError(f"FINETUNE_STORE: cannot use '{self.url}' as a folder: {reason}") from e
         environment = hash(tuple(sorted((name, os.environ[name]) for name in os.environ if name.startswith("AWS_"))))
         return _s3_store(self.bucket, self.path, self._connect, environment)
 
     def get(self, key: str) -> bytes:
-        """An object's content.
+        """Return an object's content.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: If the object does not exist.
         """
         self._refuse_link(key)
         return self.with_retries(key, lambda: bytes(obstore.get(self.backend, key).bytes()))
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """An object's content in pieces of some mebibytes. Errors are to be met by `with_retries` around the whole."""
+        """Yield an object's content in chunks of about 4 MiB. Wrap the read in `with_retries` for error handling."""
         self._refuse_link(key)
         for chunk in obstore.get(self.backend, key).stream(min_chunk_size=CHUNK):
             yield memoryview(chunk)  # type: ignore[misc]
 
     def put(self, key: str, content: bytes) -> None:
-        """Write a small object, over one that may be there."""
+        """Write a small object, replacing an existing one."""
         self.with_retries(key, lambda: obstore.put(self.backend, key, content))
 
     def create(self, key: str, content: bytes) -> bool:
-        """Write a small object if there is none; whether it is this content that lies there now."""
+        """Write a small object unless it exists; return whether it now has this content."""
 
         def attempt() -> bool:
             try:
                 obstore.put(self.backend, key, content, mode="create")
             except AlreadyExistsError:
-                # The answer to an earlier try of ours may have been lost on the way
+                # An earlier attempt may have succeeded with its response lost
                 return bytes(obstore.get(self.backend, key).bytes()) == content
             return True
 
         return self.with_retries(key, attempt)
 
     def upload(self, key: str, size: int, chunks: Callable[[], Iterator[bytes]]) -> None:
-        """Write an object of any size, seen by nobody before it is whole.
+        """Write an object of any size. It becomes visible only when the upload is complete.
 
         Args:
-            key: Where.
-            size: Bytes.
-            chunks: Begins to read the content; called anew for each try.
+            key: Key of the object.
+            size: Size in bytes.
+            chunks: Starts reading the content; called again for each attempt.
         """
-        part = max(PART, -(-size // MOST_PARTS))
+        part = max(PART, -(-size // MAX_PARTS))
 
         def attempt() -> None:
             source = _Source(chunks())
@@ -196,14 +196,14 @@ class Objects:
         self.with_retries(key, attempt)
 
     def listing(self, prefix: str = "") -> Iterator[Stored]:
-        """All objects whose key begins with `prefix` (whole path segments)."""
+        """Yield all objects with a key below `prefix` (matched by whole path segments)."""
         with self.explained(prefix):
             for batch in obstore.list(self.backend, prefix or None):
                 for meta in batch:
                     yield Stored(meta["path"], meta["size"], meta["last_modified"])
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; those that are not there are passed over."""
+        """Delete objects; missing ones are ignored."""
         keys = list(keys)
         if keys:
             with self.explained(keys[0]):
@@ -218,12 +218,12 @@ class Objects:
             _remove_empty_folders(Path(self.path), keys)
 
     def abort_uploads(self, prefix: str, before: datetime, dry_run: bool) -> list[str]:
-        """Uploads that some process began under `prefix` before a moment and never ended; removed unless `dry_run`."""
-        found = self._local_uploads(prefix) if self.is_local else self._s3_uploads(prefix)
-        old = [(key, end) for key, began, end in found if began < before]
-        for _, end in old:
+        """Find unfinished uploads below `prefix` that started before `before`; abort them unless `dry_run`."""
+        uploads = self._local_uploads(prefix) if self.is_local else self._s3_uploads(prefix)
+        old = [(key, abort) for key, began, abort in uploads if began < before]
+        for _, abort in old:
             if not dry_run:
-                end()
+                abort()
         return [key for key, _ in old]
 
     def _s3_uploads(self, prefix: str) -> Iterator[tuple[str, datetime, Callable[[], Any]]]:
@@ -233,25 +233,29 @@ class Objects:
         try:
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=root + prefix)
             for upload in (upload for page in pages for upload in page.get("Uploads", ())):
-                which = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-                end = lambda which=which: client.abort_multipart_upload(**which)  # noqa: E731
-                yield upload["Key"].removeprefix(root), upload["Initiated"], end
+                target = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                abort = lambda target=target: client.abort_multipart_upload(**target)  # noqa: E731
+                yield upload["Key"].removeprefix(root), upload["Initiated"], abort
         except (ClientError, BotoCoreError) as e:
-            raise StoreError(f"{self.url}: unfinished uploads cannot be listed ({e})") from e
+            raise StoreError(f"{self.url}: cannot list unfinished uploads ({e})") from e
 
     def _local_uploads(self, prefix: str) -> Iterator[tuple[str, datetime, Callable[[], Any]]]:
         root = Path(self.path)
-        for staged in (root / prefix).rglob("*#*"):  # how obstore names what it has not renamed yet
+        for staged in (root / prefix).rglob("*#*"):  # obstore's names of files that it has not renamed yet
             if staged.is_file() and re.search(r"#\d+$", staged.name):
                 began = datetime.fromtimestamp(staged.stat().st_mtime).astimezone()
                 yield staged.relative_to(root).as_posix(), began, staged.unlink
 
     def with_retries(self, key: str, attempt: Callable[[], T]) -> T:
-        """Do something, again where that can help, and tell plainly what is wrong where it cannot.
+        """Run an operation, retrying transient errors.
+
+        Args:
+            key: Key of the object, for error messages.
+            attempt: The operation; called once for each try.
 
         Raises:
-            FileNotFoundError: if the object is not there.
-            StoreError: naming the store, the key and what to do.
+            FileNotFoundError: If the object does not exist.
+            StoreError: For any other error, with the store, the key and what to do.
         """
         with self.explained(key):
             for left in reversed(range(1 if self.is_local else TRIES)):
@@ -260,17 +264,17 @@ class Objects:
                 except BaseError as e:
                     if left == 0 or _code(e) in ADVICE:
                         raise
-                    logger.warning("%s/%s: %s; trying again", self.url, key, _said(e))
+                    logger.warning("%s/%s: %s; retrying in %g s", self.url, key, _summary(e), PAUSE_SECONDS)
                     time.sleep(PAUSE_SECONDS)
                 except FileNotFoundError as e:
-                    # An upload whose end was answered by silence is ended twice, and not found the second time
+                    # A completion request without a response is repeated, and the upload is then not found
                     if left == 0 or _code(e) != "NoSuchUpload":
                         raise
         raise AssertionError("unreachable")
 
     @contextmanager
     def explained(self, key: str) -> Iterator[None]:
-        """Turn what a store can answer instead into one line that says what to do; a missing object stays one."""
+        """Convert errors of the store into a one-line `StoreError` with advice. `FileNotFoundError` passes through."""
         where = f"{self.url}/{key}".rstrip("/")
         try:
             yield
@@ -279,19 +283,19 @@ class Objects:
                 raise StoreError(f"{self.url}: {ADVICE['NoSuchBucket']}") from e
             raise
         except BaseError as e:
-            advice = ADVICE.get(_code(e)) or next((told for sign, told in LOCAL_ADVICE.items() if sign in str(e)), None)
-            raise StoreError(f"{where}: {advice or f'{_said(e)}; try again later'} ({_code(e) or _kind(e)})") from e
+            advice = ADVICE.get(_code(e)) or next((text for sign, text in LOCAL_ADVICE.items() if sign in str(e)), None)
+            raise StoreError(f"{where}: {advice or f'{_summary(e)}; try again later'} ({_code(e) or _kind(e)})") from e
 
     def _refuse_link(self, key: str) -> None:
-        """A link in a folder store could lead a reader anywhere."""
+        """Reject symbolic links, which could lead a reader outside a folder store."""
         if self.is_local:
             path = Path(self.path) / key
             if path.resolve() != Path(self.path).resolve() / key:
-                raise StoreError(f"{self.url}/{key}: refused, a link instead of a file; remove it")
+                raise StoreError(f"{self.url}/{key}: refusing to follow a symbolic link; remove it")
 
 
 class _Source:
-    """An iterator that keeps the error which ended it: obstore tells of its own only."""
+    """An iterator that keeps the exception which ended it: obstore reports only its own errors."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self.chunks = chunks
@@ -312,7 +316,7 @@ class _Source:
 
 @lru_cache(maxsize=8)
 def _s3_store(bucket: str, prefix: str, connect: Callable[[], Any], environment: int) -> ObjectStore:
-    """One connection pool a process; another where the environment says something else (`environment` is its hash)."""
+    """Create one connection pool per process and configuration (`environment` is the hash of the AWS_* variables)."""
     import boto3
     from botocore.exceptions import BotoCoreError
     from obstore.auth.boto3 import Boto3CredentialProvider
@@ -320,12 +324,12 @@ def _s3_store(bucket: str, prefix: str, connect: Callable[[], Any], environment:
 
     try:
         meta = connect().meta
-        provider = Boto3CredentialProvider(boto3.Session(), ttl=CREDENTIALS_LIVE)
+        provider = Boto3CredentialProvider(boto3.Session(), ttl=CREDENTIALS_TTL)
     except (BotoCoreError, ValueError) as e:
         reason = f"{e}; " if isinstance(e, BotoCoreError) else ""
         raise StoreError(
             f"FINETUNE_STORE: s3://{bucket}: no credentials; {reason}set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "AWS_PROFILE, or give this machine a role"
+            "AWS_PROFILE, or assign an IAM role to this machine"
         ) from e
     region = meta.region_name if meta.region_name not in (None, "aws-global") else "us-east-1"
     bundle = os.environ.get("AWS_CA_BUNDLE")
@@ -334,7 +338,7 @@ def _s3_store(bucket: str, prefix: str, connect: Callable[[], Any], environment:
     return S3Store(
         bucket,
         prefix=prefix or None,
-        # obstore lets AWS_ENDPOINT_URL_S3 win over `endpoint`, but not over the setting of that name
+        # In obstore, AWS_ENDPOINT_URL_S3 overrides `endpoint`, but not the option of the same name
         config={"aws_endpoint_url_s3": meta.endpoint_url, "region": region},
         client_options={**TIMEOUTS, **trust, "allow_http": plain},
         retry_config=RETRIES,
@@ -355,9 +359,9 @@ def _remove_empty_folders(root: Path, keys: Iterable[str]) -> None:
 
 
 def _code(error: Exception) -> str:
-    """S3's own name for what is wrong."""
-    if found := re.search(r"<Code>(\w+)</Code>", str(error)):
-        return found[1]
+    """Return the S3 error code, or an empty string."""
+    if match := re.search(r"<Code>(\w+)</Code>", str(error)):
+        return match[1]
     return "PermanentRedirect" if "redirect without LOCATION" in str(error) else ""
 
 
@@ -366,9 +370,9 @@ def _kind(error: Exception) -> str:
     return status[1] if status else type(error).__name__
 
 
-def _said(error: Exception) -> str:
-    """The first sentence of an error, without the request that it repeats."""
+def _summary(error: Exception) -> str:
+    """Return the first line of an error, without the repeated request."""
     line = re.sub(r"^(Generic \w+ error: )+", "", str(error).splitlines()[0])
     line = re.sub(r"Error performing (\w+) \S+ in [\w.µ]+(, after \d+ retries[^-]*)? +- ", r"\1: ", line)
     line = re.sub(r": <\?xml.*", "", line)
-    return "the server cannot be reached; see AWS_ENDPOINT_URL_S3" if "error sending request" in line else line
+    return "cannot reach the server; check AWS_ENDPOINT_URL_S3" if "error sending request" in line else line

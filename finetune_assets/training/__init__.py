@@ -1,4 +1,4 @@
-"""What runs under torchrun: reads one resolved config file and local folders, writes one folder.
+"""Training worker started by torchrun: reads one resolved config file and local folders, writes one output folder.
 
-Knows nothing of Dagster beyond the Pipes channel, and runs without it installed.
+Uses Dagster only for the Pipes channel, and runs without Dagster installed.
 """

@@ -1,7 +1,8 @@
-"""Attention over examples laid end to end, each of which sees itself alone.
+"""Variable-length causal attention over concatenated examples; attention never crosses an example boundary.
 
-Nothing of size tokens x tokens is made, and no mask: where an example ends is given as boundaries. On CUDA this is one
-call of PyTorch's variable-length FlashAttention; elsewhere one call of its scaled dot product attention an example.
+Example boundaries are passed instead of a mask, so nothing of size tokens x tokens is allocated. On CUDA this is one
+call of PyTorch's variable-length FlashAttention; on other devices, one call of its scaled dot product attention per
+example.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,15 @@ from finetune_assets.training.model import ModelError, base_of
 from finetune_assets.training.order import Examples
 
 VARLEN = "varlen"
-"""The name under which transformers knows this attention."""
+"""Name under which this attention is registered with transformers."""
 TAKES_BOUNDARIES = (VARLEN, "flash_attention_2", "flash_attention_3")
-"""Kinds of attention that are told where examples end, so that a batch is one row without padding."""
+"""Attention implementations that accept example boundaries, so that a batch is one row without padding."""
 PACKING_TOLERANCE = 0.1
-"""Largest share by which a logit may differ packed and alone: far above 16-bit rounding, far below a leak."""
+"""Largest relative difference between packed and unpacked logits: far above 16-bit rounding, far below a leak."""
 
 
 class UnsupportedAttention(ValueError):
-    """A model whose attention is more than this one computes."""
+    """The model's attention uses features that `varlen_attention` does not implement."""
 
 
 def varlen_attention(
@@ -41,64 +42,66 @@ def varlen_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **beyond: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each example, as transformers' models call it.
+    """Compute causal attention within each example, with the signature that transformers expects.
 
     Args:
-        module: The layer; not looked at.
+        module: The attention layer; unused.
         query: Shape (1, heads, tokens, width).
         key: Shape (1, key-value heads, tokens, width).
-        value: As `key`.
-        attention_mask: None; there is none for this kind of attention.
-        scaling: Of the scores; 1 / sqrt(width) by default.
-        dropout: Of the weights.
-        sliding_window: How many tokens one sees, itself among them; None for all before it.
-        cu_seq_lens_q: Where examples begin, and the end of the last; shape (examples + 1,), int32.
-        max_length_q: Tokens of the longest example.
-        beyond: Whatever else the model has for its attention.
+        value: Same shape as `key`.
+        attention_mask: Must be None; boundaries replace the mask.
+        scaling: Scale of the attention scores; 1 / sqrt(width) by default.
+        dropout: Dropout probability of the attention weights.
+        sliding_window: Number of tokens that a token attends to, itself included; None for all previous tokens.
+        cu_seq_lens_q: Start of each example, and the end of the last; shape (examples + 1,), int32.
+        max_length_q: Length of the longest example, in tokens.
+        kwargs: Other arguments that the model passes to its attention.
 
     Returns:
-        Shape (1, tokens, heads, width), and None for the weights, which are not kept.
+        The output, shape (1, tokens, heads, width), and None for the attention weights, which are not computed.
 
     Raises:
-        UnsupportedAttention: if the model asks for what would change the result, or tells no boundaries.
+        UnsupportedAttention: if the model requires an unsupported feature, or passes no boundaries.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        raise UnsupportedAttention("the model does not pass on where examples end")
+        raise UnsupportedAttention(
+            "the model does not pass example boundaries (cu_seq_lens_q, max_length_q) to its attention"
+        )
     for name in ("softcap", "s_aux", "position_bias", "indexer_mask"):
-        if beyond.get(name) is not None:
-            raise UnsupportedAttention(f"the model's attention has {name}")
-    if beyond.get("is_causal", True) is False or attention_mask is not None:
-        raise UnsupportedAttention("the model's attention is not causal alone")
+        if kwargs.get(name) is not None:
+            raise UnsupportedAttention(f"the model's attention uses {name}, which {VARLEN} does not support")
+    if kwargs.get("is_causal", True) is False or attention_mask is not None:
+        raise UnsupportedAttention("the model's attention is not purely causal")
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
-        return _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+        return _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     lengths = cu_seq_lens_q.diff().tolist()
-    # split, not slices: the gradient of a slice is as large as all that it was cut from
+    # split, not slices: the gradient of a slice is as large as the whole tensor
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     grouped = query.shape[1] != key.shape[1]
-    seen = []
+    outputs = []
     for q, k, v in parts:
-        mask = _band(q, sliding_window)
-        seen.append(
+        mask = _sliding_window_mask(q, sliding_window)
+        outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(seen, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2), None
 
 
-def _band(query: Tensor, sliding_window: int | None) -> Tensor | None:
-    """Which tokens each one sees, where it does not see all before it; (tokens, tokens), bool."""
+def _sliding_window_mask(query: Tensor, sliding_window: int | None) -> Tensor | None:
+    """Boolean mask of shape (tokens, tokens); None if the window covers all previous tokens."""
     tokens = query.shape[2]
     if sliding_window is None or tokens <= sliding_window:
         return None
-    behind = torch.arange(tokens, device=query.device)
-    behind = behind[:, None] - behind[None, :]
-    return (behind >= 0) & (behind < sliding_window)
+    positions = torch.arange(tokens, device=query.device)
+    distance = positions[:, None] - positions[None, :]
+    return (distance >= 0) & (distance < sliding_window)
 
 
-def _on_cuda(
+def _flash_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -111,62 +114,65 @@ def _on_cuda(
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    more: dict[str, Any] = {"scale": scaling, "window_size": window}
+    options: dict[str, Any] = {"scale": scaling, "window_size": window}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in signature(varlen_attn).parameters:  # PyTorch 2.12
-            more["enable_gqa"] = True
+            options["enable_gqa"] = True
         else:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
-    seen: Any = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **more)
-    return seen[None]
+    output: Any = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **options)
+    return output[None]
 
 
 AttentionInterface.register(VARLEN, varlen_attention)
 
 Logits = Callable[[list[list[int]], bool], Tensor]
-"""Computes the first row's logits, (tokens, vocabulary), of sequences of examples; in one flat row if so asked."""
+"""Computes the logits of the first row, shape (tokens, vocabulary); the second argument selects one flat row."""
 
 
 @torch.no_grad()  # not inference mode: see LoraFinetune.held_out_loss
-def select_attention(model: PeftModel | PreTrainedModel, wanted: str, examples: Examples, logits: Logits, packed: bool) -> bool:
-    """Give the model the attention that was asked for, or `varlen` where that computes what the model's own does.
+def select_attention(
+    model: PeftModel | PreTrainedModel, wanted: str, examples: Examples, logits: Logits, packed: bool
+) -> bool:
+    """Select the attention implementation: `varlen` for `auto` where it matches the model's own, else as loaded.
 
-    Two examples packed are compared with the same alone, because not every attention keeps those of one row apart. The
-    difference was 2 to 5 in logits where they saw one another, and 1e-6 in float32 where they did not.
+    The logits of two packed examples are compared with those of the unpacked example, because not every attention
+    implementation isolates the examples of a row. The logits differed by 2 to 5 where packed examples attended to one
+    another, and by 1e-6 in float32 where they did not.
 
     Args:
-        model: The model, with whatever attention it was loaded.
-        wanted: `model.attention`.
-        examples: Of which the two longest are taken.
-        logits: Computes a batch.
-        packed: Whether sequences of several examples will come.
+        model: The model, with the attention implementation that it was loaded with.
+        wanted: The setting `model.attention`.
+        examples: Dataset; its two longest examples are compared.
+        logits: Computes the logits of a batch.
+        packed: Whether the dataset has sequences of several examples.
 
     Returns:
-        Whether batches are to be one row with boundaries.
+        Whether batches must be one row with boundaries.
 
     Raises:
-        ModelError: if examples would be packed and see one another.
+        ModelError: if examples are packed and would attend to one another.
     """
     model.eval()
     base, pair = base_of(model), np.argsort(examples.lengths, kind="stable")[-2:].tolist()
-    alone, own = logits([pair[-1:]], False), base.config._attn_implementation
+    alone, original = logits([pair[-1:]], False), base.config._attn_implementation
 
-    def apart(flat: bool) -> float:
-        together = logits([pair], flat)[-len(alone) :]
-        return float((together - alone).abs().max() / alone.abs().max())
+    def packing_difference(flat: bool) -> float:
+        packed_logits = logits([pair], flat)[-len(alone) :]
+        return float((packed_logits - alone).abs().max() / alone.abs().max())
 
     if wanted == "auto":
         base.set_attn_implementation(VARLEN)
         try:
-            if apart(flat=True) <= PACKING_TOLERANCE:
+            if packing_difference(flat=True) <= PACKING_TOLERANCE:
                 return True
         except (UnsupportedAttention, TypeError):
-            pass  # a model that computes more than this, or is not told where examples end
-        base.set_attn_implementation(own)
+            pass  # the model's attention has other features, or the model passes no boundaries
+        base.set_attn_implementation(original)
     flat = wanted in TAKES_BOUNDARIES
-    if packed and (share := apart(flat)) > PACKING_TOLERANCE:
+    if packed and (difference := packing_difference(flat)) > PACKING_TOLERANCE:
         raise ModelError(
-            f"data.tokenization.packing: with this model and model.attention {wanted}, packed examples see one another "
-            f"(logits differ by {share:.0%}); set data.tokenization.packing to false"
+            f"data.tokenization.packing: with this model and model.attention {wanted}, packed examples attend to one "
+            f"another (logits differ by {difference:.0%}); set data.tokenization.packing to false"
         )
     return flat

@@ -1,9 +1,9 @@
-"""How the examples of a step become tensors.
+"""Collation of the examples of a step into tensors.
 
-No attention mask is ever made. A batch is one row of examples end to end, with the boundaries between them, where the
-attention takes those. Elsewhere it is padded rows: on the right, where causal attention does not look, and examples
-that share a row are told apart by position ids that begin anew, from which transformers makes a mask between them. An
-attention mask of ones beside position ids would silently switch that off.
+No attention mask is ever created. Where the attention implementation accepts boundaries, a batch is one row of
+concatenated examples with the boundaries between them. Otherwise a batch has rows padded on the right, which causal
+attention ignores; examples that share a row are separated by position ids that restart at zero, from which transformers
+builds a mask. Passing an attention mask of ones together with position ids would silently disable that mask.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ from finetune_assets.training.order import Examples
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on a device.
+    """A micro-batch on a device.
 
     Attributes:
         input_ids: Shape (rows, length), int64.
-        position_ids: Same shape, beginning anew at each example; None where every row is one example.
-        boundaries: Where the examples of the one row begin, and the end of the last: shape (examples + 1,), int32. None
-            where there are several rows.
-        longest: Tokens of the longest example.
-        learned: Places in the flattened rows whose next token is learned; shape (learned,), int64.
-        targets: Those next tokens; same shape.
-        tokens: Tokens that are not padding.
+        position_ids: Same shape, restarting at zero for each example; None if every row is a single example.
+        boundaries: Start of each example in a single flat row, and the end of the last; shape (examples + 1,), int32.
+            None for padded rows.
+        longest: Length of the longest example, in tokens.
+        learned: Indices into the flattened rows of the positions with a target; shape (learned,), int64.
+        targets: Next token of each of these positions; same shape.
+        tokens: Number of tokens, padding excluded.
     """
 
     input_ids: Tensor
@@ -43,23 +43,24 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a model is called with. A cache would make transformers take packed examples for one."""
-        found = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        """Keyword arguments of the model. With a cache, transformers would treat packed examples as a single one."""
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
         if self.boundaries is None:
-            return found
+            return inputs
         ends, longest = self.boundaries, self.longest
-        return {**found, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return {**inputs, **lengths}
 
 
 def collate(sequences: list[list[int]], examples: Examples, device: torch.device, flat: bool = False) -> Batch:
-    """Put examples end to end into rows.
+    """Concatenate examples into the rows of a batch.
 
     Args:
-        sequences: The examples of each row.
-        examples: Where they are.
-        device: Where the batch goes.
-        flat: All in one row without padding, with boundaries. Else a row a sequence, what is left of it padding, which
-            is an example of its own.
+        sequences: Example indices of each sequence.
+        examples: Dataset that the indices refer to.
+        device: Device of the batch.
+        flat: Put all examples into one row without padding, with boundaries. Otherwise each sequence is a row, padded
+            on the right; the padding counts as a separate example.
     """
     rows = [[example for sequence in sequences for example in sequence]] if flat else sequences
     parts = [[examples.tokens(example) for example in row] for row in rows]
@@ -68,9 +69,9 @@ def collate(sequences: list[list[int]], examples: Examples, device: torch.device
     ids, labels, positions = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64), np.zeros(shape, np.int64)
     for row, members in enumerate(parts):
         at = 0
-        for member_ids, member_labels in members:
-            end = at + len(member_ids)
-            ids[row, at:end], labels[row, at:end] = member_ids, member_labels
+        for example_ids, example_labels in members:
+            end = at + len(example_ids)
+            ids[row, at:end], labels[row, at:end] = example_ids, example_labels
             positions[row, at:end] = np.arange(end - at)
             at = end
         positions[row, at:] = np.arange(shape[1] - at)

@@ -1,7 +1,7 @@
-"""Checkpoints from which a training that died goes on.
+"""Training checkpoints, from which an interrupted training resumes.
 
-The order of the data and the dropout of a step are functions of seed and step, so adapter, optimizer, schedule and step
-are all there is to keep.
+The data order and the dropout of a step are functions of seed and step, so a checkpoint contains only the adapter, the
+optimizer, the learning rate schedule and the step.
 """
 
 import json
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, Any], keep: int) -> None:
-    """Write `folder/step-N` whole or not at all, and remove all but the newest.
+    """Write `folder/step-N` atomically, and remove all but the newest checkpoints.
 
     Args:
-        folder: Holds the checkpoints of one training.
-        model: Its adapter is saved.
-        parts: Whatever has a `state_dict`, by name.
-        log: JSON; `log["step"]` is the number of steps done.
-        keep: How many checkpoints stay.
+        folder: Folder with the checkpoints of one training.
+        model: Model with the adapter to save.
+        parts: Objects with a `state_dict`, by name.
+        log: JSON-serializable training log; `log["step"]` is the number of completed steps.
+        keep: Number of checkpoints to keep.
     """
     target = folder / f"step-{log['step']:08d}"
     partial = folder / f".{target.name}.{os.getpid()}"
@@ -49,7 +49,7 @@ def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, A
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read of a checkpoint, on the CPU."""
+    """Contents of a checkpoint, on the CPU."""
 
     weights: dict[str, Tensor]
     parts: dict[str, Any]
@@ -57,22 +57,26 @@ class Checkpoint:
 
 
 def load_newest(folder: Path, model: PeftModel, parts: dict[str, Any], process: Process) -> dict[str, Any] | None:
-    """Restore the newest checkpoint that any process can read into `model` and `parts`; its log, or None without one.
+    """Restore the newest checkpoint that any process can read into `model` and `parts`.
 
-    Machines that were started at different times may have kept different ones: those who lack the newest are given it.
+    Machines that were started at different times may have different checkpoints. Processes without the newest one
+    receive it from a process that has it.
+
+    Returns:
+        The log of the restored checkpoint, or None if no process has a checkpoint.
     """
-    found = _newest(folder)
-    steps = process.everyones(found.log["step"] if found else -1)
+    restored = _newest(folder)
+    steps = process.everyones(restored.log["step"] if restored else -1)
     if max(steps) < 0:
         return None
     if min(steps) < max(steps):
         newest = steps.index(max(steps))
-        found = process.share(found if process.rank == newest else None, of=newest)
-    assert found
-    set_peft_model_state_dict(model, {name: weight.to(process.device) for name, weight in found.weights.items()})
+        restored = process.share(restored if process.rank == newest else None, of=newest)
+    assert restored
+    set_peft_model_state_dict(model, {name: weight.to(process.device) for name, weight in restored.weights.items()})
     for name, part in parts.items():
-        part.load_state_dict(found.parts[name])
-    return found.log
+        part.load_state_dict(restored.parts[name])
+    return restored.log
 
 
 def _newest(folder: Path) -> Checkpoint | None:
@@ -84,7 +88,7 @@ def _newest(folder: Path) -> Checkpoint | None:
                 json.loads((checkpoint / LOG).read_text(encoding="utf-8")),
             )
         except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as e:
-            logger.warning("%s cannot be read (%s); taking the one before", checkpoint, e)
+            logger.warning("Checkpoint %s cannot be read (%s); falling back to the previous one", checkpoint, e)
     return None
 
 

@@ -15,7 +15,7 @@ from finetune_assets.training.tracking import beginning
 def main() -> None:
     parser = arguments.parser("finetune_assets.training", __doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="folder of the tokenized dataset")
-    parser.add_argument("--warm-start", type=Path, help="folder of an adapter to begin from")
+    parser.add_argument("--warm-start", type=Path, help="folder of the adapter for a warm start")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for checkpoints, kept until success")
     args = parser.parse_args()
 
@@ -23,5 +23,5 @@ def main() -> None:
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     uris = json.loads(args.uris.read_text(encoding="utf-8")) if args.uris else {}
     job = Job(args.base_model, args.dataset, args.output, args.scratch, made_from, args.warm_start)
-    with joined() as process, reporter(process, beginning(config, made_from, uris)) as voice:
-        LoraFinetune(job, config, process, voice).run()
+    with joined() as process, reporter(process, beginning(config, made_from, uris)) as run_reporter:
+        LoraFinetune(job, config, process, run_reporter).run()

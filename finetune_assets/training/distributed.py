@@ -1,4 +1,4 @@
-"""This process among those that torchrun started."""
+"""Process group of the processes started by torchrun, and collective operations on it."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Process:
-    """One of `world` processes that train together.
+    """This process in a group of `world` processes that train together.
 
     Attributes:
-        rank: From 0; rank 0 reports.
-        world: How many there are.
-        device: What this one computes on.
-        local_world: How many of them are on this machine.
-        local_rank: From 0, among those of this machine; the first of each writes checkpoints and output there. So each
-            machine can go on without the others, and any can publish.
+        rank: Global rank, from 0; rank 0 reports.
+        world: Number of processes.
+        device: Device of this process.
+        local_world: Number of processes on this machine.
+        local_rank: Rank on this machine, from 0. Local rank 0 writes checkpoints and output on each machine, so each
+            machine can resume without the others, and any can publish.
     """
 
     rank: int
@@ -41,16 +41,16 @@ class Process:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, in place."""
+        """Sum a tensor over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Add up the gradients of all processes; a process that computed none adds zeros.
+        """Sum the gradients over all processes; a process without gradients contributes zeros.
 
-        One flat buffer a step instead of DistributedDataParallel: an adapter's gradients are few, and no process has
-        to compute as many micro-batches as another.
+        Uses one flat buffer per step instead of DistributedDataParallel: an adapter has few gradients, and processes
+        may compute different numbers of micro-batches.
         """
         if self.world == 1:
             return
@@ -60,20 +60,20 @@ class Process:
             parameter.grad = part.view_as(parameter)
 
     def share_weights(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Give every process rank 0's weights."""
+        """Broadcast the weights of rank 0 to all processes."""
         if self.world > 1:
             for parameter in parameters:
                 dist.broadcast(parameter.data, src=0)
 
     def everyones(self, here: T) -> list[T]:
-        """What each process has, by rank; plain data of some bytes."""
-        found: list[T] = [here] * self.world
+        """Gather a small picklable value from each process, in rank order."""
+        values: list[T] = [here] * self.world
         if self.world > 1:
-            dist.all_gather_object(found, here)
-        return found
+            dist.all_gather_object(values, here)
+        return values
 
     def share(self, here: T, of: int = 0) -> T:
-        """What one process has, given to all."""
+        """Broadcast the value of rank `of` to all processes."""
         if self.world == 1:
             return here
         shared = [here]
@@ -81,7 +81,7 @@ class Process:
         return shared[0]
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process; told between CPUs, so that no GPU is waited for."""
+        """Whether the flag is true in any process; reduced on the CPU, so it does not wait for a GPU."""
         if self.world == 1:
             return here
         flag = torch.tensor(int(here))
@@ -95,7 +95,7 @@ class Process:
 
 @contextmanager
 def joined() -> Iterator[Process]:
-    """Join the process group that torchrun announced (gloo without a GPU, NCCL with), and leave it at the end."""
+    """Join the process group defined by torchrun (gloo on CPUs, NCCL on GPUs), and leave it on exit."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")

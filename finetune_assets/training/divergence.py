@@ -1,4 +1,4 @@
-"""When training has stopped to make sense, and what to do about it."""
+"""Checks that stop a training that has diverged or stalled."""
 
 import math
 from collections.abc import Iterable
@@ -9,30 +9,30 @@ from finetune_assets.config.schema import Training
 from finetune_assets.errors import UserError
 
 STALLED_AFTER = 20
-"""Steps in a row without any gradient, after which training is ended: nothing is learned."""
+"""Number of consecutive steps with a zero gradient after which training stops, because nothing is learned."""
 
 
 class TrainingDiverged(UserError):
-    """The loss is no longer a number."""
+    """The loss or a trained weight is NaN or infinite."""
 
 
 class TrainingStalled(UserError):
-    """There has been no gradient for many steps."""
+    """The gradient has been zero for many consecutive steps."""
 
 
 def check_learning(step: int, loss: float, grad_norm: float, stalled: int, training: Training) -> None:
-    """End a training whose loss is no number, or which has had no gradient for too many steps.
+    """Stop a training with a non-finite loss, or with a zero gradient for too many consecutive steps.
 
     Args:
-        step: Steps done.
-        loss: Mean loss of the last steps.
-        grad_norm: Of the last step.
-        stalled: Steps in a row, up to this one, with a gradient of zero.
-        training: The settings.
+        step: Number of completed steps.
+        loss: Mean loss since the last report, in nats per token.
+        grad_norm: Gradient norm of the last step.
+        stalled: Number of consecutive steps, up to this one, with a zero gradient.
+        training: The training settings.
 
     Raises:
         TrainingDiverged: if the loss is NaN or infinite.
-        TrainingStalled: if nothing is learned.
+        TrainingStalled: if the gradient was zero for `STALLED_AFTER` steps.
     """
     if not math.isfinite(loss):
         raise TrainingDiverged(
@@ -42,14 +42,14 @@ def check_learning(step: int, loss: float, grad_norm: float, stalled: int, train
         )
     if stalled >= STALLED_AFTER:
         raise TrainingStalled(
-            f"step {step}: grad_norm has been 0 for {stalled} steps, so nothing is learned; see whether any token is "
-            "learned (data.tokenization.cutoff_len, train_on_inputs), or lower training.learning_rate "
+            f"step {step}: grad_norm has been 0 for {stalled} steps, so nothing is learned; check that examples "
+            "have target tokens (data.tokenization.cutoff_len, train_on_inputs), or lower training.learning_rate "
             f"({training.learning_rate:g})"
         )
 
 
 def check_finite(held_out_loss: float | None, parameters: Iterable[Tensor], training: Training) -> None:
-    """Publish no adapter that the last steps destroyed.
+    """Refuse to publish an adapter with non-finite weights or a non-finite held-out loss.
 
     Raises:
         TrainingDiverged: if a weight or the held-out loss is NaN or infinite.
@@ -57,6 +57,6 @@ def check_finite(held_out_loss: float | None, parameters: Iterable[Tensor], trai
     finite = held_out_loss is None or math.isfinite(held_out_loss)
     if not finite or not all(parameter.isfinite().all() for parameter in parameters):
         raise TrainingDiverged(
-            f"the trained adapter is not finite (held-out loss {held_out_loss}); lower training.learning_rate "
-            f"({training.learning_rate:g}) or lengthen training.warmup_steps"
+            f"the trained adapter has non-finite weights or held-out loss ({held_out_loss}); lower "
+            f"training.learning_rate ({training.learning_rate:g}) or lengthen training.warmup_steps"
         )

@@ -1,4 +1,4 @@
-"""Tokens that an experiment adds: their rows in the embeddings, which the adapter trains and brings along."""
+"""Embedding rows for the tokens that an experiment adds; the adapter trains and stores these rows."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,12 @@ SETTING = "data.tokenization.added_tokens"
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens whose rows of the embeddings are trained.
+    """Tokens with trained embedding rows.
 
     Attributes:
-        texts: The tokens, by id in ascending order.
-        layers: Names of the modules with such rows: the input embedding, and the output layer where it is not tied.
-        rows: What the embeddings were resized to; None if they had room.
+        texts: Token texts by id, in ascending order of id.
+        layers: Names of the modules with trained rows: the input embedding, and the output layer if it is not tied.
+        rows: Number of rows after resizing the embeddings; None if they were not resized.
     """
 
     texts: dict[int, str] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class NewTokens:
 
     @property
     def indices(self) -> dict[str, list[int]] | None:
-        """As PEFT's `trainable_token_indices` takes them."""
+        """Trained rows by layer, in the format of PEFT's `trainable_token_indices`."""
         return {layer: list(self.texts) for layer in self.layers} if self.texts else None
 
     def describe(self) -> str:
@@ -41,34 +41,34 @@ class NewTokens:
 
 
 def experiment_tokenizer(folder: Path, config: ExperimentConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model's folder with the experiment's own tokens."""
+    """Load the tokenizer of a base model folder, with the tokens that the experiment adds."""
     return load_tokenizer(
         str(folder), config.data.tokenization.added_tokens, trust_remote_code=bool(config.model.trust_remote_code)
     )
 
 
 def resize_embeddings(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig) -> NewTokens:
-    """Give every token of the experiment a row in the embeddings; rows that are made begin as the mean of the others.
+    """Ensure that every token has an embedding row; new rows are initialized with the mean of the existing rows.
 
-    Rows that are trained are those of `added_tokens`, some of which may lie in rows that the base has to spare, and
-    all that it lacks.
+    The trained rows are those of `added_tokens`, some of which may use spare rows of the base model, and all rows that
+    the base model lacks.
 
     Raises:
-        ModelError: if the adapter could not train or save such rows.
+        ModelError: if the adapter cannot train or save these rows.
     """
     vocabulary = tokenizer.get_vocab()
-    had, needs = base.get_input_embeddings().weight.shape[0], max(vocabulary.values()) + 1
+    old_rows, new_rows = base.get_input_embeddings().weight.shape[0], max(vocabulary.values()) + 1
     added = {vocabulary[token] for token in config.data.tokenization.added_tokens}
-    new = {i: token for token, i in sorted(vocabulary.items(), key=lambda item: item[1]) if i in added or i >= had}
+    new = {i: token for token, i in sorted(vocabulary.items(), key=lambda item: item[1]) if i in added or i >= old_rows}
     if not new:
         return NewTokens()
-    _refuse_what_cannot_be_saved(base, config, resized=needs > had)
-    if needs > had:
-        _resize(base, had, needs)
+    _check_rows_can_be_saved(base, config, resized=new_rows > old_rows)
+    if new_rows > old_rows:
+        _resize(base, old_rows, new_rows)
     tied = _tied(base)
     embeddings = [base.get_input_embeddings()] if tied else [base.get_input_embeddings(), base.get_output_embeddings()]
     names = {module: name for name, module in base.named_modules()}
-    return NewTokens(new, tuple(names[module] for module in embeddings), needs if needs > had else None)
+    return NewTokens(new, tuple(names[module] for module in embeddings), new_rows if new_rows > old_rows else None)
 
 
 def _tied(base: PreTrainedModel) -> bool:
@@ -76,14 +76,14 @@ def _tied(base: PreTrainedModel) -> bool:
     return output is None or output.weight is base.get_input_embeddings().weight
 
 
-def _refuse_what_cannot_be_saved(base: PreTrainedModel, config: ExperimentConfig, resized: bool) -> None:
+def _check_rows_can_be_saved(base: PreTrainedModel, config: ExperimentConfig, resized: bool) -> None:
     tokens, lora = [*config.data.tokenization.added_tokens], config.lora
-    why = f"{SETTING}: {tokens}" if tokens else "model.base_model: tokens without an embedding"
+    subject = f"{SETTING}: {tokens}" if tokens else "model.base_model: tokens without an embedding"
     scheme = lora.init_lora_weights
     if isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         raise ModelError(
-            f"{why} cannot be trained with lora.init_lora_weights {scheme}, whose adapter could not be saved; set it "
-            "to true"
+            f"{subject} cannot be trained with lora.init_lora_weights {scheme}: the adapter could not be saved; set "
+            "lora.init_lora_weights to true"
         )
     embeddings = {base.get_input_embeddings(), base.get_output_embeddings()}
     last_names = {name.rpartition(".")[2] for name, module in base.named_modules() if module in embeddings}
@@ -91,39 +91,45 @@ def _refuse_what_cannot_be_saved(base: PreTrainedModel, config: ExperimentConfig
     for setting, names in (("modules_to_save", lora.modules_to_save or []), ("target_modules", targets)):
         for name in names:
             if name.rpartition(".")[2] in last_names:
-                raise ModelError(f"{why} trains single rows, lora.{setting} all of {name}; take one of the two")
+                raise ModelError(
+                    f"{subject} conflict with lora.{setting}: rows of {name} cannot be trained both individually and "
+                    "as a whole; remove one of the two"
+                )
     if getattr(base.get_output_embeddings(), "bias", None) is not None:
         # peft 0.21: TrainableTokensLayer computes a linear layer without its bias
-        raise ModelError(f"{why} cannot be trained: this model's output layer has a bias, which PEFT would leave out")
+        raise ModelError(f"{subject} cannot be trained: the model's output layer has a bias, which PEFT would ignore")
     if resized and getattr(base.config, "tie_word_embeddings", False) and not _tied(base):
         raise ModelError(
-            "model.base_model: its config.json says tie_word_embeddings, its weights have an output layer of their own "
-            f"that resizing for {SETTING} would replace; set tie_word_embeddings to false in the folder's config.json"
+            "model.base_model: config.json sets tie_word_embeddings, but the weights have a separate output layer, "
+            f"which resizing for {SETTING} would replace; set tie_word_embeddings to false in the folder's config.json"
         )
 
 
 @torch.no_grad()
-def _resize(base: PreTrainedModel, had: int, needs: int) -> None:
-    """The mean of the old rows is near what transformers draws (their covariance scaled by 1e-9), but the same for
-    every process and device, and without the eigenvalues of a hidden size squared."""
-    base.resize_token_embeddings(needs, mean_resizing=False)
+def _resize(base: PreTrainedModel, old_rows: int, new_rows: int) -> None:
+    """Resize the embeddings and set each new row to the mean of the old rows.
+
+    The mean is close to what transformers samples (with the covariance scaled by 1e-9), but it is identical on every
+    process and device, and does not require the eigenvalues of a matrix of hidden size squared.
+    """
+    base.resize_token_embeddings(new_rows, mean_resizing=False)
     for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
         if isinstance(layer, nn.Module):
             weight = layer.get_parameter("weight")
-            weight[had:] = weight[:had].mean(0, dtype=torch.float32)
+            weight[old_rows:] = weight[:old_rows].mean(0, dtype=torch.float32)
 
 
 def check_begins_with_same(new: NewTokens, warm_start: Path) -> None:
-    """Refuse to begin from an adapter that trained the rows of other tokens.
+    """Check that the warm-start adapter was trained with the same added tokens.
 
     Raises:
-        ModelError: naming both.
+        ModelError: if the tokens differ; the message lists both.
     """
-    found = getattr(PeftConfig.from_pretrained(str(warm_start)), "trainable_token_indices", None) or []
-    ids = sorted({i for indices in (found.values() if isinstance(found, dict) else [found]) for i in indices})
-    theirs = load_tokenizer(str(warm_start)).convert_ids_to_tokens(ids) if ids else []
-    if dict(zip(ids, theirs, strict=True)) != new.texts:
+    trained = getattr(PeftConfig.from_pretrained(str(warm_start)), "trainable_token_indices", None) or []
+    ids = sorted({i for indices in (trained.values() if isinstance(trained, dict) else [trained]) for i in indices})
+    tokens = load_tokenizer(str(warm_start)).convert_ids_to_tokens(ids) if ids else []
+    if dict(zip(ids, tokens, strict=True)) != new.texts:
         raise ModelError(
-            f"training.warm_start: that adapter trained the tokens {theirs}, {SETTING} makes it "
-            f"{list(new.texts.values())}; set {SETTING} to the former, in their order"
+            f"training.warm_start: the adapter was trained with the tokens {tokens}, but {SETTING} results in "
+            f"{list(new.texts.values())}; set {SETTING} to the tokens of the adapter, in the same order"
         )

@@ -1,8 +1,9 @@
-"""LoRA layers that compute what PEFT's do, with less.
+"""Fused LoRA layers: the same result as PEFT's layers, with less memory.
 
-PEFT makes five tensors of a layer's full width a call: the input after dropout, the update, the update scaled, the sum,
-and going backward the gradient scaled. Here the update is added to the layer's output where it lies, and the input is
-kept once for all the layers that read it. After Unsloth's "fast LoRA" and the manual gradients of arXiv:2312.03415.
+PEFT allocates five tensors of a layer's full width per call: the input after dropout, the update, the scaled update,
+the sum, and the scaled gradient in the backward pass. Here the update is added to the layer's output in place, and the
+input is saved once for all layers that read it. Based on Unsloth's "fast LoRA" and the manual gradients of
+arXiv:2312.03415.
 """
 
 from functools import partial
@@ -13,18 +14,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
-"""Names of PEFT's layers that are plain: an output of the base, and an update of it."""
+"""Names of PEFT's plain LoRA layers, which add an update to the output of the base layer."""
 
 
 def use_fused_lora(model: nn.Module, adapter: str = "default") -> int:
-    """Have plain LoRA layers compute in this way, in training and in evaluation.
+    """Replace the forward pass of plain LoRA layers with the fused one, in training and in evaluation.
 
     Args:
-        model: A model with an adapter.
-        adapter: Its name.
+        model: Model with an adapter.
+        adapter: Name of the adapter.
 
     Returns:
-        How many layers it is.
+        Number of replaced layers.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module, adapter)]
     for layer in layers:
@@ -42,9 +43,9 @@ def _is_plain(layer: LoraLayer, adapter: str) -> bool:
     )
 
 
-def _forward(layer: Any, own: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: Any, original: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if layer.disable_adapters or layer.merged or args or kwargs:
-        return own(x, *args, **kwargs)
+        return original(x, *args, **kwargs)
     result = layer.base_layer(x)
     dropout = layer.lora_dropout[adapter]
     share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
@@ -54,14 +55,14 @@ def _forward(layer: Any, own: Any, adapter: str, x: Tensor, *args: Any, **kwargs
 
 
 class _Update(torch.autograd.Function):
-    """result + scaling * dropout(x) A^T B^T, in the memory of `result` where that may be written to."""
+    """result + scaling * dropout(x) A^T B^T, in place in `result` where possible."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
         kept = kept_by_dropout(x, dropout) if dropout else None
         inner = _dropped(x, kept).flatten(0, -2) @ a.t()
         scaling = scaling / (1 - dropout)
-        if result._is_view():  # bitsandbytes' own function gives one where the layer has a bias, not to be written to
+        if result._is_view():  # bitsandbytes returns a view for layers with a bias; do not modify it in place
             result = torch.addmm(result.flatten(0, -2), inner, b.t(), alpha=scaling).view_as(result)
         else:
             result.flatten(0, -2).addmm_(inner, b.t(), alpha=scaling)
@@ -74,13 +75,13 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, inner, kept = ctx.saved_tensors
         flat = gradients[0].flatten(0, -2)
-        of_inner = (flat @ b).mul_(ctx.scaling)
-        of_a = of_inner.t() @ _dropped(x, kept).flatten(0, -2)
-        of_b = (inner.t() @ flat).t().mul_(ctx.scaling)  # half the time of flat.t() @ inner on a CPU
-        of_x = None
+        grad_inner = (flat @ b).mul_(ctx.scaling)
+        grad_a = grad_inner.t() @ _dropped(x, kept).flatten(0, -2)
+        grad_b = (inner.t() @ flat).t().mul_(ctx.scaling)  # takes half the time of flat.t() @ inner on a CPU
+        grad_x = None
         if ctx.needs_input_grad[1]:
-            of_x = _dropped((of_inner @ a).view_as(x), kept)
-        return gradients[0], of_x, of_a, of_b, None, None
+            grad_x = _dropped((grad_inner @ a).view_as(x), kept)
+        return gradients[0], grad_x, grad_a, grad_b, None, None
 
 
 def _dropped(x: Tensor, kept: Tensor | None) -> Tensor:
@@ -88,10 +89,10 @@ def _dropped(x: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def kept_by_dropout(x: Tensor, share: float) -> Tensor:
-    """Which elements dropout keeps; bool, of the shape of `x`.
+    """Sample the dropout mask: True for elements to keep; same shape as `x`.
 
-    On a CPU, 16 random bits an element out of 64-bit draws take a quarter of the time of `bernoulli_`, which was a
-    ninth of all training; the share is met to 1 / 65,536.
+    On a CPU, taking 16 random bits per element from 64-bit draws takes a quarter of the time of `bernoulli_`, which was
+    a ninth of the training time; the dropout probability is accurate to 1 / 65,536.
     """
     if x.device.type != "cpu":
         return torch.rand(x.shape, device=x.device) >= share

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy summed over the tokens that are to be learned."""
+"""The training loss: cross-entropy summed over the target tokens."""
 
 from functools import partial
 
@@ -13,25 +13,26 @@ from finetune_assets.training.batches import Batch
 from finetune_assets.training.model import base_of
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
-"""Most bytes of float32 logits at a time. On a CPU so many stay in its cache: 256 tokens of a vocabulary of 16k took
-0.34 s, all 900 at once 0.45 s."""
+"""Maximum bytes of float32 logits per chunk. On a CPU a chunk of this size stays in the cache: 256 tokens of a
+vocabulary of 16k took 0.34 s, all 900 at once 0.45 s."""
 TOLERANCE = 1e-2
-"""Largest relative difference of a loss from the model's own that rounding explains."""
+"""Largest relative difference from the model's own loss that rounding can explain."""
 
 
 class SummedLoss(nn.Module):
-    """Cross-entropy in nats over the learned tokens of a batch, without the logits of all tokens at once.
+    """Summed cross-entropy in nats over the target tokens of a batch, without storing the logits of all tokens.
 
-    The decoder computes hidden states, and only those whose next token is learned go through the output layer, some at
-    a time. Which way that is done depends on the model:
+    The decoder computes hidden states, and only those with a target token go through the output layer, in chunks. The
+    implementation (`way`) depends on the model:
 
-    - `fused`: the output layer is frozen and plain, and PyTorch's `linear_cross_entropy` computes loss and gradient of
-      a chunk at once (PyTorch 2.13).
-    - `chunked`: it is trained, has a bias, or its logits are capped; each chunk is computed again going backward.
-    - `whole`: the model does more between hidden states and logits than is known here; its own logits are taken.
+    - `fused`: the output layer is frozen and plain, so PyTorch's `linear_cross_entropy` computes loss and gradient of a
+      chunk at once (PyTorch 2.13).
+    - `chunked`: the output layer is trained, has a bias, or caps its logits; each chunk is recomputed in the backward
+      pass.
+    - `whole`: the model has unknown operations between hidden states and logits, so the model's own logits are used.
 
     Args:
-        model: A base, with an adapter or without.
+        model: Base model, with or without an adapter.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel) -> None:
@@ -41,14 +42,14 @@ class SummedLoss(nn.Module):
         self.decoder, self.head = base.get_decoder(), base.get_output_embeddings()
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
         self.chunks_on: str | None = None
-        """The kind of device whose chunks are made, where it is not the one that computes."""
+        """Device type that determines the chunk size; None for the device of the hidden states."""
         self.way = "chunked"
         frozen = type(self.head) is nn.Linear and not self.head.weight.requires_grad and self.head.bias is None
         if frozen and not self.softcap and hasattr(F, "linear_cross_entropy"):
             self.way = "fused"
 
     def forward(self, batch: Batch) -> Tensor:
-        """A scalar in float32; zero where nothing is learned."""
+        """Compute the summed loss as a float32 scalar; zero for a batch without target tokens."""
         if self.way == "whole":
             logits = self.logits(batch).flatten(0, 1)[batch.learned]
             return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
@@ -64,7 +65,7 @@ class SummedLoss(nn.Module):
 
     @torch.no_grad()
     def of_tokens(self, batch: Batch) -> Tensor:
-        """The loss of each learned token, in the batch's order; shape (learned,), float32."""
+        """Compute the loss of each target token, in the order of the batch; shape (learned,), float32."""
         if self.way == "whole":
             logits = self.logits(batch).flatten(0, 1)[batch.learned]
             return F.cross_entropy(logits.float(), batch.targets, reduction="none")
@@ -74,7 +75,7 @@ class SummedLoss(nn.Module):
         return torch.cat([self._loss(*chunk, reduction="none") for chunk in chunks])
 
     def logits(self, batch: Batch) -> Tensor:
-        """The model's own logits; shape (rows, length, vocabulary)."""
+        """Compute the model's own logits; shape (rows, length, vocabulary)."""
         return self.model(**batch.inputs).logits
 
     def _chunk(self, hidden: Tensor) -> int:
@@ -86,7 +87,7 @@ class SummedLoss(nn.Module):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        # On a CPU the other policies multiply in emulated 16 bits, 20 to 50 times slower
+        # On a CPU the other policies multiply in emulated 16-bit precision, 20 to 50 times slower
         options = nn.LinearCrossEntropyOptions(
             chunking_method=None, batch_chunk_size=rows, acc_policy="accurate" if kind == "cpu" else "auto"
         )
@@ -100,7 +101,7 @@ class SummedLoss(nn.Module):
 
     @torch.no_grad()
     def check(self, batch: Batch) -> None:
-        """Take the model's own logits if the way that was chosen does not lead to their loss."""
-        found, self.way, chosen = self(batch), "whole", self.way
-        if (found - self(batch)).abs() <= TOLERANCE * found.abs():
+        """Fall back to `whole` if the loss on a batch differs from the loss of the model's own logits."""
+        loss, self.way, chosen = self(batch), "whole", self.way
+        if (loss - self(batch)).abs() <= TOLERANCE * loss.abs():
             self.way = chosen

@@ -1,4 +1,4 @@
-"""The frozen base model and the adapter on it."""
+"""Loading of the frozen base model and its adapter."""
 
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -19,11 +19,11 @@ from finetune_assets.worker.model_libraries import use_bitsandbytes
 
 
 class ModelError(UserError):
-    """A model and settings that do not go together."""
+    """The model is invalid or incompatible with the settings."""
 
 
 def weights_dtype(model: Model, training: Training, device: torch.device) -> torch.dtype:
-    """What the base's weights are kept in; `auto` follows a precision that computes in the type of the weights."""
+    """Data type of the base model's weights; `auto` follows a precision that computes in the weights' data type."""
     name = model.dtype if model.dtype != "auto" else COMPUTED_AS_STORED.get(training.precision)
     if name:
         return getattr(torch, name)
@@ -31,7 +31,7 @@ def weights_dtype(model: Model, training: Training, device: torch.device) -> tor
 
 
 def compute_precision(training: Training, device: torch.device) -> str:
-    """`training.precision` with `auto` decided."""
+    """Resolve `training.precision`: `auto` is bf16 where the device supports it, else fp32."""
     if training.precision != "auto":
         return training.precision
     return "bf16" if _computes_in_bf16(device) else "fp32"
@@ -42,10 +42,11 @@ def _computes_in_bf16(device: torch.device) -> bool:
 
 
 def load_base(folder: Path, model: Model, training: Training, device: torch.device) -> PreTrainedModel:
-    """The base model of a local folder, quantized as asked, on `device`.
+    """Load the base model of a local folder onto `device`, quantized according to the settings.
 
     Raises:
-        ModelError: if it does not load, its weights are not those of its config, or it is not made for the device.
+        ModelError: if the model cannot be loaded, its weights do not match its config, or the device does not support
+            it.
     """
     dtype = weights_dtype(model, training, device)
     quantization = _quantization(model, dtype)
@@ -60,23 +61,24 @@ def load_base(folder: Path, model: Model, training: Training, device: torch.devi
             device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=bool(model.trust_remote_code),  # None would ask on stdin
+            trust_remote_code=bool(model.trust_remote_code),  # None would prompt on stdin
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, with their shapes
-            # None would have transformers 5.23 forget how the folder's own weights are quantized
+            ignore_mismatched_sizes=True,  # reported below, with their shapes
+            # With None, transformers 5.23 ignores the quantization of the folder's own weights
             **({"quantization_config": quantization} if quantization else {}),
         )
-    except Exception as e:  # a damaged folder was seen to raise eight types, and a model's own code may raise any
-        raise ModelError(f"model.base_model: {model.base_model} does not load with these settings: {explain(e)}") from e
+    except Exception as e:  # damaged folders raised eight error types, and custom model code may raise any
+        reason = explain(e)
+        raise ModelError(f"model.base_model: {model.base_model} cannot be loaded with these settings: {reason}") from e
     problem = misquantized(base, folder, model.quantization) or misfit(base, info)
     if problem:
-        raise ModelError(f"model.base_model: {model.base_model} does not fit together: {problem}")
+        raise ModelError(f"model.base_model: {model.base_model} is inconsistent: {problem}")
     _exact_4bit_on_cpu(base)
     return base
 
 
 def _is_quantized(folder: Path) -> bool:
-    with suppress(OSError, ValueError, AttributeError):  # of a damaged folder; loading it says what is wrong
+    with suppress(OSError, ValueError, AttributeError):  # a damaged folder; loading it reports the problem
         return bool(stored_quantization(folder))
     return False
 
@@ -95,14 +97,14 @@ def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None
 
 
 def _exact_4bit_on_cpu(base: nn.Module) -> None:
-    """Switch off bitsandbytes' AVX512-bf16 repacking.
+    """Disable bitsandbytes' AVX512-bf16 repacking.
 
-    With bitsandbytes 0.50 the first forward in eval mode repacks the weights for that path; LoRA gradients after it
-    were measured to differ by 0.79 relative, silently.
+    With bitsandbytes 0.50, the first forward pass in eval mode repacks the weights for that path. LoRA gradients after
+    it were measured to have a relative error of 0.79, without any warning.
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no declared attribute of Module)
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (not a declared attribute of Module)
 
 
 def with_adapter(
@@ -111,26 +113,26 @@ def with_adapter(
     warm_start: Path | None,
     token_indices: dict[str, list[int]] | None = None,
 ) -> PeftModel:
-    """Freeze the base and put a new adapter on it, or the one to begin from.
+    """Freeze the base model and add a new adapter, or the adapter for a warm start.
 
     Args:
         base: The base model.
         config: The experiment's settings.
-        warm_start: Folder of an adapter to begin from.
-        token_indices: Rows of embeddings that are trained too, by the layer's name.
+        warm_start: Folder of the adapter for a warm start.
+        token_indices: Embedding rows to train as well, by layer name.
 
     Raises:
-        ModelError: if the adapter's targets are not in the model, or the one to begin from is of another kind.
+        ModelError: if the target modules are not in the model, or the warm-start adapter is incompatible.
     """
     training = config.training
     torch.manual_seed(training.seed)
     mixed = not training.precision.startswith("full_")
     if warm_start:
-        adapted = _begun(base, config.lora, warm_start, mixed)
+        adapted = _warm_started(base, config.lora, warm_start, mixed)
     else:
         adapted = _new(base, config.lora, token_indices, mixed)
     for parameter in trainable(adapted) if mixed else []:
-        parameter.data = parameter.data.float()  # tokens, whole modules, biases: PEFT leaves them in the base's type
+        parameter.data = parameter.data.float()  # PEFT leaves tokens, whole modules and biases in the base's type
     return adapted
 
 
@@ -138,48 +140,50 @@ def _new(base: PreTrainedModel, lora: Lora, token_indices: dict[str, list[int]] 
     try:
         return get_peft_model(base, peft_config(lora, base, token_indices), autocast_adapter_dtype=mixed)
     except ValueError as e:
-        raise ModelError(f"lora.target_modules: {lora.target_modules} does not fit this model: {e}") from e
+        raise ModelError(f"lora.target_modules: {lora.target_modules} does not match this model: {e}") from e
 
 
-def _begun(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> PeftModel:
+def _warm_started(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> PeftModel:
     try:
-        found = PeftConfig.from_pretrained(str(folder))
-        _check_same_kind(found, lora)
+        adapter_config = PeftConfig.from_pretrained(str(folder))
+        _check_same_kind(adapter_config, lora)
         return PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=mixed)
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as e:
+        reason = " ".join(str(e).split())
         raise ModelError(
-            f"training.warm_start: adapter {folder.name} does not fit model.base_model: {' '.join(str(e).split())}"
+            f"training.warm_start: adapter {folder.name} is incompatible with model.base_model: {reason}"
         ) from e
 
 
 def with_adapter_of(base: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
-    """Put the adapter of a folder on a base, to be computed with and not trained.
+    """Add the adapter of a folder to a base model for inference.
 
     Raises:
-        ModelError: if it is not made for this base.
+        ModelError: if the adapter is incompatible with this base model.
     """
     try:
         return PeftModel.from_pretrained(base, folder, adapter_name=name).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
-        said = " ".join(str(e).split())
-        raise ModelError(f"adapter {folder.name} does not fit its base model: {said}") from e
+        reason = " ".join(str(e).split())
+        raise ModelError(f"adapter {folder.name} is incompatible with its base model: {reason}") from e
 
 
-def _check_same_kind(found: PeftConfig, lora: Lora) -> None:
+def _check_same_kind(adapter_config: PeftConfig, lora: Lora) -> None:
     settings = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
-    for name, theirs in settings.items():
-        has, wanted = getattr(found, theirs), getattr(lora, name)
-        if has != wanted:
+    for name, peft_name in settings.items():
+        actual, expected = getattr(adapter_config, peft_name), getattr(lora, name)
+        if actual != expected:
             raise ModelError(
-                f"training.warm_start: that adapter has {name} {has}, lora.{name} is {wanted}; set it to {has}"
+                f"training.warm_start: the adapter has {name} {actual}, but lora.{name} is {expected}; "
+                f"set lora.{name} to {actual}"
             )
 
 
 def peft_config(lora: Lora, base: PreTrainedModel, token_indices: dict[str, list[int]] | None = None) -> LoraConfig:
-    """The `lora` group as PEFT takes it."""
+    """Convert the `lora` settings to a PEFT config."""
     targets = lora.target_modules
     if targets == "all-linear" and lora.layers_to_transform is not None:
-        targets = linear_names(base)  # PEFT takes layers_to_transform beside a list of names only
+        targets = linear_names(base)  # PEFT supports layers_to_transform only with a list of names
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -198,7 +202,7 @@ def peft_config(lora: Lora, base: PreTrainedModel, token_indices: dict[str, list
 
 
 def linear_names(base: PreTrainedModel) -> list[str]:
-    """Last names of the linear layers, the output layer aside: what PEFT's `all-linear` stands for."""
+    """Last name components of the linear layers, excluding the output layer, as PEFT's `all-linear` selects them."""
     output = base.get_output_embeddings()
     kinds = (nn.Linear, Conv1D)  # GPT-2's layers are the latter
     linear = (name for name, module in base.named_modules() if isinstance(module, kinds) and module is not output)
@@ -206,22 +210,22 @@ def linear_names(base: PreTrainedModel) -> list[str]:
 
 
 def base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """The base model, whether or not an adapter is on it."""
+    """Return the base model, with or without an adapter on it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Mixed precision, where `compute_precision` says so."""
+    """Autocast context for bf16 and fp16; disabled for any other precision."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that training changes, in the model's order."""
+    """List the trainable parameters, in the order of the model."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, whatever its architecture calls their list."""
+    """List the decoder's layers, independent of the architecture's name for their list."""
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
     return [*max(lists, key=len)] if lists else []

@@ -1,4 +1,4 @@
-"""Which examples a step takes, as pure functions of seed and step. Planning reads this without torch."""
+"""Selection of the examples of each step, as a pure function of seed and step. Imported by planning, without torch."""
 
 import math
 from functools import cached_property
@@ -15,23 +15,23 @@ from finetune_assets.data.packing import pack
 from finetune_assets.errors import UserError
 
 MEGA_BATCH = 50
-"""With `group_by_length`: so many global batches are sorted together, as transformers' sampler does."""
+"""Number of global batches that `group_by_length` sorts together, as in transformers' sampler."""
 
 
 class BatchError(UserError):
-    """A global batch that cannot be made."""
+    """The global batch cannot be divided among the processes."""
 
 
 class Examples:
-    """Examples as token ids with labels.
+    """Tokenized examples with labels.
 
     Args:
-        table: Of the columns `input_ids` and `labels`, and whatever else.
+        table: Table with at least the columns `input_ids` and `labels`.
     """
 
     @staticmethod
     def read(path: Path) -> "Examples":
-        """`train.arrow`, `val.arrow` or `gate.arrow` of a tokenized dataset, memory-mapped."""
+        """Memory-map `train.arrow`, `val.arrow` or `gate.arrow` of a tokenized dataset."""
         return Examples(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
 
     def __init__(self, table: pa.Table) -> None:
@@ -44,7 +44,7 @@ class Examples:
 
     @cached_property
     def learned(self) -> NDArray[np.int64]:
-        """How many tokens of each example are learned."""
+        """Number of target tokens of each example."""
         counts = [np.zeros(0, np.int64)]
         for chunk in self.labels.chunks:
             flat = chunk.flatten().to_numpy(zero_copy_only=False) != IGNORED
@@ -55,14 +55,14 @@ class Examples:
         return np.concatenate(counts)
 
     def tokens(self, example: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Ids and labels of one example; nothing is learned at its first token, which no token predicts."""
+        """Token ids and labels of an example; the first label is ignored, because no token precedes it."""
         labels = self.labels[example].values.to_numpy(zero_copy_only=False).copy()
         labels[0] = IGNORED
         return self.ids[example].values.to_numpy(zero_copy_only=False), labels
 
 
 def read_packs(folder: Path) -> list[list[int]] | None:
-    """The train examples of each packed sequence, or None if the dataset was not packed."""
+    """Read the train examples of each packed sequence; None if the dataset is not packed."""
     path = folder / "packs.arrow"
     if not path.exists():
         return None
@@ -70,17 +70,17 @@ def read_packs(folder: Path) -> list[list[int]] | None:
 
 
 class GlobalBatchSampler:
-    """The sequences of every step: a permutation an epoch, cut into global batches, shared among processes.
+    """Sampler of global batches: one permutation per epoch, cut into global batches and divided among processes.
 
     Args:
-        lengths: Tokens of each sequence.
+        lengths: Length of each sequence, in tokens.
         training: The training settings.
-        by_length: Whether sequences of like length go into one global batch.
-        world: How many processes share a global batch.
-        budget: Most tokens of a micro-batch; None for `micro_batch_size` sequences, each in a row of its own.
+        by_length: Whether to group sequences of similar length into a global batch.
+        world: Number of processes that share a global batch.
+        budget: Maximum tokens of a micro-batch; None for `micro_batch_size` sequences per micro-batch, one per row.
 
     Raises:
-        BatchError: if there are fewer sequences in a global batch than processes.
+        BatchError: if a global batch has fewer sequences than processes.
     """
 
     def __init__(
@@ -91,22 +91,22 @@ class GlobalBatchSampler:
         self.macro, self.micro = training.macro_batch_size, training.micro_batch_size
         if self.macro < world:
             raise BatchError(
-                f"training.macro_batch_size: {self.macro} sequences cannot be shared by {world} processes; raise it to "
-                f"at least {world}, or set training.processes_per_node to at most {self.macro}"
+                f"training.macro_batch_size: {self.macro} sequences cannot be divided among {world} processes; "
+                f"raise it to at least {world}, or set training.processes_per_node to at most {self.macro}"
             )
         self.steps_per_epoch = math.ceil(len(lengths) / self.macro)
         self.steps = training.max_steps or math.ceil(training.epochs * self.steps_per_epoch)
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def global_batch(self, step: int) -> NDArray[np.int64]:
-        """The sequences of one optimizer step, over all processes; the last of an epoch may be smaller."""
+        """Sequences of an optimizer step, over all processes; the last batch of an epoch may be smaller."""
         epoch, at = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order(epoch))
         return self._epoch[1][at * self.macro : (at + 1) * self.macro]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        """One process's share of a step, longest sequences first, in micro-batches."""
+        """Micro-batches of one process for a step, longest sequences first."""
         batch = self.global_batch(step)
         share = batch[np.argsort(-self.lengths[batch], kind="stable")][rank :: self.world]
         return split(share, self.lengths, self.micro, self.budget)
@@ -128,14 +128,14 @@ class GlobalBatchSampler:
 
 
 def split(sequences: NDArray[np.int64], lengths: NDArray[np.int64], rows: int, budget: int | None) -> list[list[int]]:
-    """Cut sequences into micro-batches of at most `budget` tokens, or without one of `rows` sequences as they come."""
+    """Split sequences into micro-batches of at most `budget` tokens; without a budget, of `rows` sequences in order."""
     if budget:
         return [sequences[members].tolist() for members in pack(lengths[sequences], budget)]
     return [sequences[at : at + rows].tolist() for at in range(0, len(sequences), rows)]
 
 
 def evaluation_batches(examples: Examples, world: int, rows: int, budget: int | None) -> list[list[list[list[int]]]]:
-    """Every process's share of all examples, longest first, in batches of sequences of one example each."""
+    """Batches of each process over all examples, longest first; each sequence is a single example."""
     order = np.argsort(-examples.lengths, kind="stable")
     return [
         [[[example] for example in batch] for batch in split(order[rank::world], examples.lengths, rows, budget)]

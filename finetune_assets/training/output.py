@@ -1,4 +1,4 @@
-"""What a training leaves behind: a folder that PEFT loads, and that says where it comes from."""
+"""Output folder of a training: an adapter that PEFT can load, with its provenance and a model card."""
 
 import json
 import platform
@@ -34,18 +34,19 @@ def save(
     """Write adapter, tokenizer, resolved configuration, trainer state, provenance and model card.
 
     Args:
-        output: The folder to write.
+        output: Output folder.
         model: The trained model.
-        base_folder: Where the tokenizer comes from; the experiment's own tokens are added to it.
+        base_folder: Folder of the base model, which provides the tokenizer; the experiment's tokens are added to it.
         config: The resolved configuration.
-        made_from: The inputs' fingerprints; `base_model` and `revision` name the base.
-        state: The trainer's state and log.
-        initial_adapter: With an initialisation that rewrote the base: the adapter as it was first, so that what is
-            saved fits the base as published.
-        rows: What the embeddings were resized to, which whoever loads the adapter must do too; None if they were not.
+        made_from: Fingerprints of the inputs; `base_model` and `revision` identify the base model.
+        state: The trainer state and log.
+        initial_adapter: Folder of the initial adapter, for an initialization that modified the base weights. The saved
+            adapter is converted with it, so that it applies to the published base model.
+        rows: Number of rows after resizing the embeddings, which is also required to load the adapter; None if they
+            were not resized.
     """
     initial = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
-    # "auto" would write the whole embedding where it was resized, and compare it with the Hub's to know that
+    # "auto" would save the whole embedding if it was resized, and query the Hub to detect that
     model.save_pretrained(output, save_embedding_layers=False, **initial)
     _name_base(output, made_from)
     experiment_tokenizer(base_folder, config).save_pretrained(output)
@@ -59,7 +60,7 @@ def save(
 
 
 def _name_base(output: Path, made_from: dict[str, Any]) -> None:
-    """Name the base as the world knows it; PEFT wrote the folder that it was read from."""
+    """Replace the local base model folder, which PEFT wrote to the adapter config, with its name and revision."""
     adapter = PeftConfig.from_pretrained(output)
     adapter.base_model_name_or_path, adapter.revision = made_from["base_model"], made_from["revision"]
     adapter.save_pretrained(output)
@@ -70,13 +71,13 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in VERSIONS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _hardware() -> str:
@@ -86,7 +87,7 @@ def _hardware() -> str:
 def _base(made_from: dict[str, Any]) -> str:
     repo = made_from["base_model"]
     if repo.startswith(NOT_ON_THE_HUB):
-        return f'"the folder of {repo}"  # where the asset cached_base_model lies'
+        return f'"the folder of {repo}"  # path of the cached_base_model artifact'
     return f"{repo!r}  # trained at revision {made_from['revision']}"
 
 
@@ -95,10 +96,10 @@ def _prompt(config: ExperimentConfig) -> str:
     if template.chat_template:
         turn = '[{"role": "user", "content": "What ...?"}]'
         return f"prompt = tokenizer.apply_chat_template({turn}, tokenize=False, add_generation_prompt=True)"
-    form = f'prompt = {template.prompt_no_input!r}.format(instruction="What ...?")'
+    prompt = f'prompt = {template.prompt_no_input!r}.format(instruction="What ...?")'
     ends_in_space = template.prompt_no_input != template.prompt_no_input.rstrip(" ")
-    # Tokenizers merge that space with the answer's first word, as they did in training
-    return f"{form}.rstrip(' ')" if ends_in_space else form
+    # Tokenizers merge that space with the first word of the answer, as in training
+    return f"{prompt}.rstrip(' ')" if ends_in_space else prompt
 
 
 def _special(config: ExperimentConfig) -> str:
@@ -112,18 +113,18 @@ def _loading(config: ExperimentConfig, rows: int | None) -> str:
         f"model = AutoModelForCausalLM.from_pretrained(base{own_code})",
     ]
     if rows:
-        lines.append(f"model.resize_token_embeddings({rows})  # room for the tokens that the adapter brings")
+        lines.append(f"model.resize_token_embeddings({rows})  # rows for the tokens that the adapter adds")
     return "\n".join([*lines, "model = PeftModel.from_pretrained(model, adapter)"])
 
 
 def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dict[str, Any], rows: int | None) -> str:
     repo, held_out = provenance["base_model"], state["held_out_loss"]
-    known = not repo.startswith(NOT_ON_THE_HUB)
+    on_hub = not repo.startswith(NOT_ON_THE_HUB)
     header = ModelCardData(
-        base_model=repo if known else None,  # the Hub takes no other names
+        base_model=repo if on_hub else None,  # the Hub accepts only Hub repositories
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", f"base_model:adapter:{repo}"] if known else ["lora"],
+        tags=["lora", f"base_model:adapter:{repo}"] if on_hub else ["lora"],
     )
     facts = {
         "base model": f"`{repo}` at `{provenance['revision']}`",
@@ -133,7 +134,7 @@ def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dic
         "this adapter's fingerprint": _code(provenance.get("fingerprint")),
         "combined from": _combined(provenance.get("champions") or {}),
         "initialized from": _code(provenance.get("warm_start")),
-        "settings of one run alone": ", ".join(provenance.get("overrides") or []),
+        "overrides for this run only": ", ".join(provenance.get("overrides") or []),
         **(_trained(config, state) if state["step"] else {}),
         "held-out loss": _before_and_after(held_out) if held_out["after"] is not None else "",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
@@ -163,9 +164,9 @@ answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs[
 print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 ```
 
-`config.yaml` holds every setting, `provenance.json` what it was made from, `trainer_state.json` how training went.
-`sha256sum --check SHA256SUMS` tells whether the files are those that were written, and `finetune adapter verify`
-whether they are those of the store, and where they come from.
+`config.yaml` contains all settings, `provenance.json` the inputs and library versions, `trainer_state.json` the
+training log. `sha256sum --check SHA256SUMS` verifies that the files are unchanged. `finetune adapter verify` compares
+them with the artifact in the store and shows their provenance.
 """
 
 

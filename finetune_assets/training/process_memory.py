@@ -1,4 +1,4 @@
-"""How much memory a process has taken."""
+"""Peak memory of the current process."""
 
 import resource
 import sys
@@ -8,9 +8,9 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_resident_mib() -> float:
-    """Highest resident memory of this process so far, in MiB.
+    """Return the peak RSS of this process, in MiB.
 
-    From `VmHWM` on Linux: `ru_maxrss` begins there at what the parent had when it started this process.
+    Uses `VmHWM` on Linux, where `ru_maxrss` starts at the RSS of the parent process at the time of the fork.
     """
     if STATUS.exists():
         return int(STATUS.read_text().partition("VmHWM:")[2].split()[0]) / 1024

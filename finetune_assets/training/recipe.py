@@ -1,4 +1,4 @@
-"""The training itself, from top to bottom."""
+"""The training loop, from start to finish."""
 
 import math
 import signal
@@ -26,7 +26,7 @@ from finetune_assets.training.telemetry import Utilisation, peak_memory_mib
 
 
 class Preempted(UserError):
-    """Asked by SIGTERM to end; a checkpoint was kept."""
+    """The training was preempted by SIGTERM; a checkpoint was saved."""
 
     retriable = True
 
@@ -34,27 +34,27 @@ class Preempted(UserError):
 class LoraFinetune(TrainingSetup):
     """LoRA fine-tuning of a causal language model on one tokenized dataset.
 
-    Supported: one to many processes on one or more nodes, each with the whole base model or, sharded, a part of it; any
-    global batch from any number of processes; examples end to end without padding, or padded rows; float32, mixed and
-    16-bit precision; int8 and nf4 bases; tokens that the base lacks; gradient checkpointing; resuming from a
-    checkpoint, also one written on SIGTERM; beginning from another adapter.
-    Not supported: tensor or pipeline parallelism; one example spread over several GPUs; bitsandbytes' optimizers
+    Supported: one or more processes on one or more nodes, each with the whole base model or a shard of it; any global
+    batch size with any number of processes; concatenated examples without padding, or padded rows; float32, mixed and
+    16-bit precision; int8 and nf4 base models; tokens that the base model lacks; gradient checkpointing; resuming from
+    a checkpoint, including one saved on SIGTERM; warm start from another adapter.
+    Not supported: tensor or pipeline parallelism; one example split across several GPUs; bitsandbytes' optimizers
     without CUDA.
 
-    Every number of processes and every micro-batch size computes the same gradient: the loss is a sum over the learned
-    tokens of the global batch, divided by their number in it.
+    The gradient is the same for every number of processes and every micro-batch size: the loss is a sum over the target
+    tokens of the global batch, divided by their number.
     """
 
     def __init__(self, job: Job, config: ExperimentConfig, process: Process, reporter: Reporter) -> None:
         super().__init__(job, config, process)
         self.reporter, self.utilisation = reporter, Utilisation()
-        self.told_to_stop = threading.Event()
+        self.stop_requested = threading.Event()
         self.stalled = torch.zeros((), device=process.device)
         self.stopping = False
         self._set_up_optimization()
 
     def run(self) -> None:
-        """Train, measure, and write the output folder."""
+        """Train, evaluate, and write the output folder."""
         self._resume()
         self._describe()
         with memory.explained(self.config, self.process.device, lambda: self.estimate):
@@ -81,29 +81,31 @@ class LoraFinetune(TrainingSetup):
         return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
 
     def _resume(self) -> None:
-        found = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process)
-        if found:
-            self.log = Log(**{**found, "active": self.log.active})
-            self.reporter.say(f"Resuming from checkpoint at step {self.log.step}")
+        saved_log = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process)
+        if saved_log:
+            self.log = Log(**{**saved_log, "active": self.log.active})
+            self.reporter.write_line(f"Resuming from checkpoint at step {self.log.step}")
 
     def _describe(self) -> None:
-        self.reporter.say(
+        self.reporter.write_line(
             f"{len(self.train):,} examples in {len(self.sequences):,} sequences, {self.order.steps:,} steps of "
             f"{self.training.macro_batch_size} on {self.process.world} x {self.process.device.type} in "
             f"{self.precision}; {self.log.trainable_parameters:,} trainable parameters"
         )
         active = {name: value for name, value in self.log.active.items() if value and name != "mfu"}
-        self.reporter.say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in active.items()))
+        self.reporter.write_line(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in active.items()))
         if self.estimate:
-            self.reporter.say(self.estimate.describe())
+            self.reporter.write_line(self.estimate.describe())
         if self.new_tokens.texts:
-            self.reporter.say(self.new_tokens.describe())
+            self.reporter.write_line(self.new_tokens.describe())
 
     # ---- training
 
     def _train(self) -> None:
         self._open_window()
-        usual = signal.signal(signal.SIGTERM, lambda *_: self.told_to_stop.set()) if _in_main_thread() else None
+        previous_handler = None
+        if _in_main_thread():
+            previous_handler = signal.signal(signal.SIGTERM, lambda *_: self.stop_requested.set())
         try:
             with (
                 self.utilisation.sampling(self.process.device),
@@ -115,32 +117,32 @@ class LoraFinetune(TrainingSetup):
                     self._account(step + 1, done)
                     self._save_checkpoint_if_due()
         finally:
-            if usual is not None:
-                signal.signal(signal.SIGTERM, usual)
+            if previous_handler is not None:
+                signal.signal(signal.SIGTERM, previous_handler)
 
     def _work(self) -> Iterator[tuple[int, Work]]:
-        """The steps that are left, each made ready while the one before is computed."""
+        """Iterate over the remaining steps; each is prepared while the previous one is computed."""
         steps = range(self.log.step, self.order.steps)
-        with ThreadPoolExecutor(1, "batches") as ahead:
-            coming = ahead.submit(self.work, steps.start)
+        with ThreadPoolExecutor(1, "batches") as executor:
+            next_work = executor.submit(self.work, steps.start)
             for step in steps:
-                work = coming.result()
+                work = next_work.result()
                 if step + 1 < steps.stop:
-                    coming = ahead.submit(self.work, step + 1)
+                    next_work = executor.submit(self.work, step + 1)
                 yield step, work
 
     def work(self, step: int) -> Work:
-        """This process's share of a step."""
-        mine = self.order.micro_batches(step, self.process.rank)
-        batches = [self._batch([self.sequences[i] for i in micro]) for micro in mine]
+        """Prepare the micro-batches of this process for a step."""
+        micro_batches = self.order.micro_batches(step, self.process.rank)
+        batches = [self._batch([self.sequences[i] for i in micro_batch]) for micro_batch in micro_batches]
         idle = []
         if self.sharded:
             most = max(len(self.order.micro_batches(step, rank)) for rank in range(self.process.world))
-            idle = [self._batch(self.sequences[:1])] * (most - len(mine))
+            idle = [self._batch(self.sequences[:1])] * (most - len(micro_batches))
         return Work(batches, idle, int(self.learned[self.order.global_batch(step)].sum()))
 
     def train_step(self, step: int, work: Work) -> Step:
-        """One optimizer step over the global batch."""
+        """Run an optimizer step over the global batch."""
         self.model.train()
         torch.manual_seed(hash((self.training.seed, step, self.process.rank)) % 2**63)
         total = torch.zeros((), device=self.process.device)
@@ -162,33 +164,33 @@ class LoraFinetune(TrainingSetup):
         self.scheduler.step()
         return Step(total, sum(batch.tokens for batch in work.batches), grad_norm, learning_rate)
 
-    @torch.no_grad()  # not inference mode: FSDP keeps what it gathers in it for the steps that follow
+    @torch.no_grad()  # not inference mode: FSDP reuses tensors gathered in it in the following steps
     def held_out_loss(self) -> float | None:
-        """Mean cross-entropy in nats over the learned tokens of the validation split; None if the split is empty."""
+        """Mean cross-entropy in nats per target token of the validation split; None if the split is empty."""
         if not len(self.val):
             return None
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.process.device)
         shares = evaluation_batches(self.val, self.process.world, self.training.micro_batch_size, self.budget)
-        mine = shares[self.process.rank]
-        with Progress("held-out loss", sum(map(len, mine)), ROWS) as progress:
-            for sequences in mine:
+        batches = shares[self.process.rank]
+        with Progress("held-out loss", sum(map(len, batches)), ROWS) as progress:
+            for sequences in batches:
                 batch = collate(sequences, self.val, self.process.device, self.flat)
                 sums[0] += self._loss(batch)
                 sums[1] += len(batch.targets)
                 progress.add(len(sequences))
-        for _ in range(max(map(len, shares)) - len(mine) if self.sharded else 0):
+        for _ in range(max(map(len, shares)) - len(batches) if self.sharded else 0):
             self._loss(self._batch(self.sequences[:1]))
         loss, tokens = self.process.sum(sums).tolist()
         return loss / tokens
 
-    # ---- telling and keeping
+    # ---- reporting and output
 
     def _open_window(self) -> None:
         self.window = Window(torch.zeros((), device=self.process.device))
 
     def _account(self, done: int, step: Step) -> None:
-        """Count a step, and report where one is due."""
+        """Add a step to the window, and report if a report is due."""
         self.log.step = self.utilisation.step = done
         self.window.loss += step.loss
         self.window.tokens += step.tokens
@@ -196,8 +198,8 @@ class LoraFinetune(TrainingSetup):
         self.stalled = (self.stalled + 1) * (step.grad_norm == 0)
         last, every = done == self.order.steps, self.training.eval_steps
         evaluate = every is not None and done % every == 0 and not last
-        self.stopping = self.process.any(self.told_to_stop.is_set()) and not last
-        # a checkpoint holds what was counted up to it
+        self.stopping = self.process.any(self.stop_requested.is_set()) and not last
+        # report before a checkpoint, because it contains the counts up to its step
         due = done == 1 or done % self.training.logging_steps == 0 or self._saves_at(done)
         if due or evaluate or last or self.stopping:
             self._report(done, step, evaluate)
@@ -246,13 +248,13 @@ class LoraFinetune(TrainingSetup):
     def _write_output(self) -> None:
         before, after = self.log.held_out_loss.values()
         if before is not None and after is not None:
-            self.reporter.say(f"held-out loss {before:.4f} before, {after:.4f} after")
+            self.reporter.write_line(f"held-out loss {before:.4f} before, {after:.4f} after")
         self.log.peak_memory_mib = peak_memory_mib(self.process.device)
         state, run = vars(self.log), self.reporter.wandb_run
         if self.config.wandb and (link := self.process.share(run.link() if run else None)):
             state = {**state, "wandb": link}
         if self.process.writes:
-            self.utilisation.write(self.job.output / UTILISATION)  # before the sums are
+            self.utilisation.write(self.job.output / UTILISATION)  # before the checksums are written
             output.save(
                 self.job.output,
                 self.model,

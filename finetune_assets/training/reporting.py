@@ -1,4 +1,4 @@
-"""How training tells people what it does: in the terminal, in the Dagster run, in Weights & Biases."""
+"""Progress reports of a training: to the terminal, the Dagster run, and Weights & Biases."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -14,19 +14,20 @@ from finetune_assets.training.tracking import Begin, WandbRun
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known after an optimizer step.
+    """Metrics after an optimizer step.
 
     Attributes:
-        step: Optimizer steps done.
-        total: Optimizer steps in all.
-        loss: Mean cross-entropy of the learned tokens since the last report, in nats.
+        step: Number of completed optimizer steps.
+        total: Total number of optimizer steps.
+        loss: Mean cross-entropy since the last report, in nats per target token.
         grad_norm: Global gradient norm of the last step, before clipping.
-        learning_rate: Of the last step.
-        tokens_per_second: Tokens read since the last report, padding not counted, over all processes.
-        mfu: Share of the devices' matrix rate that the model's 4N operations a token make up.
-        peak_memory_mib: Highest so far of rank 0: of its GPU, or resident.
-        eta_seconds: Until the last step, at this speed.
-        held_out_loss: Mean cross-entropy over the validation split, where it was just measured.
+        learning_rate: Learning rate of the last step.
+        tokens_per_second: Throughput since the last report over all processes, padding excluded.
+        mfu: Model FLOPs utilization: fraction of the devices' peak matrix rate used by the model's 4N operations per
+            token.
+        peak_memory_mib: Peak memory of rank 0 in MiB: GPU memory, or RSS without a GPU.
+        eta_seconds: Estimated time until the last step at the current throughput, in seconds.
+        held_out_loss: Mean cross-entropy over the validation split in nats per token, if it was just measured.
     """
 
     step: int
@@ -49,7 +50,7 @@ class StepReport:
         )
 
     def short(self) -> str:
-        """What a bar has room for."""
+        """Short form of the report for a progress bar."""
         held_out = "" if self.held_out_loss is None else f" · held-out {self.held_out_loss:.4f}"
         return f"loss {self.loss:.4f}{held_out} · {self.tokens_per_second:,.0f} tokens/s"
 
@@ -58,72 +59,72 @@ class StepReport:
 
 
 class Reporter:
-    """Rank 0's voice; the other processes have none.
+    """Reports the progress of a training; only the reporter of rank 0 has any output.
 
     Args:
-        say: Takes a line of text.
-        wandb_run: Also gets numbers, histograms and adapter, if given.
+        write_line: Receives each line of text.
+        wandb_run: Run of Weights & Biases that also receives metrics, histograms and the adapter.
     """
 
-    def __init__(self, say: Callable[[str], None], wandb_run: WandbRun | None = None) -> None:
-        self.say = say
+    def __init__(self, write_line: Callable[[str], None], wandb_run: WandbRun | None = None) -> None:
+        self.write_line = write_line
         self.wandb_run = wandb_run
         self._bar = Progress("training", None, STEPS, logs=False)
 
     @contextmanager
     def training(self, done: int, total: int) -> Iterator[Progress]:
-        """Show how many optimizer steps are done."""
+        """Show a progress bar of the optimizer steps."""
         with Progress("training", total, STEPS, done, logs=False) as self._bar:
             yield self._bar
 
     def step(self, report: StepReport) -> None:
         self._bar.note = report.short()
         if report.step < report.total:
-            self._bar.says(report.line())
-        self.say(report.line())
+            self._bar.log_line(report.line())
+        self.write_line(report.line())
         if self.wandb_run:
             self.wandb_run.record(report.to_dict())
 
 
 @contextmanager
 def reporter(process: Process, begin: Begin | None = None) -> Iterator[Reporter]:
-    """Open what this process reports to: the Dagster run where one listens, the terminal otherwise.
+    """Open a reporter that writes to the Dagster run of a Pipes process, and to the terminal otherwise.
 
     Args:
         process: This process.
-        begin: How its run of Weights & Biases begins, if it has one.
+        begin: Start parameters of the run of Weights & Biases, if enabled.
     """
     if not process.reports:
         yield Reporter(lambda line: None)
         return
     with ExitStack() as stack:
-        say = _dagster_log(stack) or (lambda line: print(line, flush=True))
-        stack.enter_context(_log_told(say))
-        wandb_run = WandbRun(begin, say) if begin else None
+        write_line = _dagster_log(stack) or (lambda line: print(line, flush=True))
+        stack.enter_context(_forward_log_records(write_line))
+        wandb_run = WandbRun(begin, write_line) if begin else None
         if wandb_run:
             stack.push(wandb_run.finish)
-        yield Reporter(say, wandb_run)
+        yield Reporter(write_line, wandb_run)
 
 
-class _Voice(logging.Handler):
-    def __init__(self, say: Callable[[str], None]) -> None:
+class _LineHandler(logging.Handler):
+    def __init__(self, write_line: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
-        self.say = say
+        self.write_line = write_line
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.say(record.getMessage())
+        self.write_line(record.getMessage())
 
 
 @contextmanager
-def _log_told(say: Callable[[str], None]) -> Iterator[None]:
-    """Also tell what this project logs, such as how far a measurement is."""
-    package, voice = logging.getLogger("finetune_assets"), _Voice(say)
+def _forward_log_records(write_line: Callable[[str], None]) -> Iterator[None]:
+    """Also report this project's log records, such as the progress of an evaluation."""
+    package, handler = logging.getLogger("finetune_assets"), _LineHandler(write_line)
     package.setLevel(logging.INFO)
-    package.addHandler(voice)
+    package.addHandler(handler)
     try:
         yield
     finally:
-        package.removeHandler(voice)
+        package.removeHandler(handler)
 
 
 def _dagster_log(stack: ExitStack) -> Callable[[str], None] | None:

@@ -1,4 +1,4 @@
-"""What a training computes with, and how: everything before its first step."""
+"""Set-up of a training before its first step: data, model, loss and compute options."""
 
 from contextlib import AbstractContextManager
 
@@ -23,17 +23,17 @@ from finetune_assets.training.telemetry import CONVENTION, hardware_name, multip
 
 
 class TrainingSetup:
-    """Examples, a model with an adapter, its loss, and the decisions that settings leave open.
+    """Loads the examples and the model with its adapter, and resolves the settings with automatic values.
 
     Attributes:
-        sequences: Which train examples make up each sequence.
-        lengths: Tokens of each sequence.
-        learned: Learned tokens of each sequence.
-        model: The base with its adapter.
-        parameters: What is trained.
-        summed_loss: The model's loss.
-        flat: Whether batches are one row with boundaries.
-        log: With `active`, what was decided.
+        sequences: Train examples of each sequence.
+        lengths: Length of each sequence, in tokens.
+        learned: Number of target tokens of each sequence.
+        model: Base model with the adapter.
+        parameters: Trainable parameters.
+        summed_loss: Training loss of the model.
+        flat: Whether a batch is one row with boundaries.
+        log: Training log; `active` contains the resolved values.
     """
 
     def __init__(self, job: Job, config: ExperimentConfig, process: Process) -> None:
@@ -45,7 +45,7 @@ class TrainingSetup:
         with memory.explained(config, process.device, lambda: self.estimate):
             self._load_data()
             self._load_model()
-            self._settle_how_to_compute()
+            self._configure_computation()
 
     def _load_data(self) -> None:
         self.train, self.val = (Examples.read(self.job.dataset / name) for name in ("train.arrow", "val.arrow"))
@@ -58,7 +58,7 @@ class TrainingSetup:
         self.longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
 
     def _load_model(self) -> None:
-        # One that is to be spread over GPUs may fit none of them
+        # A model that will be sharded may be too large for a single GPU
         where = (
             torch.device("cpu") if self.sharded and self.config.model.quantization == "none" else self.process.device
         )
@@ -79,8 +79,8 @@ class TrainingSetup:
             if self.process.writes:
                 self.model.save_pretrained(self.initial_adapter, save_embedding_layers=False)
 
-    def _settle_how_to_compute(self) -> None:
-        """Decide what settings leave open, and keep a note of it."""
+    def _configure_computation(self) -> None:
+        """Resolve the settings with automatic values, and record the result in `log.active`."""
         fused = use_fused_lora(self.model)
         self.summed_loss = SummedLoss(self.model)
         layers = layers_of(self.summed_loss.decoder)
@@ -90,7 +90,7 @@ class TrainingSetup:
         self.model.eval()
         with self._autocast():
             self.summed_loss.check(self._batch(self.sequences[:1]))
-        checkpointing = self._settle_checkpointing()
+        checkpointing = self._select_checkpointing()
         if self.training.compile:
             for layer in layers:
                 layer.compile(dynamic=True)
@@ -113,8 +113,8 @@ class TrainingSetup:
             "mfu": CONVENTION.format(peak=source),
         }
 
-    def _settle_checkpointing(self) -> bool:
-        """Whether activations are computed twice: as the settings say, or where what they take does not fit."""
+    def _select_checkpointing(self) -> bool:
+        """Enable gradient checkpointing if the settings require it or, by default, if the activations do not fit."""
         base, wanted = self.model.get_base_model(), self.training.gradient_checkpointing
         median = self.sequences[np.argsort(self.lengths)[len(self.lengths) // 2]]
         batches = self._batch([median]), self._batch([median, median])
@@ -135,7 +135,7 @@ class TrainingSetup:
                 raise
             return self.estimate.fits
 
-        # Where activations are to be computed twice anyway, they are never kept, not even to be measured
+        # With gradient checkpointing in the settings, never store all activations, not even to measure them
         if self.process.any(wanted or (not fits() and wanted is None)):
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()

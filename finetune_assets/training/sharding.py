@@ -1,4 +1,4 @@
-"""A base model that is spread over all processes."""
+"""Sharding of the base model over all processes (FSDP2)."""
 
 from collections.abc import Iterable
 
@@ -9,17 +9,18 @@ from finetune_assets.training.distributed import Process
 
 
 def shard(root: nn.Module, layers: Iterable[nn.Module], trained: list[nn.Parameter], process: Process) -> None:
-    """Keep one process's part of every frozen weight, and gather a layer while it is computed (FSDP2).
+    """Shard every frozen weight over all processes; each layer is gathered while it is computed.
 
-    The adapter's weights stay whole on every process, so that gradients, optimizer and checkpoints are those of plain
-    data parallelism; the base is frozen, so nothing of it is ever reduced.
+    The adapter's weights are replicated on every process, so gradients, optimizer and checkpoints are the same as in
+    plain data parallelism. The base model is frozen, so its gradients are never reduced.
 
-    Weights are moved to the process's device a layer at a time, so the whole model need not fit it.
+    Weights are moved to the device of the process one layer at a time, so the device does not need to hold the whole
+    model.
 
     Args:
-        root: What is called in a step, by itself or its `logits`.
-        layers: The model's layers, each gathered by itself.
-        trained: The weights that stay whole.
+        root: Module that is called in a step, through `forward` or `logits`.
+        layers: Layers of the model, each gathered separately.
+        trained: Trained weights, which are not sharded.
         process: This process.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -29,11 +30,11 @@ def shard(root: nn.Module, layers: Iterable[nn.Module], trained: list[nn.Paramet
         parameter.data = parameter.data.to(process.device)
     whole = set(trained)
     for module in (*layers, root):
-        fully_shard(module, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # the root would not
+        fully_shard(module, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # not the default for the root
     register_fsdp_forward_method(root, "logits")
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that this process keeps."""
+    """Bytes of the weights stored in this process."""
     parts = (getattr(parameter, "to_local", lambda own=parameter: own)() for parameter in model.parameters())
     return sum(part.nbytes for part in parts)

@@ -1,4 +1,4 @@
-"""What a training counts and remembers."""
+"""Data classes with the inputs, state and counters of a training."""
 
 import time
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ from finetune_assets.training.batches import Batch
 
 @dataclass(frozen=True)
 class Job:
-    """The folders of one training.
+    """Input and output folders of a training.
 
     Attributes:
-        base_model: Weights and tokenizer.
-        dataset: A tokenized dataset.
-        output: Where the adapter goes; empty.
-        checkpoints: Where checkpoints go and are looked for.
+        base_model: Folder with the weights and the tokenizer of the base model.
+        dataset: Folder of the tokenized dataset.
+        output: Empty folder for the adapter.
+        checkpoints: Folder for checkpoints.
         made_from: Fingerprints and names of the inputs, for the provenance.
-        warm_start: An adapter to begin from.
+        warm_start: Folder of the adapter for a warm start.
     """
 
     base_model: Path
@@ -33,7 +33,7 @@ class Job:
 
 @dataclass
 class Log:
-    """What training remembers about itself; `trainer_state.json` and every checkpoint hold it."""
+    """Training log, stored in `trainer_state.json` and in every checkpoint."""
 
     step: int = 0
     steps: int = 0
@@ -48,12 +48,13 @@ class Log:
 
 @dataclass(frozen=True)
 class Work:
-    """What one process computes of a step.
+    """Work of one process for a step.
 
     Attributes:
-        batches: Its micro-batches.
-        idle: What is computed for nothing while other processes have more micro-batches, where all take part in each.
-        learned: Learned tokens of the whole global batch, by which the loss is divided.
+        batches: Micro-batches of this process.
+        idle: Micro-batches with zero weight, computed while other processes have more micro-batches. Required with
+            sharding, where every process takes part in each micro-batch.
+        learned: Number of target tokens of the whole global batch, by which the loss is divided.
     """
 
     batches: list[Batch]
@@ -63,13 +64,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step.
+    """Result of an optimizer step.
 
     Attributes:
-        loss: This process's part of the mean loss; a scalar.
-        tokens: Tokens that this process read, padding not counted.
+        loss: Contribution of this process to the mean loss; a scalar.
+        tokens: Tokens processed by this process, padding excluded.
         grad_norm: Global gradient norm before clipping; a scalar.
-        learning_rate: What the step was taken with.
+        learning_rate: Learning rate of the step.
     """
 
     loss: Tensor
@@ -80,13 +81,13 @@ class Step:
 
 @dataclass
 class Window:
-    """What is counted from one report to the next.
+    """Counters since the last report.
 
     Attributes:
-        loss: Sum of this process's part of the steps' mean losses.
-        tokens: Tokens that this process read.
-        steps: Steps done.
-        began: When, on the monotonic clock.
+        loss: Sum over steps of the contribution of this process to the mean loss; a scalar.
+        tokens: Tokens processed by this process.
+        steps: Number of completed steps.
+        began: Start time on the monotonic clock, in seconds.
     """
 
     loss: Tensor

@@ -1,4 +1,4 @@
-"""What a training costs: tokens, floating point operations, memory, and what the GPUs do meanwhile."""
+"""Resource usage of a training: floating-point operations, memory, and GPU utilization."""
 
 import csv
 import os
@@ -13,39 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_assets.training.process_memory import peak_resident_mib
 
-if TYPE_CHECKING:  # planning asks for rates and names, without torch
+if TYPE_CHECKING:  # planning uses rates and names without torch
     import torch
     from torch import nn
 
 CONVENTION = (
-    "4N floating point operations a token, N being the base's weights that are multiplied (with the output layer, "
-    "without the input embedding): 2N forward and 2N for the gradient of the activations, as the base is frozen. "
-    "Attention, the adapter and what gradient checkpointing computes again are not counted. Peak of the device: {peak}."
+    "4N floating-point operations per token, where N is the number of base model weights in matrix multiplications "
+    "(with the output layer, without the input embedding): 2N in the forward pass and 2N for the gradient of the "
+    "activations, as the base model is frozen. Attention, the adapter and recomputation by gradient checkpointing are "
+    "not counted. Device peak: {peak}."
 )
 PEAK_TFLOPS = {
     "H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362,
     "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
 }  # fmt: skip
-"""Dense 16-bit matrix rates by the vendors' data sheets, in 10^12 operations a second, by a part of the name."""
+"""Dense 16-bit matrix rates from the vendors' data sheets, in TFLOP/s, by a substring of the device name."""
 SAMPLE_SECONDS = 1.0
 
 
 def multiplied_weights(model: "nn.Module") -> int:
-    """Weights of a frozen model that a token is multiplied with; of quantized layers, as many as they stand for."""
+    """Count the weights of a frozen model that take part in matrix multiplications; quantized weights count in full."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            found[id(module.weight)] = module.in_features * module.out_features
+            sizes[id(module.weight)] = module.in_features * module.out_features
         elif isinstance(module, Conv1D):
-            found[id(module.weight)] = module.weight.numel()
-    return sum(found.values())
+            sizes[id(module.weight)] = module.weight.numel()
+    return sum(sizes.values())
 
 
 def peak_flops(device: "torch.device", precision: str) -> tuple[float, str]:
-    """The device's dense matrix rate in operations a second, and where it is known from."""
+    """Return the device's dense matrix rate in FLOP/s, and a description of its source."""
     import torch
 
     if device.type == "cuda" and precision != "fp32":
@@ -74,7 +75,7 @@ def _measured_flops(device: "torch.device", dtype: "torch.dtype", size: int = 10
 
 
 def hardware_name(device: "torch.device") -> str:
-    """As its maker calls it."""
+    """Name of the device, as given by its manufacturer."""
     if device.type == "cuda":
         import torch
 
@@ -83,9 +84,9 @@ def hardware_name(device: "torch.device") -> str:
 
 
 def cpu_name() -> str:
-    """This machine's CPU as its maker calls it, with its number of cores, on which its speed depends."""
-    named = re.search(r"^model name\s*: (.+)$", _cpu_info(), re.MULTILINE)
-    return f"{named[1].strip() if named else platform.machine()}, {os.cpu_count()} cores"
+    """Name of this machine's CPU, as given by its manufacturer, and its number of cores, which determines its speed."""
+    match = re.search(r"^model name\s*: (.+)$", _cpu_info(), re.MULTILINE)
+    return f"{match[1].strip() if match else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _cpu_info() -> str:
@@ -96,7 +97,7 @@ def _cpu_info() -> str:
 
 
 def peak_memory_mib(device: "torch.device") -> int:
-    """Of this process: of its GPU where it has one, else resident memory."""
+    """Return the peak memory of this process in MiB: GPU memory on CUDA, else RSS."""
     if device.type == "cuda":
         import torch
 
@@ -105,9 +106,9 @@ def peak_memory_mib(device: "torch.device") -> int:
 
 
 class Utilisation:
-    """What NVIDIA's management library says of this node's GPUs, once a second, as rows of a table.
+    """Samples the utilization of this node's GPUs through NVML once per second.
 
-    Without a GPU or without `nvidia-ml-py` there are no rows.
+    Without a GPU or without `nvidia-ml-py`, `rows` stays empty.
     """
 
     COLUMNS = ("seconds", "step", "gpu", "utilisation_percent", "memory_mib", "power_watts", "temperature_celsius")
@@ -118,7 +119,7 @@ class Utilisation:
 
     @contextmanager
     def sampling(self, device: "torch.device") -> Iterator[None]:
-        """Sample in a thread of its own until the block is left."""
+        """Sample in a background thread until the block exits."""
         driver = nvml() if device.type == "cuda" else None
         if driver is None:
             yield
@@ -138,32 +139,32 @@ class Utilisation:
         handles = [driver.nvmlDeviceGetHandleByIndex(i) for i in range(driver.nvmlDeviceGetCount())]
         while not ended.wait(SAMPLE_SECONDS):
             for gpu, handle in enumerate(handles):
-                self.rows.append((round(time.monotonic() - began, 1), self.step, gpu, *self._ask(driver, handle)))
+                self.rows.append((round(time.monotonic() - began, 1), self.step, gpu, *self._query(driver, handle)))
 
-    def _ask(self, driver: Any, handle: Any) -> list[Any]:
-        """What a GPU tells; None for what it does not."""
-        answers: list[Any] = []
-        for question in (
+    def _query(self, driver: Any, handle: Any) -> list[Any]:
+        """Query the metrics of a GPU; None for metrics that it does not support."""
+        values: list[Any] = []
+        for query in (
             lambda: driver.nvmlDeviceGetUtilizationRates(handle).gpu,
             lambda: driver.nvmlDeviceGetMemoryInfo(handle).used >> 20,
             lambda: driver.nvmlDeviceGetPowerUsage(handle) / 1000,
             lambda: driver.nvmlDeviceGetTemperature(handle, driver.NVML_TEMPERATURE_GPU),
         ):
             try:
-                answers.append(question())
+                values.append(query())
             except driver.NVMLError:
-                answers.append(None)
-        return answers
+                values.append(None)
+        return values
 
     def write(self, path: Path) -> None:
-        """Write the rows as CSV, if there are any."""
+        """Write the samples as CSV, if any."""
         if self.rows:
             with path.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([self.COLUMNS, *self.rows])
 
 
 def nvml() -> Any:
-    """NVIDIA's management library, begun; None where there is none."""
+    """Initialize NVML and return its module; None if NVML is not available."""
     try:
         import pynvml
     except ImportError:

@@ -1,6 +1,6 @@
-"""Weights & Biases, as rank 0 of a training sees it: a process that is told things, and is never waited for in vain.
+"""Weights & Biases client of rank 0: sends messages to a separate process, and never blocks on an unreachable server.
 
-Nothing here imports wandb or asks its server; `wandb_process.py` does both.
+This module does not import wandb; `wandb_process.py` imports it and connects to the server.
 """
 
 import json
@@ -24,21 +24,21 @@ from finetune_assets.training.wandb_process import Message, answers
 
 BINS = 64
 BEGIN_SECONDS, STAGE_SECONDS = 60.0, 300.0
-"""How long wandb may take to load and begin, and to copy an adapter, where training has to wait for it."""
+"""Timeouts while training waits for wandb: to load and start a run, and to copy an adapter."""
 FINISH_SECONDS, FAILED_SECONDS = 600.0, 2.0
-"""How long an end is waited for at most, of a training that succeeded and of one that did not."""
+"""Timeouts for the end of the run, after a successful and after a failed training."""
 PROBE_SECONDS, MISSES = 0.5, 3
-"""How long a server may take to answer at the end, and how often in a row it may miss that once it has answered."""
+"""Timeout of a server probe at the end of the run, and number of consecutive failures after a success."""
 
 
 @dataclass(frozen=True)
 class Used:
-    """An artifact that a run was made from.
+    """Input artifact of a run.
 
     Attributes:
-        name: What W&B calls it.
-        metadata: Its fingerprint, and more.
-        uri: Where it lies, if that is known.
+        name: Name of the artifact in W&B.
+        metadata: Fingerprint and other metadata of the artifact.
+        uri: URI of the artifact in the store, if known.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Used:
 
 @dataclass(frozen=True)
 class Begin:
-    """What a run begins with: `wandb.init`'s arguments, what the settings ask for, and what it was made from."""
+    """Start parameters of a run: arguments of `wandb.init`, tracking settings, and input artifacts."""
 
     project: str
     entity: str | None
@@ -66,12 +66,12 @@ class Begin:
 
 
 def beginning(config: ExperimentConfig, made_from: dict[str, Any], uris: dict[str, str]) -> Begin | None:
-    """How the run of a training begins; None if the settings ask for none.
+    """Build the start parameters of a training's run; None if W&B is disabled.
 
     Args:
         config: The resolved settings.
-        made_from: The inputs' fingerprints; the run's id is the beginning of `fingerprint`.
-        uris: Where the inputs lie in the store, by name, as far as that is known.
+        made_from: Fingerprints of the inputs; the run id is the prefix of `fingerprint`.
+        uris: Known store URIs of the inputs, by name.
     """
     settings = config.wandb
     if settings is None:
@@ -100,39 +100,39 @@ def beginning(config: ExperimentConfig, made_from: dict[str, Any], uris: dict[st
 
 
 class WandbRun:
-    """One run of Weights & Biases. No method raises for what W&B does, or waits for its server but `finish`.
+    """A run of Weights & Biases. No method raises W&B errors, and only `finish` waits for the server.
 
-    dagster-wandb's IO manager cannot be used here: it waits for an upload, which never comes offline.
+    dagster-wandb's IO manager is not usable here: it waits for an upload, which never happens offline.
 
     Args:
-        begin: What it begins with.
-        say: Takes a line of text.
+        begin: Start parameters of the run.
+        write_line: Receives each line of text.
     """
 
-    def __init__(self, begin: Begin, say: Callable[[str], None]) -> None:
-        self._begin, self._say = begin, say
+    def __init__(self, begin: Begin, write_line: Callable[[str], None]) -> None:
+        self._begin, self._write_line = begin, write_line
         self._histograms: dict[str, tuple[list[float], list[float]]] = {}
-        self._known: Message = {}
-        self._told: SimpleQueue[Message] = SimpleQueue()
+        self._received: Message = {}
+        self._messages: SimpleQueue[Message] = SimpleQueue()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "finetune_assets.training.wandb_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,  # what ends the training lets it write its folder
+            start_new_session=True,  # survives signals to the training, to write its folder
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._read_messages, daemon=True).start()
         self._send(begin=asdict(begin))
 
     # ---- during training
 
     def look(self, step: int, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Take histograms of weights and gradients as they are now, if the settings ask for them and a report is due.
+        """Compute histograms of the current weights and gradients, if enabled and if a report is due.
 
         Args:
-            step: The optimizer step that is being taken, from 1.
-            parameters: Trained weights by name, with their gradients.
+            step: Number of the current optimizer step, from 1.
+            parameters: Names and trained weights, with their gradients.
         """
         if self._begin.watch == "off" or (step > 1 and step % self._begin.logging_steps):
             return
@@ -143,42 +143,42 @@ class WandbRun:
                 self._histograms[f"gradients/{name}"] = histogram(parameter.grad)
 
     def record(self, numbers: dict[str, Any]) -> None:
-        """Record what is known after a step, the number of which is `step`."""
+        """Log the metrics of a step, with the step number as `step`, and the current histograms."""
         self._send(record={"numbers": numbers, "histograms": self._histograms})
         self._histograms = {}
-        self._hear()
+        self._handle_pending()
 
     # ---- at the end
 
     def link(self) -> dict[str, str]:
-        """Where the run is: `url` if online, its `folder`, the command `sync`; empty if W&B failed altogether."""
+        """Location of the run: `url` if online, `folder`, and the command `sync`; empty if W&B failed to start."""
         self._wait("begun", BEGIN_SECONDS)
-        return {name: value for name, value in self._known.get("begun", {}).items() if name != "server"}
+        return {name: value for name, value in self._received.get("begun", {}).items() if name != "server"}
 
     def summarize(self, numbers: dict[str, Any]) -> None:
         self._send(summary={"numbers": numbers})
 
     def log_adapter(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Log the adapter as an artifact, if the settings ask for it; the folder may go afterwards."""
+        """Log the adapter as an artifact, if enabled; the folder may be deleted afterwards."""
         if self._begin.log_model:
             self._send(adapter={"folder": str(folder), "metadata": metadata})
             self._wait("staged", STAGE_SECONDS)
 
     def finish(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """End the run, as failed if it ends by an error; wait for what is still to be sent while the server answers."""
+        """Finish the run, as failed after an error; wait for pending uploads while the server is reachable."""
         preempted = bool(error_type and issubclass(error_type, UserError) and error_type.retriable)
         self._send(finish={"exit_code": int(error_type is not None), "preempted": preempted})
         until = time.monotonic() + (FAILED_SECONDS if error_type else FINISH_SECONDS)
         misses = MISSES - 1
         while not self._wait("done", PROBE_SECONDS / 2):
-            server = self._known.get("begun", {}).get("server")
+            server = self._received.get("begun", {}).get("server")
             misses = 0 if server is None or answers(server, PROBE_SECONDS) else misses + 1
             if misses == MISSES or time.monotonic() > until:
-                return self._leave(server)
+                return self._report_unreachable(server)
 
-    def _leave(self, server: str | None) -> None:
-        sync = self._known.get("begun", {}).get("sync", "see docs/wandb.md")
-        self._say(
+    def _report_unreachable(self, server: str | None) -> None:
+        sync = self._received.get("begun", {}).get("sync", "see docs/wandb.md")
+        self._write_line(
             f"Weights & Biases: {server or 'wandb'} unreachable; the run is saved locally, upload it with: {sync}"
         )
 
@@ -189,41 +189,41 @@ class WandbRun:
             assert self._process.stdin
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except OSError:  # it has ended, and said why
+        except OSError:  # the process has exited, and has reported the reason
             pass
 
-    def _listen(self) -> None:
+    def _read_messages(self) -> None:
         assert self._process.stdout
         for line in self._process.stdout:
-            self._told.put(json.loads(line))
-        self._told.put({"done": True, "begun": {}, "staged": True})
+            self._messages.put(json.loads(line))
+        self._messages.put({"done": True, "begun": {}, "staged": True})
 
-    def _wait(self, what: str, seconds: float) -> bool:
-        """Hear what is told until something is known; whether it is."""
+    def _wait(self, key: str, seconds: float) -> bool:
+        """Handle messages until `key` is received; False on timeout."""
         until = time.monotonic() + seconds
-        while what not in self._known:
+        while key not in self._received:
             try:
-                self._heard(self._told.get(timeout=max(0.0, until - time.monotonic())))
+                self._handle(self._messages.get(timeout=max(0.0, until - time.monotonic())))
             except Empty:
                 return False
         return True
 
-    def _hear(self) -> None:
-        while not self._told.empty():
-            self._heard(self._told.get())
+    def _handle_pending(self) -> None:
+        while not self._messages.empty():
+            self._handle(self._messages.get())
 
-    def _heard(self, message: Message) -> None:
-        self._known = {**message, **self._known}
-        if "say" in message:
-            self._say(message["say"])
+    def _handle(self, message: Message) -> None:
+        self._received = {**message, **self._received}
+        if "line" in message:
+            self._write_line(message["line"])
         if begun := message.get("begun"):
             why = f"{begun['why']}; " if "why" in begun else ""
-            later = f"recorded in {begun['folder']}, to be sent by: {begun['sync']}"
-            self._say(f"Weights & Biases: {why}{begun.get('url') or later}")
+            later = f"recorded in {begun['folder']}; upload it with: {begun['sync']}"
+            self._write_line(f"Weights & Biases: {why}{begun.get('url') or later}")
 
 
 def histogram(values: Tensor) -> tuple[list[float], list[float]]:
-    """Counts and edges of what is finite of some values."""
+    """Compute the counts and bin edges of a histogram of the finite values."""
     flat = values.float().flatten()
     flat = flat[flat.isfinite()]
     low, high = (float(flat.min()), float(flat.max())) if len(flat) else (0.0, 0.0)

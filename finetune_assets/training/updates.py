@@ -1,4 +1,4 @@
-"""Measures how large an adapter's update of each module is, and how many directions it really has."""
+"""Norm and effective rank of an adapter's update of each module."""
 
 import re
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ PAIR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B|embedding_A|embedding_B)(
 
 
 def updates(folder: Path) -> list[Update]:
-    """The update of every module, in the model's order.
+    """Compute the update of every module, in the order of the model.
 
     Raises:
-        ModelError: if the folder holds no LoRA adapter.
+        ModelError: if the folder does not contain a LoRA adapter.
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError) as e:
-        raise ModelError(f"{folder}: holds no adapter that loads: {' '.join(str(e).split())}") from e
+        raise ModelError(f"{folder}: the adapter cannot be loaded: {' '.join(str(e).split())}") from e
     if not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder}: is of type {config.peft_type}, not LORA")
+        raise ModelError(f"{folder}: the adapter type is {config.peft_type}, but must be LORA")
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if match := PAIR.fullmatch(name):
@@ -46,7 +46,7 @@ def _update(module: str, a: Tensor, b: Tensor, config: LoraConfig) -> Update:
     rank = a.shape[0]
     alpha = _of_module(config.alpha_pattern, module, config.lora_alpha)
     scaling = alpha / (rank**0.5 if config.use_rslora else rank)
-    # the singular values of B A are those of the small product of their triangular factors
+    # B A has the same singular values as the small product of the triangular factors of B and A
     triangular = torch.linalg.qr(b)[1] @ torch.linalg.qr(a.t())[1].t()
     values = np.sort((torch.linalg.svdvals(triangular) * scaling).double().numpy())[::-1]
     total = values.sum()
@@ -60,5 +60,5 @@ def _update(module: str, a: Tensor, b: Tensor, config: LoraConfig) -> Update:
 
 
 def _of_module(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """As PEFT finds it: the first key that the module's name ends with, as a regular expression."""
+    """Look up a value as PEFT does: by the first key, a regular expression, that matches the end of the module name."""
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module)), otherwise)

@@ -1,4 +1,4 @@
-"""Whether a base model's weights are all there and of the shapes that its configuration wants, said in one line."""
+"""Validation of a base model's weights against its configuration, with one-line error descriptions."""
 
 import json
 import re
@@ -10,75 +10,79 @@ from transformers import PreTrainedModel
 
 LAYER = re.compile(r"^(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d+)\.")
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""Name of a tensor, its shape in the file, and the shape that the model wants."""
+"""Name of a tensor, its shape in the file, and the shape that the model requires."""
 
 
 def misfit(base: PreTrainedModel, info: dict[str, Any]) -> str | None:
-    """What is wrong with the weights that were loaded, or None.
+    """Describe missing, mismatched or surplus weights of a loaded model; None if the weights are valid.
 
-    transformers would only warn, and train on random weights in their place.
+    transformers only logs a warning, and initializes such weights randomly.
 
     Args:
-        base: The model.
-        info: What `from_pretrained` gives with `output_loading_info`. Tied weights are not among its missing ones.
+        base: The loaded model.
+        info: Loading info returned by `from_pretrained` with `output_loading_info`; its missing keys exclude tied
+            weights.
     """
     missing = sorted(info["missing_keys"])
     if missing:
-        return f"its files lack the weight {missing[0]}{_more(missing)}; download or save the model again"
+        return f"weight {missing[0]}{_more(missing)} is missing from its files; download or save the model again"
     mismatched = sorted([*info["mismatched_keys"], *_mismatched_quantized(base)])
     if mismatched:
-        name, found, wanted = mismatched[0]
+        name, actual, expected = mismatched[0]
         return (
-            f"weight {name} is {[*found]} in its files, its config.json wants {[*wanted]}{_more(mismatched)}; "
-            "take the config.json that belongs to these weights"
+            f"weight {name} has shape {[*actual]} in its files, but config.json requires {[*expected]}"
+            f"{_more(mismatched)}; use the config.json that belongs to these weights"
         )
-    beyond = sorted(name for name in info["unexpected_keys"] if _is_beyond(name, base.config.num_hidden_layers))
-    if beyond:
+    surplus = sorted(name for name in info["unexpected_keys"] if _is_surplus(name, base.config.num_hidden_layers))
+    if surplus:
         return (
-            f"its files hold the weight {beyond[0]}{_more(beyond)}, its config.json says num_hidden_layers "
-            f"{base.config.num_hidden_layers}; take the config.json that belongs to these weights"
+            f"its files contain weight {surplus[0]}{_more(surplus)}, but config.json sets num_hidden_layers "
+            f"{base.config.num_hidden_layers}; use the config.json that belongs to these weights"
         )
     return None
 
 
-def _is_beyond(name: str, layers: int) -> bool:
-    """Whether a weight is of a layer that the configuration does not have, so that a cut model would be trained.
+def _is_surplus(name: str, layers: int) -> bool:
+    """Whether a weight belongs to a layer beyond the configured number, so that a truncated model would be trained.
 
-    Other weights that a model has no place for (of a vision tower, say) are rightly passed over.
+    Other unexpected weights (of a vision tower, for example) are ignored.
     """
     number = LAYER.search(name)
     return number is not None and int(number[1]) >= layers
 
 
 def _mismatched_quantized(base: PreTrainedModel) -> Iterator[Mismatch]:
-    """transformers 5.23 compares no shapes of weights that it quantizes."""
+    """Compare shapes of quantized weights, which transformers 5.23 does not check."""
     for name, module in base.named_modules():
         weight: Any = getattr(module, "weight", None)
         if type(weight).__name__ not in ("Params4bit", "Int8Params"):
             continue
-        found = tuple(weight.quant_state.shape if hasattr(weight, "quant_state") else weight.shape)
-        wanted = (module.out_features, module.in_features)
-        if found != wanted:
-            yield f"{name}.weight", found, wanted
+        actual = tuple(weight.quant_state.shape if hasattr(weight, "quant_state") else weight.shape)
+        expected = (module.out_features, module.in_features)
+        if actual != expected:
+            yield f"{name}.weight", actual, expected
 
 
 def misquantized(base: PreTrainedModel, folder: Path, wanted: str) -> str | None:
-    """What is wrong with weights that are quantized in the folder already, or None.
+    """Describe a conflict with the quantization of weights that are stored quantized; None if there is no conflict.
 
-    transformers keeps the folder's own kind where another is asked for, and reads a kind that it does not know as if
-    its numbers were weights, warning alone.
+    transformers keeps the stored quantization if the settings request another one. For an unknown quantization method
+    it only logs a warning, and reads the quantized values as weights.
     """
     stored = stored_quantization(folder)
     if stored and wanted != "none":
-        return f"its weights are quantized already, which model.quantization {wanted} cannot do again; set it to none"
+        return (
+            f"its weights are already quantized, so model.quantization {wanted} cannot be applied; "
+            "set model.quantization to none"
+        )
     if stored and getattr(base, "hf_quantizer", None) is None:
         kind = stored.get("quant_method")
-        return f"its weights are quantized in a way that the installed transformers does not know ({kind})"
+        return f"its weights use a quantization method that the installed transformers does not support ({kind})"
     return None
 
 
 def stored_quantization(folder: Path) -> dict[str, Any] | None:
-    """How a folder's weights are quantized already; None where they are not."""
+    """Read the quantization config of a folder's weights; None if they are not quantized."""
     stored: dict[str, Any] | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
         "quantization_config"
     )
@@ -90,17 +94,17 @@ def _more(names: list[Any]) -> str:
 
 
 def explain(error: Exception) -> str:
-    """What transformers could not load, and what to do about it, in one line."""
+    """Convert a loading error of transformers to one line with its cause and fix."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return (
-            "it needs Python code of its own. Read that code, and if you trust it set model.trust_remote_code to "
-            "owner/name@commit (the 40-digit commit that you have read)"
+            "it requires custom Python code. Review the code, and if you trust it set model.trust_remote_code to "
+            "owner/name@commit (the 40-digit commit that you reviewed)"
         )
     if "does not recognize this architecture" in text:
         kind = text.partition("model type `")[2].partition("`")[0]
-        return f"the installed transformers knows no architecture '{kind}'; install a newer one, or take another model"
+        return f"the installed transformers does not support architecture '{kind}'; upgrade it, or use another model"
     if "Unrecognized configuration class" in text:
         kind = text.partition("<class '")[2].partition("'")[0].rpartition(".")[2]
-        return f"{kind} is of no causal language model, which generates text to the right; take another model"
+        return f"{kind} has no causal language model (text generation from left to right); use another model"
     return f"{type(error).__name__}: {text}"

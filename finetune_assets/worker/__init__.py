@@ -1,1 +1,1 @@
-"""What runs on the machine that trains: the job, its processes, how they start and are watched, what they report."""
+"""Job execution on the training machine: job specification, worker processes, their startup and their reports."""

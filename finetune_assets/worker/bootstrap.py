@@ -1,11 +1,11 @@
-"""The first process of a job, wherever it runs: fetch the inputs, run the worker, publish what it made.
+"""First process of a job on every engine: fetch the inputs, run the worker, publish its output.
 
 `python -m finetune_assets.worker.bootstrap JOB.json RESULT.json`
 """
 
 from finetune_assets.worker.process import ERROR_FILE, die_with_parent, openmp_waiting
 
-if __name__ == "__main__":  # not in the fork server, which imports this for its children
+if __name__ == "__main__":  # not in the fork server, which imports this module for its children
     die_with_parent()
 
 import json
@@ -37,31 +37,32 @@ from finetune_assets.worker.rendezvous import ALONE, Place
 
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MEANWHILE_SECONDS = 2
-NOT_MET = (
-    "the machines of this job did not all meet within launcher.rendezvous_seconds; see that each reaches the first one "
-    "on its port (a firewall? NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME in launcher.environment?), or raise it"
+RENDEZVOUS_TIMEOUT = (
+    "Rendezvous timeout: not all machines of this job connected within launcher.rendezvous_seconds. Check that each "
+    "machine can reach the first one on its port (firewall; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME in "
+    "launcher.environment), or raise launcher.rendezvous_seconds"
 )
 TAIL = 60
-"""Lines of the worker's stderr that are told where it left no error of its own."""
+"""Number of stderr lines to report if the worker left no error file."""
 
 
 def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
-    """Run one job, or one machine's part of it, to its end.
+    """Run one job, or one machine's part of it, to completion.
 
     Returns:
-        What was made; None on a machine that does not lead.
+        Reference to the published artifact; None on machines other than the leader.
 
     Raises:
-        JobFailed: with the worker's own error.
-        UserError: if an input cannot be fetched or the output not be published.
+        JobFailed: If the worker fails, with the worker's own error.
+        UserError: If an input cannot be fetched or the output cannot be published.
     """
     store = open_store(spec.store, spec.namespace, Path(spec.cache), spec.cache_limit)
     cache = store.cache
-    doing = f"makes {spec.kind}/{spec.fingerprint}"
-    mine = place.own(spec.fingerprint)
+    doing = f"computing {spec.kind}/{spec.fingerprint}"
+    job_name = place.own(spec.fingerprint)
     with (
-        cache.alone(f"job-{mine}", doing),  # two would write over one another's checkpoints
-        _scratch(spec, cache.scratch(mine)) as scratch,
+        cache.alone(f"job-{job_name}", doing),  # two jobs would overwrite each other's checkpoints
+        _scratch(spec, cache.scratch(job_name)) as scratch,
         cache.workspace("job") as folder,
         gpus.held(spec.processes) as devices,
     ):
@@ -75,7 +76,7 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
             "config": folder / "config.yaml",
             "made-from": folder / "made_from.json",
             "uris": folder / "uris.json",
-            "output": _made(folder / "output"),
+            "output": _created(folder / "output"),
             **inputs,
             **({"scratch": scratch} if spec.scratch else {}),
         }
@@ -111,10 +112,10 @@ def _publish(store: ArtifactStore, spec: JobSpec, output: Path) -> ArtifactRef:
 
 @contextmanager
 def _scratch(spec: JobSpec, folder: Path) -> Iterator[Path]:
-    """A folder that keeps what a job that fails has put there, and goes once it succeeds."""
+    """Provide a folder that is kept if the job fails and removed if it succeeds."""
     if spec.ignore_checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
-    _made(folder)
+    _created(folder)
     try:
         yield folder
     except BaseException:
@@ -124,22 +125,22 @@ def _scratch(spec: JobSpec, folder: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _made(folder: Path) -> Path:
+def _created(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What computes.
+    """A worker process and its resources.
 
     Attributes:
-        module: What is started.
-        arguments: Its arguments.
-        folder: Empty, for what explains a failure.
-        cache: For what outlives the job: W&B's folders.
-        gpus: Those that are its own; empty where it computes on the CPU.
-        processes: How many share this machine's cores.
+        module: Module to start.
+        arguments: Arguments of the module.
+        folder: Empty folder for error files.
+        cache: Folder for files that outlive the job, such as W&B's.
+        gpus: GPUs reserved for the worker; empty to compute on the CPU.
+        processes: Number of processes that share this machine's cores.
     """
 
     module: str
@@ -151,42 +152,42 @@ class Worker:
 
 
 def _processes(spec: JobSpec, gpus: list[str]) -> int:
-    """How many processes to start: `auto` is one a GPU, or one where there is none."""
+    """Return the number of processes to start. `auto` is one per GPU, or one without a GPU."""
     if spec.processes in (None, "auto"):
         return max(1, len(gpus))
     return int(spec.processes)
 
 
 def _cores() -> int:
-    """Those that this process may use; a cluster gives a job a part of its machine."""
+    """Return the number of cores available to this process; a cluster may assign a job part of a machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> tuple[str, list[str]]:
-    """The module that is started, torchrun or the worker alone, and its first arguments."""
+    """Return the module to start (torchrun or the worker itself) and its first arguments."""
     if spec.processes is None:
         return spec.module, []
     torchrun = [
         *place.meeting(spec.nodes, spec.rendezvous_seconds),
         f"--nproc-per-node={processes}",
-        f"--log-dir={folder}",  # what it writes of its own; it leaves it in /tmp otherwise
+        f"--log-dir={folder}",  # torchrun's own logs, which would otherwise stay in /tmp
     ]
     if not warm.was_forked():
         return TORCHRUN, [*torchrun, "-m", spec.module]
-    # torchrun forks the ranks, too, and each runs the module's file in the interpreter that it has
+    # torchrun forks the ranks as well, and each runs the module's file in the existing interpreter
     return TORCHRUN, [*torchrun, "--start-method=fork", "--run-path", _file_of(spec.module)]
 
 
 def flags(arguments: Mapping[str, Path]) -> list[str]:
-    """Arguments by name as a worker's command line has them."""
+    """Return the command-line flags of a worker for arguments by name."""
     return [part for name, path in arguments.items() for part in (f"--{name}", str(path))]
 
 
 def _file_of(module: str) -> str:
-    """The file that `python -m MODULE` runs.
+    """Return the file that `python -m MODULE` runs.
 
     Raises:
-        ModuleNotFoundError: if there is no such module.
+        ModuleNotFoundError: If the module does not exist.
     """
     spec = find_spec(module)
     if spec and spec.submodule_search_locations is not None:
@@ -197,35 +198,35 @@ def _file_of(module: str) -> str:
 
 
 def run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Run a worker with its output passed on, and wait for its end.
+    """Run a worker, forward its stderr, and wait until it ends.
 
     Args:
         worker: The worker.
-        meanwhile: Called every few seconds.
+        meanwhile: Callback, called every few seconds while the worker runs.
 
     Raises:
-        JobFailed: with the worker's own error.
+        JobFailed: If the worker fails, with its own error.
     """
-    told, crashed = worker.folder / "user_error.json", worker.folder / "crash.json"
+    user_error, crash = worker.folder / "user_error.json", worker.folder / "crash.json"
     environment = {
         "OMP_NUM_THREADS": str(max(1, _cores() // worker.processes)),
         **openmp_waiting(),
-        "WANDB_DIR": str(worker.cache),  # makes a folder `wandb` in it
+        "WANDB_DIR": str(worker.cache),  # W&B creates a folder `wandb` in it
         "WANDB_DATA_DIR": str(worker.cache / "wandb"),
         **os.environ,
-        ERROR_FILE: str(told),
-        TORCHRUN_ERROR_FILE: str(crashed),
+        ERROR_FILE: str(user_error),
+        TORCHRUN_ERROR_FILE: str(crash),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)  # of a job around this one
+        environment.pop(name, None)  # set by an enclosing job
     if worker.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(worker.gpus)
     process = warm.start(worker.module, worker.arguments, environment, subprocess.PIPE, binds=True)
     tail: deque[str] = deque(maxlen=TAIL)
-    # Read aside: something that the worker started may hold its stderr open after it has ended
+    # Read in a thread: a child of the worker may keep stderr open after the worker has ended
     assert process.stderr
     reader = threading.Thread(target=_pass_on, args=(process.stderr, tail), daemon=True)
     reader.start()
@@ -240,7 +241,7 @@ def run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> 
             process.wait()
     reader.join(timeout=2)
     if process.returncode != 0:
-        raise _failure(told, crashed, tail, process.returncode)
+        raise _failure(user_error, crash, tail, process.returncode)
 
 
 def _pass_on(stream: IO[str], tail: deque[str]) -> None:
@@ -249,40 +250,40 @@ def _pass_on(stream: IO[str], tail: deque[str]) -> None:
         tail.append(line)
 
 
-def _failure(told: Path, crashed: Path, tail: deque[str], code: int) -> JobFailed:
-    """The worker's own account of its failure, the most telling one that it left.
+def _failure(user_error: Path, crash: Path, tail: deque[str], code: int) -> JobFailed:
+    """Return the most specific error that the worker left: its user error, its traceback, or the end of its stderr.
 
-    What it did not tell as an error of its user's may be the machine's fault, and be gone in another attempt.
+    Failures other than user errors may be caused by the machine and are retriable.
     """
-    if told.exists():
-        answer = json.loads(told.read_text(encoding="utf-8"))
-        return JobFailed(answer["error"], answer["retriable"], telling=3)
-    if crashed.exists():
-        message = json.loads(crashed.read_text(encoding="utf-8"))["message"]
+    if user_error.exists():
+        answer = json.loads(user_error.read_text(encoding="utf-8"))
+        return JobFailed(answer["error"], answer["retriable"], specificity=3)
+    if crash.exists():
+        message = json.loads(crash.read_text(encoding="utf-8"))["message"]
         if isinstance(message, str):
-            return JobFailed(message, retriable=True, telling=2)
+            return JobFailed(message, retriable=True, specificity=2)
         stack = message.get("extraInfo", {}).get("py_callstack", "")
-        return JobFailed(f"{message['message']}\n{stack}", retriable=True, telling=2)
-    words = "".join(tail)
-    if "RendezvousTimeoutError" in words:
-        return JobFailed(NOT_MET, retriable=True, telling=1)
-    return JobFailed(f"the worker ended with code {code}; its last words:\n{words}", retriable=True)
+        return JobFailed(f"{message['message']}\n{stack}", retriable=True, specificity=2)
+    stderr = "".join(tail)
+    if "RendezvousTimeoutError" in stderr:
+        return JobFailed(RENDEZVOUS_TIMEOUT, retriable=True, specificity=1)
+    return JobFailed(f"The worker exited with code {code}. Last lines of its stderr:\n{stderr}", retriable=True)
 
 
 def answer_of(spec: JobSpec, place: Place = ALONE) -> dict[str, Any]:
-    """What became of a job, or of one machine's part of it, as JSON."""
+    """Run a job, or one machine's part of it, and return its outcome as a JSON object."""
     try:
         ref = run(spec, place)
         return {"ref": ref.to_dict() if ref else None}
     except UserError as e:
-        return {"error": str(e), "retriable": e.retriable, "telling": getattr(e, "telling", 3)}
+        return {"error": str(e), "retriable": e.retriable, "specificity": getattr(e, "specificity", 3)}
     except Exception as e:
         traceback.print_exc()
-        return {"error": f"{type(e).__name__}: {e}", "retriable": True, "telling": 2}
+        return {"error": f"{type(e).__name__}: {e}", "retriable": True, "specificity": 2}
 
 
 def prepare() -> None:
-    """End orderly when told to, and tell in the terminal what is done."""
+    """Exit cleanly on SIGTERM, and log progress to the terminal."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     Progress.display = from_environment()
     in_terminal()

@@ -1,15 +1,15 @@
-"""A resident process with torch, transformers and peft imported, from which workers of this machine are forked.
+"""Resident process with torch, transformers and peft imported, from which workers on this machine are forked.
 
-`python -P finetune_assets/worker/forkserver.py FILE`, the descriptor of a socket that listens: `launch.warm` starts it.
-It imports and waits; it never computes, touches a GPU or reads a model, so that a child begins with what a fresh
-interpreter has after its imports. Its stdin is a lifeline: the server and all its children end when the process that
-holds the other side does, even by SIGKILL. (The forkserver of `multiprocessing` gives a child neither environment nor
-output of its own, and has it import its parent's main module.)
+`python -P finetune_assets/worker/forkserver.py FILE`, where FILE is the descriptor of a listening socket. `worker.warm`
+starts it. The server imports and waits. It never computes, uses a GPU or reads a model, so that a child starts in the
+state of a fresh interpreter after its imports. Its stdin is a lifeline: the server and all its children end when the
+process at the other end of the pipe ends, even by SIGKILL. (The forkserver of `multiprocessing` gives a child neither a
+separate environment nor separate output streams, and makes it import its parent's main module.)
 
-One connection is one child. The client sends a header of 4 bytes with its stdin, stdout and stderr attached, and a JSON
-object of that length: `module`, `arguments`, `environment`, `folder`. The server answers with a line of JSON, the
-child's `pid`, and one with its `code` when it ends. A byte from the client is a signal for the child; a connection that
-the client closes, or that breaks because it died, kills the child.
+Each connection is one child. The client sends a 4-byte header with its stdin, stdout and stderr attached, then a JSON
+object of that length: `module`, `arguments`, `environment`, `folder`. The server responds with a line of JSON with the
+child's `pid`, and with a second line with its exit `code` when it ends. A byte from the client is a signal for the
+child. If the client closes the connection or dies, the child is killed.
 """
 
 import gc
@@ -44,10 +44,10 @@ PRELOADED = (
     "finetune_assets.preflight.simulation",
     "finetune_assets.worker.bootstrap",
     "transformers.models.llama.modeling_llama",
-    "pandas",  # pyarrow asks for it at the first array
+    "pandas",  # imported by pyarrow at the first array
 )
 CLIENT_SECONDS = 10
-"""For a client to say what it wants, while others wait."""
+"""Timeout for a client to send its request, during which other clients wait."""
 FORK = get_context("fork")
 HEADER_BYTES = 4
 LIFELINE = 0
@@ -55,7 +55,7 @@ LIFELINE = 0
 
 @dataclass
 class Request:
-    """What a child runs: `python -m module arguments`, in that environment and folder."""
+    """Request to run `python -m module arguments` in the given environment and working directory."""
 
     module: str
     arguments: list[str]
@@ -63,7 +63,7 @@ class Request:
     folder: str
 
     def run(self) -> None:
-        """Run it in this process, as a fresh interpreter would."""
+        """Run the module in this process, as a fresh interpreter would."""
         inherited = {"", str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
         os.chdir(self.folder)
         os.environ.clear()
@@ -76,23 +76,23 @@ class Request:
         sys.argv = [self.module, *self.arguments]
         show_as(self.module, self.arguments)
         if self.module == TORCHRUN:
-            # It looks through its stack at each event, and through all modules for each frame that is of none of them,
-            # as runpy's are: two seconds of CPU
+            # torchrun inspects its stack at each event, and searches all modules for each frame without a module, such
+            # as runpy's: two seconds of CPU
             return import_module(TORCHRUN).main()
-        # it says that a module was imported before it runs
+        # runpy warns that the module was imported before it runs
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)
 
 
 @dataclass
 class Server:
-    """Accepts connections, forks, and passes on signals and exit codes.
+    """Accepts connections, forks children, and forwards signals and exit codes.
 
     Attributes:
         listener: Socket that clients connect to.
-        children: Those that run, each with the connection of its client.
-        ending: Asked by SIGTERM to end, which it does after its children: they may have a checkpoint to keep, and would
-            be killed with it.
+        children: Running children, each with the connection of its client.
+        ending: Whether SIGTERM was received. The server then exits after its children, which may have a checkpoint to
+            save and would be killed with it.
     """
 
     listener: socket.socket
@@ -103,7 +103,7 @@ class Server:
         self.woken, waker = os.pipe()
         os.set_blocking(self.woken, False)
         os.set_blocking(waker, False)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the children, and the process that waits for them
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the children and the waiting process
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "ending", True))
         signal.set_wakeup_fd(waker)
@@ -112,7 +112,7 @@ class Server:
             self.selector.register(file, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Serve until the lifeline breaks, or the last child has ended after SIGTERM."""
+        """Serve until the lifeline closes or, after SIGTERM, until the last child has ended."""
         while self.children or not self.ending:
             for key, _ in self.selector.select():
                 if key.fileobj is self.listener:
@@ -123,7 +123,7 @@ class Server:
                 elif key.fileobj == LIFELINE:
                     return self._end()
                 else:
-                    self._hear(key.data)
+                    self._forward_signals(key.data)
 
     def _accept(self) -> None:
         connection, _ = self.listener.accept()
@@ -131,7 +131,7 @@ class Server:
         try:
             header, files, _, _ = socket.recv_fds(connection, HEADER_BYTES, 3)
             request = Request(**json.loads(_exactly(connection, int.from_bytes(header, "big"))))
-        except (OSError, ValueError, EOFError):  # the client is gone
+        except (OSError, ValueError, EOFError):  # the client has died
             connection.close()
             return
         child = FORK.Process(target=self._child, args=(request, connection, files, os.getpid()))
@@ -140,10 +140,10 @@ class Server:
             os.close(file)
         self.children[child] = connection
         self.selector.register(connection, selectors.EVENT_READ, child)
-        self._tell(connection, {"pid": child.pid or 0})
+        self._send(connection, {"pid": child.pid or 0})
 
     def _child(self, request: Request, connection: socket.socket, files: list[int], server: int) -> None:
-        """Give up all that is the server's, and run what is asked for."""
+        """Release the server's resources and run the request."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -157,8 +157,8 @@ class Server:
             os.close(file)
         request.run()
 
-    def _hear(self, child: ForkProcess) -> None:
-        """Pass on signals; kill the child of a client that is gone."""
+    def _forward_signals(self, child: ForkProcess) -> None:
+        """Forward signals from the client; kill the child if the client has died."""
         connection = self.children.get(child)
         if connection is None:
             return
@@ -167,7 +167,7 @@ class Server:
         except OSError:
             signals = b""
         for number in signals or (signal.SIGKILL,):
-            if child.exitcode is None and child.pid:  # else the number may be another process's by now
+            if child.exitcode is None and child.pid:  # otherwise the PID may belong to another process by now
                 os.kill(child.pid, number)
         if not signals:
             self.selector.unregister(connection)
@@ -179,10 +179,10 @@ class Server:
             del self.children[child]
             if connection in self.selector.get_map():
                 self.selector.unregister(connection)
-                self._tell(connection, {"code": child.exitcode})
+                self._send(connection, {"code": child.exitcode})
             connection.close()
 
-    def _tell(self, connection: socket.socket, message: dict[str, int]) -> None:
+    def _send(self, connection: socket.socket, message: dict[str, int]) -> None:
         with suppress(OSError):
             connection.sendall(json.dumps(message).encode() + b"\n")
 
@@ -203,7 +203,7 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 
 def preload() -> None:
-    """Import what workers need. Ends the process as soon as its owner has ended."""
+    """Import the modules that workers need. Exits as soon as the owner of this process has ended."""
     selector = selectors.DefaultSelector()
     selector.register(LIFELINE, selectors.EVENT_READ)
     for name in PRELOADED:
@@ -211,9 +211,9 @@ def preload() -> None:
             os._exit(0)
         import_lean(name)
     selector.close()
-    getproctitle()  # finds the place of the title by the environment, which a child changes
+    getproctitle()  # locates the title by the environment, which a child changes
     gc.collect()
-    gc.freeze()  # a collection in a child would copy every page that it looks at
+    gc.freeze()  # a collection in a child would copy every page that it visits
 
 
 def main() -> None:

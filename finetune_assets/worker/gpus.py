@@ -1,7 +1,7 @@
-"""Which of this machine's GPUs a job computes on: those that no other job holds.
+"""Assign GPUs of this machine to a job: GPUs that no other job holds.
 
-FINETUNE_GPUS_PER_JOB: how many a job takes whose experiment does not say (`training.processes_per_node: auto`); all of
-    them by default. With more than one slot in Dagster's pool `gpu`, this many times the slots is what is needed.
+FINETUNE_GPUS_PER_JOB: number of GPUs for a job with `training.processes_per_node: auto`; all GPUs by default. With
+    several slots in Dagster's pool `gpu`, the machine needs this number of GPUs for each slot.
 """
 
 import logging
@@ -24,64 +24,64 @@ logger = logging.getLogger(__name__)
 
 
 class TooFewGPUs(UserError):
-    """A job asks for more GPUs than this machine has."""
+    """A job requires more GPUs than this machine has."""
 
 
 def visible() -> list[str]:
-    """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them; empty where there is none."""
-    said = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if said == "" or not shutil.which("nvidia-smi"):
+    """Return this machine's GPUs as named in CUDA_VISIBLE_DEVICES; empty without a GPU."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices == "" or not shutil.which("nvidia-smi"):
         return []
-    if said:
-        return said.split(",")
+    if devices:
+        return devices.split(",")
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE) if listed.returncode == 0 else []
 
 
 @contextmanager
 def held(processes: str | None, folder: Path | None = None) -> Iterator[list[str]]:
-    """GPUs that are this job's alone until the block is left, or the process dies; empty where there is none.
+    """Reserve GPUs for this job until the block exits or the process dies. Yields an empty list without a GPU.
 
     Args:
-        processes: How many processes will compute, one a GPU: a number, `auto`, or None for one.
-        folder: Where the jobs of this machine tell one another what they hold.
+        processes: Number of processes, one per GPU: a number, `auto`, or None for one.
+        folder: Folder of the lock files shared by the jobs on this machine.
 
     Raises:
-        TooFewGPUs: if there will never be so many.
+        TooFewGPUs: If the machine has fewer GPUs than the job needs.
     """
-    there = visible()
-    count = wanted(processes, there)
+    devices = visible()
+    count = wanted(processes, devices)
     folder = folder or _folder()
-    locks = {gpu: Lock(_for_all(folder / f"{gpu}.lock")) for gpu in there}
-    told = False
+    locks = {gpu: Lock(_shared(folder / f"{gpu}.lock")) for gpu in devices}
+    logged = False
     while True:
-        mine = [gpu for gpu, lock in locks.items() if lock.acquire(blocking=False)]
-        if len(mine) >= count:
+        acquired = [gpu for gpu, lock in locks.items() if lock.acquire(blocking=False)]
+        if len(acquired) >= count:
             break
-        for gpu in mine:  # all or none: two jobs that hold a part each would wait for ever
+        for gpu in acquired:  # all or nothing: two jobs that each hold a part would deadlock
             locks[gpu].release()
-        if not told:
-            logger.info("waiting for %d of the GPUs %s, which other jobs hold", count, ", ".join(there))
-            told = True
+        if not logged:
+            logger.info("Waiting for %d of the GPUs %s, which are held by other jobs", count, ", ".join(devices))
+            logged = True
         time.sleep(POLL_SECONDS)
-    for gpu in mine[count:]:
+    for gpu in acquired[count:]:
         locks[gpu].release()
     try:
-        yield mine[:count]
+        yield acquired[:count]
     finally:
-        for gpu in mine[:count]:
+        for gpu in acquired[:count]:
             locks[gpu].release()
 
 
 def _folder() -> Path:
-    """Of this machine; Slurm numbers each job's GPUs from 0, so that the same number is another GPU in another job."""
+    """Return the folder of lock files, one per Slurm job, because Slurm numbers the GPUs of each job from 0."""
     slurm = os.environ["SLURM_JOB_ID"] if os.environ.get("SLURM_JOB_GPUS") else ""
     return FOLDER / slurm
 
 
-def _for_all(path: Path) -> Path:
-    """A file that any user of the machine may lock, whoever was first."""
-    with suppress(PermissionError):  # another user has made it, for all
+def _shared(path: Path) -> Path:
+    """Create a file that every user of this machine can lock."""
+    with suppress(PermissionError):  # already created by another user
         path.parent.mkdir(exist_ok=True, parents=True)
         path.parent.chmod(0o777)
         path.touch()
@@ -89,22 +89,26 @@ def _for_all(path: Path) -> Path:
     return path
 
 
-def wanted(processes: str | None, there: list[str]) -> int:
-    """How many of the GPUs that are there a job takes.
+def wanted(processes: str | None, devices: list[str]) -> int:
+    """Return the number of GPUs for a job.
+
+    Args:
+        processes: Number of processes, one per GPU: a number, `auto`, or None for one.
+        devices: GPUs of this machine.
 
     Raises:
-        TooFewGPUs: if there are not so many, or FINETUNE_GPUS_PER_JOB is no number.
+        TooFewGPUs: If the machine has fewer GPUs, or FINETUNE_GPUS_PER_JOB is not a positive number.
     """
-    if not there:
+    if not devices:
         return 0
     if processes is None:
         return 1
-    said = os.environ.get("FINETUNE_GPUS_PER_JOB") or str(len(there)) if processes == "auto" else processes
-    if not said.isdecimal() or not int(said):
-        raise TooFewGPUs(f"FINETUNE_GPUS_PER_JOB: '{said}' is not a number of GPUs")
-    if int(said) > len(there):
+    count = os.environ.get("FINETUNE_GPUS_PER_JOB") or str(len(devices)) if processes == "auto" else processes
+    if not count.isdecimal() or not int(count):
+        raise TooFewGPUs(f"FINETUNE_GPUS_PER_JOB: '{count}' is not a positive number of GPUs")
+    if int(count) > len(devices):
         raise TooFewGPUs(
-            f"{said} processes need as many GPUs, and this machine shows {len(there)}; lower "
+            f"Too few GPUs: {count} processes need one GPU each, this machine has {len(devices)}; lower "
             "training.processes_per_node or FINETUNE_GPUS_PER_JOB"
         )
-    return int(said)
+    return int(count)

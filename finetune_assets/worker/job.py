@@ -1,48 +1,49 @@
-"""What a launcher is asked to run: store references in, one artifact out."""
+"""Specification of a job for a launcher: references to input artifacts, and one output artifact."""
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from finetune_assets.config.cluster import Launcher
+from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.errors import UserError
 from finetune_assets.store.artifacts import ArtifactRef
 
 
 class JobFailed(UserError):
-    """The worker ended without an artifact. The text is the worker's own error.
+    """The worker ended without an artifact.
 
     Args:
-        text: That error.
-        retriable: Whether the same job may succeed if it is run again.
-        telling: How much it says of the cause; of machines that fail together, the most telling is heard.
+        text: The worker's own error.
+        retriable: Whether the same job may succeed on a retry.
+        specificity: How specific the error is about the cause. If several machines fail, the most specific error is
+            reported.
     """
 
-    def __init__(self, text: str, retriable: bool = False, telling: int = 0) -> None:
+    def __init__(self, text: str, retriable: bool = False, specificity: int = 0) -> None:
         super().__init__(text)
-        self.retriable, self.telling = retriable, telling
+        self.retriable, self.specificity = retriable, specificity
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One worker's job, the same for every engine that runs it.
+    """Specification of one worker's job, independent of the engine that runs it.
 
     Attributes:
-        module: What to run, such as `finetune_assets.training`.
+        module: Module to run, such as `finetune_assets.training`.
         config: The resolved configuration as YAML.
-        inputs: Artifacts by name; the worker finds each as a folder given as `--name`.
-        kind: Kind of the artifact that comes out.
-        fingerprint: Its identity and name.
-        made_from: What its manifest and provenance say about its origin.
+        inputs: Input artifacts by name; the worker receives each as a folder in the flag `--name`.
+        kind: Kind of the output artifact.
+        fingerprint: Identity and name of the output artifact.
+        made_from: Provenance recorded in the manifest of the output artifact.
         store: URL of the store.
         namespace: Namespace in the store.
-        cache: Node-local folder.
-        cache_limit: Most bytes of artifacts that it keeps; None for no limit.
-        processes: torchrun processes on each node (`auto` or a number); None runs the module alone, without torchrun.
-        nodes: Machines that work together, least and most.
-        rendezvous_seconds: How long they wait for one another.
-        replace: Publish over an artifact of that name.
+        cache: Node-local cache folder.
+        cache_limit: Maximum size of the cached artifacts in bytes; None for no limit.
+        processes: torchrun processes on each node (`auto` or a number); None runs the module without torchrun.
+        nodes: Minimum and maximum number of machines.
+        rendezvous_seconds: How long the machines wait for one another.
+        replace: Replace an existing artifact with this name.
     """
 
     module: str
@@ -60,19 +61,19 @@ class JobSpec:
     rendezvous_seconds: int = 600
     replace: bool = False
     scratch: bool = field(default=False)
-    """Give the worker a folder (`--scratch`) that outlives it until a run of this fingerprint succeeds, and keep its
-    checkpoints in the store meanwhile."""
+    """Give the worker a folder (`--scratch`) that is kept until a run of this fingerprint succeeds, and keep its
+    checkpoints in the store until then."""
     keep_checkpoints: int = 2
-    """How many of them stay."""
+    """Number of checkpoints to keep in the store."""
     ignore_checkpoints: bool = False
-    """Go on from no checkpoint."""
+    """Start from the beginning and delete existing checkpoints."""
 
-    settings: Launcher = field(default_factory=Launcher)
-    """What is asked of a cluster. It stays with the launcher: the job is the same on every engine."""
+    settings: LauncherSettings = field(default_factory=LauncherSettings)
+    """Cluster settings for the launcher. They are not sent with the job, which is the same on every engine."""
 
     @property
     def makes(self) -> str:
-        """Names what comes out, in which store: of two jobs of that name only one may go on."""
+        """Name of the output and its store. Of two jobs with the same name, only one may run at a time."""
         store = hashlib.sha256(self.store.encode()).hexdigest()[:8]
         return f"{self.namespace}-{self.fingerprint[:32]}-{store}"
 
@@ -81,7 +82,7 @@ class JobSpec:
 
 
 def from_json(text: str) -> JobSpec:
-    """Read back what `JobSpec.to_json` wrote."""
+    """Parse the JSON written by `JobSpec.to_json`."""
     tree = json.loads(text)
     inputs = {name: ArtifactRef(**ref) for name, ref in tree["inputs"].items()}
     return JobSpec(**{**tree, "inputs": inputs, "nodes": tuple(tree["nodes"])})

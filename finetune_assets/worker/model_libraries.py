@@ -1,16 +1,17 @@
-"""Imports transformers and peft without the packages that they load and a training does not use.
+"""Import transformers and peft without the packages that they load and training does not use.
 
-Importing both takes four times as long as importing torch. Half of that is bitsandbytes, scipy, boto3 and PyTorch's
-compiler, which they load wherever they are installed, for layers, losses and decorators that are not used here, and
-Python's search for garbage, of which imports make little. `lean_imports` puts these off:
+Importing both takes four times as long as importing torch. Half of that time is spent on garbage collection, although
+imports produce little garbage, and on bitsandbytes, scipy, boto3 and PyTorch's compiler. transformers and peft load
+these packages wherever they are installed, for layers, losses and decorators that are not used here. `lean_imports`
+defers them:
 
 - *bitsandbytes* counts as not installed until `use_bitsandbytes` is called, before a quantized model is loaded.
-- *scipy.optimize*, *boto3* and *torch._dynamo* are loaded when something of theirs is called. Until then a stand-in
-  module has their place in `sys.modules`; it loads the real one for any name that it does not know.
+- *scipy.optimize*, *boto3* and *torch._dynamo* are loaded when one of their functions is called. Until then, a stand-in
+  module replaces them in `sys.modules`. It loads the real module for any name that it does not define.
 
-Afterwards importing any of these gives the real one, but for torch._dynamo: its stand-in stays until compiling, or a
-part of PyTorch that needs more of it, loads the real one. Else building a model and an optimizer would, to tell it
-what not to compile.
+After `lean_imports`, importing any of these returns the real module, with the exception of torch._dynamo. Its stand-in
+stays until compilation, or a part of PyTorch that needs more of it, loads the real one. Otherwise building a model and
+an optimizer would load it, to mark functions that must not be compiled.
 """
 
 import gc
@@ -27,20 +28,20 @@ from typing import Any
 BITSANDBYTES = "bitsandbytes"
 DYNAMO = "torch._dynamo"
 _marked: list[tuple[str, Callable[..., Any]]] = []
-"""Functions that a decorator of torch._dynamo was put on before it was loaded, by the decorator's name."""
+"""Functions decorated by torch._dynamo before it was loaded, as pairs of decorator name and function."""
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Import transformers, peft, and modules that import them, without what they load and a training does not use."""
-    there: dict[str, ModuleType | None] = {
-        name: _StandIn(name, names) for name, names in PUT_OFF.items() if name not in sys.modules
+    """Import transformers, peft and modules that import them, without the packages that training does not use."""
+    stand_ins: dict[str, ModuleType | None] = {
+        name: _StandIn(name, names) for name, names in DEFERRED.items() if name not in sys.modules
     }
     if BITSANDBYTES not in sys.modules:
-        there[BITSANDBYTES] = None  # what `find_spec` and `import` take for "not installed"
-    if DYNAMO in there:
+        stand_ins[BITSANDBYTES] = None  # `find_spec` and `import` treat None as "not installed"
+    if DYNAMO in stand_ins:
         sys.meta_path.insert(0, _Finder())
-    sys.modules.update(there)  # type: ignore[arg-type]
+    sys.modules.update(stand_ins)  # type: ignore[arg-type]
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -48,21 +49,21 @@ def lean_imports() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-        for name, module in there.items():
-            if name != DYNAMO and sys.modules.get(name, there) is module:
+        for name, module in stand_ins.items():
+            if name != DYNAMO and sys.modules.get(name, stand_ins) is module:
                 del sys.modules[name]
-        if BITSANDBYTES in there:
-            _keep_from_bitsandbytes()
+        if BITSANDBYTES in stand_ins:
+            _hide_bitsandbytes()
 
 
 def import_lean(module: str) -> Any:
-    """Import one module, as in `lean_imports`."""
+    """Import one module within `lean_imports`."""
     with lean_imports():
         return importlib.import_module(module)
 
 
 def use_bitsandbytes() -> None:
-    """Have transformers and peft find bitsandbytes. To be called before a model is quantized with it."""
+    """Make bitsandbytes available to transformers and peft. Call this before quantizing a model with it."""
     import bitsandbytes
     import peft.helpers
     import peft.import_utils
@@ -74,8 +75,8 @@ def use_bitsandbytes() -> None:
     peft.helpers.bnb = bitsandbytes
 
 
-def _keep_from_bitsandbytes() -> None:
-    """Have peft remember that there is no bitsandbytes: it asks when it puts an adapter on a model, which loads it."""
+def _hide_bitsandbytes() -> None:
+    """Make peft cache that bitsandbytes is absent. Otherwise peft loads it when it adds an adapter to a model."""
     peft = sys.modules.get("peft.import_utils")
     if peft:
         with _absent(BITSANDBYTES):
@@ -96,12 +97,12 @@ def _absent(name: str) -> Iterator[None]:
 
 
 class _StandIn(ModuleType):
-    """Has the place of a module that is not loaded yet, and loads it for any name but those that it was given."""
+    """Stand-in for a module that is not loaded yet. Loads the module for any name outside `names`."""
 
     def __init__(self, name: str, names: dict[str, Any]) -> None:
         super().__init__(name)
-        self.__spec__ = ModuleSpec(name, None, is_package=True)  # `find_spec` asks for it
-        self.__path__: list[str] = []  # and `import` of a submodule for this; the finder below is asked then
+        self.__spec__ = ModuleSpec(name, None, is_package=True)  # required by `find_spec`
+        self.__path__: list[str] = []  # required to import a submodule, which `_Finder` below then resolves
         vars(self).update(names)
 
     def __getattr__(self, name: str) -> Any:
@@ -129,7 +130,7 @@ def _mark(decorator: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _disable(function: Any = None, recursive: bool = True, **options: Any) -> Any:
-    """As torch._dynamo's: once that is loaded, by it; before that nothing is compiled."""
+    """Equivalent of `torch._dynamo.disable`: calls it once it is loaded; before that, nothing is compiled."""
     if function is None:
         return partial(_disable, recursive=recursive, **options)
     by_compiler: list[Callable[..., Any]] = []
@@ -146,8 +147,8 @@ def _disable(function: Any = None, recursive: bool = True, **options: Any) -> An
 
 
 OBJECT_DETECTION, MASKS = "scipy.optimize", f"{DYNAMO}._trace_wrapped_higher_order_op"
-PUT_OFF: dict[str, dict[str, Any]] = {
-    "boto3": {},  # accelerate's questions about SageMaker
+DEFERRED: dict[str, dict[str, Any]] = {
+    "boto3": {},  # imported by accelerate to detect SageMaker
     OBJECT_DETECTION: _first_call_loads(OBJECT_DETECTION, "linear_sum_assignment"),  # losses of transformers
     MASKS: _first_call_loads(MASKS, "TransformGetItemToIndex"),
     DYNAMO: {
@@ -157,11 +158,11 @@ PUT_OFF: dict[str, dict[str, Any]] = {
         "graph_break": lambda *_, **__: None,
     },
 }
-"""Modules that are put off, and the names of theirs that transformers and accelerate take when they are imported."""
+"""Deferred modules, and the names that transformers and accelerate import from them at import time."""
 
 
 class _Finder(MetaPathFinder):
-    """Loads the real module where a submodule of it is imported, and has a compiler that is loaded apply its marks."""
+    """Loads the real module when a submodule of it is imported, and applies deferred decorators to torch._dynamo."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         parent = sys.modules.get(name.rpartition(".")[0])
@@ -187,7 +188,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loaded(Loader):
-    """Gives a module that is loaded already."""
+    """Returns a module that is already loaded."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module, self.spec = module, module.__spec__

@@ -1,7 +1,7 @@
-"""One machine's part of a job on a cluster: `python -m finetune_assets.worker.node STORE NAMESPACE JOB`.
+"""One machine's part of a cluster job: `python -m finetune_assets.worker.node STORE NAMESPACE JOB`.
 
-FINETUNE_NODE_CACHE: node-local folder for fetched artifacts and running jobs; variables of the node in it, such as
-    `$TMPDIR/finetune`, are filled in there. By default FINETUNE_CACHE of the machine that Dagster runs on.
+FINETUNE_NODE_CACHE: node-local folder for fetched artifacts and running jobs. Environment variables in it, such as
+    `$TMPDIR/finetune`, are expanded on the node. Default: FINETUNE_CACHE of the machine that runs Dagster.
 """
 
 from finetune_assets.worker.process import FORKSERVER, OFF, die_with_parent
@@ -13,20 +13,20 @@ import sys
 from dataclasses import replace
 
 from finetune_assets.worker.bootstrap import answer_of, prepare
-from finetune_assets.worker.remote import TOLD_TO_END, RemoteJob
+from finetune_assets.worker.remote import TERMINATED, RemoteJob
 from finetune_assets.worker.rendezvous import Place
 
 
 def main() -> None:
     prepare()
-    os.environ[FORKSERVER] = OFF  # what the environment of the machine that asks says of its own is not for here
+    os.environ[FORKSERVER] = OFF  # a fork server of the submitting machine does not exist here
     job, place = RemoteJob(sys.argv[1], sys.argv[2], sys.argv[3]), Place.from_environment()
     spec = job.spec()
     cache = os.path.expandvars(os.environ.get("FINETUNE_NODE_CACHE") or spec.cache)
     try:
         answer = answer_of(replace(spec, cache=cache), place)
     except SystemExit:
-        answer = TOLD_TO_END
+        answer = TERMINATED
     job.answer(place.node, answer)
     if "error" in answer:
         print(answer["error"], file=sys.stderr)

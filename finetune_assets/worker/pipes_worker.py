@@ -1,4 +1,4 @@
-"""Where a job's own process tells how far it is: the terminal, and the Dagster run that waits for it."""
+"""Progress reports of a job's process, to the terminal and to the Dagster run (Dagster Pipes)."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from finetune_assets.store.objects import boto3_client
 
 
 def in_terminal() -> None:
-    """Print what this project logs on stderr."""
+    """Print this project's log messages on stderr."""
     package, terminal = logging.getLogger("finetune_assets"), logging.StreamHandler(sys.stderr)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     package.setLevel(logging.INFO)
@@ -32,11 +32,11 @@ def in_terminal() -> None:
 
 
 MESSAGE_SECONDS = 5
-"""How often messages are put into S3, and looked for there."""
+"""Interval at which messages are written to S3, and polled there."""
 
 
 def message_writer() -> PipesMessageWriter[Any]:
-    """Takes messages to the run by the way that it listens on: a file, or objects of S3."""
+    """Return the writer for the channel that the Dagster run reads: a file, or objects on S3."""
     in_s3 = "bucket" in PipesEnvVarParamsLoader().load_messages_params()
     writer = _S3Writer() if in_s3 else PipesDefaultMessageWriter()
     return _Restarted(writer) if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else writer
@@ -50,23 +50,23 @@ class _S3Writer(PipesS3MessageWriter):
     def make_channel(self, params: Mapping[str, Any]) -> PipesS3MessageWriterChannel:
         pages = self.s3.get_paginator("list_objects_v2")
         place = {"Bucket": params["bucket"], "Prefix": f"{params['key_prefix']}/"}
-        told = sum(page["KeyCount"] for page in pages.paginate(**place))
-        return _S3Channel(told, self.s3, params["bucket"], params["key_prefix"], interval=self.interval)
+        sent = sum(page["KeyCount"] for page in pages.paginate(**place))
+        return _S3Channel(sent, self.s3, params["bucket"], params["key_prefix"], interval=self.interval)
 
 
 class _S3Channel(PipesS3MessageWriterChannel):
-    """Numbers its objects after those of an earlier process; dagster-pipes itself writes over them."""
+    """Continues the object numbers of an earlier process, whose objects dagster-pipes would overwrite."""
 
-    def __init__(self, told: int, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.told = told
+    def __init__(self, sent: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sent = sent
 
     def upload_messages_chunk(self, payload: IO[str], index: int) -> None:
-        super().upload_messages_chunk(payload, self.told + index)
+        super().upload_messages_chunk(payload, self.sent + index)
 
 
 class _Restarted(PipesMessageWriter[Any]):
-    """Of a worker that torchrun begins anew when it fails: the run listens on to the next one."""
+    """Writer of a worker that torchrun restarts on failure. Hides the failure, so that the run reads on."""
 
     def __init__(self, writer: PipesMessageWriter[Any]) -> None:
         self.writer = writer
@@ -88,13 +88,13 @@ class _RestartedChannel(PipesMessageWriterChannel):
 
 @contextmanager
 def in_dagster_run() -> Iterator[None]:
-    """Also tell it in the Dagster run, if one waits for this job.
+    """Also send log messages to the Dagster run, if one waits for this job.
 
-    Messages alone, without opening the session: that is rank 0's, and what comes after it has closed is refused.
+    Sends messages without opening the Pipes session: rank 0 opens the session, and messages after its end are rejected.
     """
     parameters = PipesEnvVarParamsLoader()
     if not parameters.is_dagster_pipes_process() or "bucket" in parameters.load_messages_params():
-        yield  # objects of S3 have one writer only, which is rank 0; this goes by the job's log
+        yield  # S3 objects have a single writer, rank 0; these messages only appear in the job's log
         return
     package = logging.getLogger("finetune_assets")
     with PipesDefaultMessageWriter().open(parameters.load_messages_params()) as channel:
@@ -112,6 +112,6 @@ class _PipesLog(logging.Handler):
         self.channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:
-        told = {"message": record.getMessage(), "level": record.levelname}
+        message = {"message": record.getMessage(), "level": record.levelname}
         version = {PIPES_PROTOCOL_VERSION_FIELD: PIPES_PROTOCOL_VERSION}
-        self.channel.write_message(PipesMessage(**version, method="log", params=told))  # type: ignore[typeddict-item]
+        self.channel.write_message(PipesMessage(**version, method="log", params=message))  # type: ignore[typeddict-item]

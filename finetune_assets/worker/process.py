@@ -1,4 +1,4 @@
-"""Manners of a worker process: it does not outlive its parent, and it says why it failed."""
+"""Behavior of worker processes: they exit with their parent, and report the cause of a failure."""
 
 import ctypes
 import json
@@ -18,33 +18,33 @@ from finetune_assets.worker.model_libraries import import_lean, lean_imports
 
 PR_SET_PDEATHSIG = 1
 ERROR_FILE = "FINETUNE_ERROR_FILE"
-"""Environment variable: where a worker writes what a `UserError` says, as JSON, before it ends."""
+"""Environment variable: file to which a worker writes a `UserError` as JSON before it exits."""
 FORKSERVER = "FINETUNE_FORKSERVER"
-"""Environment variable: socket of the server that forked this process, or `off`; see `launch.warm`."""
+"""Environment variable: socket of the server that forked this process, or `off`; see `worker.warm`."""
 OFF = "off"
 SPIN_COUNT = "4000"
-"""How often a thread of OpenMP looks for work before it sleeps (libgomp's GOMP_SPINCOUNT), some microseconds.
+"""How often an OpenMP thread polls for work before it sleeps (libgomp's GOMP_SPINCOUNT), some microseconds in total.
 
-On two cores the demo's training takes three quarters of the time that it takes where threads sleep at once; two at once
-take half as long again, and with libgomp's own count 2 to 8 times as long (benchmarks/RESULTS.md).
+On two cores, the demo's training takes three quarters of the time it takes if threads sleep immediately. Two concurrent
+runs take half as long again, and with libgomp's default 2 to 8 times as long (benchmarks/RESULTS.md).
 """
 
 
 def openmp_waiting() -> dict[str, str]:
-    """Environment in which the threads of a process that computes wait neither too long nor not at all.
+    """Return environment variables that make OpenMP threads spin briefly before they sleep.
 
-    Empty where the user has set OMP_WAIT_POLICY.
+    Empty if the user has set OMP_WAIT_POLICY.
     """
     return {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": SPIN_COUNT}
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent dies, even by SIGKILL (Linux; elsewhere nothing).
+    """Make the kernel kill this process when its parent dies, even by SIGKILL. Does nothing outside Linux.
 
-    Without it, a killed Dagster step orphans torchrun, and the retry starts a second training beside the first.
+    Otherwise a killed Dagster step orphans torchrun, and the retry starts a second training process in parallel.
 
     Args:
-        parent: Process ID of the parent, where the caller knew it before this process was forked.
+        parent: Process ID of the parent, if known to the caller before this process was forked.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -55,17 +55,17 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def show_as(module: str, arguments: Sequence[str]) -> None:
-    """Have `ps` show a forked process as `python -m MODULE ARGUMENTS`, not as the server that it was forked from."""
+    """Set the title of a forked process in `ps` to `python -m MODULE ARGUMENTS` instead of the server's."""
     from setproctitle import setproctitle
 
     setproctitle(shlex.join([sys.executable, "-m", module, *arguments]))
 
 
 def set_threads() -> None:
-    """Have a forked process compute with OMP_NUM_THREADS threads, which OpenMP reads only when it is loaded.
+    """Set the number of threads of a forked process to OMP_NUM_THREADS, which OpenMP reads only when it is loaded.
 
-    Needed without that variable, too, and before the first threads begin: PyTorch replaces a pool of threads that a
-    fork has lost when it is next asked for, and two threads that ask at once find none ("Invalid thread pool!").
+    Required even without that variable, and before the first threads start: PyTorch recreates a thread pool lost in a
+    fork at its next use, and two threads that use it at the same time find no pool ("Invalid thread pool!").
     """
     import torch
 
@@ -74,32 +74,34 @@ def set_threads() -> None:
 
 
 def forbid_hub() -> None:
-    """See to it that this process reads folders and never asks the Hub.
+    """Make this process read local folders only and never contact the Hub.
 
     Raises:
-        RuntimeError: if the Hub's client is loaded already and may ask.
+        RuntimeError: If the Hub's client was imported before, in online mode.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import constants  # reads the variable when it is first imported
 
     if not constants.HF_HUB_OFFLINE:
-        raise RuntimeError("a worker must not ask the Hub: huggingface_hub was imported before HF_HUB_OFFLINE was set")
+        raise RuntimeError(
+            "a worker must not contact the Hub: huggingface_hub was imported before HF_HUB_OFFLINE was set"
+        )
 
 
 def run_worker(module: str) -> None:
-    """Run `module.main()` as a worker: it ends with its parent, and leaves its error where the launcher looks.
+    """Run `module.main()` as a worker, which exits with its parent and writes its error to a file for the launcher.
 
-    The module is imported here, so that an import that fails is told like any other error.
+    The module is imported here, so that a failing import is reported like any other error.
     """
     die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's own handler, in a rank that it has forked
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # replaces torchrun's handler in a forked rank
     if os.environ.get(FORKSERVER, OFF) != OFF:
         show_as(module.rpartition(".")[0], sys.argv[1:])
         set_threads()
     forbid_hub()
     Progress.display = from_environment()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what one library says to another
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about optional kernels at each import
+    warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations between libraries
     with lean_imports():
         from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -109,8 +111,8 @@ def run_worker(module: str) -> None:
             import_lean(module).main()
         except UserError as e:
             if path := os.environ.get(ERROR_FILE):
-                told = {"error": str(e), "retriable": e.retriable}
-                Path(path).write_text(json.dumps(told), encoding="utf-8")
-            sys.exit(str(e))  # the text alone: a traceback would say nothing more to whom it is for
+                error = {"error": str(e), "retriable": e.retriable}
+                Path(path).write_text(json.dumps(error), encoding="utf-8")
+            sys.exit(str(e))  # the message only: a traceback would not help the user
 
     main()

@@ -1,4 +1,4 @@
-"""A job on other machines: what it is asked and what became of it lie in the store, which all of them reach."""
+"""A job on other machines. Its specification and its outcome are stored in the artifact store, which all can reach."""
 
 import json
 import logging
@@ -15,19 +15,20 @@ from finetune_assets.store.artifacts import JOBS, ArtifactRef
 from finetune_assets.store.objects import Objects, boto3_client
 from finetune_assets.worker.job import JobFailed, JobSpec, from_json
 
-TOLD_TO_END = {"error": "the job was told to end", "retriable": True, "telling": -1}
-"""What a machine answers that its engine takes away; why, the engine knows."""
+TERMINATED = {"error": "Job terminated (SIGTERM)", "retriable": True, "specificity": -1}
+"""Outcome reported by a machine that its engine terminates. The reason is known to the engine."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RemoteJob:
-    """`<namespace>/jobs/<id>/` in the store.
+    """A job stored at `<namespace>/jobs/<id>/` in the artifact store.
 
     Attributes:
         store: URL of the store.
-        namespace: Namespace in it.
-        id: The job's.
+        namespace: Namespace in the store.
+        id: Identifier of the job.
+        connect: Returns a boto3 S3 client.
     """
 
     store: str
@@ -37,7 +38,7 @@ class RemoteJob:
 
     @classmethod
     def begin(cls, spec: JobSpec) -> "RemoteJob":
-        """Put a job where its machines find it."""
+        """Write the job's specification to the store, where its machines read it."""
         job = cls(spec.store, spec.namespace, f"{spec.fingerprint[:16]}-{uuid.uuid4().hex[:8]}")
         job.objects.put(f"{job.prefix}/job.json", spec.to_json().encode())
         return job
@@ -51,36 +52,36 @@ class RemoteJob:
         return f"{self.namespace}/{JOBS}/{self.id}"
 
     def spec(self) -> JobSpec:
-        """What a machine is asked.
+        """Read the job's specification.
 
         Raises:
-            FileNotFoundError: if nobody waits for it any more.
+            FileNotFoundError: If the launcher no longer waits for the job.
         """
         return from_json(self.objects.get(f"{self.prefix}/job.json").decode())
 
     def answer(self, node: int, answer: dict[str, Any]) -> None:
-        """Tell what became of a machine's part."""
+        """Write the outcome of a machine's part of the job."""
         self.objects.put(f"{self.prefix}/answer-{node}.json", json.dumps({**answer, "when": time.time()}).encode())
 
     def has_ended(self) -> bool:
-        """Whether the machine that leads is known to have answered; a store that is away for a while ends no job."""
+        """Whether the leader has written its outcome. False while the store is temporarily unavailable."""
         with suppress(UserError):
             return any(stored.key.endswith("/answer-0.json") for stored in self.objects.listing(self.prefix))
         return False
 
     def outcome(self) -> ArtifactRef | JobFailed | None:
-        """What the machines say; None if none of them has said anything that counts."""
+        """Return the artifact or the most specific error that the machines report; None without either."""
         keys = [stored.key for stored in self.objects.listing(self.prefix)]
         answers = [json.loads(self.objects.get(key)) for key in keys if "/answer-" in key]
-        made = next((answer["ref"] for answer in answers if answer.get("ref")), None)
-        if made:
-            return ArtifactRef(**made)
+        ref = next((answer["ref"] for answer in answers if answer.get("ref")), None)
+        if ref:
+            return ArtifactRef(**ref)
         failures = [answer for answer in answers if "error" in answer]
         if not failures:
             return None
-        first = min(failures, key=lambda answer: (-answer["telling"], answer["when"]))
-        return JobFailed(first["error"], first["retriable"], first["telling"])
+        first = min(failures, key=lambda answer: (-answer["specificity"], answer["when"]))
+        return JobFailed(first["error"], first["retriable"], first["specificity"])
 
     def end(self) -> None:
-        """Nobody waits for it any more."""
+        """Delete the job from the store once the launcher no longer waits for it."""
         self.objects.delete([stored.key for stored in self.objects.listing(self.prefix)])

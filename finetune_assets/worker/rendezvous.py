@@ -1,23 +1,23 @@
-"""One machine among those that work on a job together, and where their processes meet."""
+"""Rendezvous of the machines of a job: the role of each machine, and torchrun's arguments."""
 
 import os
 from dataclasses import dataclass
 
 RESTARTS = 3
-"""How often the machines that are left begin anew with one another, where fewer than the most are enough."""
+"""How often the remaining machines restart, if fewer than the maximum number of machines are enough."""
 LATECOMER_SECONDS = 30
-"""How long those who are enough wait for more."""
+"""How long the machines wait for more machines once the minimum has joined."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A machine's place in a job.
+    """Role of a machine in a job.
 
     Attributes:
-        node: Its number; 0 leads: its bootstrap publishes what is made.
-        head: Host and port where torchrun's agents meet, on the machine that leads; empty where there is only one.
-        job: Tells this meeting from others at the same place.
-        address: Where the others reach this machine; empty for its host name.
+        node: Number of the machine. Machine 0 is the leader, whose bootstrap publishes the output.
+        head: Host and port of torchrun's rendezvous, on the leader; empty for a single machine.
+        job: Rendezvous ID, which distinguishes rendezvous at the same host and port.
+        address: Address of this machine for the other machines; empty for its host name.
     """
 
     node: int = 0
@@ -27,10 +27,10 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> "Place":
-        """As an engine has said it in FINETUNE_NODE, FINETUNE_HEAD, FINETUNE_MEETING and FINETUNE_ADDRESS."""
-        said = os.environ.get
-        node = int(said("FINETUNE_NODE") or said("SLURM_PROCID") or said("JOB_COMPLETION_INDEX") or 0)
-        head, job, address = (said(f"FINETUNE_{name}") or "" for name in ("HEAD", "MEETING", "ADDRESS"))
+        """Read the role from FINETUNE_NODE, FINETUNE_HEAD, FINETUNE_MEETING and FINETUNE_ADDRESS, set by the engine."""
+        get = os.environ.get
+        node = int(get("FINETUNE_NODE") or get("SLURM_PROCID") or get("JOB_COMPLETION_INDEX") or 0)
+        head, job, address = (get(f"FINETUNE_{name}") or "" for name in ("HEAD", "MEETING", "ADDRESS"))
         return cls(node, head, job, address)
 
     @property
@@ -38,15 +38,15 @@ class Place:
         return self.node == 0
 
     def own(self, name: str) -> str:
-        """A name that no other machine of the job has, for what lies in a cache that they may share."""
+        """Return a name unique to this machine, for files in a cache that the machines may share."""
         return name if self.leads else f"{name}-node{self.node}"
 
     def meeting(self, nodes: tuple[int, int], seconds: int) -> list[str]:
-        """torchrun's arguments.
+        """Return torchrun's rendezvous arguments.
 
         Args:
-            nodes: Least and most machines.
-            seconds: How long to wait for the least.
+            nodes: Minimum and maximum number of machines.
+            seconds: How long to wait for the minimum number of machines.
         """
         if nodes == (1, 1) or not self.head:
             return ["--standalone"]

@@ -1,4 +1,4 @@
-"""What other machines tell a run through S3."""
+"""Dagster Pipes messages from other machines to a run, through S3."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from finetune_assets.worker.pipes_worker import MESSAGE_SECONDS
 
 
 class Messages(PipesS3MessageReader):
-    """Below the store's own prefix: dagster-aws's reader itself puts them at the top of the bucket, for ever.
+    """Reads messages below the store's prefix. dagster-aws leaves them permanently at the bucket's top level.
 
     Args:
-        prefix: Where.
-        bucket: Of the store.
+        prefix: Key prefix of the messages.
+        bucket: Bucket of the store.
     """
 
     def __init__(self, prefix: str, bucket: str) -> None:

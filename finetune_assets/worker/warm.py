@@ -1,8 +1,8 @@
-"""Start Python modules as processes: forked from a fork server with their imports done, or as fresh interpreters.
+"""Start Python modules as processes: forked from a fork server with imports done, or as fresh interpreters.
 
-FINETUNE_FORKSERVER: `off` for fresh interpreters always; the socket of a fork server that is shared; by default a
-    process that runs jobs has one of its own on Linux machines without a GPU, which starts with its first job and ends
-    with it. A process that has used CUDA must not be forked.
+FINETUNE_FORKSERVER: `off` to always start fresh interpreters, or the socket of a shared fork server. By default, on
+    Linux machines without a GPU, each process that runs jobs starts a fork server with its first job; it ends with that
+    process. A process that has used CUDA must not be forked.
 """
 
 import atexit
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Process(Protocol):
-    """What launchers use of `subprocess.Popen`."""
+    """Subset of `subprocess.Popen` used by launchers."""
 
     returncode: Any
     stderr: IO[str] | None
@@ -46,7 +46,7 @@ class ForkServer:
     """A fork server that ends with this process.
 
     Attributes:
-        address: Path of its socket, in a folder that only this user may enter.
+        address: Path of its socket, in a folder accessible only to this user.
     """
 
     def __init__(self) -> None:
@@ -54,23 +54,30 @@ class ForkServer:
         self.address = f"{self.folder}/socket"
         self._owner = os.getpid()
         environment = {**openmp_waiting(), **os.environ, "HF_HUB_OFFLINE": "1"}
-        with socket.socket(socket.AF_UNIX) as listener:  # listens here already: a client need not wait for the imports
+        with socket.socket(
+            socket.AF_UNIX
+        ) as listener:  # listens before the server has imported: clients can connect at once
             listener.bind(self.address)
             listener.listen()
             file = listener.fileno()
-            command = [sys.executable, "-P", forkserver.__file__, str(file)]  # as a file: see what it does for torchrun
+            command = [
+                sys.executable,
+                "-P",
+                forkserver.__file__,
+                str(file),
+            ]  # as a file: see `Request.run` for torchrun
             self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, pass_fds=[file])
         atexit.register(self.close)
 
     def close(self) -> None:
-        """End it and its children."""
+        """Terminate the server and its children."""
         if os.getpid() != self._owner:
             return  # a fork of the owner
         if self._process.stdin:
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
-        self._process.kill()  # it notices only between its imports
+        self._process.kill()  # during imports, the server checks the lifeline only between modules
         self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -84,31 +91,31 @@ _starting = threading.Lock()
 
 
 def own() -> ForkServer:
-    """The fork server of this process, started if it has none yet."""
+    """Return the fork server of this process, starting it if necessary."""
     with _starting:
         return _own_of(os.getpid())
 
 
 def is_safe() -> bool:
-    """Whether workers of this machine may be forked: the platform is Linux, and no GPU is used."""
+    """Whether workers on this machine may be forked: on Linux without a visible GPU."""
     return sys.platform == "linux" and not gpus.visible()
 
 
 def prepare() -> None:
-    """Have this process's fork server import, where it will have one, while something else is done."""
+    """Start this process's fork server in advance, if it will use one, so that it imports in the background."""
     if FORKSERVER not in os.environ and is_safe():
         own()
 
 
 def _address() -> str:
-    said = os.environ.get(FORKSERVER)
-    if said:
-        return said
+    address = os.environ.get(FORKSERVER)
+    if address:
+        return address
     return own().address if is_safe() else OFF
 
 
 def was_forked() -> bool:
-    """Whether a fork server forked this process, and forks what it starts."""
+    """Whether this process was forked by a fork server, which also forks its child processes."""
     return os.environ.get(FORKSERVER, OFF) != OFF
 
 
@@ -122,17 +129,20 @@ def start(
     """Start `python -m MODULE ARGUMENTS`.
 
     Args:
-        module: The module.
-        arguments: Its arguments.
-        environment: The whole environment of the process. FINETUNE_FORKSERVER is set in it.
-        stderr: `subprocess.PIPE`, or None for that of this process.
-        binds: Have the kernel kill it when this process dies; for modules that do not see to it themselves.
+        module: Module to run.
+        arguments: Arguments of the module.
+        environment: Complete environment of the process; FINETUNE_FORKSERVER is added.
+        stderr: `subprocess.PIPE`, or None to inherit stderr.
+        binds: Make the kernel kill the process when this process dies, for modules that do not do this themselves.
+
+    Returns:
+        The running process.
     """
     try:
         if (address := _address()) != OFF:
             return ForkedProcess(address, module, arguments, {**environment, FORKSERVER: address}, stderr)
     except OSError as e:
-        logger.debug("no worker can be forked: %s", e)
+        logger.debug("Cannot fork a worker, starting a fresh interpreter: %s", e)
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env={**environment, FORKSERVER: OFF},
@@ -154,22 +164,22 @@ def _connected(address: str) -> socket.socket:
 
 
 class ForkedProcess:
-    """A process that a fork server has forked for this one.
+    """A process forked by a fork server on behalf of this process.
 
     Attributes:
-        pid: Its number.
-        returncode: How it ended, as `subprocess` says it; None while it runs.
-        stderr: What it writes there, if that was asked for.
+        pid: Process ID.
+        returncode: Exit code as in `subprocess`; None while the process runs.
+        stderr: Stream of the process's stderr with `subprocess.PIPE`, otherwise None.
 
     Args:
         address: Socket of the server.
-        module: What it runs.
-        arguments: Its arguments.
-        environment: Its whole environment.
-        stderr: `subprocess.PIPE`, or None for that of this process.
+        module: Module to run.
+        arguments: Arguments of the module.
+        environment: Complete environment of the process.
+        stderr: `subprocess.PIPE`, or None to inherit stderr.
 
     Raises:
-        OSError: if the server does not run.
+        OSError: If the server is not running.
     """
 
     def __init__(
@@ -185,18 +195,18 @@ class ForkedProcess:
         self._connection = _connected(address)
         read, write = os.pipe() if stderr == subprocess.PIPE else (None, None)
         try:
-            asked = {
+            request = {
                 "module": module,
                 "arguments": [*arguments],
                 "environment": {**environment},
                 "folder": str(Path.cwd()),
             }
-            body = json.dumps(asked).encode()
+            body = json.dumps(request).encode()
             _flush()
             files = [0, 1, 2 if write is None else write]
             socket.send_fds(self._connection, [len(body).to_bytes(4, "big")], files)
             self._connection.sendall(body)
-            self._told = b""
+            self._received = b""
             self.pid = int(self._next()["pid"])
         except (OSError, EOFError) as e:
             self._connection.close()
@@ -210,35 +220,35 @@ class ForkedProcess:
             self.stderr = os.fdopen(read, encoding="utf-8", errors="replace")
 
     def _next(self) -> dict[str, int]:
-        while b"\n" not in self._told:
+        while b"\n" not in self._received:
             part = self._connection.recv(4096)
             if not part:
                 raise EOFError
-            self._told += part
-        line, _, self._told = self._told.partition(b"\n")
+            self._received += part
+        line, _, self._received = self._received.partition(b"\n")
         return dict(json.loads(line))
 
     def poll(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """Return the exit code, or None while the process runs."""
         with suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
+        """Wait for the process to end.
 
         Args:
-            timeout: Seconds.
+            timeout: Timeout in seconds; None to wait indefinitely.
 
         Returns:
-            Its exit code; a process that ended with its server was killed.
+            The exit code; -SIGKILL for a process that ended together with its server.
 
         Raises:
-            subprocess.TimeoutExpired: if it still runs.
+            subprocess.TimeoutExpired: If the process is still running.
         """
         if self.returncode is not None:
             return self.returncode
-        if not self._told and not select.select([self._connection], [], [], timeout)[0]:
+        if not self._received and not select.select([self._connection], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired("forked process", timeout or 0)
         try:
             self.returncode = int(self._next()["code"])
@@ -260,7 +270,7 @@ class ForkedProcess:
 
 
 def _flush() -> None:
-    """What was written before comes first."""
+    """Flush buffered output, so that it precedes the child's output."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

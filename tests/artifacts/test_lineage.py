@@ -33,7 +33,9 @@ def test_an_adapter_has_seen_what_those_before_it_have(project: TestProject, ada
     with_less = adapter(STACKS.folder, HoldoutRows(own.salt, 0.02, 0.2))
     assert lineage.held_back(with_more) == own
     assert lineage.held_back(with_more, with_less) == HoldoutRows(own.salt, 0.02, 0.1)
-    assert lineage.held_back(adapter(ADAPTERS.folder, HoldoutRows("another", 0.05, 0.1))) == HoldoutRows(own.salt, 0.0, 0.0)
+    assert lineage.held_back(adapter(ADAPTERS.folder, HoldoutRows("another", 0.05, 0.1))) == HoldoutRows(
+        own.salt, 0.0, 0.0
+    )
     assert lineage.held_back(adapter(ADAPTERS.folder, None)) == own, "from elsewhere"
 
 

@@ -16,7 +16,7 @@ from aiosmtpd.handlers import Message as MessageHandler
 from projects import TestProject
 
 from finetune_assets.automation import alert_sensors, alerts, heartbeat
-from finetune_assets.automation.alerts import AlertError, tell
+from finetune_assets.automation.alerts import AlertError, send_alert
 
 SECRET = "T000-planted-hook-secret"
 
@@ -70,11 +70,11 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
 def test_nothing_is_configured_and_nothing_is_sent() -> None:
     assert not alerts.configured()
-    tell("title", "text")
+    send_alert("title", "text")
 
 
 def test_both_ways(hook: list[dict[str, Any]], inbox: list[Message]) -> None:
-    tell("failed: lora_adapter for demo", "out of memory\nsecond line")
+    send_alert("failed: lora_adapter for demo", "out of memory\nsecond line")
     assert hook == [{"text": "*failed: lora_adapter for demo*\nout of memory\nsecond line"}]
     (mail,) = inbox
     assert mail["Subject"] == "failed: lora_adapter for demo"
@@ -85,7 +85,7 @@ def test_both_ways(hook: list[dict[str, Any]], inbox: list[Message]) -> None:
 def test_one_way_that_fails_does_not_hold_up_the_other(inbox: list[Message], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_ALERT_WEBHOOK", f"http://127.0.0.1:9/{SECRET}")
     with pytest.raises(AlertError) as error:
-        tell("title", "text")
+        send_alert("title", "text")
     assert "FINETUNE_ALERT_WEBHOOK: ConnectionRefusedError" in str(error.value)
     assert SECRET not in str(error.value)
     assert len(inbox) == 1
@@ -95,7 +95,7 @@ def test_mail_without_a_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_ALERT_EMAIL", "me@example.org")
     monkeypatch.setenv("FINETUNE_SMTP", "mail.example.org")
     with pytest.raises(AlertError, match="FINETUNE_ALERT_EMAIL"):
-        tell("title", "text")
+        send_alert("title", "text")
 
 
 def test_failed_run_is_told_with_its_own_error(hook: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from finetune_assets.automation.change_detection import Look, Seen, look
+from finetune_assets.automation.change_detection import Observation, SensorCursor, observe
 from finetune_assets.config.schema import Arrivals
 
 
@@ -17,7 +17,7 @@ class Folder:
     count: int = 100
     read: int = 0
 
-    def glance(self) -> str:
+    def peek(self) -> str:
         return self.looks
 
     def version(self) -> str:
@@ -34,12 +34,12 @@ class Clock:
 
     folder: Folder
     settings: Arrivals
-    seen: Seen = Seen()  # noqa: RUF009
+    seen: SensorCursor = SensorCursor()  # noqa: RUF009
     now: float = 1_000_000.0
 
-    def look(self, seconds: float = 5.0) -> Look:
+    def look(self, seconds: float = 5.0) -> Observation:
         self.now += seconds
-        found = look(self.folder, Seen.read(self.seen.write()), self.settings, self.now)
+        found = observe(self.folder, SensorCursor.read(self.seen.write()), self.settings, self.now)
         self.seen = found.seen
         return found
 
@@ -56,7 +56,7 @@ def clock() -> Clock:
 def test_first_data_is_read_once_it_is_still(clock: Clock) -> None:
     first = clock.look()
     assert not first.starts
-    assert "4 s" in first.told
+    assert "4 s" in first.message
     assert clock.folder.read == 0, "nothing is read while it may still grow"
     assert clock.look().starts
     assert not clock.until_start()
@@ -116,7 +116,7 @@ def test_few_rows_wait_for_more_and_not_for_ever(clock: Clock) -> None:
     assert clock.until_start(), "there is nothing to add to"
     clock.folder.looks, clock.folder.holds, clock.folder.count = "2", "B", 120
     assert not clock.until_start(looks=10)
-    assert {"+20", "50);"} <= set(clock.look().told.split())
+    assert {"+20", "50);"} <= set(clock.look().message.split())
     clock.folder.looks, clock.folder.holds, clock.folder.count = "3", "C", 150
     assert clock.until_start() == 2
     clock.folder.looks, clock.folder.holds, clock.folder.count = "4", "D", 149

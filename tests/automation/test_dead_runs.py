@@ -25,7 +25,7 @@ from finetune_assets.resources.project import Project
 HOLDS = """
 import sys, time
 from finetune_assets.resources import run_liveness
-lock = run_liveness.hold(sys.argv[1])
+lock = run_liveness.acquire_run_lock(sys.argv[1])
 print("holds", flush=True)
 time.sleep(600)
 """
@@ -87,12 +87,12 @@ def ends_as(instance: dg.DagsterInstance, run_id: str, kill: Callable[[], None],
     cursor = tick(instance, tick(instance))
     assert status(instance, run_id) is dg.DagsterRunStatus.STARTED
     kill()
-    assert run_liveness.died() == [run_id]
+    assert run_liveness.dead_run_ids() == [run_id]
     cursor = tick(instance, cursor)
     assert status(instance, run_id) is dg.DagsterRunStatus.STARTED, "whoever else knows of it is given time to say so"
     tick(instance, cursor)
     assert status(instance, run_id) is expected
-    assert run_liveness.died() == []
+    assert run_liveness.dead_run_ids() == []
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_run_holds_its_lock_and_leaves_none(instance: dg.DagsterInstance) -> Non
     @dg.op
     def look(project: Project) -> None:
         held.append([path.name for path in run_liveness._folder().glob("*")])
-        assert run_liveness.died() == []
+        assert run_liveness.dead_run_ids() == []
 
     @dg.job(resource_defs={"project": Project()})
     def looks() -> None:
@@ -140,7 +140,7 @@ def test_run_holds_its_lock_and_leaves_none(instance: dg.DagsterInstance) -> Non
 
 
 def test_lock_of_a_run_that_is_not_known_is_taken_away(instance: dg.DagsterInstance) -> None:
-    run_liveness.hold("gone").release()
-    assert run_liveness.died() == ["gone"]
+    run_liveness.acquire_run_lock("gone").release()
+    assert run_liveness.dead_run_ids() == ["gone"]
     tick(instance)
-    assert run_liveness.died() == []
+    assert run_liveness.dead_run_ids() == []

@@ -145,7 +145,7 @@ def test_drip_fed_rows_wait_for_more(project: TestProject, inbox: Path, sensor: 
 def test_restart_forgets_nothing(inbox: Path, sensor: Sensor) -> None:
     (inbox / "a.jsonl").write_text(rows(1))
     assert len(sensor.starts()) == 1
-    assert change_detection.Seen.read(sensor.cursor).number == 1
+    assert change_detection.SensorCursor.read(sensor.cursor).number == 1
     from finetune_assets.sources import raw_data as sources
 
     sources._known_content.cache_clear()

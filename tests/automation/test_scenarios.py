@@ -17,7 +17,7 @@ from finetune_assets.assets.merged_model import merged_model
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
-from finetune_assets.automation.settings_hash import settings_of
+from finetune_assets.automation.settings_hash import settings_hashes
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.resources.project import AUTOMATIC_TAG, GOOD_TAG, OVERRIDES_TAG
 from finetune_assets.store.artifacts import ArtifactRef
@@ -139,7 +139,7 @@ class World:
 
     def version_of(self, name: str, experiment: str) -> str:
         """What a step makes: a function of settings and inputs, as in the real graph."""
-        settings = settings_of(name).get(experiment, "unsubscribed")
+        settings = settings_hashes(name).get(experiment, "unsubscribed")
         if name == "cached_base_model":
             return fingerprint(settings=settings, found=self.bases.get(experiment, ""))
         inputs = [self.last(upstream, experiment) for upstream in UPSTREAM[name]]

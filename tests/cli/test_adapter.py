@@ -81,7 +81,9 @@ def test_what_cannot_be_is_refused(
 def test_an_adapter_of_another_experiment_is_promoted_with_a_word(
     project: TestProject, champion: ArtifactRef, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, said, _ = run(capsys, "adapter", "promote", "smollm2-135m-dolly", champion.fingerprint, "--reason", "it was a try")
+    code, said, _ = run(
+        capsys, "adapter", "promote", "smollm2-135m-dolly", champion.fingerprint, "--reason", "it was a try"
+    )
     assert code == 0
     assert "demo" in said, "whose settings it was made with"
     assert Champions(project.store, "smollm2-135m-dolly").champion() == champion
@@ -141,7 +143,7 @@ def test_updates_are_shown_and_drawn(champion: ArtifactRef, capsys: pytest.Captu
     code, said, _ = run(capsys, "adapter", "updates", "demo", "--plot", str(tmp_path / "updates.svg"))
     assert code == 0
     assert "model.layers.3.mlp.up_proj" in said
-    settings = yaml.safe_load(said.partition("as settings of an experiment:\n\n")[2].partition("\n\ndrawn")[0])
+    settings = yaml.safe_load(said.partition("as settings of an experiment:\n\n")[2].partition("\n\nPlot")[0])
     assert settings["lora"]["rank"] >= 1
     assert "<svg" in (tmp_path / "updates.svg").read_text()
 
@@ -182,7 +184,7 @@ def test_the_champion_is_published_to_the_hub(
     assert card["library_name"] == "peft"
     metrics = {metric["type"]: metric["value"] for metric in card["model-index"][0]["results"][0]["metrics"]}
     assert metrics == {"loss": 0.5, "perplexity": 1.6487, "exact_match": 0.75, "rouge_l": 0.8}
-    assert "| Exact match | 0.7500 | 0.7500 |" in text
+    assert "| exact match | 75.0% | 75.0% |" in text
 
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -5,9 +5,9 @@ import pytest
 from projects import TestProject
 from trainings import Train
 
+from finetune_assets.cli.conversation import HELP, Conversation, run
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.cli.conversation import HELP, Conversation, run
 
 FOLDER = PACKAGED["demo-base"]
 SMALL = ("training.macro_batch_size=2", "training.micro_batch_size=2", "training.learning_rate=5e-3")
@@ -24,7 +24,7 @@ def talk(trained: Train) -> Conversation:
 def test_each_answers_as_it_does_alone(talk: Conversation) -> None:
     question = "Which river runs through Kelm?"
     together = {name: talk.answer(name, question) for name in (CHAMPION, BASE, CHALLENGER, BASE, CHAMPION)}
-    assert len(talk.seats) == 1, "one base model for all"
+    assert len(talk.loaded) == 1, "one base model for all"
     for contender in talk.contenders:
         alone = Conversation([contender], max_new_tokens=6)
         assert alone.answer(contender.name, question) == together[contender.name]
@@ -36,15 +36,13 @@ def test_commands(talk: Conversation, capsys: pytest.CaptureFixture[str]) -> Non
     run(talk, iter(lines))
     said = capsys.readouterr().out
     assert said.startswith(HELP)
-    assert talk.who == "all"
+    assert talk.active == "all"
     for told in ("[base]", "[champion]", "[challenger]", "/nobody"):
         assert told in said
-    assert talk.said == {}
+    assert talk.history == {}
 
 
-def test_an_experiment_without_an_adapter_is_refused(
-    project: TestProject, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_experiment_without_an_adapter_is_refused(project: TestProject, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = commands.run(capsys, "chat", "demo")
     assert code == 1
     assert "demo" in err

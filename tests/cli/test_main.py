@@ -77,7 +77,11 @@ def test_the_command_of_a_run_says_what_differs_from_the_defaults_alone() -> Non
 
 @pytest.mark.parametrize(
     ("words", "completed"),
-    [("finetune pl", {"plan"}), ("finetune plan de", {"demo", "demo-qlora", "demo-stacked"}), ("finetune store ver", {"verify"})],
+    [
+        ("finetune pl", {"plan"}),
+        ("finetune plan smo", {"smollm2-135m-dolly"}),
+        ("finetune store ver", {"verify"}),
+    ],
 )
 def test_the_shell_completes_commands_and_experiments(project: TestProject, words: str, completed: set[str]) -> None:
     asked = {"_FINETUNE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}

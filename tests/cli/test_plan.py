@@ -157,7 +157,7 @@ def tokenized(project: TestProject, config: Any) -> Path:
 
     from finetune_assets.data.prepare import prepare_dataset
     from finetune_assets.data.tokenization import load_tokenizer
-    from finetune_assets.sources.raw_data import SAMPLE
+    from finetune_assets.sources.local import SAMPLE
 
     dataset = project.root / "dataset"
     dataset.mkdir()

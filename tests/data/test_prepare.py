@@ -17,7 +17,7 @@ from finetune_assets.data.preview import masked_tokens
 from finetune_assets.data.rows import Split
 from finetune_assets.data.tokenization import IGNORED
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 SHORT = PromptTemplate(
     prompt_input="{context} {instruction} R:", prompt_no_input="{instruction} R:", response_split="R:"

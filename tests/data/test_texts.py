@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune_assets.data.errors import DataError
 from finetune_assets.data.texts import read_texts
-from finetune_assets.sources.raw_data import DataError
 
 
 def test_paragraphs_and_json_lines_of_a_file_or_a_folder(tmp_path: Path) -> None:

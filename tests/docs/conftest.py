@@ -9,7 +9,7 @@ import boto3
 import pytest
 from filelock import FileLock
 from reading.blocks import FIRST_RUN, begins_with
-from reading.reader import Reader, new_project
+from reading.reader import Reader, copy_code, new_project
 from servers.ceph import environment
 
 from finetune_assets.worker import warm
@@ -40,12 +40,14 @@ def reader_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[Path]
 
     def make(page: Path) -> Reader:
         reader, has = new_project(tmp_path / "project"), begins_with(page)
-        assert has <= {"demo", "s3"}
+        assert has <= {"demo", "s3", "code"}
         reader.environment[FORKSERVER] = warm.own().address
         if "demo" in has:
             made = request.getfixturevalue("first_run")
             for name in (".finetune/store", ".dagster_home"):
                 shutil.copytree(made / name, reader.root / name, dirs_exist_ok=True)
+        if "code" in has:
+            copy_code(reader)
         if "s3" in has:
             reader.environment.update(s3_account(request.getfixturevalue("_moto"), tmp_path / "aws"))
         return reader

@@ -39,8 +39,8 @@ def test_the_demo_learns_to_answer_and_trains_nothing_twice(first_run: Path) -> 
     assert challenger["exact_match"] >= 0.7
     assert challenger["loss"] < base["loss"]
     for printed in (first, second):
-        assert f"{base['exact_match']:.0%}" in printed
-        assert f"{challenger['exact_match']:.0%}" in printed
+        assert f"{base['exact_match']:.1%}" in printed
+        assert f"{challenger['exact_match']:.1%}" in printed
         assert all(sample["expected"] in printed for sample in evaluation["samples"][:5])
         assert "make ui" in printed
     (adapter,) = store.glob("*/adapters/*/manifest.json")

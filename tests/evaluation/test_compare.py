@@ -25,7 +25,7 @@ from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Co
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out, questions
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.order import Examples
 from finetune_assets.training.recipe import LoraFinetune
 

@@ -5,7 +5,8 @@ from functools import cache
 
 import pytest
 
-from finetune_assets.evaluation.metrics import exact_match, longest_common_subsequence, rouge_l
+from finetune_assets.evaluation.metrics.exact_match import exact_match
+from finetune_assets.evaluation.metrics.rouge_l import longest_common_subsequence, rouge_l
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def running(
     command: Sequence[str] = DAEMON,
     ready: str = "Instance is configured",
     own_servers: bool = False,
+    folder: Path = ROOT,
 ) -> Iterator[Daemon]:
     """A daemon in an environment that points to the project, until the block is left.
 
@@ -117,13 +118,14 @@ def running(
         ready: What it says once it works.
         own_servers: Whether each run has a fork server of its own, as outside of tests, and not the tests' one; needed
             for `processes_of`, which cannot tell the project of the workers of the tests' server.
+        folder: Where it is started; the definitions that lie there are loaded.
     """
     log = project.root / f"daemon-{time.time_ns()}.log"
     program = Path(sys.executable).with_name(command[0])
     environment = {**(os.environ if own_servers else cli.environment()), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [program, *command[1:]], env=environment, cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+            [program, *command[1:]], env=environment, cwd=folder, stdout=out, stderr=out, start_new_session=True
         )
     daemon = Daemon(process, project, log)
     daemon.wait_for("the daemon", lambda: ready in log.read_text(), asks=False)

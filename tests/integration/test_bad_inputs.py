@@ -22,7 +22,7 @@ from projects import TestProject
 from servers.hub import Hub
 
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 GRAPH = ["dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter"]
 PUBLISHED = {"dolly_raw": "raw", "tokenized_dataset": "tokenized", "lora_adapter": "adapters"}

@@ -12,11 +12,11 @@ import yaml
 from integration.graph import Graph
 from projects import TestProject
 
-from finetune_assets.cli.main import finetune
 from finetune_assets.artifacts.champions import BY_HAND, PROMOTED, ROLLED_BACK, Champions, Record
+from finetune_assets.cli.main import finetune
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.data.rows import Split, draw, side_of
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 SOAK = bool(os.environ.get("SOAK"))
 Rows = dict[Split, list[dict[str, str]]]

@@ -13,7 +13,7 @@ from projects import TestProject
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 EXPERIMENT = """
 model: {base_model: ./model, dtype: float32, quantization: QUANTIZATION}

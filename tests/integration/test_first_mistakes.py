@@ -9,7 +9,7 @@ import pytest
 from integration.cli import materialize
 from projects import TestProject
 
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 TRACEBACK = "Traceback (most recent call last)"
 

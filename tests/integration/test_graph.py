@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 EVERYTHING = {"dolly_raw", "cached_base_model", "tokenized_dataset", "training_plan", "lora_adapter"}
 EVERYTHING |= {"adapter_evaluation", "experiment_report"}

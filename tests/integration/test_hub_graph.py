@@ -10,7 +10,7 @@ from projects import SHORT, TestProject
 from servers.hub import TOKEN, Hub
 
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 
 def test_gated_model_and_dataset_become_an_adapter_that_names_their_commits(

@@ -86,4 +86,4 @@ def test_worker_never_asks_the_hub(tmp_path: Path) -> None:
         check=False,
     )
     assert too_late.returncode == 1
-    assert "a worker must not ask the Hub" in too_late.stderr
+    assert "a worker must not contact the Hub" in too_late.stderr

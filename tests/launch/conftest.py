@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_assets.config.cluster import Launcher
+from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.worker.job import JobSpec
 
@@ -75,7 +75,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpe
             cache=str(tmp_path / "cache"),
             processes=processes,
             nodes=nodes,
-            settings=Launcher(**settings),
+            settings=LauncherSettings(**settings),
         )
 
     return make

@@ -23,10 +23,10 @@ from servers import kubernetes as kubernetes_server
 from servers.kubernetes import Server
 from servers.s3 import Bucket
 
-from finetune_assets.config.cluster import KubernetesJob, Launcher
+from finetune_assets.config.cluster import KubernetesJob, LauncherSettings
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.launch import kubernetes
-from finetune_assets.launch.engines import Launcher as Engines
+from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.manifests import headless_service, indexed_job, merged, pod_spec
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.store.artifacts import open_store
@@ -73,7 +73,7 @@ def api(_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def run(spec: JobSpec) -> dg.ExecuteInProcessResult:
     @dg.asset
     def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        run_in_pipes(context, Engines(), spec)
+        run_in_pipes(context, Launcher(), spec)
         return dg.MaterializeResult()
 
     return dg.materialize([made], raise_on_error=False)
@@ -216,7 +216,7 @@ def test_what_the_server_refuses_is_told(job: Make, api: Server, nodes: tuple[in
     assert api.refuses in message
 
 
-FULL = Launcher(
+FULL = LauncherSettings(
     gpus_per_node=8,
     cpus_per_node=64,
     memory="512G",
@@ -234,13 +234,13 @@ FULL = Launcher(
 )
 
 
-def asked(settings: Launcher) -> dict[str, object]:
+def asked(settings: LauncherSettings) -> dict[str, object]:
     return {name: value for name, value in vars(settings).items() if name != "nodes"}
 
 
-@pytest.mark.parametrize("settings", [Launcher(), FULL], ids=["least", "most"])
+@pytest.mark.parametrize("settings", [LauncherSettings(), FULL], ids=["least", "most"])
 @pytest.mark.parametrize("nodes", [(1, 1), (4, 4), (1, 4)])
-def test_manifests_are_what_kubernetes_knows(job: Make, settings: Launcher, nodes: tuple[int, int]) -> None:
+def test_manifests_are_what_kubernetes_knows(job: Make, settings: LauncherSettings, nodes: tuple[int, int]) -> None:
     spec = job("good", "auto", nodes, **asked(settings))
     remote = RemoteJob(spec.store, spec.namespace, "abc-123")
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod_spec(spec, remote)}
@@ -311,12 +311,12 @@ from finetune_assets.launch import kubernetes
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.worker.job import from_json
 from finetune_assets.launch.pipes import run_in_pipes
-from finetune_assets.config.cluster import Launcher as Settings
+from finetune_assets.config.cluster import LauncherSettings
 from dataclasses import replace
 logging.basicConfig(level=logging.INFO)
 kubernetes.POLL_SECONDS = 0.5
 spec = from_json(Path(sys.argv[1]).read_text())
-spec = replace(spec, settings=Settings(gpus_per_node=int(sys.argv[2]) or None))
+spec = replace(spec, settings=LauncherSettings(gpus_per_node=int(sys.argv[2]) or None))
 @dg.asset
 def made(context):
     run_in_pipes(context, Launcher(), spec)

@@ -13,7 +13,7 @@ import pytest
 from integration.cli import environment
 from launch.conftest import LINGERS
 
-from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.local import LocalEngine
 from finetune_assets.store.artifacts import ArtifactRef, open_store
 from finetune_assets.worker.job import JobFailed, JobSpec, from_json
 from finetune_assets.worker.process import FORKSERVER, OFF
@@ -29,7 +29,7 @@ def nothing_left(tmp_path: Path) -> bool:
 
 @pytest.mark.parametrize("processes", [None, "1", pytest.param("auto", marks=pytest.mark.system)])
 def test_job_ends_in_an_artifact(job: Callable[..., JobSpec], tmp_path: Path, processes: str | None) -> None:
-    ref = LocalLauncher().run(job("good", processes), {})
+    ref = LocalEngine().run(job("good", processes), {})
     assert ref == adapters(tmp_path)
     store = open_store(f"file://{tmp_path}/store", "me", tmp_path / "elsewhere")
     assert (store.fetch(ref) / "x.txt").read_text() == "HELLO"
@@ -57,7 +57,7 @@ def test_failure_is_told_in_the_workers_own_words(
     job: Callable[..., JobSpec], tmp_path: Path, body: str, processes: str | None
 ) -> None:
     with pytest.raises(JobFailed) as error:
-        LocalLauncher().run(job(body, processes), {})
+        LocalEngine().run(job(body, processes), {})
     assert OWN_WORDS[body] in str(error.value)
     assert body != "user_error" or str(error.value) == OWN_WORDS[body], "and nothing else"
     assert nothing_left(tmp_path)
@@ -65,21 +65,21 @@ def test_failure_is_told_in_the_workers_own_words(
 
 def test_a_dead_rank_brings_all_down_with_its_own_error(job: Callable[..., JobSpec], tmp_path: Path) -> None:
     with pytest.raises(JobFailed, match="rank one is ill"):
-        LocalLauncher().run(job("one_rank", "2"), {})
+        LocalEngine().run(job("one_rank", "2"), {})
     assert nothing_left(tmp_path)
 
 
 def test_what_a_dead_worker_left_behind_does_not_hold_up_the_news(job: Callable[..., JobSpec], tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(JobFailed, match="gone early"):
-        LocalLauncher().run(job("lingering", None), {})
+        LocalEngine().run(job("lingering", None), {})
     with suppress(ProcessLookupError):
         os.kill(int((tmp_path / "cache" / "lingers").read_text()), signal.SIGKILL)
     assert time.monotonic() - began < LINGERS
 
 
 def test_worker_never_asks_the_hub(job: Callable[..., JobSpec]) -> None:
-    ref = LocalLauncher().run(job("hub", None), {"HF_HUB_OFFLINE": "0"})
+    ref = LocalEngine().run(job("hub", None), {"HF_HUB_OFFLINE": "0"})
     assert Path(ref.uri.removeprefix("file://"), "x.txt").read_text() == "1"
 
 
@@ -87,8 +87,8 @@ LAUNCH = """
 import sys
 from pathlib import Path
 from finetune_assets.worker.job import from_json
-from finetune_assets.launch.local import LocalLauncher
-LocalLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
+from finetune_assets.launch.local import LocalEngine
+LocalEngine().run(from_json(Path(sys.argv[1]).read_text()), {})
 """
 
 

@@ -19,7 +19,7 @@ from servers.slurm import Slurm
 from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
 from finetune_assets.launch import slurm
-from finetune_assets.launch.slurm import SlurmLauncher
+from finetune_assets.launch.slurm import SlurmEngine
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.store.objects import Objects
 from finetune_assets.worker.job import JobFailed, JobSpec
@@ -73,7 +73,7 @@ def _command(pid: int) -> str:
 
 @pytest.mark.parametrize("nodes", [(1, 1), (2, 2), (1, 2)])
 def test_job_ends_in_an_artifact(job: Make, tmp_path: Path, cluster: Slurm, nodes: tuple[int, int]) -> None:
-    ref = SlurmLauncher().run(job("good", "2", nodes), {})
+    ref = SlurmEngine().run(job("good", "2", nodes), {})
     store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")
     assert store.find("adapters", "f1") == ref
     assert (store.fetch(ref) / "x.txt").read_text() == "HELLO"
@@ -91,7 +91,7 @@ def test_job_ends_in_an_artifact(job: Make, tmp_path: Path, cluster: Slurm, node
 )
 def test_failure_is_told_in_the_workers_own_words(job: Make, cluster: Slurm, body: str, own_words: str) -> None:
     with pytest.raises(JobFailed, match=own_words):
-        SlurmLauncher().run(job(body, "1", (2, 2)), {})
+        SlurmEngine().run(job(body, "1", (2, 2)), {})
     assert left(cluster) == []
 
 
@@ -105,11 +105,11 @@ def test_what_cannot_run_is_refused_in_one_line(job: Make, cluster: Slurm) -> No
     ]
     for settings, facts in asked:
         with pytest.raises(UserError, match=facts) as refused:
-            SlurmLauncher().run(job("good", **settings), {})
+            SlurmEngine().run(job("good", **settings), {})
         assert not refused.value.retriable
         assert len(str(refused.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"launcher\.nodes"):
-        SlurmLauncher().run(job("good", "1", (3, 3)), {})
+        SlurmEngine().run(job("good", "1", (3, 3)), {})
 
 
 def test_options_of_a_job_that_dagster_runs_in_are_not_its_jobs(
@@ -117,7 +117,7 @@ def test_options_of_a_job_that_dagster_runs_in_are_not_its_jobs(
 ) -> None:
     for name, value in {"JOB_ID": "1", "CPUS_PER_TASK": "64", "MEM_PER_CPU": "1", "NTASKS": "9"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert SlurmLauncher().run(job("good"), {})
+    assert SlurmEngine().run(job("good"), {})
 
 
 @pytest.mark.soak  # sbatch itself tries for two minutes
@@ -128,7 +128,7 @@ def test_full_queue_is_told_and_tried_again(
         monkeypatch.setenv("SLURM_CONF", full.environment["SLURM_CONF"])
         full.run("sbatch", "--parsable", "--output=/dev/null", "--hold", "--wrap", "true")  # one less than the most
         with pytest.raises(JobFailed) as refused:
-            SlurmLauncher().run(job("good"), {})
+            SlurmEngine().run(job("good"), {})
     assert refused.value.retriable
 
 
@@ -145,7 +145,7 @@ def test_place_in_the_queue_and_reason_are_told(job: Make, cluster: Slurm, caplo
         cluster.run("scancel", first, waiting)
 
     with in_background(make_room, cluster):
-        SlurmLauncher().run(job("good"), {})
+        SlurmEngine().run(job("good"), {})
     assert told("RUNNING", "n")
     assert told(f"{job('good').cache}/slurm/")
 
@@ -165,7 +165,7 @@ def test_what_a_killed_run_left_is_cancelled_by_the_next(job: Make, start: Start
     process.kill()
     process.wait()
     (abandoned,) = cluster.jobs()
-    SlurmLauncher().run(job("good", "1", (2, 2)), {})
+    SlurmEngine().run(job("good", "1", (2, 2)), {})
     state = slurm.state_of(abandoned)
     assert state
     assert state.name == "CANCELLED"
@@ -189,7 +189,7 @@ def test_job_is_told_of_its_time_limit_and_keeps_what_it_has(job: Make, cluster:
         cluster.limit(number, minutes + (1 if seconds < 30 else 2))
 
     with in_background(reach_the_limit, cluster), pytest.raises(JobFailed, match=r"launcher\.time_limit") as ended:
-        SlurmLauncher().run(spec, {})
+        SlurmEngine().run(spec, {})
     assert not ended.value.retriable
     assert told_to_end(spec) == 2
     assert left(cluster) == []
@@ -204,7 +204,7 @@ def test_job_that_is_preempted_is_told_and_keeps_what_it_has(job: Make, cluster:
         cluster.run("sbatch", "--parsable", "--output=/dev/null", *urgent)
 
     with in_background(preempt, cluster), pytest.raises(JobFailed) as ended:
-        SlurmLauncher().run(spec, {})
+        SlurmEngine().run(spec, {})
     assert ended.value.retriable
     assert told_to_end(spec) == 2
     wait_for(lambda: cluster.jobs() == [])
@@ -244,8 +244,8 @@ LAUNCH = """
 import sys
 from pathlib import Path
 from finetune_assets.worker.job import from_json
-from finetune_assets.launch.slurm import SlurmLauncher
-SlurmLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
+from finetune_assets.launch.slurm import SlurmEngine
+SlurmEngine().run(from_json(Path(sys.argv[1]).read_text()), {})
 """
 
 

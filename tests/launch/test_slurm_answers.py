@@ -13,10 +13,10 @@ import pytest
 from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
 from finetune_assets.launch import slurm
-from finetune_assets.launch.slurm import SlurmLauncher, State
+from finetune_assets.launch.slurm import SlurmEngine, State
 from finetune_assets.store.objects import Objects
 from finetune_assets.worker.job import JobFailed, JobSpec
-from finetune_assets.worker.remote import TOLD_TO_END, RemoteJob
+from finetune_assets.worker.remote import TERMINATED, RemoteJob
 
 Make = Callable[..., JobSpec]
 Says = Callable[..., None]
@@ -110,7 +110,7 @@ def test_place_in_the_queue(says: Says) -> None:
     state = slurm.state_of("2")
     assert state
     for number, place in (("2", "1 of 3"), ("4", "2 of 3"), ("3", "3 of 3")):
-        text = slurm._waits(number, state)
+        text = slurm._describe(number, state)
         assert all(fact in text for fact in ("PENDING", "Resources", place, "2026-11-28T01:26:39"))
 
 
@@ -134,7 +134,7 @@ def test_refusal_names_the_setting(
     says("sbatch", answer)
     says("sinfo", "sinfo")
     with pytest.raises(UserError) as refused:
-        SlurmLauncher().run(job("good", **settings), {})
+        SlurmEngine().run(job("good", **settings), {})
     assert not refused.value.retriable
     assert all(fact in str(refused.value) for fact in facts)
     assert len(str(refused.value).splitlines()) == 1
@@ -153,7 +153,7 @@ def test_refusal_names_the_setting(
     ],
 )
 def test_busy_controller_may_be_tried_again(job: Make, said: str) -> None:
-    refused = slurm._refused(job("good"), said)
+    refused = slurm._rejection(job("good"), said)
     assert isinstance(refused, JobFailed)
     assert refused.retriable
 
@@ -173,7 +173,7 @@ def test_job_that_would_wait_for_ever_is_cancelled(
     says("scontrol", answer)
     says("scontrol-after-scancel", "cancelled before it ran")
     with pytest.raises(UserError, match=setting) as refused:
-        SlurmLauncher().run(job("good"), {})
+        SlurmEngine().run(job("good"), {})
     assert not refused.value.retriable
     assert asked(tmp_path, "scancel") == ["1"]
     assert_nothing_left(tmp_path)
@@ -185,7 +185,7 @@ def test_job_of_a_killed_run_is_cancelled_first(job: Make, says: Says, tmp_path:
     says("scontrol-after-scancel", "cancelled")
     says("sbatch", "sbatch partition")
     with pytest.raises(UserError):
-        SlurmLauncher().run(job("good"), {})
+        SlurmEngine().run(job("good"), {})
     assert asked(tmp_path, "scancel")[:3] == ["2", "4", "3"]
     assert f"--name finetune-{job('good').makes}" in asked(tmp_path, "squeue")[0]
 
@@ -196,7 +196,7 @@ def test_headless_job_is_cancelled_and_may_be_tried_again(job: Make, says: Says,
     says("scontrol-after-scancel", "cancelled")
     (tmp_path / "answers" / "scontrol-hostnames").write_text("n2\n")
     with pytest.raises(JobFailed, match="n1") as failed:
-        SlurmLauncher().run(job("good", "1", (1, 2)), {})
+        SlurmEngine().run(job("good", "1", (1, 2)), {})
     assert failed.value.retriable
     assert asked(tmp_path, "scancel") == ["1"]
 
@@ -216,22 +216,22 @@ def test_how_a_job_without_an_answer_ended(job: Make, says: Says, answer: str, r
     says("sbatch", "sbatch")
     says("scontrol", answer)
     with pytest.raises(JobFailed) as failed:
-        SlurmLauncher().run(job("good"), {})
+        SlurmEngine().run(job("good"), {})
     assert failed.value.retriable == retriable
     assert fact in str(failed.value)
 
 
-OWN = {"error": "rank: 0 is wrong", "retriable": False, "telling": 0}
+OWN = {"error": "rank: 0 is wrong", "retriable": False, "specificity": 0}
 
 
 @pytest.mark.parametrize(
     ("state", "answer", "retriable", "fact"),
     [
         (State("FAILED", "NonZeroExitCode", ran=600), OWN, False, "rank: 0 is wrong"),
-        (State("FAILED", "NonZeroExitCode", ran=600), TOLD_TO_END, False, "launcher.time_limit"),
-        (State("FAILED", "NonZeroExitCode", ran=10), TOLD_TO_END, True, ""),
-        (State("FAILED", "NonZeroExitCode", ran=10, preempted=True), TOLD_TO_END, True, ""),
-        (State("TIMEOUT", "TimeLimit", ran=600), TOLD_TO_END, False, "launcher.time_limit"),
+        (State("FAILED", "NonZeroExitCode", ran=600), TERMINATED, False, "launcher.time_limit"),
+        (State("FAILED", "NonZeroExitCode", ran=10), TERMINATED, True, ""),
+        (State("FAILED", "NonZeroExitCode", ran=10, preempted=True), TERMINATED, True, ""),
+        (State("TIMEOUT", "TimeLimit", ran=600), TERMINATED, False, "launcher.time_limit"),
     ],
 )
 def test_a_workers_own_error_counts_more_than_what_slurm_says(
@@ -294,7 +294,7 @@ def _away(*_: object) -> bool:
 def test_without_slurm_the_setting_is_named(job: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"launcher\.engine.*sbatch"):
-        SlurmLauncher().run(job("good"), {})
+        SlurmEngine().run(job("good"), {})
 
 
 def assert_nothing_left(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from trainings import Train, Trained
 from finetune_assets.assets.merged_model import OF_INT8, ROUNDING
 from finetune_assets.config.schema import Merge
 from finetune_assets.evaluation.contenders import Contender
-from finetune_assets.merging.merge import Difference, compare, merged, positions, reference
 from finetune_assets.evaluation.rows import held_out
+from finetune_assets.merging.merge import Difference, compare, merged, positions, reference
 
 LEARNS_FAST = "training.learning_rate=0.02"
 

@@ -23,7 +23,7 @@ from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.memory import MIB, predict
 from finetune_assets.preflight.work import work_of
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 
 SOAK = bool(os.environ.get("SOAK"))
 WIDE = {"hidden_size": 768, "num_hidden_layers": 10, "num_attention_heads": 12, "vocab_size": 16_384}

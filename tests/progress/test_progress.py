@@ -23,7 +23,7 @@ from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.progress import ROWS, STEPS, Progress, gigabytes, in_parallel
 from finetune_assets.sources.base_models import PACKAGED, collect, locate
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.worker.job import JobSpec
 

@@ -5,7 +5,8 @@
     <!-- output -->                each line of the block stands in what the last run printed; `...` stands for anything
     <!-- not run: reason -->       nothing
 
-A YAML block whose first line is `# configs/...` needs no comment: it is written to that file.
+A YAML block whose first line is `# configs/...` needs no comment: it is written to that file. So is, on a page that
+begins with `code`, a Python block whose first line is `# finetune_assets/...`; and a diff is applied.
 """
 
 import re
@@ -43,9 +44,10 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The configuration file that the block is."""
-        found = re.match(r"# (configs/\S+\.yaml)\n", self.text)
-        return found[1] if self.language == "yaml" and found else None
+        """The file that the block is."""
+        names = {"yaml": r"# (configs/\S+\.yaml)\n", "python": r"# (finetune_assets/\S+\.py)\n"}
+        found = re.match(names.get(self.language, "$^"), self.text)
+        return found[1] if found else None
 
     @property
     def exit_code(self) -> int:

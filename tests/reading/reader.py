@@ -46,14 +46,30 @@ class Reader:
     def _do(self, block: Block) -> None:
         if block.file:
             self._write(self.root / block.file, block.text)
+        elif block.language == "diff":
+            self._patch(block)
         elif block.mark == "run":
             self._run(block)
         elif block.mark == "output":
             self._compare(block)
 
     def _write(self, file: Path, text: str) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-        LOADERS[file.parent.name if file.parent.name != "configs" else file.stem](file)
+        if file.suffix == ".yaml":
+            LOADERS[file.parent.name if file.parent.name != "configs" else file.stem](file)
+
+    def _patch(self, block: Block) -> None:
+        """Apply a diff, whose lines are found by what stands there and not by their numbers."""
+        patched = subprocess.run(
+            ["git", "apply", "--recount", "--unidiff-zero", "-"],
+            cwd=self.root,
+            input=block.text,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert patched.returncode == 0, f"{block.where}: {patched.stderr}"
 
     def _run(self, block: Block) -> None:
         """In the folder and with the exported variables that the block before left."""
@@ -109,3 +125,11 @@ def new_project(root: Path) -> Reader:
         "COLUMNS": "160",
     }
     return Reader(root, variables)
+
+
+def copy_code(reader: Reader) -> None:
+    """Give a project the code too, as a clone has it, to be changed by its reader."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "finetune_assets", reader.root / "finetune_assets", ignore=ignored)
+    shutil.copy(ROOT / "setup.cfg", reader.root)
+    reader.environment["PYTHONPATH"] = str(reader.root)

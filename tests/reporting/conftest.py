@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from projects import TestProject
-from tools.conftest import dataset, finetune, publish
+from cli.conftest import dataset, finetune, publish
 from training.conftest import ALONE
 from trainings import trained
 

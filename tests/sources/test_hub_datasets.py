@@ -17,6 +17,7 @@ from finetune_assets.data.errors import DataError
 from finetune_assets.data.ingest import PARQUET, write_raw
 from finetune_assets.sources.hub import DamagedDownload
 from finetune_assets.sources.raw_data import open_source
+from finetune_assets.sources.source import SourceContext
 
 NAME = "datasets/owner/rows"
 
@@ -41,7 +42,7 @@ def config(revision: str = "", subset: str | None = None, split: str = "train", 
 
 def answers(config: RawDataConfig, out: Path) -> list[str]:
     out.mkdir(exist_ok=True)
-    write_raw(open_source(config, out).files(), config.columns, out)
+    write_raw(open_source(SourceContext(config, out)).files(), config.columns, out)
     return pq.read_table(out / PARQUET)["response"].to_pylist()
 
 
@@ -56,7 +57,7 @@ def test_branch_and_commit(hub: Hub, tmp_path: Path) -> None:
 
 def test_commit_needs_no_hub_to_be_named_and_a_moved_branch_is_other_data(hub: Hub, tmp_path: Path) -> None:
     def identity(config: RawDataConfig) -> str:
-        return RAW.fingerprint(config, content=open_source(config, tmp_path).content())
+        return RAW.fingerprint(config, content=open_source(SourceContext(config, tmp_path)).content())
 
     old = hub.add(NAME, {"train.jsonl": lines("a")})
     before = identity(config())
@@ -125,7 +126,7 @@ def test_gated_dataset_says_what_to_do_and_opens_with_a_token(
 def test_missing_dataset_or_revision_is_named(hub: Hub, tmp_path: Path, source: str, facts: str) -> None:
     hub.add(NAME, {"train.jsonl": lines("a")})
     with pytest.raises(DataError, match=facts):
-        open_source(RawDataConfig(source=source), tmp_path).files()
+        open_source(SourceContext(RawDataConfig(source=source), tmp_path)).files()
 
 
 @pytest.mark.parametrize(
@@ -146,12 +147,12 @@ def test_dataset_without_rows_that_we_read_is_told(
 
 def test_throttled_hub_is_waited_for_or_told(hub: Hub, tmp_path: Path) -> None:
     hub.add(NAME, {"train.jsonl": lines("a")})
-    source = open_source(config(), tmp_path)
+    source = open_source(SourceContext(config(), tmp_path))
     hub.failing, hub.failures_left = 429, 2
     assert len(source.files()) == 1
     hub.failing, hub.failures_left = 429, None
     with pytest.raises(DataError, match="429"):
-        open_source(config(), tmp_path)
+        open_source(SourceContext(config(), tmp_path))
 
 
 def test_cut_download_goes_on_where_it_was_cut(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,4 +177,4 @@ def test_damaged_download_is_fetched_again_or_told(hub: Hub, tmp_path: Path) -> 
 def test_unreachable_hub_is_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9"):
-        open_source(config(), tmp_path)
+        open_source(SourceContext(config(), tmp_path))

@@ -8,20 +8,22 @@ import pytest
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.config.schema import Columns, RawDataConfig
 from finetune_assets.data.errors import DataError
-from finetune_assets.sources.raw_data import SAMPLE, open_source
+from finetune_assets.sources.local import SAMPLE
+from finetune_assets.sources.raw_data import open_source
+from finetune_assets.sources.source import SourceContext
 
 
 def names(source: str, root: Path) -> list[str]:
-    return [file.name for file in open_source(RawDataConfig(source=source), root).files()]
+    return [file.name for file in open_source(SourceContext(RawDataConfig(source=source), root)).files()]
 
 
 def identity(source: str, root: Path, **columns: str) -> str:
-    content = open_source(RawDataConfig(source=source), root).content()
+    content = open_source(SourceContext(RawDataConfig(source=source), root)).content()
     return RAW.fingerprint(RawDataConfig(columns=Columns(**columns)), content=content)
 
 
 def test_the_packaged_sample(tmp_path: Path) -> None:
-    (file,) = open_source(RawDataConfig(), tmp_path).files()
+    (file,) = open_source(SourceContext(RawDataConfig(), tmp_path)).files()
     assert file.path == SAMPLE
 
 
@@ -57,4 +59,4 @@ def test_unusable_source_is_named(tmp_path: Path, source: str, facts: str) -> No
     (tmp_path / "rows.xlsx").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=facts):
-        open_source(RawDataConfig(source=source), tmp_path)
+        open_source(SourceContext(RawDataConfig(source=source), tmp_path))

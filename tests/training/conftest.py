@@ -15,7 +15,7 @@ from finetune_assets.config.schema import ExperimentConfig, Tokenization
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.raw_data import SAMPLE
+from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
@@ -122,7 +122,7 @@ def trained(
         if key not in _FINISHED:
             run = make_run(tmp_path_factory.mktemp("trained"), dataset, *overrides, base=base, warm_start=warm_start)
             printed: list[str] = []
-            run.reporter.say = printed.append
+            run.reporter.write_line = printed.append
             run.run()
             _FINISHED[key] = FinishedRun(run, printed)
         used.append(_FINISHED[key])

@@ -12,7 +12,9 @@ from finetune_assets.training.order import BatchError, GlobalBatchSampler
 LENGTHS = np.random.default_rng(0).integers(1, 500, 1_003)
 
 
-def order(world: int = 1, by_length: bool = False, lengths: np.ndarray = LENGTHS, **settings: object) -> GlobalBatchSampler:
+def order(
+    world: int = 1, by_length: bool = False, lengths: np.ndarray = LENGTHS, **settings: object
+) -> GlobalBatchSampler:
     training = Training(**{"macro_batch_size": 32, "micro_batch_size": 4, "epochs": 2, **settings})  # type: ignore
     return GlobalBatchSampler(lengths, training, by_length, world)
 

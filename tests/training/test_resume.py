@@ -24,7 +24,7 @@ from safetensors.torch import load
 from training.conftest import BASE, MADE_FROM, configured
 
 from finetune_assets.config.loading import dump
-from finetune_assets.launch.local import LocalLauncher
+from finetune_assets.launch.local import LocalEngine
 from finetune_assets.store.artifacts import CHECKPOINTS, MANIFEST, ArtifactStore, open_store
 from finetune_assets.worker.job import JobSpec
 
@@ -35,8 +35,8 @@ LAUNCH = """
 import sys
 from pathlib import Path
 from finetune_assets.worker.job import from_json
-from finetune_assets.launch.local import LocalLauncher
-LocalLauncher().run(from_json(Path(sys.argv[1]).read_text()), {})
+from finetune_assets.launch.local import LocalEngine
+LocalEngine().run(from_json(Path(sys.argv[1]).read_text()), {})
 """
 SETTINGS = (
     f"training.max_steps={STEPS}",
@@ -72,7 +72,7 @@ class Machine:
 
     def run(self) -> None:
         """Run to the end."""
-        LocalLauncher().run(self.spec, {"OMP_NUM_THREADS": "1"})
+        LocalEngine().run(self.spec, {"OMP_NUM_THREADS": "1"})
 
     def lose(self) -> None:
         """Take the machine away, with its cache and its checkpoints."""

@@ -1,6 +1,6 @@
 """`python -m finetune_assets.merging.stacking --config FILE --base-model DIR --adapter-0 DIR --adapter-1 DIR ...`.
 
-Combines adapters of one base model into one.
+Combines several adapters of one base model into one.
 """
 
 import json
@@ -22,7 +22,7 @@ from finetune_assets.training.state import Log
 
 def main() -> None:
     args, rest = arguments.parser("finetune_assets.merging.stacking", __doc__).parse_known_args()
-    # one a champion, in the order of the settings: --adapter-0 DIR --adapter-1 DIR ...
+    # one flag per adapter, in the order of `stack.adapters`: --adapter-0 DIR --adapter-1 DIR ...
     folders = [
         Path(folder) for flag, folder in zip(rest[::2], rest[1::2], strict=True) if flag.startswith("--adapter-")
     ]
@@ -30,31 +30,34 @@ def main() -> None:
     config = load_resolved(args.config)
     config.wandb = None
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
-    with joined() as process, reporter(process) as voice:
+    with joined() as process, reporter(process) as log:
         base = load_base(args.base_model, config.model, config.training, process.device)
         rows = resize_embeddings(base, experiment_tokenizer(args.base_model, config), config).rows
         model = stacked(base, config, folders)
         assert config.stack is not None
-        voice.say(f"combined {', '.join(config.stack.adapters)} by {config.stack.method}")
+        log.write_line(f"Combined {', '.join(config.stack.adapters)} with method {config.stack.method}")
         output.save(args.output, model, args.base_model, config, made_from, vars(Log()), None, rows)
 
 
 def stacked(base: torch.nn.Module, config: ExperimentConfig, folders: list[Path]) -> PeftModel:
-    """A base with one adapter that several were combined into, by PEFT's `add_weighted_adapter`.
+    """Combine several adapters into one with PEFT's `add_weighted_adapter`.
 
     Args:
-        base: The base of them all.
-        config: Whose `stack` names them, their weights, and how they are combined.
-        folders: The adapters, in the order of `stack.adapters`.
+        base: The base model of all adapters.
+        config: Settings; `stack` has the adapters, their weights, and the combination method.
+        folders: Folders of the adapters, in the order of `stack.adapters`.
+
+    Returns:
+        The base model with the combined adapter.
 
     Raises:
-        ModelError: if they cannot be combined so.
+        ModelError: if the adapters cannot be combined with this method.
     """
     settings = config.stack
     assert settings is not None
-    names = [f"{place}" for place in range(len(folders))]
+    names = [f"{index}" for index in range(len(folders))]
     sparse = settings.method.startswith(("ties", "dare", "magnitude"))
-    torch.manual_seed(config.training.seed)  # dare drops values at random
+    torch.manual_seed(config.training.seed)  # the dare methods drop values at random
     try:
         model = PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
         for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -68,9 +71,9 @@ def stacked(base: torch.nn.Module, config: ExperimentConfig, folders: list[Path]
             density=settings.density if sparse else None,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
-        said = " ".join(str(e).split())
+        message = " ".join(str(e).split())
         raise ModelError(
-            f"stack.method: {settings.method} cannot combine {', '.join(settings.adapters)}: {said}"
+            f"stack.method: {settings.method} cannot combine {', '.join(settings.adapters)}: {message}"
         ) from e
     model.set_adapter("default")
     for name in names:

@@ -1,0 +1,112 @@
+"""Values of a row in the source, and the rows of `RAW_SCHEMA` that layouts create from them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_assets.data.errors import BadRow
+from finetune_assets.data.rows import Row, Turn
+
+
+@dataclass(frozen=True)
+class Values:
+    """A row of the source.
+
+    Attributes:
+        row: The row.
+        names: Accepted names of each column.
+    """
+
+    row: Mapping[str, Any]
+    names: Mapping[str, tuple[str, ...]]
+
+    def pick(self, column: str) -> Any:
+        """The value of whichever of the column's names has one.
+
+        Raises:
+            BadRow: if two of them have different values.
+        """
+        names = self.names[column]
+        values = [(name, self.row[name]) for name in names if self.row.get(name) not in (None, "", [])]
+        if len(values) > 1 and values[0][1] != values[1][1]:
+            raise BadRow(f"'{values[0][0]}' and '{values[1][0]}' both have a value, and one would be lost")
+        return values[0][1] if values else self.row.get(names[0])
+
+    def text(self, column: str, required: bool = False, numbers: bool = False) -> str:
+        """The text of a column; empty if it has none.
+
+        Args:
+            column: The column.
+            required: Refuse a row without it.
+            numbers: Accept a number as text.
+
+        Raises:
+            BadRow: if it is not text, or is missing or blank and required.
+        """
+        names, value = self.names[column], self.pick(column)
+        if value is None and required and not any(key in self.row for key in names):
+            keys = ", ".join(map(str, self.row))[:200] or "no keys"
+            raise BadRow(f"'{names[0]}' is missing; found {keys} (name the source's columns in raw_data.yaml: columns)")
+        if numbers and isinstance(value, (int, float)):
+            value = str(value)
+        value = "" if value is None else value
+        if not isinstance(value, str):
+            raise BadRow(f"'{names[0]}' must be text, found {shortened(value)}")
+        if required and not value.strip():
+            raise BadRow(f"'{names[0]}' is blank; give it text or remove the row")
+        return utf8(value, f"'{names[0]}'")
+
+
+def plain_row(instruction: str, context: str, response: str, category: str) -> Row:
+    """A row of one instruction and its response."""
+    return _row(instruction, context, response, category, None)
+
+
+def conversation_row(turns: list[Turn], category: str, system: str = "") -> Row:
+    """A row of several turns.
+
+    Args:
+        turns: The turns.
+        category: Category of the row.
+        system: System prompt, added as the first turn unless there is a system turn.
+
+    Raises:
+        BadRow: if no turn is the assistant's, or a system turn is not the first.
+    """
+    if system.strip() and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    roles = [turn["role"] for turn in turns]
+    if "assistant" not in roles:
+        raise BadRow("no assistant turn, so there is nothing to learn")
+    if "system" in roles[1:]:
+        raise BadRow(f"turn {roles.index('system', 1) + 1} is a system turn, which may only come first")
+    if roles == ["user", "assistant"]:
+        return _row(turns[0]["content"], "", turns[1]["content"], category, None)
+    last = {turn["role"]: turn["content"] for turn in turns}
+    first = {turn["role"]: turn["content"] for turn in reversed(turns)}
+    return _row(first.get("user", ""), first.get("system", ""), last["assistant"], category, turns)
+
+
+def _row(instruction: str, context: str, response: str, category: str, messages: list[Turn] | None) -> Row:
+    return {
+        "instruction": instruction,
+        "context": context,
+        "response": response,
+        "category": category,
+        "messages": messages,
+    }
+
+
+def utf8(text: str, where: str) -> str:
+    """Return the text if it can be encoded as UTF-8, else raise `BadRow`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise BadRow(f"{where} is not UTF-8, or holds half of a surrogate pair, at character {e.start}") from e
+    return text
+
+
+def shortened(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,60 @@
+"""What a source of raw data is."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.data.readers import READERS, SourceFile
+from finetune_assets.sources import hub
+
+ENDINGS = ", ".join(READERS)
+COMMIT_OF = partial(hub.commit_of, repo_type="dataset")
+
+
+class Source(Protocol):
+    """One version of the raw data.
+
+    Attributes:
+        is_pinned: Whether this version can never change, such as a commit; otherwise the source is opened again after
+            reading, to detect changes during the read.
+    """
+
+    is_pinned: bool
+
+    def content(self) -> Any:
+        """Plain data that identifies every byte; computed on every call, so a change during reading is detected."""
+
+    def peek(self) -> Any:
+        """Plain data that changes whenever the content may have changed; reads metadata only."""
+
+    def cached_content(self) -> Any:
+        """Like `content`, but files with unchanged metadata since this process read them are not read again."""
+
+    def files(self) -> Sequence[SourceFile]:
+        """The files, in reading order, on this machine.
+
+        Raises:
+            DataError: if a file cannot be read, naming the setting, the file and what to do.
+        """
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """What a source is opened with.
+
+    Attributes:
+        config: Raw data settings.
+        root: Folder that relative paths start from.
+        commit_of: Returns the commit of a Hub dataset's revision.
+        connect: Creates the boto3 client; None where S3 is not available.
+        downloads: Folder for downloaded files; None where nothing may be downloaded.
+    """
+
+    config: RawDataConfig
+    root: Path
+    commit_of: Callable[[str, str], str] = COMMIT_OF
+    connect: Callable[[], Any] | None = None
+    downloads: Path | None = None
