@@ -17,9 +17,9 @@ Parents = Mapping[str, set[str]]
 
 def parents_of_assets() -> dict[str, set[str]]:
     """Each asset's parents by name, and each source's node before what reads it."""
-    from finetune_assets.definitions import project_defs
+    from finetune_assets.definitions import project_definitions
 
-    graph = project_defs.resolve_asset_graph()
+    graph = project_definitions().resolve_asset_graph()
     parents = {
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
         for key in graph.get_all_asset_keys()

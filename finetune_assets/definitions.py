@@ -31,33 +31,42 @@ from finetune_assets.resources.project import Project
 warnings.filterwarnings("ignore", r"Function `PipesMessageReader\.expected_writer_count`", PreviewWarning)
 warnings.filterwarnings("ignore", r"Parameter `include_sources` of function `AssetSelection\.all`", BetaWarning)
 
-project = Project.configure_at_launch()
-
-project_defs = dg.Definitions(
-    assets=[
-        dolly_raw,
-        cached_base_model,
-        tokenized_dataset,
-        training_plan,
-        lora_adapter,
-        adapter_evaluation,
-        champion_adapter,
-        merged_model,
-        stacked_adapter,
-        experiment_report,
-    ],
-    sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
-    schedules=[raw_data_schedule],
-    resources={
-        "project": project,
-        "io_manager": ArtifactIOManager(project=project, others=dg.FilesystemIOManager()),
-        "launcher": Launcher(),
-    },
-    # Heavy steps already run in separate processes; a process per step would add 2 s to each.
-    executor=dg.in_process_executor,
-)
-
 PACKAGE = Path(__file__).parent
-# Users' definitions are loaded from a checkout, as `dg` scaffolds them; an installed wheel has none
-users = dg.load_from_defs_folder(path_within_project=PACKAGE) if (PACKAGE.parent / "pyproject.toml").is_file() else None
-defs = dg.Definitions.merge(project_defs, users) if users else project_defs
+
+
+def project_definitions() -> dg.Definitions:
+    """The definitions of this project."""
+    project = Project.configure_at_launch()
+    return dg.Definitions(
+        assets=[
+            dolly_raw,
+            cached_base_model,
+            tokenized_dataset,
+            training_plan,
+            lora_adapter,
+            adapter_evaluation,
+            champion_adapter,
+            merged_model,
+            stacked_adapter,
+            experiment_report,
+        ],
+        sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
+        schedules=[raw_data_schedule],
+        resources={
+            "project": project,
+            "io_manager": ArtifactIOManager(project=project, others=dg.FilesystemIOManager()),
+            "launcher": Launcher(),
+        },
+        # Heavy steps already run in separate processes; a process per step would add 2 s to each.
+        executor=dg.in_process_executor,
+    )
+
+
+def users_definitions() -> dg.Definitions:
+    """The definitions in `defs/`, as `dg` scaffolds them in a checkout; an installed wheel has none."""
+    if not (PACKAGE.parent / "pyproject.toml").is_file():
+        return dg.Definitions()
+    return dg.load_from_defs_folder(path_within_project=PACKAGE)
+
+
+defs = dg.Definitions.merge(project_definitions(), users_definitions())

@@ -8,7 +8,7 @@ import pytest
 from paths import ROOT
 
 from finetune_assets.config.loading import experiment_names
-from finetune_assets.definitions import project_defs
+from finetune_assets.definitions import project_definitions
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "wandb")
 
@@ -20,7 +20,7 @@ def test_loading_imports_nothing_heavy() -> None:
 
 
 def test_the_graph() -> None:
-    graph = project_defs.resolve_asset_graph()
+    graph = project_definitions().resolve_asset_graph()
     parents = {
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
         for key in graph.get_all_asset_keys()
@@ -45,13 +45,13 @@ PARTITIONED += ["adapter_evaluation", "champion_adapter", "merged_model", "stack
 
 @pytest.mark.parametrize("key", PARTITIONED)
 def test_one_partition_an_experiment(key: str) -> None:
-    asset = project_defs.resolve_asset_graph().get(dg.AssetKey(key))
+    asset = project_definitions().resolve_asset_graph().get(dg.AssetKey(key))
     assert asset.partitions_def is not None
     assert sorted(asset.partitions_def.get_partition_keys()) == experiment_names(ROOT / "configs")
 
 
 def test_every_asset_explains_itself() -> None:
-    graph = project_defs.resolve_asset_graph()
+    graph = project_definitions().resolve_asset_graph()
     for key in graph.get_all_asset_keys():
         assert len(graph.get(key).description or "") > 60
         assert graph.get(key).group_name == "finetune"

@@ -146,10 +146,10 @@ def test_restart_forgets_nothing(inbox: Path, sensor: Sensor) -> None:
     (inbox / "a.jsonl").write_text(rows(1))
     assert len(sensor.starts()) == 1
     assert change_detection.SensorCursor.read(sensor.cursor).number == 1
-    from finetune_assets.sources import raw_data as sources
+    from finetune_assets.sources import local
 
-    sources._known_content.cache_clear()
-    sources._known_rows.cache_clear()
+    local._known_content.cache_clear()
+    local._known_rows.cache_clear()
     assert sensor.starts() == []
 
 

@@ -19,7 +19,7 @@ PARTITIONED = ("finetune_assets.assets", "finetune_assets.definitions")
 def _definitions(experiments: tuple[str, ...]) -> dg.Definitions:
     for name in [name for name in sys.modules if name.startswith(PARTITIONED)]:
         del sys.modules[name]
-    return importlib.import_module("finetune_assets.definitions").project_defs
+    return importlib.import_module("finetune_assets.definitions").project_definitions()
 
 
 def definitions() -> dg.Definitions:

@@ -58,7 +58,6 @@ def _store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def api(_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(kubernetes, "POLL_SECONDS", 0.5)
-    monkeypatch.setattr("finetune_assets.launch.pipes.POLL_SECONDS", 0.5)
     with kubernetes_server.running(tmp_path / "kubernetes") as running:
         monkeypatch.setenv("KUBECONFIG", str(running.config()))  # for other processes; this one has read it already
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(running.config()))
