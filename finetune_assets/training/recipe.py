@@ -153,9 +153,9 @@ class LoraFinetune(TrainingSetup):
             total += loss.detach()
         self.process.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        if self.reporter.wandb_run:
+        for tracker in self.reporter.trackers.values():
             trained = ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
-            self.reporter.wandb_run.look(step + 1, trained)
+            tracker.watch(step + 1, trained)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -250,9 +250,8 @@ class LoraFinetune(TrainingSetup):
         if before is not None and after is not None:
             self.reporter.write_line(f"held-out loss {before:.4f} before, {after:.4f} after")
         self.log.peak_memory_mib = peak_memory_mib(self.process.device)
-        state, run = vars(self.log), self.reporter.wandb_run
-        if self.config.wandb and (link := self.process.share(run.link() if run else None)):
-            state = {**state, "wandb": link}
+        links = {name: link for name, tracker in self.reporter.trackers.items() if (link := tracker.link())}
+        state = {**vars(self.log), **self.process.share(links)}
         if self.process.writes:
             self.utilisation.write(self.job.output / UTILISATION)  # before the checksums are written
             output.save(
@@ -265,11 +264,11 @@ class LoraFinetune(TrainingSetup):
                 self.initial_adapter,
                 self.new_tokens.rows,
             )
-        if run:
-            numbers = {name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}
-            losses = {f"held_out_loss_{when}": loss for when, loss in self.log.held_out_loss.items()}
-            run.summarize({**numbers, **losses})
-            run.log_adapter(self.job.output, {"fingerprint": self.job.made_from["fingerprint"], **losses})
+        numbers = {name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}
+        losses = {f"held_out_loss_{when}": loss for when, loss in self.log.held_out_loss.items()}
+        for tracker in self.reporter.trackers.values():
+            tracker.summarize({**numbers, **losses})
+            tracker.log_adapter(self.job.output, {"fingerprint": self.job.made_from["fingerprint"], **losses})
 
 
 def _in_main_thread() -> bool:

@@ -1,7 +1,7 @@
-"""Progress reports of a training: to the terminal, the Dagster run, and Weights & Biases."""
+"""Progress reports of a training: to the terminal, the Dagster run, and experiment trackers."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune_assets.progress import STEPS, Progress
 from finetune_assets.training.distributed import Process
-from finetune_assets.training.tracking import Begin, WandbRun
+from finetune_assets.training.trackers import TRACKERS, TrackedTraining, Tracker
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Reporter:
 
     Args:
         write_line: Receives each line of text.
-        wandb_run: Run of Weights & Biases that also receives metrics, histograms and the adapter.
+        trackers: Experiment trackers that also receive metrics and the adapter, by name.
     """
 
-    def __init__(self, write_line: Callable[[str], None], wandb_run: WandbRun | None = None) -> None:
+    def __init__(self, write_line: Callable[[str], None], trackers: Mapping[str, Tracker] | None = None) -> None:
         self.write_line = write_line
-        self.wandb_run = wandb_run
+        self.trackers = trackers or {}
         self._bar = Progress("training", None, STEPS, logs=False)
 
     @contextmanager
@@ -82,17 +82,17 @@ class Reporter:
         if report.step < report.total:
             self._bar.log_line(report.line())
         self.write_line(report.line())
-        if self.wandb_run:
-            self.wandb_run.record(report.to_dict())
+        for tracker in self.trackers.values():
+            tracker.record(report.to_dict())
 
 
 @contextmanager
-def reporter(process: Process, begin: Begin | None = None) -> Iterator[Reporter]:
+def reporter(process: Process, training: TrackedTraining | None = None) -> Iterator[Reporter]:
     """Open a reporter that writes to the Dagster run of a Pipes process, and to the terminal otherwise.
 
     Args:
         process: This process.
-        begin: Start parameters of the run of Weights & Biases, if enabled.
+        training: The training, for its trackers; None where nothing is trained.
     """
     if not process.reports:
         yield Reporter(lambda line: None)
@@ -100,10 +100,12 @@ def reporter(process: Process, begin: Begin | None = None) -> Iterator[Reporter]
     with ExitStack() as stack:
         write_line = _dagster_log(stack) or (lambda line: print(line, flush=True))
         stack.enter_context(_forward_log_records(write_line))
-        wandb_run = WandbRun(begin, write_line) if begin else None
-        if wandb_run:
-            stack.push(wandb_run.finish)
-        yield Reporter(write_line, wandb_run)
+        trackers = {}
+        for name, opened in TRACKERS.items() if training else ():
+            if training and (tracker := opened(training, write_line)):
+                trackers[name] = tracker
+                stack.push(tracker.finish)
+        yield Reporter(write_line, trackers)
 
 
 class _LineHandler(logging.Handler):

@@ -127,7 +127,7 @@ class WandbRun:
 
     # ---- during training
 
-    def look(self, step: int, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def watch(self, step: int, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Compute histograms of the current weights and gradients, if enabled and if a report is due.
 
         Args:

@@ -24,6 +24,7 @@ from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import reporter
 from finetune_assets.training.state import Job
+from finetune_assets.training.trackers import TrackedTraining
 from finetune_assets.training.tracking import Begin, WandbRun, beginning, histogram
 
 ID = MADE_FROM["fingerprint"][:32]
@@ -90,9 +91,9 @@ def train(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[st
         output.mkdir()
         folder = dataset(config.data.tokenization)
         job = Job(PACKAGED["demo-base"], folder, output, tmp_path / "scratch", MADE_FROM | INPUTS)
-        begin = beginning(config, job.made_from, {"dataset": "s3://bucket/tests/tokenized/d"})
-        with reporter(ALONE, begin) as voice:
-            finetune = LoraFinetune(job, config, ALONE, voice)
+        tracked = TrackedTraining(config, job.made_from, {"dataset": "s3://bucket/tests/tokenized/d"})
+        with reporter(ALONE, tracked) as opened:
+            finetune = LoraFinetune(job, config, ALONE, opened)
             finetune.run()
             meanwhile()
         return json.loads((output / "trainer_state.json").read_text())
