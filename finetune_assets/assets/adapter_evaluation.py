@@ -3,8 +3,8 @@
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import EVALUATIONS
-from finetune_assets.assets.materialization import GROUP, asset_step, overridden, result
-from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.materialization import asset_step, overridden, result
+from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.promotion import evaluate, evaluation_metadata
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
@@ -12,11 +12,9 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"pytorch"},
-    partitions_def=experiments,
-    code_version=EVALUATIONS.code_version,
+@project_asset(
+    EVALUATIONS,
+    "pytorch",
     automation_condition=auto_materialize("lora_adapter"),
 )
 def adapter_evaluation(

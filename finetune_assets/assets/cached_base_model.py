@@ -3,18 +3,16 @@
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import BASE_MODELS
-from finetune_assets.assets.materialization import GROUP, asset_step, materialize_or_reuse, overridden, result
-from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.materialization import asset_step, materialize_or_reuse, overridden, result
+from finetune_assets.assets.partitions import project_asset
 from finetune_assets.automation.conditions import RawChecksPassed, auto_materialize
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"huggingface"},
-    partitions_def=experiments,
-    code_version=BASE_MODELS.code_version,
+@project_asset(
+    BASE_MODELS,
+    "huggingface",
     pool="hub",
     automation_condition=auto_materialize(only_while=RawChecksPassed()),
 )

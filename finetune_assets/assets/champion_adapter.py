@@ -6,19 +6,17 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import CHAMPIONS
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.materialization import ARTIFACT, GROUP, Outcome, asset_step, overridden, result
-from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.assets.materialization import ARTIFACT, Outcome, asset_step, overridden, result
+from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.promotion import GATE, Decision, promote_if_better
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"pytorch"},
-    partitions_def=experiments,
-    code_version=CHAMPIONS.code_version,
+@project_asset(
+    CHAMPIONS,
+    "pytorch",
     dagster_type=ARTIFACT,
     output_required=False,
     check_specs=[

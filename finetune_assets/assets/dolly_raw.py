@@ -10,12 +10,12 @@ import dagster as dg
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.assets.materialization import (
     ARTIFACT,
-    GROUP,
     asset_step,
     materialize_or_reuse,
     publish_built,
     result,
 )
+from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_rows
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
 from finetune_assets.assets.raw_checks.check import Version
@@ -26,10 +26,9 @@ from finetune_assets.store.artifacts import ArtifactRef
 STATISTICS = "statistics.json"
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"parquet"},
-    code_version=RAW.code_version,
+@project_asset(
+    RAW,
+    "parquet",
     dagster_type=ARTIFACT,
     check_specs=[check.spec for check in RAW_CHECKS],
 )

@@ -6,7 +6,8 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import REPORTS
 from finetune_assets.artifacts.layout import PAGE, PAGE_MARKDOWN
-from finetune_assets.assets.materialization import GROUP, asset_step, materialize_or_reuse, publish_built, result
+from finetune_assets.assets.materialization import asset_step, materialize_or_reuse, publish_built, result
+from finetune_assets.assets.partitions import project_asset
 from finetune_assets.automation.reports import newer
 from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
@@ -18,10 +19,9 @@ cannot depend on them: Dagster skips downstream assets of an asset that is not m
 has a champion."""
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"matplotlib"},
-    code_version=REPORTS.code_version,
+@project_asset(
+    REPORTS,
+    "matplotlib",
     op_tags=LAST,
     deps=[dg.AssetDep("adapter_evaluation", partition_mapping=dg.AllPartitionMapping())],
     automation_condition=newer("adapter_evaluation", "champion_adapter", "stacked_adapter"),

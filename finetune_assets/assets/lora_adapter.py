@@ -11,7 +11,6 @@ from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import HELD_BACK, TRAINER_STATE
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.materialization import (
-    GROUP,
     asset_step,
     job,
     materialize_or_reuse,
@@ -19,7 +18,7 @@ from finetune_assets.assets.materialization import (
     refuse_stacked_experiment,
     result,
 )
-from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import is_drawn, of_plan
 from finetune_assets.assets.pictures import of_training as pictures
 from finetune_assets.automation.budget import GPU_HOURS, WithinDailyGpuBudget
@@ -32,11 +31,9 @@ from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.worker.job import JobSpec
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"pytorch"},
-    partitions_def=experiments,
-    code_version=ADAPTERS.code_version,
+@project_asset(
+    ADAPTERS,
+    "pytorch",
     pool="gpu",
     deps=["training_plan"],  # its check blocks training; users can select lora_adapter without it
     automation_condition=auto_materialize(

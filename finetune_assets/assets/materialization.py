@@ -19,8 +19,6 @@ from finetune_assets.resources.project import OVERRIDES_TAG, Project
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.worker.job import JobSpec
 
-GROUP = "finetune"
-"""Group of all assets. With several groups, Dagster's global lineage opens with every group collapsed."""
 RETRIES, RETRY_SECONDS = 3, 20
 """Maximum retries of a step, and the delay before the first retry in seconds, doubled for each further retry."""
 ARTIFACT = dg.PythonObjectDagsterType(ArtifactRef)

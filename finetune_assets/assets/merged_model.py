@@ -10,7 +10,6 @@ from finetune_assets.artifacts.kinds import BASE_MODELS, MERGED
 from finetune_assets.artifacts.layout import MERGE
 from finetune_assets.assets.materialization import (
     ARTIFACT,
-    GROUP,
     asset_step,
     check_skipped,
     job,
@@ -18,7 +17,7 @@ from finetune_assets.assets.materialization import (
     overridden,
     result,
 )
-from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.promotion import base_of
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.config.schema import Merge
@@ -34,11 +33,9 @@ OF_INT8 = 0.02
 """The same for an int8 base: an int8 layer also rounds its input, a merged model does not (0.7% in float32)."""
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"pytorch"},
-    partitions_def=experiments,
-    code_version=MERGED.code_version,
+@project_asset(
+    MERGED,
+    "pytorch",
     dagster_type=ARTIFACT,
     output_required=False,
     automation_condition=auto_materialize("champion_adapter"),

@@ -10,7 +10,6 @@ from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.materialization import (
     ARTIFACT,
-    GROUP,
     asset_step,
     check_skipped,
     job,
@@ -18,7 +17,7 @@ from finetune_assets.assets.materialization import (
     overridden,
     result,
 )
-from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.promotion import GATE, evaluate, evaluation_metadata, promote_if_better
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
@@ -27,11 +26,9 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"pytorch"},
-    partitions_def=experiments,
-    code_version=STACKS.code_version,
+@project_asset(
+    STACKS,
+    "pytorch",
     dagster_type=ARTIFACT,
     output_required=False,
     deps=[dg.AssetDep("champion_adapter", partition_mapping=dg.AllPartitionMapping())],

@@ -10,7 +10,6 @@ from finetune_assets.artifacts.kinds import TOKENIZED
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.materialization import (
     ARTIFACT,
-    GROUP,
     asset_step,
     materialize_or_reuse,
     overridden,
@@ -18,7 +17,7 @@ from finetune_assets.assets.materialization import (
     result,
     trains_later,
 )
-from finetune_assets.assets.partitions import experiments
+from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
@@ -29,11 +28,9 @@ from finetune_assets.store.artifacts import ArtifactRef
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"arrow"},
-    partitions_def=experiments,
-    code_version=TOKENIZED.code_version,
+@project_asset(
+    TOKENIZED,
+    "arrow",
     dagster_type=ARTIFACT,
     check_specs=SPECS,
     automation_condition=auto_materialize("dolly_raw", "cached_base_model"),

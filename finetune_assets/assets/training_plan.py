@@ -10,7 +10,6 @@ from finetune_assets.artifacts.history import predicted, read_plan, trainer_stat
 from finetune_assets.artifacts.kinds import ADAPTERS, PLANS
 from finetune_assets.assets.materialization import (
     ARTIFACT,
-    GROUP,
     asset_step,
     materialize_or_reuse,
     overridden,
@@ -18,7 +17,7 @@ from finetune_assets.assets.materialization import (
     refuse_stacked_experiment,
     result,
 )
-from finetune_assets.assets.partitions import check_of_each, experiments
+from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.pictures import of_plan
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.config.loading import dump
@@ -28,11 +27,9 @@ from finetune_assets.sources.base_models import is_shape_file
 from finetune_assets.store.artifacts import ArtifactRef
 
 
-@dg.asset(
-    group_name=GROUP,
-    kinds={"pytorch"},
-    partitions_def=experiments,
-    code_version=PLANS.code_version,
+@project_asset(
+    PLANS,
+    "pytorch",
     dagster_type=ARTIFACT,
     check_specs=[
         check_of_each(

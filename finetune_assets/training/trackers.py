@@ -17,8 +17,8 @@ class TrackedTraining:
 
     Attributes:
         config: The resolved settings.
-        made_from: Fingerprints of the inputs, and the adapter's own as `fingerprint`, which identifies the training also
-            after it was resumed.
+        made_from: Fingerprints of the inputs, and the adapter's own as `fingerprint`, which identifies the training
+            also after it was resumed.
         uris: Known store URIs of the inputs, by name.
     """
 

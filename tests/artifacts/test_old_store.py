@@ -23,9 +23,8 @@ ASSETS |= {"champion_adapter", "merged_model"}
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with that store."""
     folder = Path(shutil.copytree(OLD, tmp_path / "project"))
-    for name, value in {
-        "CONFIGS": folder / "configs", "NAMESPACE": "tests", "STORE": f"file://{folder}/store", "CACHE": folder / "cache",
-    }.items():  # fmt: skip
+    settings = {"CONFIGS": folder / "configs", "STORE": f"file://{folder}/store", "CACHE": folder / "cache"}
+    for name, value in {**settings, "NAMESPACE": "tests"}.items():
         monkeypatch.setenv(f"FINETUNE_{name}", str(value))
     return folder
 

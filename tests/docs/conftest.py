@@ -41,7 +41,8 @@ def reader_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[Path]
     def make(page: Path) -> Reader:
         reader, has = new_project(tmp_path / "project"), begins_with(page)
         assert has <= {"demo", "s3", "code"}
-        reader.environment[FORKSERVER] = warm.own().address
+        if "code" not in has:  # what the tests' server forks is the code as it is
+            reader.environment[FORKSERVER] = warm.own().address
         if "demo" in has:
             made = request.getfixturevalue("first_run")
             for name in (".finetune/store", ".dagster_home"):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def dg_command(checkout: Path) -> Callable[..., str]:
 
     def run(*arguments: str) -> str:
         quiet = {"DAGSTER_DG_CLI_CONFIG": os.devnull, "COLUMNS": "200"}
-        command = ["dg", *arguments]
+        command = [str(Path(sys.executable).with_name("dg")), *arguments]
         ended = subprocess.run(command, cwd=checkout, env=environment() | quiet, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
@@ -89,7 +90,7 @@ def test_an_own_asset_takes_ours_and_is_materialized_by_dg(
 ) -> None:
     dg_command("check", "defs")
     listed = json.loads(dg_command("list", "defs", "--json"))
-    assets = {asset["key"] for asset in listed["assets"]}
+    assets = {asset["asset_key"] for asset in listed["assets"]}
     assert assets >= {"my_asset", "my_second_asset", "tokenized_dataset", "lora_adapter"}
     dg_command("launch", "--assets", "dolly_raw")
     assert len(project.published("raw")) == 1

@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from projects import TestProject
 from cli.conftest import dataset, finetune, publish
+from projects import TestProject
 from training.conftest import ALONE
 from trainings import trained
 
