@@ -91,7 +91,7 @@ def measured(work: Any) -> int:
 
 def write_rows(source: Path, times: int, limit: int | None, out: Path) -> Path:
     """Parquet of the source's rows, repeated with a running number so that no two are the same."""
-    from finetune_assets.config.schema import Columns
+    from finetune_assets.config.raw_data_schema import Columns
     from finetune_assets.data.ingest import PARQUET, write_raw
     from finetune_assets.data.readers import SourceFile
     from finetune_assets.data.rows import RAW_SCHEMA

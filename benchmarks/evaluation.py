@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import ROOT, Runs, arguments, interleaved, median, report
 from finetune_assets.config.loading import load_experiment
-from finetune_assets.config.schema import Columns, ExperimentConfig
+from finetune_assets.config.raw_data_schema import Columns
+from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.ingest import PARQUET, write_raw
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.readers import SourceFile

@@ -36,7 +36,8 @@ def write_rows(path: Path, count: int) -> None:
 
 def prepare(count: int) -> dict[str, float]:
     """Figures of one run; imports and tokenizer are loaded before the clock starts."""
-    from finetune_assets.config.schema import Columns, Data
+    from finetune_assets.config.raw_data_schema import Columns
+    from finetune_assets.config.schema import Data
     from finetune_assets.data.ingest import PARQUET, write_raw
     from finetune_assets.data.prepare import prepare_dataset
     from finetune_assets.data.readers import SourceFile

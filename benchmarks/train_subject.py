@@ -105,7 +105,8 @@ def make(folder: Path, shape: str, rows: Path, examples: int, length: int, steps
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from finetune_assets.config.schema import Columns, Data, Tokenization
+    from finetune_assets.config.raw_data_schema import Columns
+    from finetune_assets.config.schema import Data, Tokenization
     from finetune_assets.data.ingest import PARQUET, write_raw
     from finetune_assets.data.prepare import prepare_dataset
     from finetune_assets.data.readers import SourceFile

@@ -27,31 +27,46 @@ from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.io_manager import ArtifactIOManager
 from finetune_assets.resources.project import Project
 
-# Warnings about Dagster's own code: its message reader, which launchers receive, and its selection of all assets
+# Warnings about what Dagster creates itself: a message reader, references to code, and a selection of all assets
 warnings.filterwarnings("ignore", r"Function `PipesMessageReader\.expected_writer_count`", PreviewWarning)
+warnings.filterwarnings("ignore", r"Class `(LocalFileCodeReference|CodeReferencesMetadataValue)`", BetaWarning)
+warnings.filterwarnings("ignore", r"Function `with_source_code_references`", BetaWarning)
 warnings.filterwarnings("ignore", r"Parameter `include_sources` of function `AssetSelection\.all`", BetaWarning)
 
 PACKAGE = Path(__file__).parent
+prepare_data = dg.define_asset_job(
+    "prepare_data",
+    selection=["dolly_raw", "cached_base_model", "tokenized_dataset"],
+    description="Reads the raw data, fetches the base model, and tokenizes the rows of an experiment. Needs no GPU.",
+)
+train_and_evaluate = dg.define_asset_job(
+    "train_and_evaluate",
+    selection=["training_plan", "lora_adapter", "adapter_evaluation", "champion_adapter"],
+    description="Plans, trains, evaluates and promotes the adapter of an experiment whose data is prepared.",
+)
 
 
 def project_definitions() -> dg.Definitions:
     """The definitions of this project."""
     project = Project.configure_at_launch()
     return dg.Definitions(
-        assets=[
-            dolly_raw,
-            cached_base_model,
-            tokenized_dataset,
-            training_plan,
-            lora_adapter,
-            adapter_evaluation,
-            champion_adapter,
-            merged_model,
-            stacked_adapter,
-            experiment_report,
-        ],
+        assets=dg.with_source_code_references(
+            [
+                dolly_raw,
+                cached_base_model,
+                tokenized_dataset,
+                training_plan,
+                lora_adapter,
+                adapter_evaluation,
+                champion_adapter,
+                merged_model,
+                stacked_adapter,
+                experiment_report,
+            ]
+        ),
         sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
         schedules=[raw_data_schedule],
+        jobs=[prepare_data, train_and_evaluate],
         resources={
             "project": project,
             "io_manager": ArtifactIOManager(project=project, others=dg.FilesystemIOManager()),
@@ -63,8 +78,12 @@ def project_definitions() -> dg.Definitions:
 
 
 def users_definitions() -> dg.Definitions:
-    """The definitions in `defs/`, as `dg` scaffolds them in a checkout; an installed wheel has none."""
-    if not (PACKAGE.parent / "pyproject.toml").is_file():
+    """The definitions in `defs/`, as `dg` scaffolds them in a checkout; an installed wheel has none.
+
+    Without any, Dagster's component system is not loaded, which takes as long as Dagster itself.
+    """
+    own = {path.name for path in (PACKAGE / "defs").iterdir()} - {"__init__.py", "README.md", "__pycache__"}
+    if not own or not (PACKAGE.parent / "pyproject.toml").is_file():
         return dg.Definitions()
     return dg.load_from_defs_folder(path_within_project=PACKAGE)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from finetune_assets.config.schema import Columns
+from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.ingest import PARQUET, QUARANTINE, write_raw
 from finetune_assets.data.readers import SourceFile
 from finetune_assets.data.rows import Row

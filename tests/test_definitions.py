@@ -7,6 +7,7 @@ import dagster as dg
 import pytest
 from paths import ROOT
 
+from finetune_assets.artifacts.kinds import KIND_OF
 from finetune_assets.config.loading import experiment_names
 from finetune_assets.definitions import project_definitions
 
@@ -55,3 +56,28 @@ def test_every_asset_explains_itself() -> None:
     for key in graph.get_all_asset_keys():
         assert len(graph.get(key).description or "") > 60
         assert graph.get(key).group_name == "finetune"
+
+
+def test_every_asset_has_an_owner_its_kind_and_a_link_to_its_code() -> None:
+    for asset in project_definitions().assets or []:
+        assert isinstance(asset, dg.AssetsDefinition)
+        (key,) = asset.keys
+        kind = KIND_OF[key.to_user_string()]
+        assert asset.owners_by_key[key] == ["team:finetune"]
+        assert asset.tags_by_key[key]["finetune/kind"] == kind.folder
+        assert asset.code_versions_by_key[key] == kind.code_version
+        (reference,) = asset.metadata_by_key[key]["dagster/code_references"].code_references
+        assert reference.file_path == str(ROOT / "finetune_assets" / "assets" / f"{key.to_user_string()}.py")
+
+
+@pytest.mark.parametrize(
+    ("job", "assets"),
+    [
+        ("prepare_data", {"dolly_raw", "cached_base_model", "tokenized_dataset"}),
+        ("train_and_evaluate", {"training_plan", "lora_adapter", "adapter_evaluation", "champion_adapter"}),
+    ],
+)
+def test_jobs(job: str, assets: set[str]) -> None:
+    resolved = project_definitions().resolve_job_def(job)
+    assert {key.to_user_string() for key in resolved.asset_layer.executable_asset_keys} == assets
+    assert resolved.partitions_def is not None

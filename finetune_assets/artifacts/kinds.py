@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_assets.config.fingerprint import fingerprint, identity
-from finetune_assets.config.schema import ExperimentConfig, Model, RawDataConfig
+from finetune_assets.config.raw_data_schema import RawDataConfig
+from finetune_assets.config.schema import ExperimentConfig, Model
 from finetune_assets.store.artifacts import CHECKPOINTS as CHECKPOINTS_FOLDER
 from finetune_assets.store.artifacts import SHARED
 from finetune_assets.store.gc import Retention

@@ -27,7 +27,7 @@ from finetune_assets.artifacts.kinds import (
 from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import Experiment
-from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import PACKAGED, SUFFIXES
 from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
@@ -35,9 +35,9 @@ from finetune_assets.sources.local import count_rows
 from finetune_assets.sources.pins import Pins
 from finetune_assets.sources.raw_data import open_source
 from finetune_assets.sources.source import Source, SourceContext
-from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, folder_hashes
+from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing, StoreError
-from finetune_assets.store.hashing import sha256
+from finetune_assets.store.hashing import folder_hashes, sha256
 
 NO_CHAMPION = (
     "{0} has no champion yet: materialize its champion_adapter; its check reports why no adapter was promoted (usually "

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
+    column_schema,
     materialize_or_reuse,
     publish_built,
     result,
@@ -24,6 +26,8 @@ from finetune_assets.resources.project import GOOD_TAG, Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 STATISTICS = "statistics.json"
+STALE_AFTER = timedelta(days=30)
+"""Age at which Dagster's UI shows the raw data as stale; it stops nothing."""
 
 
 @project_asset(
@@ -31,6 +35,7 @@ STATISTICS = "statistics.json"
     "parquet",
     dagster_type=ARTIFACT,
     check_specs=[check.spec for check in RAW_CHECKS],
+    freshness_policy=dg.FreshnessPolicy.time_window(fail_window=STALE_AFTER),
 )
 def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """The deployment's instruction data (`configs/raw_data.yaml`), read row by row and stored as Parquet.
@@ -72,12 +77,14 @@ def _statistics(project: Project, ref: ArtifactRef) -> dict[str, Any]:
 
 
 def _describe(statistics: dict[str, Any]) -> dict[str, object]:
+    from finetune_assets.data.rows import RAW_SCHEMA
     from finetune_assets.data.tables import conversations_table, rows_table
 
     counts = [{"category": name, "rows": rows} for name, rows in statistics["categories"].items()]
     conversations = statistics["conversation_preview"]
     return {
         "dagster/row_count": statistics["rows"],
+        "dagster/column_schema": column_schema(RAW_SCHEMA),
         "rows_with_context": statistics["with_context"],
         "conversations": statistics["conversations"],
         "quarantined": statistics["quarantined"],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -18,6 +18,9 @@ from finetune_assets.errors import UserError
 from finetune_assets.resources.project import OVERRIDES_TAG, Project
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.worker.job import JobSpec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 RETRIES, RETRY_SECONDS = 3, 20
 """Maximum retries of a step, and the delay before the first retry in seconds, doubled for each further retry."""
@@ -130,6 +133,21 @@ def result(
         metadata={**metadata, **common},
         check_results=list(checks),
         tags=tags,
+    )
+
+
+def column_schema(schema: "pa.Schema") -> dg.TableSchema:
+    """Columns of a Parquet or Arrow file, as Dagster's UI and catalog show them."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                field.name,
+                str(field.type),
+                (field.metadata or {}).get(b"doc", b"").decode() or None,
+                dg.TableColumnConstraints(nullable=field.nullable),
+            )
+            for field in schema
+        ]
     )
 
 

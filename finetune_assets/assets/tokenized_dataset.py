@@ -11,6 +11,7 @@ from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
+    column_schema,
     materialize_or_reuse,
     overridden,
     publish_built,
@@ -84,12 +85,15 @@ def tokenized_dataset(
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
+    from finetune_assets.data.prepare import EXAMPLE_SCHEMA
+
     counts = dict(statistics)
     examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")
     for name in ("first_without_label", "first_truncated", "first_overlap", "length_histogram", "fill_histogram"):
         del counts[name]  # shown by the checks and by plots
     return {
         "dagster/row_count": sum(examples.values()),
+        "dagster/column_schema": column_schema(EXAMPLE_SCHEMA),
         **{f"{split}_examples": count for split, count in examples.items()},
         **{f"length_{name}": length for name, length in lengths.items()},
         **counts,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from finetune_assets.config.schema import Arrivals
+from finetune_assets.config.raw_data_schema import Arrivals
 
 
 class Watched(Protocol):

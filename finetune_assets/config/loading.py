@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune_assets.config.errors import ConfigError, suggest
-from finetune_assets.config.schema import Columns, ExperimentConfig, RawDataConfig, StoreConfig, SweepConfig
+from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
+from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
 from finetune_assets.config.sweeps import Point, points, sweep_files
 from finetune_assets.config.validation import impossible_raw_settings, impossible_settings, impossible_store_settings
 

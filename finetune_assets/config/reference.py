@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 from finetune_assets.config.loading import group_of
-from finetune_assets.config.schema import ExperimentConfig, RawDataConfig, StoreConfig, SweepConfig
+from finetune_assets.config.raw_data_schema import RawDataConfig
+from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
 
 TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Every setting
 
-Generated from `finetune_assets/config/schema.py` by `python -m finetune_assets.config.reference`; do not edit.
+Generated from `finetune_assets/config/` by `python -m finetune_assets.config.reference`; do not edit.
 
 A setting marked † cannot change an artifact's bytes, so changing it re-runs nothing. Overrides of one run apply to all
 its assets and are given as dotted strings:

@@ -11,6 +11,7 @@ from typing import Any
 from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
+from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import (
     Data,
     ExperimentConfig,
@@ -19,7 +20,6 @@ from finetune_assets.config.schema import (
     Lora,
     Model,
     PromptTemplate,
-    RawDataConfig,
     Stack,
     StoreConfig,
     Tokenization,

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune_assets.config.schema import Columns
+from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.layouts import row_reader
 from finetune_assets.data.quality import Inspector, Quality, rows_by_number

@@ -8,7 +8,7 @@ from pydantic import Field, PrivateAttr
 
 from finetune_assets.artifacts.lineage import Lineage, RawLineage
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
-from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.progress import mirror
 from finetune_assets.resources import deployment, run_liveness
 from finetune_assets.store.artifacts import ArtifactStore

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from finetune_assets.config.schema import HubDataset
+from finetune_assets.config.raw_data_schema import HubDataset
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.readers import READERS, SourceFile
 from finetune_assets.sources import hub

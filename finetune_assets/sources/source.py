@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.data.readers import READERS, SourceFile
 from finetune_assets.sources import hub
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,9 +17,10 @@ from typing import Any
 from finetune_assets.progress import Progress, in_parallel
 from finetune_assets.store.cache import Entry, NodeCache
 from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
-from finetune_assets.store.hashing import sha256
+from finetune_assets.store.hashing import folder_files
+from finetune_assets.store.hashing_reader import HashingReader
 from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
-from finetune_assets.store.objects import CHUNK, Objects, boto3_client
+from finetune_assets.store.objects import Objects, boto3_client
 
 MANIFEST = "manifest.json"
 CHECKPOINTS, JOBS = "checkpoints", "jobs"
@@ -191,7 +192,7 @@ class ArtifactStore:
         with Progress(what, sum(sizes.values())) as progress:
 
             def upload(path: str) -> None:
-                reader = _Reader(sources[path], progress)
+                reader = HashingReader(sources[path], progress)
                 self.objects.upload(f"{prefix}/{path}", sizes[path], reader.chunks)
                 if reader.size != sizes[path] or reader.sha256 != expected.get(path, reader.sha256):
                     raise StoreError(f"File changed during upload: {sources[path]}. Materialize the asset again")
@@ -375,46 +376,5 @@ def open_store(
     return ArtifactStore(Objects(url, connect), namespace, NodeCache(cache, limit))
 
 
-class _Reader:
-    """Reads a file once, for both the upload and its sha256."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self.path, self.progress = path, progress
-        self.size, self._digest = 0, hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the content from the start. Progress counted by an earlier read is taken back."""
-        self.progress.take_back(self.size)
-        self.size, self._digest = 0, hashlib.sha256()
-        with open(self.path, "rb", buffering=0) as file:
-            while chunk := file.read(CHUNK):
-                self._digest.update(chunk)
-                self.size += len(chunk)
-                self.progress.add(len(chunk))
-                yield chunk
-
-
 def _largest_first(sizes: Mapping[Any, int]) -> list[Any]:
     return sorted(sizes, key=lambda item: sizes[item], reverse=True)
-
-
-def folder_files(folder: Path) -> dict[str, Path]:
-    """Return every file below a folder, by relative path.
-
-    Raises:
-        StoreError: If a file is a symbolic link to outside the folder.
-    """
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    for path in files.values():
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise StoreError(f"{path}: symbolic link to a file outside {folder}; replace it with the file")
-    return files
-
-
-def folder_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file below a folder, by relative path."""
-    return {name: sha256(path) for name, path in folder_files(folder).items()}

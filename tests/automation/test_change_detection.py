@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from finetune_assets.automation.change_detection import Observation, SensorCursor, observe
-from finetune_assets.config.schema import Arrivals
+from finetune_assets.config.raw_data_schema import Arrivals
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from raw import ingest, quarantined, rows_of
 
-from finetune_assets.config.schema import Columns
+from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.ingest import PARQUET, write_raw
 from finetune_assets.data.readers import SourceFile
 from finetune_assets.data.rows import RAW_SCHEMA

@@ -12,7 +12,7 @@ from raw import quarantined
 from servers.hub import TOKEN, Hub
 
 from finetune_assets.artifacts.kinds import RAW
-from finetune_assets.config.schema import Columns, HubDataset, RawDataConfig
+from finetune_assets.config.raw_data_schema import Columns, HubDataset, RawDataConfig
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.ingest import PARQUET, write_raw
 from finetune_assets.sources.hub import DamagedDownload

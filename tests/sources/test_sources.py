@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune_assets.artifacts.kinds import RAW
-from finetune_assets.config.schema import Columns, RawDataConfig
+from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
 from finetune_assets.data.errors import DataError
 from finetune_assets.sources.local import SAMPLE
 from finetune_assets.sources.raw_data import open_source

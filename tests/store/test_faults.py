@@ -17,7 +17,7 @@ from servers.proxy import Fault, Proxy
 from servers.s3 import Bucket
 from store.folders import SMALL, contents, make_folder
 
-from finetune_assets.store import artifacts, objects
+from finetune_assets.store import hashing_reader, objects
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
 from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
 from finetune_assets.store.manifest import ManifestError
@@ -46,7 +46,7 @@ def _small_and_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small parts and chunks, and the same retries, sooner."""
     monkeypatch.setattr(objects, "PART", PART_SIZE)
     monkeypatch.setattr(objects, "CHUNK", CHUNK_SIZE)
-    monkeypatch.setattr(artifacts, "CHUNK", CHUNK_SIZE)
+    monkeypatch.setattr(hashing_reader, "CHUNK", CHUNK_SIZE)
     monkeypatch.setattr(objects, "RETRIES", {**objects.RETRIES, "max_retries": 2})
     monkeypatch.setattr(objects, "TIMEOUTS", {**objects.TIMEOUTS, "read_timeout": "1s"})
     monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.05)

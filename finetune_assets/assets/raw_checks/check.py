@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.raw_checks.profile import Profile
-from finetune_assets.config.schema import RawDataConfig
+from finetune_assets.config.raw_data_schema import RawDataConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from finetune_assets.config.schema import Columns
+from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.layouts.conversation import CONVERSATION
 from finetune_assets.data.layouts.instruction import INSTRUCTION
