@@ -93,8 +93,8 @@ def write_rows(source: Path, times: int, limit: int | None, out: Path) -> Path:
     """Parquet of the source's rows, repeated with a running number so that no two are the same."""
     from finetune_assets.config.raw_data_schema import Columns
     from finetune_assets.data.ingest import PARQUET, write_raw
+    from finetune_assets.data.raw_schema import RAW_SCHEMA
     from finetune_assets.data.readers import SourceFile
-    from finetune_assets.data.rows import RAW_SCHEMA
 
     with tempfile.TemporaryDirectory() as folder:
         write_raw([SourceFile(source.name, source)], Columns(), Path(folder))

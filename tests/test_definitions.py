@@ -11,7 +11,7 @@ from finetune_assets.artifacts.kinds import KIND_OF
 from finetune_assets.config.loading import experiment_names
 from finetune_assets.definitions import project_definitions
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "wandb")
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "pyarrow")
 
 
 def test_loading_imports_nothing_heavy() -> None:

@@ -77,7 +77,7 @@ def _statistics(project: Project, ref: ArtifactRef) -> dict[str, Any]:
 
 
 def _describe(statistics: dict[str, Any]) -> dict[str, object]:
-    from finetune_assets.data.rows import RAW_SCHEMA
+    from finetune_assets.data.raw_schema import RAW_SCHEMA
     from finetune_assets.data.tables import conversations_table, rows_table
 
     counts = [{"category": name, "rows": rows} for name, rows in statistics["categories"].items()]

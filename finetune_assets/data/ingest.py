@@ -16,8 +16,9 @@ from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.layouts import row_reader
 from finetune_assets.data.quality import Inspector, Quality, rows_by_number
+from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.readers import Record, SourceFile, Unreadable, kept, read_records
-from finetune_assets.data.rows import RAW_SCHEMA, Row
+from finetune_assets.data.rows import Row
 from finetune_assets.progress import ROWS, Progress
 
 PARQUET, QUARANTINE = "rows.parquet", "quarantine.jsonl"

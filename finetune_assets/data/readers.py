@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 
 from finetune_assets.data.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_ROW_BYTES = 16 << 20
 """Maximum size of a row; far beyond any context window, far below what would exhaust the memory."""
@@ -297,6 +297,9 @@ def _bad_csv(error: csv.Error, start: int, lines: _Lines, path: Path) -> Unreada
 
 
 def _parquet(path: Path) -> Records:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         file = pq.ParquetFile(path)
         number = 0
@@ -308,7 +311,7 @@ def _parquet(path: Path) -> Records:
         raise DataError(f"{path}: not a Parquet file, or a truncated one: {str(e).splitlines()[0]}") from e
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+def _rows(batch: "pa.RecordBatch") -> list[dict[str, Any] | str]:
     """The rows of a batch; for a row that is not UTF-8, the reason instead."""
     try:
         return batch.to_pylist()

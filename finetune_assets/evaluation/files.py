@@ -3,21 +3,25 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts.layout import EVALUATION, ROWS
-from finetune_assets.evaluation.gate import Gain, paired_gain
+
+if TYPE_CHECKING:
+    from finetune_assets.evaluation.gate import Gain
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
     return json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
 
 
-def gain_of(folder: Path, confidence: float) -> tuple[Gain, str]:
+def gain_of(folder: Path, confidence: float) -> tuple["Gain", str]:
     """Return the challenger's gain over the champion (the base if there is no champion), and the opponent's name."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    from finetune_assets.evaluation.gate import paired_gain
+
     table = pq.read_table(folder / ROWS)
     opponent = "champion" if "champion" in table.column_names else "base"
     table = table.filter(table["comparable"])

@@ -10,8 +10,8 @@ from raw import ingest, quarantined, rows_of
 
 from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.ingest import PARQUET, write_raw
+from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.readers import SourceFile
-from finetune_assets.data.rows import RAW_SCHEMA
 
 GOOD = {"instruction": "Say a.", "context": "", "response": "a", "category": "open_qa", "messages": None}
 SYSTEM, ASKED, SAID = (
