@@ -45,7 +45,7 @@ reason = click.option("--reason", required=True, help="Why; recorded in the hist
 
 @click.group(cls=StoreGroup)
 def adapter() -> None:
-    """Champions: list, promote, roll back, fetch, publish and verify adapters.
+    """List, promote, roll back, fetch and publish adapters.
 
     ADAPTER is a fingerprint or name, or the first characters of one.
 
@@ -61,7 +61,7 @@ def adapter() -> None:
 @click.argument("experiment", type=EXPERIMENT, required=False)
 @as_json
 def champions(experiment: str | None, as_json: bool) -> None:
-    """List the current champion of EXPERIMENT, or of each experiment."""
+    """List the champion of EXPERIMENT, or of each one."""
     store = open_store()
     names = [experiment] if experiment else experiments_with_champions(store)
     records = {name: record for name in names if (record := Champions(store, name).current())}
@@ -87,7 +87,7 @@ def experiments_with_champions(store: ArtifactStore) -> list[str]:
 @experiment_argument
 @as_json
 def history(experiment: str, as_json: bool) -> None:
-    """List every champion that EXPERIMENT had, and why it was promoted."""
+    """List the champions that EXPERIMENT had, and why."""
     records = Champions(open_store(), experiment).history()
     if not records:
         raise StoreError(f"{experiment}: no adapter was promoted yet; see the check `gate` of champion_adapter")
@@ -139,7 +139,10 @@ def roll_back(experiment: str, to: int | None, reason: str) -> None:
 @experiment_argument
 @click.argument("folder", type=FOLDER)
 def fetch_champion(experiment: str, folder: Path) -> None:
-    """Copy the champion's files, verified, into FOLDER, which must not exist or be empty."""
+    """Copy the champion's files into a new FOLDER.
+
+    The files are verified; FOLDER must not exist, or be empty.
+    """
     store = open_store()
     champion = Champions(store, experiment).champion()
     if champion is None:
@@ -158,9 +161,10 @@ def fetch_champion(experiment: str, folder: Path) -> None:
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
 def publish(experiment: str, repo: str, private: bool) -> None:
-    """Upload the champion to the Hub, with its evaluation in the model card.
+    """Upload the champion of EXPERIMENT to the Hub.
 
-    The repository is created if it does not exist. HF_TOKEN needs permission to write.
+    Its evaluation is added to the model card. The repository is created if it does not exist. HF_TOKEN needs
+    permission to write.
     """
     from finetune_assets.cli import publishing
 
@@ -180,9 +184,9 @@ def publish(experiment: str, repo: str, private: bool) -> None:
 @click.argument("adapter")
 @plot
 def show_updates(adapter: str, plot: Path | None) -> None:
-    """Show how large the update of each module is, and the rank that it needs.
+    """Show the size of each module's update.
 
-    ADAPTER may also be an experiment, whose champion is taken, or a folder.
+    Also the rank that it needs. ADAPTER may be an experiment, whose champion is taken, or a folder.
     """
     from finetune_assets.plots import modules
     from finetune_assets.plots.style import save
@@ -206,9 +210,10 @@ def show_updates(adapter: str, plot: Path | None) -> None:
 @adapter.command()
 @click.argument("folder", type=FOLDER)
 def verify(folder: Path) -> bool:
-    """Compare an adapter's FOLDER with its checksums and with the store, and show its provenance.
+    """Verify an adapter's FOLDER, and show its provenance.
 
-    Exit code 1 if a file differs or the store does not have the adapter.
+    Compares it with its checksums and with the store. Exit code 1 if a file differs or the store does not have the
+    adapter.
     """
     problems = against_sums(folder)
     store = open_store()

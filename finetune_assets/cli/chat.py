@@ -11,7 +11,10 @@ from finetune_assets.resources.project import Project
 @click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy decoding.")
 def chat(experiment: str, max_new_tokens: int, temperature: float) -> None:
-    """Talk to the base model, champion and challenger of EXPERIMENT; /help lists the commands."""
+    """Talk to the models of EXPERIMENT in the terminal.
+
+    Base model, champion and challenger, each with its own history; /help lists the commands.
+    """
     from finetune_assets.cli.conversation import Conversation, contenders, run, typed_lines
 
     lineage = Project().lineage(experiment)

@@ -24,7 +24,7 @@ EXPERIMENT = "demo"
 
 @click.command()
 def demo() -> None:
-    """Run the demo experiment: train, evaluate and promote an adapter offline, in about a minute on a CPU."""
+    """Train and evaluate a small model, offline, in a minute."""
     began = time.monotonic()
     os.environ["FINETUNE_RAW_DATA"] = "sample"  # the demo uses the packaged rows, whatever else is set
     trained_before = adapter_in_store() is not None

@@ -23,9 +23,9 @@ from finetune_assets.store.gc import Artifact, Inventory, inventory
 @click.command(cls=StoreCommand)
 @click.argument("file", type=FOLDER, default="report.html")
 def report(file: Path) -> None:
-    """Write the report of all experiments to FILE, by default report.html.
+    """Write the report of all experiments to FILE.
 
-    The asset experiment_report publishes the same page.
+    By default report.html. The asset experiment_report publishes the same page.
     """
     page = collect(open_store(), deployment.configs())
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def report(file: Path) -> None:
 @click.argument("second")
 @as_json
 def compare(first: str, second: str, as_json: bool) -> None:
-    """Compare two runs: settings, inputs, versions and measurements.
+    """Compare two runs: settings, inputs and measurements.
 
     FIRST and SECOND are experiments (their champions, or their newest adapters), or fingerprints of adapters.
     """

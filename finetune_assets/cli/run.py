@@ -24,10 +24,10 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 @click.option("--force", is_flag=True, help="Materialize even where the store has the same artifact.")
 @click.option("--log-level", type=click.Choice(LEVELS), default="INFO", show_default=True, help="Of the terminal.")
 def run(experiment: str, overrides: tuple[str, ...], select: str, force: bool, log_level: str) -> None:
-    """Materialize the assets of EXPERIMENT: prepare data, train, evaluate, promote.
+    """Prepare data, train, evaluate and promote EXPERIMENT.
 
-    Prints the `dagster` command that it runs. What the store has already is reused. An adapter that was trained with
-    --set is never promoted automatically.
+    Materializes its assets, and prints the `dagster` command that it runs. What the store has already is reused. An
+    adapter that was trained with --set is never promoted automatically.
 
     \b
     Examples:

@@ -48,9 +48,9 @@ def store() -> None:
 @click.option("--all-namespaces", is_flag=True, help="Include the artifacts of other namespaces.")
 @as_json
 def list_artifacts(kind: str | None, all_namespaces: bool, as_json: bool) -> None:
-    """List artifacts, newest first; of one KIND (raw, base-models, tokenized, adapters, ...) or of all.
+    """List artifacts, newest first.
 
-    With --json, one JSON object a line.
+    Of one KIND (raw, base-models, tokenized, adapters, ...), or of all. With --json, one JSON object a line.
     """
     store = open_store()
     found = inventory(store.objects)
@@ -78,7 +78,7 @@ def list_artifacts(kind: str | None, all_namespaces: bool, as_json: bool) -> Non
 @click.argument("artifact")
 @as_json
 def show(artifact: str, as_json: bool) -> None:
-    """Show an artifact's provenance: its files, what it was made from, and what was made from it."""
+    """Show an artifact's files and provenance."""
     store = open_store()
     found = inventory(store.objects)
     shown = find_artifact(store, found, artifact)
@@ -117,7 +117,10 @@ def _print_artifact(store: ArtifactStore, found: Inventory, artifact: Artifact) 
 @click.argument("artifact")
 @click.argument("folder", type=FOLDER)
 def fetch_artifact(artifact: str, folder: Path) -> None:
-    """Copy an artifact's files, verified, into FOLDER, which must not exist or be empty."""
+    """Copy an artifact's files into a new FOLDER.
+
+    The files are verified; FOLDER must not exist, or be empty.
+    """
     store = open_store()
     found = find_artifact(store, inventory(store.objects), artifact)
     copy_out(store, store.ref(found.kind, found.name, found.manifest), folder)
@@ -128,9 +131,9 @@ def fetch_artifact(artifact: str, folder: Path) -> None:
 @click.argument("artifacts", nargs=-1)
 @click.option("--cache", is_flag=True, help="Verify this machine's cache instead, and evict what is damaged.")
 def verify_artifacts(artifacts: tuple[str, ...], cache: bool) -> bool:
-    """Read every byte of ARTIFACTS (by default all) and compare it with the manifests.
+    """Compare every byte with the manifests.
 
-    Exit code 1 if one is damaged.
+    Of ARTIFACTS, or of all. Exit code 1 if one is damaged.
     """
     store = open_store()
     if cache:
@@ -180,7 +183,10 @@ def show_cache() -> None:
 @click.option("--delete", is_flag=True, help="Remove it.")
 @click.option("--older-than", type=float, metavar="DAYS", help="Instead of keep_days.")
 def collect_garbage(delete: bool, older_than: float | None) -> None:
-    """Show what may be removed according to configs/store.yaml; --delete removes it."""
+    """Show what may be removed; --delete removes it.
+
+    According to configs/store.yaml.
+    """
     store = open_store()
     config = load_store_config(deployment.configs())
     if older_than is not None:

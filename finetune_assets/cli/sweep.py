@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 
 @click.group()
 def sweep() -> None:
-    """Find a rank, layers or a learning rate: the sweeps in configs/sweeps/.
+    """Run the sweeps in configs/sweeps/ and compare them.
 
     \b
     Examples:
@@ -43,9 +43,9 @@ def list_sweeps() -> None:
 @click.argument("name", metavar="SWEEP")
 @click.pass_context
 def run(ctx: click.Context, name: str) -> None:
-    """Materialize every point of SWEEP that is not done yet, one after the other.
+    """Run the points of SWEEP that are not done yet.
 
-    Exit code 1 if one fails; the others run.
+    One after the other. Exit code 1 if one fails; the others run.
     """
     points = load_sweep(deployment.configs(), name)
     failed = []
@@ -65,7 +65,10 @@ def run(ctx: click.Context, name: str) -> None:
 @click.argument("name", metavar="SWEEP")
 @plot
 def report(name: str, plot: Path | None) -> None:
-    """Compare the points of SWEEP: loss, size, time, memory, and the smallest that is as good as the best."""
+    """Compare the points of SWEEP.
+
+    Loss, size, time, memory, and the smallest adapter that is as good as the best.
+    """
     from finetune_assets.evaluation import sweeps
 
     store = open_store()

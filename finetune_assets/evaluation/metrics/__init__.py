@@ -6,7 +6,7 @@ from finetune_assets.evaluation.metrics.rouge_l import ROUGE_L
 
 LOSS = Metric("loss", "held-out loss", "{:.4f}")
 """Mean cross-entropy of the answers' tokens, in nats per token."""
-PERPLEXITY = Metric("perplexity", "perplexity", "{:.3f}")
+PERPLEXITY = Metric("perplexity", "perplexity", "{:.4g}")
 GENERAL_LOSS = Metric("general_loss", "loss on general text", "{:.4f}")
 """Mean cross-entropy on text that has nothing to do with the rows; how much it rises is called forgetting."""
 
