@@ -33,7 +33,7 @@ from finetune_assets.training.distributed import Process
 from finetune_assets.training.order import Examples, evaluation_batches
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
-from finetune_assets.training.state import Job
+from finetune_assets.training.state import TrainingPaths
 
 DOLLY = ROOT.parent / "shared" / "data" / "dolly" / "databricks-dolly-15k.jsonl"
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
@@ -95,7 +95,7 @@ def prepared(source: Path, base: Path, config: ExperimentConfig, folder: Path) -
 def trained(dataset: Path, base: Path, config: ExperimentConfig, folder: Path) -> LoraFinetune:
     output = folder / f"seed-{config.training.seed}"
     output.mkdir()
-    job = Job(base, dataset, output, folder / f"scratch-{config.training.seed}", MADE_FROM)
+    job = TrainingPaths(base, dataset, output, folder / f"scratch-{config.training.seed}", MADE_FROM)
     run = LoraFinetune(job, config, ALONE, Reporter(lambda line: None))
     run.run()
     return run
@@ -103,7 +103,7 @@ def trained(dataset: Path, base: Path, config: ExperimentConfig, folder: Path) -
 
 def measured(run: LoraFinetune, rows: Examples) -> NDArray[np.float64]:
     contender = Contender.of_folder("challenger", run.job.base_model, run.job.output)
-    with LoadedModels(ALONE.device).seated(contender) as model:
+    with LoadedModels(ALONE.device).loaded(contender) as model:
         return RowLosses(model, run.config, ALONE.device).of(rows)
 
 
@@ -121,7 +121,7 @@ def speed(run: LoraFinetune, rows: Examples, times: int) -> Runs:
             run._loss(collate(sequences, rows, ALONE.device, True))
         return {"rows": len(rows) / (time.perf_counter() - began)}
 
-    with LoadedModels(ALONE.device).seated(contender) as model:
+    with LoadedModels(ALONE.device).loaded(contender) as model:
 
         def evaluation() -> dict[str, float]:
             began = time.perf_counter()

@@ -24,7 +24,7 @@ from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
-from finetune_assets.training.state import Job
+from finetune_assets.training.state import TrainingPaths
 from finetune_assets.training.telemetry import hardware_name, peak_memory_mib
 
 KINDS = ("none", "int8", "nf4")
@@ -76,7 +76,7 @@ def compared(subject: train_subject.Subject, quantization: str, device: torch.de
     case, memory, unknown = settled(case)
     assert memory, unknown
     config.training.gradient_checkpointing = case.checkpointing
-    job = Job(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
+    job = TrainingPaths(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
     run = LoraFinetune(job, config, Process(0, 1, device), Reporter(lambda line: None))
     for number, step in run._work():
         run.train_step(number, step)

@@ -12,7 +12,7 @@ from training.conftest import ALONE, BASE, MADE_FROM, configured
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
-from finetune_assets.training.state import Job, Log
+from finetune_assets.training.state import TrainerState, TrainingPaths
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Trained:
         log: What it measured.
     """
 
-    job: Job
+    job: TrainingPaths
     config: ExperimentConfig
-    log: Log
+    log: TrainerState
 
 
 Train = Callable[..., Trained]
@@ -45,7 +45,7 @@ def trained(dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             output = folder / "output"
             output.mkdir()
             rows = dataset(config.data.tokenization)
-            job = Job(base, rows, output, folder / "scratch", {**MADE_FROM, **made_from})
+            job = TrainingPaths(base, rows, output, folder / "scratch", {**MADE_FROM, **made_from})
             run = LoraFinetune(job, config, ALONE, Reporter(print))
             run.run()
             for file in output.iterdir():

@@ -7,7 +7,7 @@ from finetune_assets.config.schema import Data, ExperimentConfig, Lora, Model, T
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
-from finetune_assets.training.state import Job
+from finetune_assets.training.state import TrainingPaths
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         ),
         lora=Lora(rank=settings.get("rank", 16), dropout=settings.get("dropout", 0.05)),
     )
-    job = Job(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
+    job = TrainingPaths(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
     run = LoraFinetune(job, config, Process(0, 1, device), Reporter(print))
     meter = Meter(run.model.get_base_model(), device, run.precision)
     for number, work in run._work():

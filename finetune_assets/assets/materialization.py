@@ -72,7 +72,7 @@ def materialize_or_reuse(
     find = (lambda: None) if project.force or force else (lambda: store.find(kind.folder, name))
     existing = find()
     if existing is None:
-        with store.cache.alone(store.prefix(kind.folder, name), f"computing {kind.folder}/{name}"):
+        with store.cache.exclusive(store.prefix(kind.folder, name), f"computing {kind.folder}/{name}"):
             existing = find()
             ref = existing or make()
     else:

@@ -110,7 +110,7 @@ class Conversation:
         if contender.name not in self.models:
             print(f"(loading {contender.name} ...)", file=sys.stderr)
             alone = contender.adapter is not None and leaves_traces(contender.adapter)
-            key = f"{contender.seat} {contender.name if alone else ''}"
+            key = f"{contender.base_key} {contender.name if alone else ''}"
             model = self.loaded.get(key) or LoadedModel(contender)
             model.add(contender)
             self.loaded[key] = self.models[contender.name] = model

@@ -104,8 +104,8 @@ class Comparison:
         self.rendering = rendering(self.config, contenders[0].tokenizer())
         models = LoadedModels(device)
         limit_s = self.settings.max_generation_seconds / len(contenders)
-        for contender in sorted(contenders, key=lambda contender: contender.seat != contenders[0].seat):
-            with models.seated(contender) as model:
+        for contender in sorted(contenders, key=lambda contender: contender.base_key != contenders[0].base_key):
+            with models.loaded(contender) as model:
                 self.measured[contender.name] = self._measure(contender, model, device, limit_s)
         return models
 

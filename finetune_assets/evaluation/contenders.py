@@ -42,7 +42,7 @@ class Contender:
         return Contender(name, base_model, load_resolved(adapter / CONFIG), adapter)
 
     @property
-    def seat(self) -> str:
+    def base_key(self) -> str:
         """Key of the base model in memory: contenders with equal keys share it."""
         config = self.config
         tokens, precision = config.data.tokenization.added_tokens, config.training.precision
@@ -56,7 +56,7 @@ class Contender:
 
 @dataclass
 class LoadedModels:
-    """Holds one base model in memory at a time; contenders ordered by `seat` load each base once.
+    """Holds one base model in memory at a time; contenders ordered by `base_key` load each base once.
 
     Attributes:
         device: Device of the models.
@@ -69,7 +69,7 @@ class LoadedModels:
     _base: PreTrainedModel | None = None
 
     @contextmanager
-    def seated(self, contender: Contender) -> Iterator[PeftModel | PreTrainedModel]:
+    def loaded(self, contender: Contender) -> Iterator[PeftModel | PreTrainedModel]:
         """Yield the contender's model in evaluation mode.
 
         Raises:
@@ -90,11 +90,11 @@ class LoadedModels:
             self._base = None if leaves_traces(contender.adapter) else model.unload()
 
     def _base_for(self, contender: Contender) -> PreTrainedModel:
-        if self._base is None or self._taken != contender.seat:
+        if self._base is None or self._taken != contender.base_key:
             self._base = None  # free the previous base first: two must never be in memory
             self._base = load_base(contender.base_model, contender.config.model, contender.config.training, self.device)
             resize_embeddings(self._base, contender.tokenizer(), contender.config)
-            self._taken = contender.seat
+            self._taken = contender.base_key
             self.read.append(contender.base_model)
         return self._base.eval()
 

@@ -12,7 +12,7 @@ import dagster as dg
 
 from finetune_assets.launch.engines import Launcher, PodEngine
 from finetune_assets.store.artifacts import JOBS, ArtifactRef
-from finetune_assets.store.objects import Objects
+from finetune_assets.store.objects import ObjectStorage
 from finetune_assets.worker.job import JobSpec
 
 
@@ -50,7 +50,7 @@ def _file_reader() -> Iterator[dg.PipesMessageReader]:
 @contextmanager
 def _store_reader(spec: JobSpec) -> Iterator[dg.PipesMessageReader]:
     """Read messages of another machine from objects or a file in the store, and delete them afterwards."""
-    objects, folder = Objects(spec.store), f"{spec.namespace}/{JOBS}/messages-{uuid.uuid4().hex}"
+    objects, folder = ObjectStorage(spec.store), f"{spec.namespace}/{JOBS}/messages-{uuid.uuid4().hex}"
     if objects.is_local:
         message_folder = Path(objects.path) / folder
         message_folder.mkdir(parents=True)

@@ -77,7 +77,7 @@ def positions(rows: HeldOut, most: int) -> list[Row]:
 def reference(contender: Contender, rows: list[Row], device: torch.device) -> list[Tensor]:
     """Compute logits of the unmerged base plus adapter, in the training precision; (places, vocabulary) per row."""
     precision = compute_precision(contender.config.training, device)
-    with LoadedModels(device).seated(contender) as model:
+    with LoadedModels(device).loaded(contender) as model:
         return _logits(model, rows, device, precision)
 
 

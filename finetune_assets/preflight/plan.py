@@ -12,7 +12,7 @@ from finetune_assets.preflight.device import GIB, Device, device_of
 from finetune_assets.preflight.memory import MIB, Memory, predict
 from finetune_assets.preflight.results import Results
 from finetune_assets.preflight.speed import Kind, Past, speed
-from finetune_assets.preflight.work import Work, full_batch, work_of
+from finetune_assets.preflight.work import TrainingWork, full_batch, work_of
 
 
 def sized(size: float) -> str:
@@ -41,7 +41,7 @@ class Plan:
     unknown: str
     checkpointing: bool
     advice: list[str]
-    work: Work | None
+    work: TrainingWork | None
     hours: float | None
     known_from: str
     cost: float | None
@@ -135,7 +135,7 @@ def settled(case: Case) -> tuple[Case, Memory | None, str]:
     return case, memory, ""
 
 
-def _hours(case: Case, work: Work | None, states: Iterable[dict[str, Any]]) -> tuple[float | None, str]:
+def _hours(case: Case, work: TrainingWork | None, states: Iterable[dict[str, Any]]) -> tuple[float | None, str]:
     if work is None:
         return None, "steps and tokens are unknown until tokenized_dataset is materialized"
     experiment, device = case.experiment, case.device

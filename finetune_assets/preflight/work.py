@@ -10,7 +10,7 @@ from finetune_assets.training.order import Examples, GlobalBatchSampler, read_pa
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingWork:
     """Exact amount of work of a training run.
 
     Attributes:
@@ -26,7 +26,7 @@ class Work:
     learned: int
 
 
-def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Work:
+def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> TrainingWork:
     """Compute steps, tokens and the largest micro-batch for a tokenized dataset."""
     train, packs = Examples.read(dataset / "train.arrow"), read_packs(dataset)
     sequences = packs or [[example] for example in range(len(train))]
@@ -42,7 +42,7 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Work
             for batch in order.micro_batches(step, rank):
                 largest = max(largest, (int(lengths[batch].sum()), batch))
     members = [example for sequence in largest[1] for example in sequences[sequence]]
-    return Work(order.steps, read, train.lengths[members].tolist(), int(train.learned[members].sum()))
+    return TrainingWork(order.steps, read, train.lengths[members].tolist(), int(train.learned[members].sum()))
 
 
 def full_batch(experiment: ExperimentConfig) -> tuple[list[int], int]:

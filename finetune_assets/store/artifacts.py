@@ -20,7 +20,7 @@ from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, Store
 from finetune_assets.store.hashing import folder_files
 from finetune_assets.store.hashing_reader import HashingReader
 from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
-from finetune_assets.store.objects import Objects, boto3_client
+from finetune_assets.store.objects import ObjectStorage, boto3_client
 
 MANIFEST = "manifest.json"
 CHECKPOINTS, JOBS = "checkpoints", "jobs"
@@ -69,7 +69,7 @@ class ArtifactStore:
         cache: Node-local cache of fetched artifacts.
     """
 
-    def __init__(self, objects: Objects, namespace: str, cache: NodeCache) -> None:
+    def __init__(self, objects: ObjectStorage, namespace: str, cache: NodeCache) -> None:
         if not re.fullmatch(NAME, namespace):
             raise StoreError(
                 f"FINETUNE_NAMESPACE: '{namespace}' is invalid; use letters, digits, '.', '_' and '-', starting with a "
@@ -373,7 +373,7 @@ def open_store(
     Raises:
         StoreError: If the URL or the namespace is invalid.
     """
-    return ArtifactStore(Objects(url, connect), namespace, NodeCache(cache, limit))
+    return ArtifactStore(ObjectStorage(url, connect), namespace, NodeCache(cache, limit))
 
 
 def _largest_first(sizes: Mapping[Any, int]) -> list[Any]:

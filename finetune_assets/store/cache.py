@@ -16,7 +16,7 @@ from pathlib import Path
 from finetune_assets.progress import gigabytes
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.hashing import sha256
-from finetune_assets.store.locks import Lock, alone
+from finetune_assets.store.locks import Lock, exclusive_lock
 from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
 
 FREE_BYTES = 500_000_000
@@ -188,7 +188,7 @@ class NodeCache:
     @contextmanager
     def filling(self, entry: Entry, doing: str) -> Iterator[None]:
         """Hold the exclusive right to fetch into an entry. Partial files of a killed process are removed."""
-        with alone(entry.fill, doing):
+        with exclusive_lock(entry.fill, doing):
             shutil.rmtree(entry.partial, ignore_errors=True)
             entry.partial.mkdir(parents=True)
             try:
@@ -281,9 +281,9 @@ class NodeCache:
             lock.release(remove=True)
 
     @contextmanager
-    def alone(self, name: str, doing: str) -> Iterator[None]:
+    def exclusive(self, name: str, doing: str) -> Iterator[None]:
         """Run the block in one process of this machine at a time; see `locks.alone`."""
-        with alone(self.root / "locks" / f"{name.replace('/', '--')}.alone", doing):
+        with exclusive_lock(self.root / "locks" / f"{name.replace('/', '--')}.alone", doing):
             yield
 
     @contextmanager

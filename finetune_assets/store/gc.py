@@ -13,7 +13,7 @@ from typing import Any
 from finetune_assets.config.schema import StoreConfig
 from finetune_assets.store.artifacts import ATTEMPT, CLAIM, JOBS, MANIFEST, SHARED, ArtifactStore
 from finetune_assets.store.manifest import Manifest, ManifestError, parse
-from finetune_assets.store.objects import Objects, Stored
+from finetune_assets.store.objects import ObjectInfo, ObjectStorage
 
 FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
 READERS = 16
@@ -82,16 +82,16 @@ class Inventory:
     """
 
     artifacts: list[Artifact]
-    attempts: dict[tuple[str, str], list[Stored]]
+    attempts: dict[tuple[str, str], list[ObjectInfo]]
     unreadable: dict[str, str]
     records: dict[str, bytes]
 
 
-def inventory(objects: Objects) -> Inventory:
+def inventory(objects: ObjectStorage) -> Inventory:
     """List all objects of a store once, and read every manifest."""
     manifests: list[str] = []
     records: list[str] = []
-    attempts: dict[tuple[str, str], list[Stored]] = defaultdict(list)
+    attempts: dict[tuple[str, str], list[ObjectInfo]] = defaultdict(list)
     for stored in objects.listing():
         parts = stored.key.split("/")
         at = next((i for i, part in enumerate(parts) if ATTEMPT.fullmatch(part)), None)
@@ -119,7 +119,7 @@ def inventory(objects: Objects) -> Inventory:
     return Inventory(artifacts, dict(attempts), unreadable, read)
 
 
-def _get(objects: Objects, key: str) -> bytes | None:
+def _get(objects: ObjectStorage, key: str) -> bytes | None:
     try:
         return objects.get(key)
     except FileNotFoundError:  # deleted since the listing

@@ -87,7 +87,7 @@ class _NoteHandler(logging.Handler):
 
 
 @contextmanager
-def alone(path: Path, doing: str) -> Iterator[None]:
+def exclusive_lock(path: Path, doing: str) -> Iterator[None]:
     """Run the block in one process of this machine at a time. Other processes wait and log the holder's note.
 
     Args:

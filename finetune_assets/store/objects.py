@@ -78,7 +78,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Stored:
+class ObjectInfo:
     """An object in a listing.
 
     Attributes:
@@ -99,7 +99,7 @@ def boto3_client() -> Any:
     return boto3.Session().client("s3")
 
 
-class Objects:
+class ObjectStorage:
     """Objects by key below one URL. Connects at the first use.
 
     Args:
@@ -195,12 +195,12 @@ class Objects:
 
         self.with_retries(key, attempt)
 
-    def listing(self, prefix: str = "") -> Iterator[Stored]:
+    def listing(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield all objects with a key below `prefix` (matched by whole path segments)."""
         with self.explained(prefix):
             for batch in obstore.list(self.backend, prefix or None):
                 for meta in batch:
-                    yield Stored(meta["path"], meta["size"], meta["last_modified"])
+                    yield ObjectInfo(meta["path"], meta["size"], meta["last_modified"])
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; missing ones are ignored."""

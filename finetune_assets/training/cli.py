@@ -8,7 +8,7 @@ from finetune_assets.training import arguments
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import reporter
-from finetune_assets.training.state import Job
+from finetune_assets.training.state import TrainingPaths
 from finetune_assets.training.trackers import TrackedTraining
 
 
@@ -22,6 +22,6 @@ def main() -> None:
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     uris = json.loads(args.uris.read_text(encoding="utf-8")) if args.uris else {}
-    job = Job(args.base_model, args.dataset, args.output, args.scratch, made_from, args.warm_start)
+    job = TrainingPaths(args.base_model, args.dataset, args.output, args.scratch, made_from, args.warm_start)
     with joined() as process, reporter(process, TrackedTraining(config, made_from, uris)) as run_reporter:
         LoraFinetune(job, config, process, run_reporter).run()

@@ -21,7 +21,7 @@ from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.order import GlobalBatchSampler, evaluation_batches
 from finetune_assets.training.reporting import Reporter, StepReport
 from finetune_assets.training.setup import TrainingSetup
-from finetune_assets.training.state import Job, Log, Step, Window, Work
+from finetune_assets.training.state import MetricWindow, Step, StepBatches, TrainerState, TrainingPaths
 from finetune_assets.training.telemetry import Utilisation, peak_memory_mib
 
 
@@ -45,7 +45,7 @@ class LoraFinetune(TrainingSetup):
     tokens of the global batch, divided by their number.
     """
 
-    def __init__(self, job: Job, config: ExperimentConfig, process: Process, reporter: Reporter) -> None:
+    def __init__(self, job: TrainingPaths, config: ExperimentConfig, process: Process, reporter: Reporter) -> None:
         super().__init__(job, config, process)
         self.reporter, self.utilisation = reporter, Utilisation()
         self.stop_requested = threading.Event()
@@ -83,7 +83,7 @@ class LoraFinetune(TrainingSetup):
     def _resume(self) -> None:
         saved_log = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process)
         if saved_log:
-            self.log = Log(**{**saved_log, "active": self.log.active})
+            self.log = TrainerState(**{**saved_log, "active": self.log.active})
             self.reporter.write_line(f"Resuming from checkpoint at step {self.log.step}")
 
     def _describe(self) -> None:
@@ -120,7 +120,7 @@ class LoraFinetune(TrainingSetup):
             if previous_handler is not None:
                 signal.signal(signal.SIGTERM, previous_handler)
 
-    def _work(self) -> Iterator[tuple[int, Work]]:
+    def _work(self) -> Iterator[tuple[int, StepBatches]]:
         """Iterate over the remaining steps; each is prepared while the previous one is computed."""
         steps = range(self.log.step, self.order.steps)
         with ThreadPoolExecutor(1, "batches") as executor:
@@ -131,7 +131,7 @@ class LoraFinetune(TrainingSetup):
                     next_work = executor.submit(self.work, step + 1)
                 yield step, work
 
-    def work(self, step: int) -> Work:
+    def work(self, step: int) -> StepBatches:
         """Prepare the micro-batches of this process for a step."""
         micro_batches = self.order.micro_batches(step, self.process.rank)
         batches = [self._batch([self.sequences[i] for i in micro_batch]) for micro_batch in micro_batches]
@@ -139,9 +139,9 @@ class LoraFinetune(TrainingSetup):
         if self.sharded:
             most = max(len(self.order.micro_batches(step, rank)) for rank in range(self.process.world))
             idle = [self._batch(self.sequences[:1])] * (most - len(micro_batches))
-        return Work(batches, idle, int(self.learned[self.order.global_batch(step)].sum()))
+        return StepBatches(batches, idle, int(self.learned[self.order.global_batch(step)].sum()))
 
-    def train_step(self, step: int, work: Work) -> Step:
+    def train_step(self, step: int, work: StepBatches) -> Step:
         """Run an optimizer step over the global batch."""
         self.model.train()
         torch.manual_seed(hash((self.training.seed, step, self.process.rank)) % 2**63)
@@ -187,7 +187,7 @@ class LoraFinetune(TrainingSetup):
     # ---- reporting and output
 
     def _open_window(self) -> None:
-        self.window = Window(torch.zeros((), device=self.process.device))
+        self.window = MetricWindow(torch.zeros((), device=self.process.device))
 
     def _account(self, done: int, step: Step) -> None:
         """Add a step to the window, and report if a report is due."""

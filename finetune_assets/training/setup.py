@@ -18,7 +18,7 @@ from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, compute_precision, layers_of, load_base, trainable, with_adapter
 from finetune_assets.training.order import Examples, read_packs
 from finetune_assets.training.sharding import resident_bytes, shard
-from finetune_assets.training.state import Job, Log
+from finetune_assets.training.state import TrainerState, TrainingPaths
 from finetune_assets.training.telemetry import CONVENTION, hardware_name, multiplied_weights, peak_flops
 
 
@@ -36,9 +36,9 @@ class TrainingSetup:
         log: Training log; `active` contains the resolved values.
     """
 
-    def __init__(self, job: Job, config: ExperimentConfig, process: Process) -> None:
+    def __init__(self, job: TrainingPaths, config: ExperimentConfig, process: Process) -> None:
         self.job, self.config, self.process = job, config, process
-        self.training, self.log = config.training, Log()
+        self.training, self.log = config.training, TrainerState()
         self.precision = compute_precision(config.training, process.device)
         self.sharded = config.training.sharding == "fsdp" and process.world > 1
         self.estimate: memory.Estimate | None = None

@@ -11,7 +11,7 @@ from finetune_assets.training.batches import Batch
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingPaths:
     """Input and output folders of a training.
 
     Attributes:
@@ -32,7 +32,7 @@ class Job:
 
 
 @dataclass
-class Log:
+class TrainerState:
     """Training log, stored in `trainer_state.json` and in every checkpoint."""
 
     step: int = 0
@@ -47,7 +47,7 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepBatches:
     """Work of one process for a step.
 
     Attributes:
@@ -80,7 +80,7 @@ class Step:
 
 
 @dataclass
-class Window:
+class MetricWindow:
     """Counters since the last report.
 
     Attributes:

@@ -61,7 +61,7 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
     doing = f"computing {spec.kind}/{spec.fingerprint}"
     job_name = place.own(spec.fingerprint)
     with (
-        cache.alone(f"job-{job_name}", doing),  # two jobs would overwrite each other's checkpoints
+        cache.exclusive(f"job-{job_name}", doing),  # two jobs would overwrite each other's checkpoints
         _scratch(spec, cache.scratch(job_name)) as scratch,
         cache.workspace("job") as folder,
         gpus.held(spec.processes) as devices,

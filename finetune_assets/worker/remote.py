@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune_assets.errors import UserError
 from finetune_assets.store.artifacts import JOBS, ArtifactRef
-from finetune_assets.store.objects import Objects, boto3_client
+from finetune_assets.store.objects import ObjectStorage, boto3_client
 from finetune_assets.worker.job import JobFailed, JobSpec, from_json
 
 TERMINATED = {"error": "Job terminated (SIGTERM)", "retriable": True, "specificity": -1}
@@ -44,8 +44,8 @@ class RemoteJob:
         return job
 
     @cached_property
-    def objects(self) -> Objects:
-        return Objects(self.store, self.connect)
+    def objects(self) -> ObjectStorage:
+        return ObjectStorage(self.store, self.connect)
 
     @property
     def prefix(self) -> str:

@@ -114,10 +114,10 @@ def test_what_an_adapter_changes_beside_itself_does_not_reach_another(
         Contender(CHALLENGER, folder, new.config, new.job.output),
         Contender(CHAMPION, folder, old.config, old.job.output),
     )
-    assert base.seat == first.seat == second.seat, "all on one base model in memory"
+    assert base.base_key == first.base_key == second.base_key, "all on one base model in memory"
 
     def measured(contender: Contender) -> np.ndarray:  # type: ignore[type-arg]
-        with seats.seated(contender) as model:
+        with seats.loaded(contender) as model:
             return RowLosses(model, contender.config, ALONE.device).of(rows)
 
     before, alone = measured(base), measured(second)

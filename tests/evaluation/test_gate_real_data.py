@@ -19,7 +19,7 @@ from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.rows import held_out
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
-from finetune_assets.training.state import Job
+from finetune_assets.training.state import TrainingPaths
 
 EXPERIMENT = """
 model: {{base_model: {model}, dtype: float32}}
@@ -51,10 +51,10 @@ def differences(
         trained = load_experiment(configs, "real", [f"training.seed={seed}"]).config
         output = tmp_path / f"{seed}" / "output"
         output.mkdir(parents=True)
-        job = Job(stories260k, dataset, output, output.parent / "scratch", MADE_FROM)
+        job = TrainingPaths(stories260k, dataset, output, output.parent / "scratch", MADE_FROM)
         LoraFinetune(job, trained, ALONE, Reporter(print)).run()
         contender = Contender.of_folder("challenger", stories260k, output)
-        with LoadedModels(ALONE.device).seated(contender) as model:
+        with LoadedModels(ALONE.device).loaded(contender) as model:
             losses.append(RowLosses(model, trained, ALONE.device).of(rows))
     assert len(rows) > 200
     return losses[0] - losses[1], rows.learned

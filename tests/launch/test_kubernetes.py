@@ -30,7 +30,7 @@ from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.manifests import headless_service, indexed_job, merged, pod_spec
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.store.artifacts import open_store
-from finetune_assets.store.objects import Objects
+from finetune_assets.store.objects import ObjectStorage
 from finetune_assets.worker.job import JobSpec
 from finetune_assets.worker.remote import RemoteJob
 
@@ -66,7 +66,7 @@ def api(_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield running
         assert running.pods() == []
         assert running.objects == {}
-        assert [stored.key for stored in Objects(os.environ["FINETUNE_STORE"]).listing("me/jobs")] == []
+        assert [stored.key for stored in ObjectStorage(os.environ["FINETUNE_STORE"]).listing("me/jobs")] == []
 
 
 def run(spec: JobSpec) -> dg.ExecuteInProcessResult:

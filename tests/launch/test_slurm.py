@@ -21,7 +21,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.launch import slurm
 from finetune_assets.launch.slurm import SlurmEngine
 from finetune_assets.store.artifacts import open_store
-from finetune_assets.store.objects import Objects
+from finetune_assets.store.objects import ObjectStorage
 from finetune_assets.worker.job import JobFailed, JobSpec
 
 Make = Callable[..., JobSpec]
@@ -274,5 +274,5 @@ def wait_for(so: Callable[[], object], seconds: float = SECONDS) -> None:
 
 def forget(spec: JobSpec) -> None:
     """What a killed launcher left in the store is for garbage collection."""
-    objects = Objects(spec.store)
+    objects = ObjectStorage(spec.store)
     objects.delete([stored.key for stored in objects.listing(f"{spec.namespace}/jobs")])

@@ -14,7 +14,7 @@ from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
 from finetune_assets.launch import slurm
 from finetune_assets.launch.slurm import SlurmEngine, State
-from finetune_assets.store.objects import Objects
+from finetune_assets.store.objects import ObjectStorage
 from finetune_assets.worker.job import JobFailed, JobSpec
 from finetune_assets.worker.remote import TERMINATED, RemoteJob
 
@@ -282,7 +282,7 @@ def test_what_is_set_is_asked_for(job: Make) -> None:
 def test_job_goes_on_while_its_store_is_away(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lingering = slurm._Lingering(RemoteJob.begin(job("good")))
     with monkeypatch.context() as away:
-        away.setattr(Objects, "listing", _away)
+        away.setattr(ObjectStorage, "listing", _away)
         assert not lingering.long()
     lingering.remote.end()
 
@@ -298,4 +298,4 @@ def test_without_slurm_the_setting_is_named(job: Make, monkeypatch: pytest.Monke
 
 
 def assert_nothing_left(tmp_path: Path) -> None:
-    assert [stored.key for stored in Objects(f"file://{tmp_path}/store").listing("me/jobs")] == []
+    assert [stored.key for stored in ObjectStorage(f"file://{tmp_path}/store").listing("me/jobs")] == []

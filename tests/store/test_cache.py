@@ -247,7 +247,7 @@ def test_who_waits_says_for_what(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     entered, leave = threading.Event(), threading.Event()
 
     def first() -> None:
-        with cache.alone("x", "fetches base-models/x"):
+        with cache.exclusive("x", "fetches base-models/x"):
             logging.getLogger("finetune_assets.test").info("fetching: 1.0 GB of 2.0 GB")
             entered.set()
             leave.wait(20)
@@ -256,7 +256,7 @@ def test_who_waits_says_for_what(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     thread.start()
     entered.wait(20)
     threading.Timer(1.2, leave.set).start()
-    with cache.alone("x", "fetches base-models/x"):
+    with cache.exclusive("x", "fetches base-models/x"):
         thread.join()
     told = [record.getMessage() for record in caplog.records if record.name != "finetune_assets.test"]
     for fact in (str(os.getpid()), "fetches base-models/x", "fetching: 1.0 GB of 2.0 GB"):
@@ -265,7 +265,7 @@ def test_who_waits_says_for_what(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 def test_lock_files_and_workspaces_go_with_their_holders(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path)
-    with cache.workspace("build") as folder, cache.alone("x", "does x"):
+    with cache.workspace("build") as folder, cache.exclusive("x", "does x"):
         assert folder.is_dir()
         with cache.workspace("build") as other:
             assert folder.is_dir(), "one that is in use is not swept away"

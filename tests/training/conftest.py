@@ -19,7 +19,7 @@ from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.distributed import Process
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
-from finetune_assets.training.state import Job
+from finetune_assets.training.state import TrainingPaths
 
 ALONE = Process(rank=0, world=1, device=torch.device("cpu"))
 MADE_FROM = {"fingerprint": "f" * 64, "experiment": "demo", "base_model": "packaged/demo-base", "revision": "r"}
@@ -70,7 +70,7 @@ def make_run(
     config = configured(*overrides)
     output = folder / "output"
     output.mkdir(parents=True, exist_ok=True)
-    job = Job(base, dataset(config.data.tokenization), output, folder / "scratch", MADE_FROM, warm_start)
+    job = TrainingPaths(base, dataset(config.data.tokenization), output, folder / "scratch", MADE_FROM, warm_start)
     return LoraFinetune(job, config, ALONE, Reporter(print))
 
 

@@ -20,7 +20,7 @@ from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.model import load_base
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
-from finetune_assets.training.state import Job
+from finetune_assets.training.state import TrainingPaths
 
 Finetune = Callable[..., LoraFinetune]
 KINDS = ("int8", "nf4")
@@ -163,7 +163,7 @@ def test_loss_after_training_is_near_bf16s_on_dolly(dolly: Path, stories260k: Pa
     def finetune(*overrides: str, name: str) -> LoraFinetune:
         output = tmp_path / name / "output"
         output.mkdir(parents=True)
-        job = Job(stories260k, dataset, output, tmp_path / name / "scratch", MADE_FROM)
+        job = TrainingPaths(stories260k, dataset, output, tmp_path / name / "scratch", MADE_FROM)
         return LoraFinetune(job, configured(*settings, *overrides), ALONE, Reporter(print))
 
     losses = held_out(finetune, "training.max_steps=20")

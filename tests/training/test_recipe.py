@@ -26,7 +26,7 @@ from finetune_assets.training.model import ModelError
 from finetune_assets.training.optimizer import UnsupportedOptimizer
 from finetune_assets.training.order import Examples
 from finetune_assets.training.recipe import LoraFinetune, Preempted
-from finetune_assets.training.state import Work
+from finetune_assets.training.state import StepBatches
 
 Finetune = Callable[..., LoraFinetune]
 Trained = Callable[..., FinishedRun]
@@ -186,7 +186,7 @@ def test_terminated_training_keeps_its_last_step(
     victim = finetune(*CHECKPOINTED, base=base)
     train_step = victim.train_step
 
-    def terminated(step: int, work: Work) -> object:
+    def terminated(step: int, work: StepBatches) -> object:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(step, work)

@@ -23,7 +23,7 @@ from training.conftest import ALONE, MADE_FROM, configured
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import reporter
-from finetune_assets.training.state import Job
+from finetune_assets.training.state import TrainingPaths
 from finetune_assets.training.trackers import TrackedTraining
 from finetune_assets.training.tracking import Begin, WandbRun, beginning, histogram
 
@@ -90,7 +90,7 @@ def train(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[st
         output = tmp_path / name
         output.mkdir()
         folder = dataset(config.data.tokenization)
-        job = Job(PACKAGED["demo-base"], folder, output, tmp_path / "scratch", MADE_FROM | INPUTS)
+        job = TrainingPaths(PACKAGED["demo-base"], folder, output, tmp_path / "scratch", MADE_FROM | INPUTS)
         tracked = TrackedTraining(config, job.made_from, {"dataset": "s3://bucket/tests/tokenized/d"})
         with reporter(ALONE, tracked) as opened:
             finetune = LoraFinetune(job, config, ALONE, opened)

@@ -17,7 +17,7 @@ from finetune_assets.training.distributed import joined
 from finetune_assets.training.embeddings import experiment_tokenizer, resize_embeddings
 from finetune_assets.training.model import ModelError, load_base
 from finetune_assets.training.reporting import reporter
-from finetune_assets.training.state import Log
+from finetune_assets.training.state import TrainerState
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         model = stacked(base, config, folders)
         assert config.stack is not None
         log.write_line(f"Combined {', '.join(config.stack.adapters)} with method {config.stack.method}")
-        output.save(args.output, model, args.base_model, config, made_from, vars(Log()), None, rows)
+        output.save(args.output, model, args.base_model, config, made_from, vars(TrainerState()), None, rows)
 
 
 def stacked(base: torch.nn.Module, config: ExperimentConfig, folders: list[Path]) -> PeftModel:
