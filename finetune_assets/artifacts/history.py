@@ -31,7 +31,7 @@ def trainer_states(store: ArtifactStore, newest: int = LOOKED_BACK) -> Iterator[
 def read_plan(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
     """The plan of a training, as returned by `preflight.plan.Plan.to_dict`."""
     plan = json.loads((store.fetch(ref) / PLAN).read_text(encoding="utf-8"))
-    plan.setdefault("summary", plan.get("told"))  # its name before 0.2
+    plan.setdefault("summary", plan.get("told"))  # older name
     return plan
 
 
