@@ -29,7 +29,7 @@ from finetune_assets.evaluation.rows import held_out
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.batches import collate
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.order import Examples, evaluation_batches
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
@@ -39,7 +39,7 @@ DOLLY = ROOT.parent / "shared" / "data" / "dolly" / "databricks-dolly-15k.jsonl"
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 SETTINGS = ["data.tokenization.packing=false", "training.macro_batch_size=12", "training.micro_batch_size=6"]
 SETTINGS += ["training.max_steps=12", "training.learning_rate=5e-3", "training.precision=fp32", "lora.rank=8"]
-ALONE = Process(rank=0, world=1, device=torch.device("cpu"))
+ALONE = DistributedContext(rank=0, world=1, device=torch.device("cpu"))
 MADE_FROM = {"fingerprint": "f" * 64, "experiment": "benchmark", "base_model": "local/base", "revision": "r"}
 POWER = 0.8
 

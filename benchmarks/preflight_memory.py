@@ -21,7 +21,7 @@ from finetune_assets.preflight.memory import MIB
 from finetune_assets.preflight.plan import settled
 from finetune_assets.preflight.work import work_of
 from finetune_assets.sources.local import SAMPLE
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
 from finetune_assets.training.state import TrainingPaths
@@ -77,7 +77,7 @@ def compared(subject: train_subject.Subject, quantization: str, device: torch.de
     assert memory, unknown
     config.training.gradient_checkpointing = case.checkpointing
     job = TrainingPaths(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
-    run = LoraFinetune(job, config, Process(0, 1, device), Reporter(lambda line: None))
+    run = LoraFinetune(job, config, DistributedContext(0, 1, device), Reporter(lambda line: None))
     for number, step in run._work():
         run.train_step(number, step)
     return {"predicted_mib": memory.total / MIB, "measured_mib": peak_memory_mib(device)}

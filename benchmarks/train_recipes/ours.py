@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.train_recipes.meter import Meter, given
 from finetune_assets.config.schema import Data, ExperimentConfig, Lora, Model, Tokenization, Training
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
 from finetune_assets.training.state import TrainingPaths
@@ -28,7 +28,7 @@ def main() -> None:
         lora=Lora(rank=settings.get("rank", 16), dropout=settings.get("dropout", 0.05)),
     )
     job = TrainingPaths(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
-    run = LoraFinetune(job, config, Process(0, 1, device), Reporter(print))
+    run = LoraFinetune(job, config, DistributedContext(0, 1, device), Reporter(print))
     meter = Meter(run.model.get_base_model(), device, run.precision)
     for number, work in run._work():
         step = run.train_step(number, work)

@@ -1,6 +1,7 @@
 """Asset `champion_adapter`: the adapter in production."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import dagster as dg
 
@@ -10,6 +11,7 @@ from finetune_assets.assets.materialization import ARTIFACT, Outcome, asset_step
 from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.promotion import GATE, Decision, promote_if_better
 from finetune_assets.automation.conditions import auto_materialize
+from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -42,11 +44,21 @@ def champion_adapter(
         lineage = project.lineage(context.partition_key)
         decision = promote_if_better(lineage, lora_adapter, adapter_evaluation, by=f"run {context.run_id}")
         context.log.info(decision.reason)
-        yield from announced(lineage, decision)
+        yield from announced(lineage, decision, wandb_metadata(context, lineage, decision))
+
+
+def wandb_metadata(context: dg.AssetExecutionContext, lineage: Lineage, decision: Decision) -> dict[str, Any]:
+    """Log a new champion to Weights & Biases if the experiment does so; where it is found."""
+    record = lineage.champions.current()
+    if not decision.promoted or decision.champion is None or record is None:
+        return {}
+    settings, folder = lineage.experiment.config.wandb, lineage.store.fetch(decision.champion)
+    link = log_champion(settings, record, folder, lineage.store.cache.root, context.log.info)
+    return {"wandb_champion": dg.MetadataValue.text(link.get("artifact") or link["sync"])} if link else {}
 
 
 def announced(
-    lineage: Lineage, decision: Decision
+    lineage: Lineage, decision: Decision, metadata: Mapping[str, Any]
 ) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
     """Yield the materialization and the check result for a decision."""
     if decision.champion is None:
@@ -60,6 +72,7 @@ def announced(
         decision=decision.reason,
         champion=history[-1].number,
         history=dg.MetadataValue.md(table(history)),
+        **metadata,
     )
 
 

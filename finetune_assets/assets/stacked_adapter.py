@@ -8,6 +8,7 @@ import dagster as dg
 from finetune_assets.artifacts.kinds import STACKS
 from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.assets.champion_adapter import wandb_metadata
 from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
@@ -82,12 +83,14 @@ def stacked_adapter(
         )
         decision = promote_if_better(lineage, outcome.ref, evaluation_outcome.ref, by=f"run {context.run_id}")
         context.log.info(decision.reason)
+        champion = wandb_metadata(context, lineage, decision)
         evaluation = read_evaluation(project.store().fetch(evaluation_outcome.ref))
         yield result(
             outcome,
             [decision.check_result],
             overridden(lineage.experiment),
             decision=decision.reason,
+            **champion,
             stacked_from=dg.MetadataValue.json({name: ref.fingerprint for name, ref in parts.items()}),
             **evaluation_metadata(evaluation),
         )

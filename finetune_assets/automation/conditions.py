@@ -38,7 +38,7 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
         return "Settings or input versions changed since the last request"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
-        memory = Memory.read(context.cursor)
+        memory = RequestMemory.read(context.cursor)
         memory.count_requested(_partitions(context.get_previous_requested_subset(context.root_context.key)))
         for name in self.inputs:
             memory.count_made(name, context.key, context.asset_graph_view.instance)
@@ -51,7 +51,7 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
         return dg.AutomationResult(context, subset, cursor=memory.write())
 
 
-class Memory:
+class RequestMemory:
     """Cursor of `InputsChanged`: the inputs of the last request and the newest input versions.
 
     Attributes:
@@ -71,8 +71,8 @@ class Memory:
         self.asked, self.seen, self.versions, self.read_to = asked or {}, seen or {}, versions or {}, read or {}
 
     @staticmethod
-    def read(cursor: str | None) -> "Memory":
-        return Memory(**json.loads(cursor)) if cursor else Memory()
+    def read(cursor: str | None) -> "RequestMemory":
+        return RequestMemory(**json.loads(cursor)) if cursor else RequestMemory()
 
     def write(self) -> str:
         return json.dumps({"asked": self.asked, "seen": self.seen, "versions": self.versions, "read": self.read_to})

@@ -32,7 +32,8 @@ from finetune_assets.cli.terminal import (
 )
 from finetune_assets.cli.verification import against_manifest, against_sums, published_artifact
 from finetune_assets.config.errors import suggest
-from finetune_assets.config.loading import experiment_names
+from finetune_assets.config.loading import experiment_names, load_experiment
+from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing, StoreError
@@ -120,6 +121,7 @@ def promote(experiment: str, adapter: str, reason: str) -> None:
         out.print(f"{fingerprint} is already the champion of {experiment}")
         return
     out.print(f"{fingerprint} is the champion of {experiment} (record {record.number})")
+    _log_to_wandb(store, record)
 
 
 @adapter.command("rollback")
@@ -128,11 +130,13 @@ def promote(experiment: str, adapter: str, reason: str) -> None:
 @reason
 def roll_back(experiment: str, to: int | None, reason: str) -> None:
     """Make an earlier champion of EXPERIMENT the champion again."""
-    record = Champions(open_store(), experiment).roll_back(reason, _user(), to)
+    store = open_store()
+    record = Champions(store, experiment).roll_back(reason, _user(), to)
     out.print(
         f"{record.adapter[:SHORT]} is the champion of {experiment} again (record {record.number}); "
         f"{(record.before or '')[:SHORT]} is excluded from automatic promotion"
     )
+    _log_to_wandb(store, record)
 
 
 @adapter.command("fetch")
@@ -256,6 +260,15 @@ def _adapter(store: ArtifactStore, name: str) -> ArtifactRef:
     found.artifacts[:] = [artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS.folder, STACKS.folder)]
     artifact = find_artifact(store, found, name, "adapter")
     return store.ref(artifact.kind, artifact.name, artifact.manifest)
+
+
+def _log_to_wandb(store: ArtifactStore, record: Record) -> None:
+    """Move the alias `champion` in Weights & Biases too, if the experiment logs its adapters there."""
+    if record.experiment not in experiment_names(deployment.configs()):
+        return
+    settings = load_experiment(deployment.configs(), record.experiment).config.wandb
+    adapter = Champions(store, record.experiment).adapter(record)
+    log_champion(settings, record, store.fetch(adapter), store.cache.root, out.print)
 
 
 def _user() -> str:

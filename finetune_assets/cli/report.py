@@ -9,9 +9,9 @@ from rich.table import Table
 
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.cli.terminal import FOLDER, SHORT, StoreCommand, as_json, find_artifact, new_table, open_store, out
-from finetune_assets.config.comparing import Difference
+from finetune_assets.config.comparing import SettingDifference
 from finetune_assets.reporting.collect import collect
-from finetune_assets.reporting.comparison import Comparison, Pair
+from finetune_assets.reporting.comparison import Pair, RunComparison
 from finetune_assets.reporting.comparison import compare as compare_adapters
 from finetune_assets.reporting.pages import as_html, moment
 from finetune_assets.reporting.runs import adapters
@@ -74,11 +74,11 @@ def _adapter_of(store: ArtifactStore, found: Inventory, name: str) -> Artifact:
     return find_artifact(store, Inventory(ours, {}, {}, {}), name, "adapter or experiment with a run")
 
 
-def _parts(compared: Comparison) -> dict[str, list[Difference]]:
+def _parts(compared: RunComparison) -> dict[str, list[SettingDifference]]:
     return {"setting": compared.settings, "made from": compared.inputs, "version": compared.versions}
 
 
-def _differing(what: str, differing: list[Difference], titles: list[str]) -> Table:
+def _differing(what: str, differing: list[SettingDifference], titles: list[str]) -> Table:
     table = new_table(what, *titles)
     for difference in differing:
         table.add_row(difference.setting, escape(difference.before), escape(difference.after))

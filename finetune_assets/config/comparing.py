@@ -9,7 +9,7 @@ ABSENT = "(absent)"
 
 
 @dataclass(frozen=True)
-class Difference:
+class SettingDifference:
     """A setting with different values, both as text.
 
     Attributes:
@@ -23,13 +23,13 @@ class Difference:
     after: str
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[SettingDifference]:
     """Settings that differ, in the order of the first tree, followed by settings of only the second tree."""
     ours, theirs = dict(_flat(before)), dict(_flat(after))
     groups = {name.rpartition(".")[0] for name in (*ours, *theirs)}
     names = [name for name in ours | theirs if name not in groups]  # a `null` group is compared by its members
     rows = ((name, _text(ours, name), _text(theirs, name)) for name in names)
-    return [Difference(*row) for row in rows if row[1] != row[2]]
+    return [SettingDifference(*row) for row in rows if row[1] != row[2]]
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

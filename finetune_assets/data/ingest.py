@@ -17,7 +17,7 @@ from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.layouts import row_reader
 from finetune_assets.data.quality import Inspector, Quality, rows_by_number
 from finetune_assets.data.raw_schema import RAW_SCHEMA
-from finetune_assets.data.readers import Record, SourceFile, Unreadable, kept, read_records
+from finetune_assets.data.readers import SourceFile, SourceRecord, Unreadable, kept, read_records
 from finetune_assets.data.rows import Row
 from finetune_assets.progress import ROWS, Progress
 
@@ -153,7 +153,7 @@ def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> I
         quarantine.counts.files_without_rows.append(file.name)
 
 
-def _source_text(record: Record) -> str:
+def _source_text(record: SourceRecord) -> str:
     if record.text is not None:
         return kept(record.text)
     return kept(json.dumps(record.row, ensure_ascii=False, default=str))

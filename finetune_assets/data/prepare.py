@@ -24,7 +24,7 @@ from finetune_assets.data.errors import DataError
 from finetune_assets.data.packing import pack
 from finetune_assets.data.quality import SHOWN, folded, hashed
 from finetune_assets.data.rows import Draw, Row, Split, draw, side_of
-from finetune_assets.data.tokenization import IGNORED, Encoder, Examples
+from finetune_assets.data.tokenization import IGNORED, Encoder, TokenizedRows
 from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
@@ -212,7 +212,7 @@ def _count_overlap(written: dict[Split, NDArray[np.int64]], drawn: Rows, statist
     _name_first(statistics.first_overlap, both)
 
 
-def _count_refused(examples: Examples, chosen: NDArray[np.int64], statistics: Statistics) -> None:
+def _count_refused(examples: TokenizedRows, chosen: NDArray[np.int64], statistics: Statistics) -> None:
     if examples.refused and not statistics.refused:
         row, reason = examples.refused[0]
         statistics.first_refused = f"row {chosen[row]} of dolly_raw: {reason}"
@@ -228,7 +228,7 @@ def _taken_rows(rows: Path, taken: NDArray[np.bool_]) -> Iterator[tuple[NDArray[
         start += len(batch)
 
 
-def _columns(examples: Examples, indices: NDArray[np.int64], categories: NDArray[np.object_]) -> pa.RecordBatch:
+def _columns(examples: TokenizedRows, indices: NDArray[np.int64], categories: NDArray[np.object_]) -> pa.RecordBatch:
     offsets = pa.array(np.concatenate([[0], np.cumsum(examples.lengths)]), pa.int32())
     return pa.RecordBatch.from_arrays(
         [
@@ -242,7 +242,7 @@ def _columns(examples: Examples, indices: NDArray[np.int64], categories: NDArray
     )
 
 
-def _labelled_tokens(examples: Examples) -> NDArray[np.int64]:
+def _labelled_tokens(examples: TokenizedRows) -> NDArray[np.int64]:
     """Number of labelled tokens of each example, without its first token, which nothing predicts. Shape (n,)."""
     starts = np.cumsum(examples.lengths) - examples.lengths
     learned = (examples.labels != IGNORED).astype(np.int64)

@@ -48,7 +48,7 @@ class SourceFile:
     path: Path
 
 
-class Record(NamedTuple):
+class SourceRecord(NamedTuple):
     """One row as read from a file.
 
     Attributes:
@@ -76,7 +76,7 @@ class Unreadable(NamedTuple):
     text: str
 
 
-Records = Iterator[Record | Unreadable]
+Records = Iterator[SourceRecord | Unreadable]
 
 
 def read_records(path: Path) -> Records:
@@ -144,9 +144,9 @@ def _too_long(size: int) -> str:
     return f"row of {size:,} bytes exceeds the maximum of {MAX_ROW_BYTES:,}; split or remove it"
 
 
-def _parsed(line: bytes, number: int) -> Record | Unreadable:
+def _parsed(line: bytes, number: int) -> SourceRecord | Unreadable:
     try:
-        return Record(number, json.loads(line.rstrip()), line)
+        return SourceRecord(number, json.loads(line.rstrip()), line)
     except UnicodeDecodeError as e:
         reason = f"not UTF-8 at byte {e.start} of the line; save the file as UTF-8"
     except json.JSONDecodeError as e:
@@ -162,7 +162,7 @@ def _json_array(file: TextIO, path: Path) -> Records:
     array.skip("[")
     while not array.at("]"):
         line = array.line
-        yield Record(line, array.element())
+        yield SourceRecord(line, array.element())
         if not array.at("]"):
             array.skip(",")
             if array.at("]"):
@@ -251,7 +251,7 @@ def _csv(path: Path) -> Records:
                 yield _bad_csv(e, start, lines, path)
                 continue
             if len(fields) == len(header):
-                yield Record(start, dict(zip(header, fields, strict=True)))
+                yield SourceRecord(start, dict(zip(header, fields, strict=True)))
             elif fields:
                 reason = (
                     f"{len(fields)} fields, but the header has {len(header)}; quote fields with commas or line breaks"
@@ -306,7 +306,7 @@ def _parquet(path: Path) -> Records:
         for batch in file.iter_batches(ROWS_PER_BATCH):
             for row in _rows(batch):
                 number += 1
-                yield Unreadable(number, row, "") if isinstance(row, str) else Record(number, row)
+                yield Unreadable(number, row, "") if isinstance(row, str) else SourceRecord(number, row)
     except pa.ArrowException as e:
         raise DataError(f"{path}: not a Parquet file, or a truncated one: {str(e).splitlines()[0]}") from e
 

@@ -34,7 +34,7 @@ class Refused(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Examples:
+class TokenizedRows:
     """A batch of examples with concatenated tokens.
 
     Attributes:
@@ -82,7 +82,7 @@ class Encoder:
                 f"{tokenizer.name_or_path}: has no end-of-sequence token; set data.tokenization.add_eos_token to false"
             )
 
-    def encode(self, rows: list[Row]) -> Examples:
+    def encode(self, rows: list[Row]) -> TokenizedRows:
         """Render and tokenize rows, append the end token, truncate, and label."""
         taken, rendered, refused = self._rendered(rows)
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=not self.whole_text)
@@ -110,7 +110,7 @@ class Encoder:
             lengths[i] = len(tokens)
         input_ids = np.array(ids, np.int32)
         labels = self._label(input_ids, answers)
-        return Examples(np.array(taken, np.int64), lengths, input_ids, labels, prompts, truncated, refused)
+        return TokenizedRows(np.array(taken, np.int64), lengths, input_ids, labels, prompts, truncated, refused)
 
     def _rendered(self, rows: list[Row]) -> tuple[list[int], list[Rendered], list[Refused]]:
         taken, rendered, refused = [], [], []

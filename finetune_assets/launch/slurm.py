@@ -87,7 +87,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class State:
+class JobState:
     """State of a job, as reported by the controller.
 
     Attributes:
@@ -161,7 +161,7 @@ class SlurmEngine:
         self._cancel_former(name)  # a controller that timed out may still have accepted the job
         raise _rejection(spec, done.stderr)
 
-    def _follow(self, number: str, output: Path, remote: RemoteJob) -> State:
+    def _follow(self, number: str, output: Path, remote: RemoteJob) -> JobState:
         """Log state changes and forward the output of a job until it ends, and return its final state."""
         description, pause, answered = "", POLL_SECONDS[0], time.monotonic()
         followed, lingering = Followed(output), _Lingering(remote)
@@ -182,11 +182,11 @@ class SlurmEngine:
                 if state.headless:
                     logger.warning("Cancelling Slurm job %s: it has lost its first node, %s", number, state.first)
                     self._cancel(number)
-                    return State("NODE_FAIL", "BatchHost", state.first)
+                    return JobState("NODE_FAIL", "BatchHost", state.first)
                 if state.name == "RUNNING" and lingering.long():
                     logger.warning("Cancelling Slurm job %s: it reported its result but has not ended", number)
                     self._cancel(number)
-                    return State("FAILED", "Lingering", state.nodes)
+                    return JobState("FAILED", "Lingering", state.nodes)
             elif time.monotonic() - answered > SILENT_SECONDS:
                 raise JobFailed(f"the Slurm controller has not responded for {SILENT_SECONDS} s", retriable=True)
             time.sleep(pause)
@@ -258,13 +258,13 @@ def script(spec: JobSpec, remote: RemoteJob) -> str:
     return SCRIPT.format(flags=" ".join(flags), python=python, arguments=location)
 
 
-def state_of(number: str) -> State | None:
+def state_of(number: str) -> JobState | None:
     """Return the state of a job, or None if the controller does not respond."""
     done = subprocess.run(["scontrol", "show", "job", "-o", number], capture_output=True, text=True)
     if done.returncode != 0:
-        return State("COMPLETED", "forgotten") if "Invalid job id" in done.stderr else None
+        return JobState("COMPLETED", "forgotten") if "Invalid job id" in done.stderr else None
     fields = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", done.stdout))
-    return State(
+    return JobState(
         fields["JobState"],
         fields.get("Reason", ""),
         fields.get("NodeList", ""),
@@ -275,7 +275,7 @@ def state_of(number: str) -> State | None:
     )
 
 
-def _describe(number: str, state: State) -> str:
+def _describe(number: str, state: JobState) -> str:
     if state.name != "PENDING":
         return f"{state.name} on {state.nodes}" if state.nodes not in ("", "(null)") else state.name
     queue = _stdout("squeue", "-h", "-t", "PENDING", "--sort=-p,i", "-o", "%i").split()
@@ -284,7 +284,7 @@ def _describe(number: str, state: State) -> str:
     return f"PENDING ({state.reason}){position}{expected}"
 
 
-def _outcome(state: State, number: str, remote: RemoteJob, spec: JobSpec) -> ArtifactRef:
+def _outcome(state: JobState, number: str, remote: RemoteJob, spec: JobSpec) -> ArtifactRef:
     """Return the artifact of a job that has ended.
 
     Raises:
@@ -312,7 +312,7 @@ def _outcome(state: State, number: str, remote: RemoteJob, spec: JobSpec) -> Art
     )
 
 
-def _final_state(state: State, spec: JobSpec, failure: JobFailed | None) -> str:
+def _final_state(state: JobState, spec: JobSpec, failure: JobFailed | None) -> str:
     """Return the state in which a job ended. Slurm reports a job that obeys SIGTERM as FAILED."""
     if state.name != "FAILED" or (failure and failure.specificity >= 0):
         return state.name

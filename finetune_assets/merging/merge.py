@@ -32,7 +32,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """Difference between two sets of logits.
 
     Attributes:
@@ -108,7 +108,7 @@ def merged(contender: Contender, settings: Merge, output: Path) -> None:
     tokenizer.save_pretrained(output)
 
 
-def compare(folder: Path, rows: list[Row], wanted: list[Tensor], device: torch.device) -> Difference:
+def compare(folder: Path, rows: list[Row], wanted: list[Tensor], device: torch.device) -> LogitDifference:
     """Compare the logits of the merged model with the `wanted` logits of base plus adapter."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", device_map={"": device}, local_files_only=True, use_safetensors=True
@@ -117,7 +117,7 @@ def compare(folder: Path, rows: list[Row], wanted: list[Tensor], device: torch.d
     differences = [(actual - expected).abs() for actual, expected in zip(merged_logits, wanted, strict=True)]
     total = sum(part.numel() for part in differences)
     same = [actual.argmax(-1) == expected.argmax(-1) for actual, expected in zip(merged_logits, wanted, strict=True)]
-    return Difference(
+    return LogitDifference(
         largest=max(float(part.max()) for part in differences),
         mean=sum(float(part.double().sum()) for part in differences) / total,
         spread=float(torch.stack([logits.std(-1).mean() for logits in wanted]).mean()),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 
-from finetune_assets.progress.relay import Display, State
+from finetune_assets.progress.relay import BarState, Display
 
 EVERY_SECONDS = 5.0
 """Interval of log lines, in seconds. Shorter operations are not logged, except for large transfers."""
@@ -189,7 +189,7 @@ class Progress:
         speed, seconds = self._speed(), clock() - self.began
         note = self.note or (self.unit.rate(speed) if speed else "")
         text = self.unit.of(self.done, self.total) + (f" · {note}" if note else "")
-        state = State(self.key, self.what, self.done, self.total, text, seconds, self._left())
+        state = BarState(self.key, self.what, self.done, self.total, text, seconds, self._left())
         self.display.show(replace(state, log_line=line, ended=ended))
 
 

@@ -22,7 +22,7 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class State:
+class BarState:
     """State of a progress bar.
 
     Attributes:
@@ -51,7 +51,7 @@ class State:
 class Display(Protocol):
     """Draws bars, or forwards their states to a process that does. It never raises."""
 
-    def show(self, state: State) -> None: ...
+    def show(self, state: BarState) -> None: ...
 
 
 class Sender:
@@ -66,7 +66,7 @@ class Sender:
         with suppress(OSError):
             self.pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
 
-    def show(self, state: State) -> None:
+    def show(self, state: BarState) -> None:
         line = json.dumps(asdict(state)).encode() + b"\n"
         if self.pipe is not None and len(line) <= ATOMIC_BYTES:
             with suppress(OSError):
@@ -107,14 +107,14 @@ def heard(folder: Path, display: Display | None) -> Iterator[Mapping[str, str]]:
 
 
 def _pass_on(pipe: int, display: Display, ended: threading.Event) -> None:
-    rest, shown = b"", dict[str, State]()
+    rest, shown = b"", dict[str, BarState]()
     while not ended.is_set():
         if not select.select([pipe], [], [], POLL_SECONDS)[0]:
             continue
         *lines, rest = (rest + os.read(pipe, 65536)).split(b"\n")
         for line in lines:
             with suppress(ValueError, TypeError):
-                state = State(**json.loads(line))
+                state = BarState(**json.loads(line))
                 shown[state.key] = state
                 display.show(state)
     for state in shown.values():

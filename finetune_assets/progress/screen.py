@@ -14,7 +14,7 @@ from multiprocessing import parent_process
 from typing import TYPE_CHECKING, TextIO
 
 from finetune_assets.progress import Progress
-from finetune_assets.progress.relay import State
+from finetune_assets.progress.relay import BarState
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,14 +82,14 @@ class Screen:
 
     def __init__(self, terminal: Terminal, console: "Console") -> None:
         self.terminal, self.console = terminal, console
-        self.states: dict[str, tuple[State, float]] = {}
+        self.states: dict[str, tuple[BarState, float]] = {}
         """States and their arrival times, by key. Updates replace the dictionary, because another thread draws it."""
         self._live: Live | None = None
         self._duplicates: deque[str] = deque(maxlen=COVERED)
         self._rest, self._is_mid_line = "", False
         self._lock = threading.RLock()
 
-    def show(self, state: State) -> None:
+    def show(self, state: BarState) -> None:
         """Draw or update the bar of a state, or remove it if the operation has ended."""
         with self._lock:
             if state.log_line:
@@ -170,7 +170,7 @@ class Screen:
         return table
 
 
-def _times(state: State, passed: float, narrow: bool) -> str:
+def _times(state: BarState, passed: float, narrow: bool) -> str:
     """Format elapsed and remaining time, `passed` seconds after a state; if `narrow`, only the remaining time."""
     elapsed = str(timedelta(seconds=int(state.seconds + passed)))
     if state.left is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune_assets.artifacts.champions import Record, parse_record
-from finetune_assets.config.comparing import Difference, differences
+from finetune_assets.config.comparing import SettingDifference, differences
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import base_settings, experiment_files, load_experiment
@@ -43,7 +43,7 @@ class Reported:
     name: str
     description: str = ""
     error: str = ""
-    differences: tuple[Difference, ...] = ()
+    differences: tuple[SettingDifference, ...] = ()
     runs: tuple[Run, ...] = ()
     older: int = 0
     champion: Record | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_assets.artifacts.layout import CONFIG, PROVENANCE
-from finetune_assets.config.comparing import Difference, differences
+from finetune_assets.config.comparing import SettingDifference, differences
 from finetune_assets.config.loading import read_settings
 from finetune_assets.reporting.runs import Run, evaluations, read, read_run
 from finetune_assets.store.artifacts import ArtifactStore
@@ -30,7 +30,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """How two runs differ.
 
     Attributes:
@@ -44,13 +44,13 @@ class Comparison:
 
     first: Run
     second: Run
-    settings: list[Difference]
-    inputs: list[Difference]
-    versions: list[Difference]
+    settings: list[SettingDifference]
+    inputs: list[SettingDifference]
+    versions: list[SettingDifference]
     numbers: list[Pair]
 
     def to_dict(self) -> dict[str, Any]:
-        def both(changes: list[Difference]) -> dict[str, list[str]]:
+        def both(changes: list[SettingDifference]) -> dict[str, list[str]]:
             return {change.setting: [change.before, change.after] for change in changes}
 
         return {
@@ -68,7 +68,7 @@ class Comparison:
         }
 
 
-def compare(store: ArtifactStore, inventory: Inventory, first: Artifact, second: Artifact) -> Comparison:
+def compare(store: ArtifactStore, inventory: Inventory, first: Artifact, second: Artifact) -> RunComparison:
     """Compare two adapters of a store, using the newest evaluation of each."""
     newest_evaluations = evaluations(inventory, store.namespace)
     run, other_run = (
@@ -77,7 +77,7 @@ def compare(store: ArtifactStore, inventory: Inventory, first: Artifact, second:
     settings = [read_settings(read(store, adapter, CONFIG)) for adapter in (first, second)]
     versions = [_versions(json.loads(read(store, adapter, PROVENANCE))) for adapter in (first, second)]
     names = dict.fromkeys([*run.numbers, *other_run.numbers])
-    return Comparison(
+    return RunComparison(
         run,
         other_run,
         differences(*settings),

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 
 WEIGHTS, STATE, LOG = "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"
 logger = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ class Checkpoint:
     log: dict[str, Any]
 
 
-def load_newest(folder: Path, model: PeftModel, parts: dict[str, Any], process: Process) -> dict[str, Any] | None:
+def load_newest(
+    folder: Path, model: PeftModel, parts: dict[str, Any], process: DistributedContext
+) -> dict[str, Any] | None:
     """Restore the newest checkpoint that any process can read into `model` and `parts`.
 
     Machines that were started at different times may have different checkpoints. Processes without the newest one

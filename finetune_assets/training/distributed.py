@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Process:
+class DistributedContext:
     """This process in a group of `world` processes that train together.
 
     Attributes:
@@ -94,7 +94,7 @@ class Process:
 
 
 @contextmanager
-def joined() -> Iterator[Process]:
+def joined() -> Iterator[DistributedContext]:
     """Join the process group defined by torchrun (gloo on CPUs, NCCL on GPUs), and leave it on exit."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -106,7 +106,7 @@ def joined() -> Iterator[Process]:
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Process(rank, world, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank)
+        yield DistributedContext(rank, world, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -16,7 +16,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
 from finetune_assets.training import checkpoint, divergence, memory, output
 from finetune_assets.training.batches import collate
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.order import GlobalBatchSampler, evaluation_batches
 from finetune_assets.training.reporting import Reporter, StepReport
@@ -45,7 +45,9 @@ class LoraFinetune(TrainingSetup):
     tokens of the global batch, divided by their number.
     """
 
-    def __init__(self, job: TrainingPaths, config: ExperimentConfig, process: Process, reporter: Reporter) -> None:
+    def __init__(
+        self, job: TrainingPaths, config: ExperimentConfig, process: DistributedContext, reporter: Reporter
+    ) -> None:
         super().__init__(job, config, process)
         self.reporter, self.utilisation = reporter, Utilisation()
         self.stop_requested = threading.Event()

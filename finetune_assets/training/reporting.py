@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from finetune_assets.progress import STEPS, Progress
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.trackers import TRACKERS, TrackedTraining, Tracker
 
 
@@ -87,7 +87,7 @@ class Reporter:
 
 
 @contextmanager
-def reporter(process: Process, training: TrackedTraining | None = None) -> Iterator[Reporter]:
+def reporter(process: DistributedContext, training: TrackedTraining | None = None) -> Iterator[Reporter]:
     """Open a reporter that writes to the Dagster run of a Pipes process, and to the terminal otherwise.
 
     Args:

@@ -11,7 +11,7 @@ from finetune_assets.config.validation import REWRITES_BASE
 from finetune_assets.training import memory
 from finetune_assets.training.attention import select_attention
 from finetune_assets.training.batches import Batch, collate
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, resize_embeddings
 from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.loss import SummedLoss
@@ -36,7 +36,7 @@ class TrainingSetup:
         log: Training log; `active` contains the resolved values.
     """
 
-    def __init__(self, job: TrainingPaths, config: ExperimentConfig, process: Process) -> None:
+    def __init__(self, job: TrainingPaths, config: ExperimentConfig, process: DistributedContext) -> None:
         self.job, self.config, self.process = job, config, process
         self.training, self.log = config.training, TrainerState()
         self.precision = compute_precision(config.training, process.device)

@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 
 
-def shard(root: nn.Module, layers: Iterable[nn.Module], trained: list[nn.Parameter], process: Process) -> None:
+def shard(
+    root: nn.Module, layers: Iterable[nn.Module], trained: list[nn.Parameter], process: DistributedContext
+) -> None:
     """Shard every frozen weight over all processes; each layer is gathered while it is computed.
 
     The adapter's weights are replicated on every process, so gradients, optimizer and checkpoints are the same as in

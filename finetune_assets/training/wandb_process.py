@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,7 +52,7 @@ def answers(server: str, seconds: float) -> bool:
     return healthy.is_set()
 
 
-class Tracker:
+class WandbClient:
     """A run of W&B, controlled by the messages of a training.
 
     Args:
@@ -68,7 +69,8 @@ class Tracker:
         self.run = self._start_run()
         self.artifacts: list[Artifact] = []
         for name, type_ in (("dataset", "dataset"), ("base_model", "model")):
-            self._log_input(begin[name], type_)
+            if begin.get(name):
+                self._log_input(begin[name], type_)
         self.send(begun=self._run_info())
 
     def send(self, **message: Any) -> None:
@@ -102,9 +104,9 @@ class Tracker:
             x_file_transfer_retry_wait_max_seconds=5,
             x_stats_pid=self.begin["pid"],
         )
-        names = ("project", "entity", "name", "id", "config", "tags")
+        names = ("project", "entity", "name", "id", "config", "tags", "job_type")
         return self.wandb.init(
-            mode=mode, resume=resume, settings=settings, **{name: self.begin[name] for name in names}
+            mode=mode, resume=resume, settings=settings, **{name: self.begin.get(name) for name in names}
         )
 
     def _run_info(self) -> Message:
@@ -112,7 +114,8 @@ class Tracker:
         online, folder = not self.run.offline, Path(self.run.settings.sync_dir)
         folders = folder if online else folder.with_name(f"offline-run-*-{self.run.id}*")
         links = {"url": self.run.url, "server": self.server} if online else {}
-        artifact = f"{self.run.entity}/{self.run.project}/{self._adapter_name}:latest"
+        name = self.begin.get("artifact") or f"{self._adapter_name}:latest"
+        artifact = f"{self.run.entity}/{self.run.project}/{name}"
         logged = {"artifact": artifact} if online and self.begin["log_model"] else {}
         sync = f"wandb beta sync {'--no-skip-online ' if online else ''}{folders}"
         return {"mode": "online" if online else "offline", **links, **logged, "folder": str(folder), "sync": sync} | (
@@ -141,11 +144,11 @@ class Tracker:
     def summary(self, numbers: Message) -> None:
         self.run.summary.update(numbers)
 
-    def adapter(self, folder: str, metadata: Message) -> None:
-        artifact = self.wandb.Artifact(self._adapter_name, type="model", metadata=metadata)
+    def adapter(self, folder: str, metadata: Message, name: str = "", aliases: Sequence[str] = ()) -> None:
+        artifact = self.wandb.Artifact(name or self._adapter_name, type="model", metadata=metadata)
         artifact.add_dir(folder, skip_cache=True)  # copies the files: the folder is deleted after training
         self.send(staged=True)
-        self.artifacts.append(self.run.log_artifact(artifact))
+        self.artifacts.append(self.run.log_artifact(artifact, aliases=list(aliases) or None))
 
     def finish(self, exit_code: int, preempted: bool = False) -> None:
         if preempted:
@@ -218,7 +221,7 @@ def _follow(incoming: "SimpleQueue[Message | None]", out: "SimpleQueue[Message |
     begin = incoming.get()
     if begin is None:
         return
-    tracker = Tracker(begin["begin"], out)
+    tracker = WandbClient(begin["begin"], out)
     for message in iter(incoming.get, None):
         for method, arguments in message.items():
             getattr(tracker, method)(**arguments)

@@ -13,7 +13,7 @@ import pytest
 from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
 from finetune_assets.launch import slurm
-from finetune_assets.launch.slurm import SlurmEngine, State
+from finetune_assets.launch.slurm import JobState, SlurmEngine
 from finetune_assets.store.objects import ObjectStorage
 from finetune_assets.worker.job import JobFailed, JobSpec
 from finetune_assets.worker.remote import TERMINATED, RemoteJob
@@ -63,21 +63,21 @@ def asked(tmp_path: Path, program: str) -> list[str]:
 @pytest.mark.parametrize(
     ("answer", "state"),
     [
-        ("running", State("RUNNING", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
-        ("pending", State("PENDING", "Resources", "", "2026-11-28T01:26:39")),
-        ("held", State("PENDING", "JobHeldUser", "", "Unknown")),
-        ("completing", State("COMPLETING", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
-        ("cancelled", State("CANCELLED", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
-        ("cancelled before it ran", State("CANCELLED", "Resources", "", "2026-11-27T23:26:44")),
-        ("failed", State("FAILED", "NonZeroExitCode", "n1", "2026-11-27T23:26:48", 0, False, "n1")),
-        ("completed", State("COMPLETED", "None", "n1", "2026-11-27T23:26:48", 1, False, "n1")),
-        ("lost node", State("NODE_FAIL", "NodeDown", "n[1-2]", "2026-11-27T23:27:24", 28, False, "n1")),
-        ("lost first node", State("RUNNING", "None", "n2", "2026-11-27T23:29:14", 29, False, "n1")),
-        ("preempted", State("PREEMPTED", "None", "n[1-2]", "2026-11-27T23:28:35", 34, True, "n1")),
-        ("time limit", State("TIMEOUT", "TimeLimit", "n1", "2026-11-27T23:29:53", 63, False, "n1")),
+        ("running", JobState("RUNNING", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
+        ("pending", JobState("PENDING", "Resources", "", "2026-11-28T01:26:39")),
+        ("held", JobState("PENDING", "JobHeldUser", "", "Unknown")),
+        ("completing", JobState("COMPLETING", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
+        ("cancelled", JobState("CANCELLED", "None", "n[1-2]", "2026-11-27T23:26:39", 5, False, "n1")),
+        ("cancelled before it ran", JobState("CANCELLED", "Resources", "", "2026-11-27T23:26:44")),
+        ("failed", JobState("FAILED", "NonZeroExitCode", "n1", "2026-11-27T23:26:48", 0, False, "n1")),
+        ("completed", JobState("COMPLETED", "None", "n1", "2026-11-27T23:26:48", 1, False, "n1")),
+        ("lost node", JobState("NODE_FAIL", "NodeDown", "n[1-2]", "2026-11-27T23:27:24", 28, False, "n1")),
+        ("lost first node", JobState("RUNNING", "None", "n2", "2026-11-27T23:29:14", 29, False, "n1")),
+        ("preempted", JobState("PREEMPTED", "None", "n[1-2]", "2026-11-27T23:28:35", 34, True, "n1")),
+        ("time limit", JobState("TIMEOUT", "TimeLimit", "n1", "2026-11-27T23:29:53", 63, False, "n1")),
     ],
 )
-def test_state_of_a_job(says: Says, answer: str, state: State) -> None:
+def test_state_of_a_job(says: Says, answer: str, state: JobState) -> None:
     says("scontrol", answer)
     assert slurm.state_of("1") == state
     assert (state.name in slurm.ENDED) == (state.name not in ("RUNNING", "PENDING", "COMPLETING"))
@@ -227,15 +227,15 @@ OWN = {"error": "rank: 0 is wrong", "retriable": False, "specificity": 0}
 @pytest.mark.parametrize(
     ("state", "answer", "retriable", "fact"),
     [
-        (State("FAILED", "NonZeroExitCode", ran=600), OWN, False, "rank: 0 is wrong"),
-        (State("FAILED", "NonZeroExitCode", ran=600), TERMINATED, False, "launcher.time_limit"),
-        (State("FAILED", "NonZeroExitCode", ran=10), TERMINATED, True, ""),
-        (State("FAILED", "NonZeroExitCode", ran=10, preempted=True), TERMINATED, True, ""),
-        (State("TIMEOUT", "TimeLimit", ran=600), TERMINATED, False, "launcher.time_limit"),
+        (JobState("FAILED", "NonZeroExitCode", ran=600), OWN, False, "rank: 0 is wrong"),
+        (JobState("FAILED", "NonZeroExitCode", ran=600), TERMINATED, False, "launcher.time_limit"),
+        (JobState("FAILED", "NonZeroExitCode", ran=10), TERMINATED, True, ""),
+        (JobState("FAILED", "NonZeroExitCode", ran=10, preempted=True), TERMINATED, True, ""),
+        (JobState("TIMEOUT", "TimeLimit", ran=600), TERMINATED, False, "launcher.time_limit"),
     ],
 )
 def test_a_workers_own_error_counts_more_than_what_slurm_says(
-    job: Make, state: State, answer: dict[str, Any], retriable: bool, fact: str
+    job: Make, state: JobState, answer: dict[str, Any], retriable: bool, fact: str
 ) -> None:
     spec = job("good", time_limit="0:10:00")
     remote = RemoteJob.begin(spec)

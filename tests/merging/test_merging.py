@@ -10,12 +10,12 @@ from finetune_assets.assets.merged_model import OF_INT8, ROUNDING
 from finetune_assets.config.schema import Merge
 from finetune_assets.evaluation.contenders import Contender
 from finetune_assets.evaluation.rows import held_out
-from finetune_assets.merging.merge import Difference, compare, merged, positions, reference
+from finetune_assets.merging.merge import LogitDifference, compare, merged, positions, reference
 
 LEARNS_FAST = "training.learning_rate=0.02"
 
 
-def difference(run: Trained, out: Path, merge: Merge) -> Difference:
+def difference(run: Trained, out: Path, merge: Merge) -> LogitDifference:
     def contender() -> Contender:
         return Contender.of_folder("adapter", run.job.base_model, run.job.output)
 

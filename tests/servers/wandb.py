@@ -59,6 +59,7 @@ class Artifact:
     type: str
     digest: str
     metadata: dict[str, Any]
+    aliases: list[str]
     committed: bool = False
 
 
@@ -219,7 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = asked["artifactCollectionName"]
         metadata = json.loads(asked.get("metadata") or "{}")
         number, type_ = len(self.served.artifacts), asked["artifactTypeName"]
-        artifact = Artifact(f"artifact-{number}", asked["projectName"], name, type_, asked["digest"], metadata)
+        aliases = [alias["alias"] for alias in asked.get("aliases") or []]
+        artifact = Artifact(f"artifact-{number}", asked["projectName"], name, type_, asked["digest"], metadata, aliases)
         self.served.artifacts[artifact.id] = artifact
         self.served.runs[asked["runName"]].logged.append(artifact.id)
         sequence = {"latestArtifact": None}

@@ -16,12 +16,12 @@ from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.sources.local import SAMPLE
-from finetune_assets.training.distributed import Process
+from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
 from finetune_assets.training.state import TrainingPaths
 
-ALONE = Process(rank=0, world=1, device=torch.device("cpu"))
+ALONE = DistributedContext(rank=0, world=1, device=torch.device("cpu"))
 MADE_FROM = {"fingerprint": "f" * 64, "experiment": "demo", "base_model": "packaged/demo-base", "revision": "r"}
 BASE: Path = PACKAGED["demo-base"]
 
