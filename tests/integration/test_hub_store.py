@@ -29,7 +29,7 @@ from finetune_assets.assets.cached_base_model import cached_base_model
 from finetune_assets.resources.project import Project
 from finetune_assets.resources.io_manager import ArtifactIOManager
 project = Project()
-resources = {"project": project, "io_manager": ArtifactIOManager(project=project)}
+resources = {"project": project, "io_manager": ArtifactIOManager(project=project, others=dg.FilesystemIOManager())}
 run = dg.materialize([cached_base_model], partition_key="demo", resources=resources)
 print(project.store().fetch(run.output_for_node("cached_base_model")))
 """
