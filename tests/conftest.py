@@ -163,7 +163,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
     """Tests in an order in which each slice, as pytest-xdist gives them to its processes, begins with long ones."""
     long = [item for item in items if item.path.parent.name in ("integration", "docs")]
-    long.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+    # Pages come last of them: most wait for the project of the first page, which is made once for all
+    long.sort(key=lambda item: (item.get_closest_marker("minutes") is None, item.path.parent.name == "docs"))
     short = [item for item in items if item.path.parent.name not in ("integration", "docs")]
     dealt: list[pytest.Item] = []
     for process in range(processes):

@@ -95,7 +95,7 @@ def test_an_own_asset_takes_ours_and_is_materialized_by_dg(
     dg_command("launch", "--assets", "dolly_raw")
     assert len(project.published("raw")) == 1
 
-    selection = "cached_base_model or tokenized_dataset or my_asset or my_second_asset"
+    selection = "cached_base_model,tokenized_dataset,my_asset,my_second_asset"
     dg_command("launch", "--assets", selection, "--partition", "demo")
     (tokenized,) = project.published("tokenized")
     with dg.DagsterInstance.from_config(str(project.root / "dagster_home")) as instance:
