@@ -34,7 +34,7 @@ def my_second_asset(my_asset: int) -> int:
     return my_asset + 1
 
 
-@dg.asset_check(asset="tokenized_dataset")
+@dg.asset_check(asset="tokenized_dataset", partitions_def=experiments)
 def my_check(tokenized_dataset: ArtifactRef) -> dg.AssetCheckResult:
     found = {"fingerprint": tokenized_dataset.fingerprint}
     return dg.AssetCheckResult(passed=tokenized_dataset.files > 0, metadata=found)
