@@ -160,11 +160,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = _dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
+def _turn(item: pytest.Item) -> tuple[bool, bool]:
+    """Tests of minutes come first, and of them the first page, for whose project all other pages wait: these come last."""
+    is_short, is_page = item.get_closest_marker("minutes") is None, item.path.parent.name == "docs"
+    return is_short, is_page == is_short
+
+
 def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
     """Tests in an order in which each slice, as pytest-xdist gives them to its processes, begins with long ones."""
     long = [item for item in items if item.path.parent.name in ("integration", "docs")]
-    # Pages come last of them: most wait for the project of the first page, which is made once for all
-    long.sort(key=lambda item: (item.get_closest_marker("minutes") is None, item.path.parent.name == "docs"))
+    long.sort(key=_turn)
     short = [item for item in items if item.path.parent.name not in ("integration", "docs")]
     dealt: list[pytest.Item] = []
     for process in range(processes):
