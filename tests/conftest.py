@@ -161,7 +161,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _turn(item: pytest.Item) -> tuple[bool, bool]:
-    """Tests of minutes come first, the first page before all; the other pages, which wait for its project, come last."""
+    """Tests of minutes come first, the first page before all; other pages, which wait for its project, come last."""
     is_short, is_page = item.get_closest_marker("minutes") is None, item.path.parent.name == "docs"
     return is_short, is_page == is_short
 
