@@ -1,6 +1,7 @@
 """The picture of the asset graph, drawn from the definitions themselves: `python -m docs.graph`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +58,32 @@ def is_indirect(parent: str, child: str, parents: Parents) -> bool:
 
 def draw(parents: Parents, target: Path) -> None:
     """Write the picture, without arrows that jump over another asset; the same graph gives the same bytes."""
+    at = places(parents)
+    (left, *_, right), (bottom, *_, top) = (sorted(axis) for axis in zip(*at.values(), strict=True))
+    x_limits = left - BOX_WIDTH / 2 - MARGIN, right + BOX_WIDTH / 2 + MARGIN
+    y_limits = bottom - BOX_HEIGHT / 2 - MARGIN, top + BOX_HEIGHT / 2 + MARGIN
+    with canvas(x_limits, y_limits, target) as axes:
+        for child, above in sorted(parents.items()):
+            for parent in sorted(above):
+                if not is_indirect(parent, child, parents):
+                    _arrow(axes, at[parent], at[child])
+        for node, place in at.items():
+            box(axes, node, place, SOURCE_FILL if node in SOURCES.values() else FILL)
+
+
+@contextmanager
+def canvas(x_limits: tuple[float, float], y_limits: tuple[float, float], target: Path) -> Iterator[Any]:
+    """Axes of that many inches, written to a file at the end; the same drawing gives the same bytes."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "finetune_assets"
     from matplotlib import pyplot
 
-    at = places(parents)
-    (left, *_, right), (bottom, *_, top) = (sorted(axis) for axis in zip(*at.values(), strict=True))
-    x_limits = left - BOX_WIDTH / 2 - MARGIN, right + BOX_WIDTH / 2 + MARGIN
-    y_limits = bottom - BOX_HEIGHT / 2 - MARGIN, top + BOX_HEIGHT / 2 + MARGIN
     figure = pyplot.figure(figsize=(x_limits[1] - x_limits[0], y_limits[1] - y_limits[0]))
     axes = figure.add_axes((0, 0, 1, 1), xlim=x_limits, ylim=y_limits)
     axes.set_axis_off()
-    for child, above in sorted(parents.items()):
-        for parent in sorted(above):
-            if not is_indirect(parent, child, parents):
-                _arrow(axes, at[parent], at[child])
-    for node, place in at.items():
-        box(axes, node, place, SOURCE_FILL if node in SOURCES.values() else FILL)
+    yield axes
     figure.savefig(target, metadata={"Date": None, "Creator": None}, facecolor="white")
     pyplot.close(figure)
 

@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from docs.graph import BOX_HEIGHT, BOX_WIDTH, FILL, MARGIN, box
+from docs.graph import BOX_HEIGHT, BOX_WIDTH, FILL, MARGIN, box, canvas
 
 ROOT = Path(__file__).parents[1]
 TARGET = Path(__file__).parent / "images" / "layers.svg"
@@ -20,24 +20,14 @@ def layers() -> list[list[str]]:
 
 def draw(target: Path) -> None:
     """Write the picture; the same contract gives the same bytes."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "finetune_assets"
-    from matplotlib import pyplot
-
     rows = layers()
     step, columns = BOX_HEIGHT + MARGIN, max(map(len, rows))
     width, height = columns * (BOX_WIDTH + MARGIN) + MARGIN, len(rows) * step + MARGIN
-    figure = pyplot.figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(-height, 0))
-    axes.set_axis_off()
-    for number, names in enumerate(rows):
-        for place, name in enumerate(names):
-            middle = width / 2 + (place - (len(names) - 1) / 2) * (BOX_WIDTH + MARGIN)
-            box(axes, name, (middle, -(number + 0.5) * step - MARGIN / 2), FILL)
-    figure.savefig(target, metadata={"Date": None, "Creator": None}, facecolor="white")
-    pyplot.close(figure)
+    with canvas((0, width), (-height, 0), target) as axes:
+        for number, names in enumerate(rows):
+            for place, name in enumerate(names):
+                middle = width / 2 + (place - (len(names) - 1) / 2) * (BOX_WIDTH + MARGIN)
+                box(axes, name, (middle, -(number + 0.5) * step - MARGIN / 2), FILL)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from finetune_assets.artifacts.kinds import CHAMPIONS
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.materialization import ARTIFACT, Outcome, asset_step, overridden, result
 from finetune_assets.assets.partitions import check_of_each, project_asset
-from finetune_assets.assets.promotion import GATE, Decision, promote_if_better
+from finetune_assets.assets.promotion import GATE, Decision, promote_if_better, wandb_metadata
 from finetune_assets.automation.conditions import auto_materialize
-from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -45,16 +44,6 @@ def champion_adapter(
         decision = promote_if_better(lineage, lora_adapter, adapter_evaluation, by=f"run {context.run_id}")
         context.log.info(decision.reason)
         yield from announced(lineage, decision, wandb_metadata(context, lineage, decision))
-
-
-def wandb_metadata(context: dg.AssetExecutionContext, lineage: Lineage, decision: Decision) -> dict[str, Any]:
-    """Log a new champion to Weights & Biases if the experiment does so; where it is found."""
-    record = lineage.champions.current()
-    if not decision.promoted or decision.champion is None or record is None:
-        return {}
-    settings, folder = lineage.experiment.config.wandb, lineage.store.fetch(decision.champion)
-    link = log_champion(settings, record, folder, lineage.store.cache.root, context.log.info)
-    return {"wandb_champion": dg.MetadataValue.text(link.get("artifact") or link["sync"])} if link else {}
 
 
 def announced(

@@ -15,6 +15,7 @@ from finetune_assets.assets.pictures import of_evaluation as pictures
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import of_evaluation
+from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -197,6 +198,15 @@ def _manual_promotion_reason(lineage: Lineage, challenger: ArtifactRef) -> str:
     if withdrawn := lineage.champions.withdrawn().get(challenger.fingerprint):
         return f"it was rolled back on {withdrawn.at} ({withdrawn.reason}); use `{command}`"
     return ""
+
+
+def wandb_metadata(context: dg.AssetExecutionContext, lineage: Lineage, decision: Decision) -> dict[str, Any]:
+    """Log a new champion to Weights & Biases if the experiment does so; where it is found."""
+    record = lineage.champions.current()
+    if not decision.promoted or record is None:
+        return {}
+    link = log_champion(lineage.experiment.config.wandb, record, lineage.store, context.log.info)
+    return {"wandb_champion": dg.MetadataValue.text(link.get("artifact") or link["sync"])} if link else {}
 
 
 def name(adapter: ArtifactRef) -> str:

@@ -8,7 +8,6 @@ import dagster as dg
 from finetune_assets.artifacts.kinds import STACKS
 from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.champion_adapter import wandb_metadata
 from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
@@ -19,7 +18,7 @@ from finetune_assets.assets.materialization import (
     result,
 )
 from finetune_assets.assets.partitions import check_of_each, project_asset
-from finetune_assets.assets.promotion import GATE, evaluate, evaluation_metadata, promote_if_better
+from finetune_assets.assets.promotion import GATE, evaluate, evaluation_metadata, promote_if_better, wandb_metadata
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes

@@ -31,7 +31,7 @@ from finetune_assets.cli.terminal import (
     plot,
 )
 from finetune_assets.cli.verification import against_manifest, against_sums, published_artifact
-from finetune_assets.config.errors import suggest
+from finetune_assets.config.errors import ConfigError, suggest
 from finetune_assets.config.loading import experiment_names, load_experiment
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources import deployment
@@ -264,11 +264,12 @@ def _adapter(store: ArtifactStore, name: str) -> ArtifactRef:
 
 def _log_to_wandb(store: ArtifactStore, record: Record) -> None:
     """Move the alias `champion` in Weights & Biases too, if the experiment logs its adapters there."""
-    if record.experiment not in experiment_names(deployment.configs()):
+    try:
+        settings = load_experiment(deployment.configs(), record.experiment).config.wandb
+    except ConfigError as e:  # the champion has changed all the same
+        out.print(f"Weights & Biases: not updated, the settings cannot be read: {e}")
         return
-    settings = load_experiment(deployment.configs(), record.experiment).config.wandb
-    adapter = Champions(store, record.experiment).adapter(record)
-    log_champion(settings, record, store.fetch(adapter), store.cache.root, out.print)
+    log_champion(settings, record, store, out.print)
 
 
 def _user() -> str:

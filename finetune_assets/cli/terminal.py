@@ -23,7 +23,6 @@ from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.gc import Artifact, Inventory, made_from
 from finetune_assets.store.objects import boto3_client
 
-NAMED = "its name or fingerprint, or the first characters of it"
 SHORT = 12
 """Digits of a fingerprint that are shown; any number of first ones may be given."""
 WIDE = 250

@@ -9,12 +9,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from finetune_assets.artifacts.champions import Record
+from finetune_assets.artifacts.champions import Champions, Record
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.schema import Wandb
+from finetune_assets.store.artifacts import ArtifactStore
 
 MODULE = "finetune_assets.training.wandb_champion"
 ALIAS = "champion"
@@ -22,15 +22,14 @@ TIMEOUT_SECONDS = 900
 
 
 def log_champion(
-    settings: Wandb | None, record: Record, adapter: Path, cache: Path, write_line: Callable[[str], None]
+    settings: Wandb | None, record: Record, store: ArtifactStore, write_line: Callable[[str], None]
 ) -> dict[str, str]:
-    """Log a champion, if the experiment logs its adapters; a failure is reported, and raises nothing.
+    """Log a champion, if the experiment logs its adapters; a failure of W&B is reported, and raises nothing.
 
     Args:
         settings: Settings of the experiment.
         record: The champion's record.
-        adapter: Folder of the adapter.
-        cache: Folder in which wandb writes the run; offline, the run is uploaded from there.
+        store: Has the adapter; wandb writes the run into its cache, from which an offline run is uploaded.
         write_line: Receives each line of text.
 
     Returns:
@@ -39,6 +38,7 @@ def log_champion(
     """
     if settings is None or not settings.log_model:
         return {}
+    adapter, cache = store.fetch(Champions(store, record.experiment).adapter(record)), store.cache.root
     name = f"{ALIAS}-{record.experiment}"
     begin: dict[str, Any] = {
         "project": settings.project,

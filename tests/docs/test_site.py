@@ -11,6 +11,7 @@ from paths import ROOT
 from playwright.sync_api import expect
 from reading.blocks import PAGES
 
+from docs import layers
 from docs.graph import TARGET, draw, parents_of_assets
 from docs.screenshots import BROWSER, browser
 
@@ -77,6 +78,11 @@ def test_it_reads_and_searches_from_the_disk(site: Path) -> None:
 def test_links_lead_somewhere_on_github_too(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_the_packages_picture_is_of_the_contract(tmp_path: Path) -> None:
+    layers.draw(tmp_path / "layers.svg")
+    assert (tmp_path / "layers.svg").read_bytes() == layers.TARGET.read_bytes(), "run `make docs`"
 
 
 def test_the_graphs_picture_is_of_the_graph(tmp_path: Path) -> None:
