@@ -1,13 +1,16 @@
 """Fingerprints: hashes of settings in canonical form and of all other inputs that determine an artifact's bytes.
 
-Fields that the schema marks `not_identity` are excluded. Comments, key order and formatting of a YAML file have no
-effect. `artifacts/kinds.py` defines the inputs of each kind's fingerprint.
+Fields that the schema marks `not_identity` are excluded, and those that it marks `added` while they have their default.
+Comments, key order and formatting of a YAML file have no effect. `artifacts/kinds.py` defines the inputs of each kind's
+fingerprint.
 """
 
 import hashlib
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
+
+from finetune_assets.config.fields import default_of
 
 
 def fingerprint(**parts: Any) -> str:
@@ -19,5 +22,11 @@ def identity(settings: Any) -> Any:
     """A group of settings as plain data, without the fields that cannot change an artifact's bytes."""
     if not is_dataclass(settings):
         return settings
-    kept = (field for field in fields(settings) if field.metadata.get("identity", True))
+    kept = (field for field in fields(settings) if _counts(field, getattr(settings, field.name)))
     return {field.name: identity(getattr(settings, field.name)) for field in kept}
+
+
+def _counts(field: "Field[Any]", value: Any) -> bool:
+    if field.metadata.get("added"):
+        return bool(value != default_of(field))
+    return bool(field.metadata.get("identity", True))

@@ -1,12 +1,15 @@
 """What changes an artifact's identity, and what does not."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, TOKENIZED
+from finetune_assets.config.fields import ADDED, added
+from finetune_assets.config.fingerprint import identity
 from finetune_assets.config.loading import Experiment, load_experiment
 
 CONFIGS = ROOT / "configs"
@@ -92,3 +95,17 @@ def test_base_model_name_counts_by_its_content() -> None:
     one = load_experiment(CONFIGS, "demo", ["model.revision=main"])
     other = load_experiment(CONFIGS, "demo", ["model.revision=v1"])
     assert adapter_of(one, "data", "base", None) == adapter_of(other, "data", "base", None)
+
+
+@dataclass
+class Later:
+    """Settings of a later version, which added two."""
+
+    kept: int = 1
+    by_default: int | None = added(None)
+    several: list[int] = field(default_factory=list, metadata=ADDED)
+
+
+def test_a_setting_that_was_added_later_counts_once_it_is_set() -> None:
+    assert identity(Later()) == {"kept": 1}
+    assert identity(Later(by_default=2, several=[3])) == {"kept": 1, "by_default": 2, "several": [3]}
