@@ -6,10 +6,13 @@ JOBS ?= 3
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-system soak lint ui bench docs screenshots clean
+.PHONY: demo demo-ui test test-system soak lint ui bench docs screenshots clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/finetune demo
+
+demo-ui: $(VENV)/installed  ## Dagster's UI with what the demo made
+	@$(BIN)/finetune --demo ui $(ARGS)
 
 test: $(VENV)/installed  ## tests for every change, ten minutes on two cores in JOBS=3 processes, for many wait
 	$(BIN)/python -m pytest -n $(JOBS) -m "not system" --durations=20 $(ARGS)

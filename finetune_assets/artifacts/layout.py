@@ -16,6 +16,8 @@ NOT_ON_THE_HUB = ("packaged/", "local/")
 """Prefixes of the names of base models without a Hub repository."""
 HELD_BACK = "held_back"
 """Provenance key: rows that an adapter and its warm-start ancestors were not trained on, as `HoldoutRows`."""
+SOURCES = "sources"
+"""Provenance key: names of the raw data sources that an adapter is trained on."""
 SUMS = "SHA256SUMS"
 """Checksums of all files, in the format of `sha256sum --check`."""
 EVALUATION = "evaluation.json"

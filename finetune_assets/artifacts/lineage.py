@@ -24,7 +24,7 @@ from finetune_assets.artifacts.kinds import (
     RAW,
     ArtifactKind,
 )
-from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE
+from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE, SOURCES
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import Experiment
 from finetune_assets.config.raw_data_schema import RawDataConfig
@@ -32,6 +32,7 @@ from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import PACKAGED, SUFFIXES
 from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
 from finetune_assets.sources.local import count_rows
+from finetune_assets.sources.names import source_name
 from finetune_assets.sources.pins import Pins
 from finetune_assets.sources.raw_data import open_source
 from finetune_assets.sources.source import Source, SourceContext
@@ -39,6 +40,8 @@ from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.hashing import folder_hashes, sha256
 
+NO_GOOD_VERSION = "none"
+"""In place of a version of the raw data: none of the source has passed its blocking checks."""
 NO_CHAMPION = (
     "{0} has no champion yet: materialize its champion_adapter; its check reports why no adapter was promoted (usually "
     "too few gate rows: increase data.gate_fraction). To promote manually: finetune adapter promote {0} FINGERPRINT "
@@ -54,7 +57,7 @@ class RawLineage:
         config: The deployment's raw data settings.
         root: Folder that relative paths in settings start from.
         asks_hub: Resolve a branch on the Hub; otherwise use the recorded commit.
-        version: Fingerprint of the raw data; computed by reading the source if not given.
+        version: Fingerprint of the raw data, or `NO_GOOD_VERSION`; computed by reading the source if not given.
         connect: Creates the boto3 client, for a source on S3.
     """
 
@@ -74,6 +77,11 @@ class RawLineage:
     def source(self) -> Source:
         return self._open()
 
+    @property
+    def source_name(self) -> str:
+        """Name of the source, equal for all its versions."""
+        return source_name(self.config.source, self.root)
+
     def _open(self) -> Source:
         downloads = self.store.cache.root / "downloads"
         return open_source(SourceContext(self.config, self.root, self.pins.commit_of, self.connect, downloads))
@@ -91,6 +99,10 @@ class RawLineage:
 
     @cached_property
     def fingerprint(self) -> str:
+        if self.given == NO_GOOD_VERSION:
+            raise ArtifactMissing(
+                f"no version of the source '{self.config.source}' has passed its blocking checks; materialize dolly_raw"
+            )
         return self.given or RAW.fingerprint(self.config, content=self.content)
 
     def peek(self) -> str:
@@ -278,6 +290,18 @@ class Lineage:
         return holdout
 
     # ---- after training
+
+    def sources_of(self, adapter: ArtifactRef) -> set[str]:
+        """Names of the raw data sources that an adapter is trained on; empty if they are not recorded any more."""
+        manifest = self.store.manifest(adapter.kind, adapter.name)
+        made_from = manifest.made_from if manifest else {}
+        if sources := made_from.get(SOURCES):
+            return set(sources)
+        raw = made_from.get("dolly_raw")
+        read = self.store.manifest(RAW.folder, raw) if raw else None
+        named = {source_name(read.made_from["source"], self.raw.root)} if read else set()
+        parts = [self.store.find(ADAPTERS.folder, part) for part in made_from.get("champions", {}).values()]
+        return named.union(*(self.sources_of(part) for part in parts if part))
 
     @property
     def champions(self) -> Champions:

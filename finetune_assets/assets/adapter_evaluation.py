@@ -3,7 +3,7 @@
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import EVALUATIONS
-from finetune_assets.assets.materialization import asset_step, overridden, result
+from finetune_assets.assets.materialization import asset_step, lineage_tags, result
 from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.promotion import evaluate, evaluation_metadata
 from finetune_assets.automation.conditions import auto_materialize
@@ -32,4 +32,4 @@ def adapter_evaluation(
         lineage = project.lineage(context.partition_key)
         outcome = evaluate(context, project, launcher, lineage, lora_adapter, tokenized_dataset, cached_base_model)
         evaluation = read_evaluation(project.store().fetch(outcome.ref))
-        return result(outcome, tags=overridden(lineage.experiment), **evaluation_metadata(evaluation))
+        return result(outcome, tags=lineage_tags(lineage), **evaluation_metadata(evaluation))

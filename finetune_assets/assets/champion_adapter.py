@@ -7,7 +7,7 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import CHAMPIONS
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.assets.materialization import ARTIFACT, Outcome, asset_step, overridden, result
+from finetune_assets.assets.materialization import ARTIFACT, Outcome, asset_step, lineage_tags, result
 from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.promotion import GATE, Decision, promote_if_better, wandb_metadata
 from finetune_assets.automation.conditions import auto_materialize
@@ -57,7 +57,7 @@ def announced(
     yield result(
         Outcome(decision.champion, not decision.promoted, 0.0),
         [decision.check_result],
-        overridden(lineage.experiment),
+        lineage_tags(lineage),
         decision=decision.reason,
         champion=history[-1].number,
         history=dg.MetadataValue.md(table(history)),

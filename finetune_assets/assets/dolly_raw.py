@@ -22,7 +22,8 @@ from finetune_assets.assets.pictures import of_rows
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
 from finetune_assets.assets.raw_checks.check import Version
 from finetune_assets.assets.raw_checks.profile import PROFILE, last_good
-from finetune_assets.resources.project import GOOD_TAG, Project
+from finetune_assets.resources.project import Project
+from finetune_assets.resources.raw_versions import GOOD_TAG, SOURCE_TAG, source_tag
 from finetune_assets.store.artifacts import ArtifactRef
 
 STATISTICS = "statistics.json"
@@ -62,12 +63,12 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
         outcome = materialize_or_reuse(context, project, RAW, lineage.fingerprint, make)
         lineage.pins.record()
         statistics = _statistics(project, outcome.ref)
-        previous = last_good(context.instance, lineage.fingerprint, lineage.config.source)
+        previous = last_good(context.instance, lineage.fingerprint, lineage.source_name)
         version = Version(context, statistics, lineage.config, previous)
         checks = [check.evaluate(version) for check in RAW_CHECKS]
         passed = all(check.passed for check in checks if check.check_name in BLOCKING)
         profile = {PROFILE: dg.MetadataValue.json(version.profile.to_dict())}
-        tags = {GOOD_TAG: "true"} if passed else {}
+        tags = {SOURCE_TAG: source_tag(lineage.source_name), **({GOOD_TAG: "true"} if passed else {})}
         return result(outcome, checks, tags, source=lineage.config.source, **_describe(statistics), **profile)
 
 

@@ -8,13 +8,13 @@ import dagster as dg
 
 from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
 from finetune_assets.artifacts.kinds import ADAPTERS
-from finetune_assets.artifacts.layout import HELD_BACK, TRAINER_STATE
+from finetune_assets.artifacts.layout import HELD_BACK, SOURCES, TRAINER_STATE
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.materialization import (
     asset_step,
     job,
+    lineage_tags,
     materialize_or_reuse,
-    overridden,
     refuse_stacked_experiment,
     result,
 )
@@ -68,7 +68,7 @@ def lora_adapter(
             metadata[GPU_HOURS] = metadata["device_hours"]
         elif lineage.experiment.config.wandb and "wandb_run" not in metadata:
             context.log.warning("No W&B run for this adapter: it was trained without W&B and is not retrained")
-        return result(outcome, tags=overridden(lineage.experiment), **metadata)
+        return result(outcome, tags=lineage_tags(lineage), **metadata)
 
 
 def training_job(
@@ -99,6 +99,7 @@ def training_job(
             "cached_base_model": base_model.fingerprint,
             "tokenized_dataset": dataset.fingerprint,
             "dolly_raw": raw.made_from["dolly_raw"] if raw else None,
+            SOURCES: [lineage.raw.source_name],
             "warm_start": warm_start.fingerprint if warm_start else None,
             HELD_BACK: asdict(lineage.held_back(*([warm_start] if warm_start else []))),
         },

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import ArtifactKind
+from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import Experiment, dump
 from finetune_assets.errors import UserError
-from finetune_assets.resources.project import OVERRIDES_TAG, Project
+from finetune_assets.resources.project import Project
+from finetune_assets.resources.raw_versions import OVERRIDES_TAG, SOURCE_TAG, source_tag
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.worker.job import JobSpec
 
@@ -176,6 +178,11 @@ def trains_later(context: dg.AssetExecutionContext) -> bool:
 def overridden(experiment: Experiment) -> dict[str, str]:
     """Tags of a materialization with per-run overrides, which automation ignores; empty without overrides."""
     return {OVERRIDES_TAG: str(len(experiment.overrides))} if experiment.overrides else {}
+
+
+def lineage_tags(lineage: Lineage) -> dict[str, str]:
+    """Tags of a materialization: per-run overrides, and the raw data source, by which automation ignores it."""
+    return {**overridden(lineage.experiment), SOURCE_TAG: source_tag(lineage.raw.source_name)}
 
 
 def fraction_check(

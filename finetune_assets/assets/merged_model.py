@@ -13,8 +13,8 @@ from finetune_assets.assets.materialization import (
     asset_step,
     check_skipped,
     job,
+    lineage_tags,
     materialize_or_reuse,
-    overridden,
     result,
 )
 from finetune_assets.assets.partitions import check_of_each, project_asset
@@ -89,7 +89,7 @@ def merged_model(
         folder = project.store().fetch(outcome.ref, lambda path: path == MERGE)
         comparison = json.loads((folder / MERGE).read_text(encoding="utf-8"))
         check = _merge_check(context, comparison, settings)
-        yield result(outcome, [check], overridden(lineage.experiment), **comparison)
+        yield result(outcome, [check], lineage_tags(lineage), **comparison)
 
 
 def _merge_check(context: dg.AssetExecutionContext, comparison: dict[str, Any], settings: Merge) -> dg.AssetCheckResult:

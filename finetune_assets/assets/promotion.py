@@ -191,6 +191,8 @@ def _manual_promotion_reason(lineage: Lineage, challenger: ArtifactRef) -> str:
     """Reason why the challenger requires manual promotion; empty if automatic promotion is allowed."""
     experiment = lineage.experiment
     command = f'finetune adapter promote {experiment.name} {name(challenger)} --reason "..."'
+    if foreign := _foreign_sources(lineage, challenger):
+        return f"{foreign}; to promote it anyway, use `{command}`"
     if experiment.overrides:
         return f"it was trained with per-run overrides ({', '.join(experiment.overrides)}); use `{command}`"
     if experiment.sweep:
@@ -198,6 +200,21 @@ def _manual_promotion_reason(lineage: Lineage, challenger: ArtifactRef) -> str:
     if withdrawn := lineage.champions.withdrawn().get(challenger.fingerprint):
         return f"it was rolled back on {withdrawn.at} ({withdrawn.reason}); use `{command}`"
     return ""
+
+
+def _foreign_sources(lineage: Lineage, challenger: ArtifactRef) -> str:
+    """How the challenger's raw data differs from the champion's if they share no source, otherwise empty.
+
+    The gate rows are the challenger's: on them, an adapter of other data wins without being better at the champion's
+    task.
+    """
+    champion = lineage.champions.champion()
+    if champion is None:
+        return ""
+    ours, theirs = lineage.sources_of(challenger), lineage.sources_of(champion)
+    if not ours or not theirs or ours & theirs:
+        return ""
+    return f"it is trained on {', '.join(sorted(ours))}, the champion on {', '.join(sorted(theirs))}"
 
 
 def wandb_metadata(context: dg.AssetExecutionContext, lineage: Lineage, decision: Decision) -> dict[str, Any]:

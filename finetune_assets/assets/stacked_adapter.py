@@ -13,8 +13,8 @@ from finetune_assets.assets.materialization import (
     asset_step,
     check_skipped,
     job,
+    lineage_tags,
     materialize_or_reuse,
-    overridden,
     result,
 )
 from finetune_assets.assets.partitions import check_of_each, project_asset
@@ -87,7 +87,7 @@ def stacked_adapter(
         yield result(
             outcome,
             [decision.check_result],
-            overridden(lineage.experiment),
+            lineage_tags(lineage),
             decision=decision.reason,
             **champion,
             stacked_from=dg.MetadataValue.json({name: ref.fingerprint for name, ref in parts.items()}),

@@ -12,15 +12,15 @@ from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
     column_schema,
+    lineage_tags,
     materialize_or_reuse,
-    overridden,
     publish_built,
     result,
     trains_later,
 )
 from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_tokens
-from finetune_assets.automation.conditions import auto_materialize
+from finetune_assets.automation.conditions import HasGoodRawData, auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import is_tokenizer_file
@@ -34,7 +34,7 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     "arrow",
     dagster_type=ARTIFACT,
     check_specs=SPECS,
-    automation_condition=auto_materialize("dolly_raw", "cached_base_model"),
+    automation_condition=auto_materialize("dolly_raw", "cached_base_model", only_while=HasGoodRawData()),
 )
 def tokenized_dataset(
     context: dg.AssetExecutionContext,
@@ -81,7 +81,7 @@ def tokenized_dataset(
         checks = dataset_checks(context, statistics, config.data)
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
-        return result(outcome, checks, overridden(lineage.experiment), **metadata)
+        return result(outcome, checks, lineage_tags(lineage), **metadata)
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:

@@ -11,8 +11,8 @@ from finetune_assets.artifacts.kinds import ADAPTERS, PLANS
 from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
+    lineage_tags,
     materialize_or_reuse,
-    overridden,
     publish_built,
     refuse_stacked_experiment,
     result,
@@ -82,9 +82,7 @@ def training_plan(
         trained = project.store().find(ADAPTERS.folder, adapter) is not None
         outcome = materialize_or_reuse(context, project, PLANS, name, make, force=not trained)
         plan = read_plan(project.store(), outcome.ref)
-        return result(
-            outcome, [_fit_check(context, plan, outcome.hit)], overridden(lineage.experiment), **_metadata(plan)
-        )
+        return result(outcome, [_fit_check(context, plan, outcome.hit)], lineage_tags(lineage), **_metadata(plan))
 
 
 def _fit_check(context: dg.AssetExecutionContext, plan: dict[str, Any], trained: bool) -> dg.AssetCheckResult:

@@ -7,15 +7,26 @@ Changes cannot be missed, and a failed materialization is not repeated with the 
 
 import json
 from collections.abc import Iterator, Sequence, Set
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dagster as dg
 
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.settings_hash import settings_hashes
-from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG, OVERRIDES_TAG, newest_raw_tags
+from finetune_assets.resources.raw_versions import (
+    DATA_VERSION_TAG,
+    GOOD_TAG,
+    OVERRIDES_TAG,
+    PARTITION_TAG,
+    configured_source,
+    newest_good,
+    source_tag,
+    tag_of_source,
+)
 
 PAGE = 1_000
+DOLLY_RAW = "dolly_raw"
 Asked = dict[str, str | None]
 """Inputs of a request: the settings hash under `settings`, and each upstream asset's data version under its name."""
 
@@ -24,7 +35,9 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
     """True for a subscribed experiment if its settings or inputs changed since the last request of the asset.
 
     An input that was materialized in the same run as this asset does not count as a change, whether that run succeeded
-    or not: a failed training is retried with the next version of its inputs. Runs with overrides are ignored.
+    or not: a failed training is retried with the next version of its inputs, or when the raw data becomes current again
+    after another version. Runs with overrides, bad versions of the raw data, and whatever is derived from another
+    source than the configured one are ignored.
 
     Args:
         inputs: Names of the upstream assets to compare by data version.
@@ -38,58 +51,94 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
         return "Settings or input versions changed since the last request"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
-        memory = RequestMemory.read(context.cursor)
+        memory, instance, source = RequestMemory.read(context.cursor), context.asset_graph_view.instance, _source()
         memory.count_requested(_partitions(context.get_previous_requested_subset(context.root_context.key)))
+        memory.count_raw(instance, source, context.key)
         for name in self.inputs:
-            memory.count_made(name, context.key, context.asset_graph_view.instance)
+            memory.count_made(name, source, context.key, instance)
+        memory.count_own(context.key.to_user_string(), instance)
         hashes = settings_hashes(context.key.to_user_string())
-        known = _partitions(context.candidate_subset)
-        memory.seen = {name: memory.inputs_of(name, hashes[name], self.inputs) for name in hashes if name in known}
+        known = _partitions(context.candidate_subset) & hashes.keys()
+        memory.seen = {name: memory.inputs_of(name, hashes[name], self.inputs, source) for name in known}
         changed = {name for name, inputs in memory.seen.items() if memory.asked.get(name) != inputs}
-        subset = context.candidate_subset.compute_intersection_with_partition_keys(changed)
+        subset = context.candidate_subset.compute_intersection_with_partition_keys(changed | (memory.again & known))
         heartbeat.beat("experiments_sensor")
         return dg.AutomationResult(context, subset, cursor=memory.write())
 
 
+def _source() -> str:
+    return source_tag(configured_source())
+
+
+@dataclass
 class RequestMemory:
     """Cursor of `InputsChanged`: the inputs of the last request and the newest input versions.
 
     Attributes:
         asked: Inputs of the last request, by experiment.
         seen: Inputs at the last evaluation, by experiment.
-        versions: Newest data version, by asset and experiment (empty string for an asset without partitions).
+        versions: Newest data version, by asset and experiment; of the raw data, the newest good version by source tag.
         read_to: Storage id of the last materialization that was read, by asset.
+        arrivals: Number of times that a good version of the raw data replaced another version, by source tag.
+        last_raw: Newest version of the raw data, good or bad, by source tag.
+        unmade: Experiments whose last request has produced no materialization, with `arrivals` at the request.
     """
 
-    def __init__(
-        self,
-        asked: dict[str, Asked] | None = None,
-        seen: dict[str, Asked] | None = None,
-        versions: dict[str, dict[str, str]] | None = None,
-        read: dict[str, int] | None = None,
-    ) -> None:
-        self.asked, self.seen, self.versions, self.read_to = asked or {}, seen or {}, versions or {}, read or {}
+    asked: dict[str, Asked] = field(default_factory=dict)
+    seen: dict[str, Asked] = field(default_factory=dict)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    read_to: dict[str, int] = field(default_factory=dict)
+    arrivals: int = 0
+    last_raw: dict[str, str] = field(default_factory=dict)
+    unmade: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def again(self) -> Set[str]:
+        """Experiments whose request is repeated: it produced nothing, and raw data arrived since."""
+        return {name for name, arrivals in self.unmade.items() if arrivals < self.arrivals}
 
     @staticmethod
     def read(cursor: str | None) -> "RequestMemory":
-        return RequestMemory(**json.loads(cursor)) if cursor else RequestMemory()
+        """Parse a cursor, also one of an earlier version, which counted the raw data of all sources."""
+        stored = json.loads(cursor) if cursor else {}
+        memory = RequestMemory(**{"read_to" if name == "read" else name: value for name, value in stored.items()})
+        if "" in memory.versions.get(DOLLY_RAW, ()):
+            del memory.versions[DOLLY_RAW]
+            memory.read_to.pop(DOLLY_RAW, None)
+        return memory
 
     def write(self) -> str:
-        return json.dumps({"asked": self.asked, "seen": self.seen, "versions": self.versions, "read": self.read_to})
+        return json.dumps(asdict(self))
 
     def count_requested(self, experiments: Set[str]) -> None:
         """Record the inputs seen at the last evaluation as requested, for the experiments requested then."""
         for name in experiments & self.seen.keys():
             self.asked[name] = self.seen[name]
+            self.unmade[name] = self.arrivals
 
-    def count_made(self, upstream: str, asset: dg.AssetKey, instance: dg.DagsterInstance) -> None:
+    def count_raw(self, instance: dg.DagsterInstance, source: str, asset: dg.AssetKey) -> None:
+        """Read the materializations of `dolly_raw` since the last evaluation."""
+        versions = self.versions.setdefault(DOLLY_RAW, {})
+        for record, materialization in self._new(instance, DOLLY_RAW):
+            tags, tag = materialization.tags or {}, tag_of_source(materialization) or source
+            version, last = tags.get(DATA_VERSION_TAG, ""), self.last_raw.get(tag)
+            self.last_raw[tag] = version
+            if GOOD_TAG not in tags:
+                continue
+            versions[tag] = version
+            self.arrivals += tag == source and last is not None and last != version
+            experiment = _experiment_of_run(instance, record.run_id, asset)
+            if experiment in self.asked and tag == source:
+                self.asked[experiment][DOLLY_RAW] = version
+
+    def count_made(self, upstream: str, source: str, asset: dg.AssetKey, instance: dg.DagsterInstance) -> None:
         """Read the materializations of `upstream` since the last evaluation."""
+        if upstream == DOLLY_RAW:
+            return
         versions = self.versions.setdefault(upstream, {})
         together: dict[str, bool] = {}
-        for record in _materializations(instance, upstream, self.read_to.get(upstream)):
-            self.read_to[upstream] = record.storage_id
-            materialization = record.asset_materialization
-            if materialization is None or OVERRIDES_TAG in (materialization.tags or {}):
+        for record, materialization in self._new(instance, upstream):
+            if OVERRIDES_TAG in (materialization.tags or {}) or tag_of_source(materialization) not in (None, source):
                 continue
             name, version = record.partition_key or "", (materialization.tags or {}).get(DATA_VERSION_TAG, "")
             versions[name] = version
@@ -98,11 +147,25 @@ class RequestMemory:
             if together[record.run_id] and name in self.asked:
                 self.asked[name][upstream] = version
 
-    def inputs_of(self, experiment: str, settings: str, upstream: tuple[str, ...]) -> Asked:
-        versions = ((name, self.versions.get(name, {})) for name in upstream)
-        return {"settings": settings} | {
-            name: by_experiment.get(experiment, by_experiment.get("")) for name, by_experiment in versions
-        }
+    def count_own(self, asset: str, instance: dg.DagsterInstance) -> None:
+        """Read the materializations of the asset itself since the last evaluation."""
+        for record, _ in self._new(instance, asset, f"own {asset}"):
+            self.unmade.pop(record.partition_key or "", None)
+
+    def inputs_of(self, experiment: str, settings: str, upstream: Sequence[str], source: str) -> Asked:
+        inputs: Asked = {"settings": settings}
+        for name in upstream:
+            inputs[name] = self.versions.get(name, {}).get(source if name == DOLLY_RAW else experiment)
+        return inputs
+
+    def _new(
+        self, instance: dg.DagsterInstance, asset: str, cursor: str = ""
+    ) -> Iterator[tuple[dg.EventLogRecord, dg.AssetMaterialization]]:
+        cursor = cursor or asset
+        for record in _materializations(instance, asset, self.read_to.get(cursor)):
+            self.read_to[cursor] = record.storage_id
+            if record.asset_materialization:
+                yield record, record.asset_materialization
 
 
 def _materializations(instance: dg.DagsterInstance, asset: str, after: int | None) -> Iterator[dg.EventLogRecord]:
@@ -122,24 +185,32 @@ def _run_selects(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) 
     return run is not None and (not run.asset_selection or asset in run.asset_selection)
 
 
+def _experiment_of_run(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) -> str:
+    """The experiment for which a run also materializes the asset; empty if it does not."""
+    run = instance.get_run_by_id(run_id)
+    return run.tags.get(PARTITION_TAG, "") if run and _run_selects(instance, run_id, asset) else ""
+
+
 def _partitions(subset: Any) -> Set[str]:
     return subset.expensively_compute_partition_keys() if subset else set()
 
 
-class RawChecksPassed(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True while the newest raw data has passed its blocking checks.
+class HasGoodRawData(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True while a version of the configured source has passed its blocking checks.
 
-    The base model is then fetched in the run that trains on it. Requested earlier, each experiment's base model would
-    require a separate run, and the runs of a hundred experiments would be queued before the first training.
+    A later version that failed them changes nothing: the last good version is still used.
+
+    The base model is also fetched only then, in the run that trains on it. Requested earlier, each experiment's base
+    model would require a separate run, and the runs of a hundred experiments would be queued before the first training.
     """
 
     @property
     def description(self) -> str:
-        return "The latest raw data passed its blocking checks"
+        return "A version of the configured raw data passed its blocking checks"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
-        subset = context.candidate_subset
-        if not subset.is_empty and GOOD_TAG not in newest_raw_tags(context.asset_graph_view.instance):
+        subset, instance = context.candidate_subset, context.asset_graph_view.instance
+        if not subset.is_empty and newest_good(instance, configured_source()) is None:
             subset = context.get_empty_subset()
         return dg.AutomationResult(context, subset)
 
@@ -166,7 +237,8 @@ def auto_materialize(
 ) -> dg.AutomationCondition:  # type: ignore[type-arg]
     """Condition of an asset: inputs changed, or will change in the same run, and its dependencies are ready.
 
-    Dependencies are ready if they exist, are not in progress and have passed their blocking checks.
+    Dependencies are ready if they exist, are not in progress and have passed their blocking checks. The raw data counts
+    as ready if any version of it is good, because an automatic run reads that version.
 
     Args:
         inputs: Names of the upstream assets to compare by data version.
@@ -175,12 +247,13 @@ def auto_materialize(
     """
     condition = dg.AutomationCondition
     counted, others = dg.AssetSelection.assets(*inputs), dg.AssetSelection.assets(*apart)
+    unchecked = dg.AssetSelection.assets(*apart, DOLLY_RAW)
     asked = InputsChanged(*inputs) | condition.any_deps_match(condition.will_be_requested()).allow(counted)
     ready = (
         ~condition.any_deps_missing().ignore(others)
         & ~condition.any_deps_in_progress().ignore(others)
         & ~condition.in_progress()
-        & condition.all_deps_blocking_checks_passed().ignore(others)
+        & condition.all_deps_blocking_checks_passed().ignore(unchecked)
     )
     both = asked.with_label("Inputs changed") & HasSettings() & ready.with_label("Dependencies ready")
     return (both & only_while if only_while else both).with_label("Auto-materialize")

@@ -1,6 +1,5 @@
 """`finetune demo`: the whole graph on the packaged rows and model, and a summary of its results."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.evaluation.metrics import METRICS
 from finetune_assets.evaluation.metrics.exact_match import exact_match
+from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -24,9 +24,19 @@ EXPERIMENT = "demo"
 
 @click.command()
 def demo() -> None:
-    """Train and evaluate a small model, offline, in a minute."""
+    """Train and evaluate a small model on packaged rows, offline, in a minute.
+
+    The demo has a namespace and a Dagster home of its own, which `finetune --demo COMMAND` uses as well, so it never
+    affects your experiments.
+
+    \b
+    Afterwards:
+      finetune --demo ui
+      finetune --demo chat demo
+      finetune --demo adapter history demo
+    """
     began = time.monotonic()
-    os.environ["FINETUNE_RAW_DATA"] = "sample"  # the demo uses the packaged rows, whatever else is set
+    deployment.use_demo()
     trained_before = adapter_in_store() is not None
     code = materialize(EXPERIMENT, environment={"PYTHONWARNINGS": "ignore"})
     if code != 0:
@@ -58,7 +68,8 @@ def summarize(trained_before: bool, seconds: float) -> None:
     shown = uri.removeprefix("file://").removeprefix(f"{Path.cwd()}/")
     out.print(f"Done in {seconds:.0f} s. Adapter stored in\n  {shown}")
     out.print(
-        "\nExplore:  make ui   (then http://127.0.0.1:3000, Lineage)\n"
+        "\nExplore:  make demo-ui   (then http://127.0.0.1:3000, Lineage)\n"
+        "Ask:      .venv/bin/finetune --demo chat demo\n"
         "Next:     docs/your-data.md, docs/your-model.md; a real model is one YAML line away:\n"
         "          configs/experiments/smollm2-135m-dolly.yaml"
     )

@@ -56,7 +56,8 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="finetune_assets")
-def finetune() -> None:
+@click.option("--demo", is_flag=True, help="Use the demo's rows, artifacts and Dagster home instead of yours.")
+def finetune(demo: bool) -> None:
     """Fine-tune, evaluate, promote and serve LoRA adapters, one per experiment in configs/experiments/.
 
     Store, namespace and cache are set by environment variables: FINETUNE_STORE, FINETUNE_NAMESPACE, FINETUNE_CACHE.
@@ -72,3 +73,7 @@ def finetune() -> None:
     Shell completion:
       eval "$(_FINETUNE_COMPLETE=bash_source finetune)"    # zsh_source, fish_source
     """
+    if demo:
+        from finetune_assets.resources import deployment  # takes as long to import as all else here
+
+        deployment.use_demo()

@@ -13,6 +13,7 @@ FINETUNE_RAW_DATA: overrides `source` in `configs/raw_data.yaml`.
 
 import getpass
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from finetune_assets.store.artifacts import ArtifactStore, open_store
 from finetune_assets.store.errors import StoreError
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+DEMO = "-demo"
+"""End of the demo's namespace."""
 
 
 def configs() -> Path:
@@ -72,3 +75,18 @@ def store(connect: Callable[[], Any] = s3_client) -> ArtifactStore:
 
 def raw_data() -> str | None:
     return os.environ.get("FINETUNE_RAW_DATA")
+
+
+def use_demo() -> None:
+    """Switch this process to the demo's deployment: packaged rows, with a namespace and a Dagster home of its own.
+
+    Nothing that the demo materializes is therefore an input or a champion of the user's own experiments.
+    """
+    home = root() / ".finetune" / "demo"
+    home.mkdir(parents=True, exist_ok=True)
+    settings = Path(os.environ.get("DAGSTER_HOME", "")) / "dagster.yaml"
+    if settings.is_file() and settings.parent != home:
+        shutil.copyfile(settings, home / "dagster.yaml")
+    if not namespace().endswith(DEMO):
+        os.environ["FINETUNE_NAMESPACE"] = namespace() + DEMO
+    os.environ |= {"FINETUNE_RAW_DATA": "sample", "DAGSTER_HOME": str(home)}

@@ -1,32 +1,21 @@
 """Dagster resource of all assets: the configuration of the run, and the lineage derived from it."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from finetune_assets.artifacts.lineage import Lineage, RawLineage
+from finetune_assets.artifacts.lineage import NO_GOOD_VERSION, Lineage, RawLineage
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.progress import mirror
 from finetune_assets.resources import deployment, run_liveness
+from finetune_assets.resources.raw_versions import requested_version
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.locks import Lock
 
-DATA_VERSION_TAG = "dagster/data_version"
-OVERRIDES_TAG = "finetune/overrides"
-"""Tag of a materialization with per-run overrides: their number. Automation ignores such materializations."""
-GOOD_TAG = "finetune/good"
-"""Tag of a `dolly_raw` materialization that passed its blocking checks. Later versions are compared with it."""
 AUTOMATIC_TAG = "finetune/auto_materialize"
 """Tag of a run that automation started."""
-
-
-def newest_raw_tags(instance: dg.DagsterInstance) -> Mapping[str, str]:
-    """Tags of the newest materialization of `dolly_raw`; empty if it was never materialized."""
-    last = instance.get_latest_materialization_event(dg.AssetKey("dolly_raw"))
-    return (last.asset_materialization.tags if last and last.asset_materialization else None) or {}
 
 
 class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -48,8 +37,8 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
 
         Experiments and raw data settings are read once per run; later edits apply to the next run.
 
-        An automatic run uses the raw data that `dolly_raw` read last, even if its source has changed since. All steps
-        of the run thus use the same data, and data that arrives while it is queued is left to the next run.
+        An automatic run uses the version of the raw data that it was requested for, even if a later version has
+        arrived since, good or bad. All steps of the run thus use the same data.
         """
         if not context.run:
             return
@@ -58,7 +47,8 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
         self._experiments = {}
         self._run_lock = run_liveness.acquire_run_lock(context.run.run_id)
         if AUTOMATIC_TAG in context.run.tags and context.instance:
-            self._raw_version = newest_raw_tags(context.instance).get(DATA_VERSION_TAG)
+            version = requested_version(context.instance, context.run, self.raw().source_name, self.store())
+            self._raw_version = version or NO_GOOD_VERSION
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         if self._run_lock:

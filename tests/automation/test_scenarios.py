@@ -1,5 +1,7 @@
 """What is requested when: the conditions of the real assets, on a graph of the same shape whose steps cost nothing."""
 
+import os
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,15 @@ from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.settings_hash import settings_hashes
 from finetune_assets.config.fingerprint import fingerprint
-from finetune_assets.resources.project import AUTOMATIC_TAG, GOOD_TAG, OVERRIDES_TAG
+from finetune_assets.resources.project import AUTOMATIC_TAG
+from finetune_assets.resources.raw_versions import (
+    GOOD_TAG,
+    OVERRIDES_TAG,
+    SOURCE_TAG,
+    configured_source,
+    newest_good,
+    source_tag,
+)
 from finetune_assets.store.artifacts import ArtifactRef
 
 REAL = {
@@ -59,6 +69,7 @@ class World:
         failing_checks: Experiments whose dataset fails its blocking check.
         too_large: Experiments whose training does not fit.
         raw_is_bad: Whether raw data fails its blocking check.
+        source: Source of the runs that are started; the configured one if empty.
         cursor: What the last look remembers for the next one.
         graphs: The definitions of the graph, by the experiments that are its partitions.
     """
@@ -67,6 +78,7 @@ class World:
     instance: dg.DagsterInstance = field(default_factory=dg.DagsterInstance.ephemeral)
     raw: str = ""
     raw_is_bad: bool = False
+    source: str = ""
     bases: dict[str, str] = field(default_factory=dict)
     failing: dict[str, set[str]] = field(default_factory=dict)
     failing_checks: set[str] = field(default_factory=set)
@@ -101,7 +113,7 @@ class World:
         @dg.asset(name="dolly_raw", check_specs=[dg.AssetCheckSpec("good", asset="dolly_raw", blocking=True)])
         def made() -> dg.MaterializeResult:  # type: ignore[type-arg]
             check = dg.AssetCheckResult(check_name="good", passed=not self.raw_is_bad)
-            tags = {} if self.raw_is_bad else {GOOD_TAG: "true"}
+            tags = {SOURCE_TAG: self.source_tag, **({} if self.raw_is_bad else {GOOD_TAG: "true"})}
             return dg.MaterializeResult(data_version=dg.DataVersion(self.raw), check_results=[check], tags=tags)
 
         return made
@@ -129,28 +141,54 @@ class World:
                 raise dg.Failure("as the test wants it", allow_retries=False)
             bad = self.too_large if name == "training_plan" else self.failing_checks
             results = [dg.AssetCheckResult(check_name="good", passed=experiment not in bad)]
-            tags = {OVERRIDES_TAG: "1"} if OVERRIDES_TAG in context.run.tags else {}
-            version = self.version_of(name, experiment) + ("-overridden" if tags else "")
+            overridden = {OVERRIDES_TAG: "1"} if OVERRIDES_TAG in context.run.tags else {}
+            raw = self.raw_of_run(name, context)
+            version = self.version_of(name, experiment, raw) + ("-overridden" if overridden else "")
             return dg.MaterializeResult(
-                data_version=dg.DataVersion(version), check_results=results if specs else [], tags=tags
+                data_version=dg.DataVersion(version),
+                check_results=results if specs else [],
+                tags={SOURCE_TAG: self.source_tag, **overridden},
+                metadata={"raw": raw or ""},
             )
 
         return made
 
-    def version_of(self, name: str, experiment: str) -> str:
+    @property
+    def source_tag(self) -> str:
+        return source_tag(self.source or configured_source())
+
+    def raw_of_run(self, name: str, context: dg.AssetExecutionContext) -> str | None:
+        """Version of the raw data that a step uses, as in the real graph."""
+        if name != "tokenized_dataset":
+            return self.trained_on("tokenized_dataset", context.partition_key)
+        if AUTOMATIC_TAG not in context.run.tags:
+            return self.raw
+        record = self.instance.get_run_record_by_id(context.run_id)
+        assert record
+        return newest_good(self.instance, configured_source(), record.create_timestamp.timestamp())
+
+    def version_of(self, name: str, experiment: str, raw: str | None) -> str:
         """What a step makes: a function of settings and inputs, as in the real graph."""
         settings = settings_hashes(name).get(experiment, "unsubscribed")
         if name == "cached_base_model":
             return fingerprint(settings=settings, found=self.bases.get(experiment, ""))
-        inputs = [self.last(upstream, experiment) for upstream in UPSTREAM[name]]
+        inputs = [raw if upstream == "dolly_raw" else self.last(upstream, experiment) for upstream in UPSTREAM[name]]
         return fingerprint(settings=settings, inputs=inputs)
 
     def last(self, name: str, experiment: str) -> str | None:
-        key = dg.AssetKey(name)
+        materialization = self._newest(name, experiment)
+        return materialization.tags[DATA_VERSION_TAG] if materialization else None  # type: ignore[index]
+
+    def trained_on(self, name: str, experiment: str) -> str | None:
+        """Version of the raw data from which the experiment's newest artifact is derived."""
+        materialization = self._newest(name, experiment)
+        return str(materialization.metadata["raw"].value) if materialization else None
+
+    def _newest(self, name: str, experiment: str) -> dg.AssetMaterialization | None:
         partitions = None if name == "dolly_raw" else [experiment]
-        wanted = dg.AssetRecordsFilter(asset_key=key, asset_partitions=partitions)
-        found = self.instance.fetch_materializations(wanted, limit=1).records
-        return found[0].asset_materialization.tags[DATA_VERSION_TAG] if found else None  # type: ignore[union-attr,index]
+        wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(name), asset_partitions=partitions)
+        records = self.instance.fetch_materializations(wanted, limit=1).records
+        return records[0].asset_materialization if records else None
 
     def run(self, assets: set[str], experiment: str | None = None, **tags: str) -> bool:
         """Materialize as one run; whether it succeeded."""
@@ -165,9 +203,10 @@ class World:
         )
         return done.success
 
-    def new_data(self, version: str, bad: bool = False) -> None:
-        self.raw, self.raw_is_bad = version, bad
+    def new_data(self, version: str, bad: bool = False, source: str = "") -> None:
+        self.raw, self.raw_is_bad, self.source = version, bad, source
         self.run({"dolly_raw"})
+        self.source = ""
 
     def look(self) -> dict[str, set[str]]:
         """What one look requests, by experiment."""
@@ -515,3 +554,114 @@ def publish_adapter(project: TestProject, digit: str) -> ArtifactRef:
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_text(digit)
     return project.store.publish(folder, ADAPTERS.folder, digit * 64, digit * 64, {})
+
+
+WITHOUT_BASE = ALL - {"cached_base_model"}
+
+
+def test_bad_data_does_not_cost_the_good_data_before_it_its_training(trained: World) -> None:
+    trained.new_data("v2")
+    trained.new_data("v3", bad=True)
+    assert trained.settle() == [{"a": WITHOUT_BASE, "b": WITHOUT_BASE}]
+    assert {trained.trained_on("lora_adapter", name) for name in ("a", "b")} == {"v2"}
+
+
+def test_bad_data_that_lands_after_the_request(trained: World) -> None:
+    trained.new_data("v2")
+    requested = trained.look()
+    trained.new_data("v3", bad=True)
+    for experiment, assets in requested.items():
+        trained.run(assets, experiment, **{AUTOMATIC_TAG: "true"})
+    assert {trained.trained_on("lora_adapter", name) for name in ("a", "b")} == {"v2"}
+    assert trained.settle() == []
+
+
+@pytest.mark.parametrize("between", ["bad", "good"])
+def test_a_version_that_is_current_again_is_trained_if_it_was_not(trained: World, between: str) -> None:
+    trained.failing = {"a": {"lora_adapter"}}
+    trained.new_data("v2")
+    trained.settle()
+    trained.new_data("v3", bad=between == "bad")
+    trained.settle()
+    trained.failing = {}
+    trained.new_data("v2")
+    assert set().union(*(look["a"] for look in trained.settle())) >= TRAINING - {"training_plan"}
+    assert {trained.trained_on("lora_adapter", name) for name in ("a", "b")} == {"v2"}
+
+
+def test_a_version_that_is_current_again_is_left_alone_if_it_was_trained(trained: World) -> None:
+    trained.new_data("v2", bad=True)
+    trained.new_data("v1")
+    assert trained.settle() == []
+
+
+def test_other_sources_start_nothing(trained: World) -> None:
+    """A run of the demo, or of FINETUNE_RAW_DATA=other, on the same Dagster instance."""
+    trained.new_data("x1", source="other")
+    assert trained.settle() == []
+    trained.source, trained.raw = "other", "x1"
+    trained.run({"tokenized_dataset"}, "a")
+    trained.source = ""
+    assert trained.trained_on("tokenized_dataset", "a") == "x1"
+    assert trained.settle() == [], "what a person derives from another source starts nothing"
+    trained.new_data("v2")
+    assert trained.settle() == [{"a": WITHOUT_BASE, "b": WITHOUT_BASE}]
+    assert trained.trained_on("lora_adapter", "a") == "v2"
+
+
+def test_first_data_of_another_source_starts_nothing(world: World) -> None:
+    world.new_data("x1", source="other")
+    assert world.settle() == []
+
+
+def test_the_configured_source_is_changed_and_changed_back(trained: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_RAW_DATA", "other")
+    assert trained.settle() == [], "nothing of it was read yet"
+    trained.new_data("x1")
+    assert trained.settle() == [{"a": WITHOUT_BASE, "b": WITHOUT_BASE}]
+    assert trained.trained_on("lora_adapter", "a") == "x1"
+    monkeypatch.delenv("FINETUNE_RAW_DATA")
+    assert trained.settle() == [{"a": WITHOUT_BASE, "b": WITHOUT_BASE}]
+    assert trained.trained_on("lora_adapter", "a") == "v1"
+
+
+def test_an_edit_while_the_newest_data_is_bad(trained: World) -> None:
+    trained.new_data("v2", bad=True)
+    trained.write("a", "data: {tokenization: {cutoff_len: 100}}")
+    assert trained.settle() == [{"a": WITHOUT_BASE}]
+    assert trained.trained_on("lora_adapter", "a") == "v1"
+
+
+EVENTS = ("new", "bad", "again", "removed", "foreign", "foreign and bad", "fails", "works", "tick", "tick")
+
+
+@pytest.mark.parametrize("seed", range(200 if os.environ.get("SOAK") else 8))
+def test_every_order_ends_with_the_newest_good_version(trained: World, seed: int) -> None:
+    """Whatever arrives in whatever order, what is trained at last is the newest good version of the source."""
+    draw = random.Random(seed)
+    good, version = ["v1"], 1
+    for _ in range(10):
+        event = draw.choice(EVENTS)
+        version += 1
+        if event == "new":
+            good.append(f"v{version}")
+            trained.new_data(good[-1])
+        elif event == "again":
+            trained.new_data(good[-1])
+        elif event == "removed":
+            good.append(draw.choice(good))
+            trained.new_data(good[-1])
+        elif event.startswith("foreign"):
+            trained.new_data(f"x{version}", bad=event.endswith("bad"), source="other")
+        elif event == "bad":
+            trained.new_data(f"bad{version}", bad=True)
+        elif event == "tick":
+            trained.tick()
+        else:
+            trained.failing = {"a": {"lora_adapter"}} if event == "fails" else {}
+    trained.failing = {}
+    trained.settle()
+    trained.new_data("bad", bad=True)
+    trained.new_data(good[-1])  # becomes current again, and is trained if it was not
+    trained.settle()
+    assert {trained.trained_on("lora_adapter", name) for name in ("a", "b")} == {good[-1]}

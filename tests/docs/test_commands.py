@@ -29,10 +29,10 @@ SHOWS_SOMETHING = [
 @pytest.mark.minutes
 @pytest.mark.system
 def test_the_demo_learns_to_answer_and_trains_nothing_twice(first_run: Path) -> None:
-    """`make demo` as a newcomer meets it on the first page, twice, and once more without it."""
-    first, second, _ = json.loads((first_run / "said.json").read_text())
+    """`make demo` as a newcomer meets it on the first page, twice, and then the same graph in their own deployment."""
+    first, second, own = json.loads((first_run / "said.json").read_text())
     store = first_run / ".finetune" / "store"
-    (evaluated,) = store.glob("*/evaluations/*/*/evaluation.json")
+    (evaluated,) = store.glob("*-demo/evaluations/*/*/evaluation.json")
     evaluation = json.loads(evaluated.read_text())
     base, challenger = evaluation["contenders"]["base"], evaluation["contenders"]["challenger"]
     assert base["exact_match"] <= 0.05
@@ -42,15 +42,19 @@ def test_the_demo_learns_to_answer_and_trains_nothing_twice(first_run: Path) -> 
         assert f"{base['exact_match']:.1%}" in printed
         assert f"{challenger['exact_match']:.1%}" in printed
         assert all(sample["expected"] in printed for sample in evaluation["samples"][:5])
-        assert "make ui" in printed
-    (adapter,) = store.glob("*/adapters/*/manifest.json")
-    assert adapter.parent.name in first.replace("\n", "")
-    assert cache_hits(first_run, "lora_adapter") == cache_hits(first_run, "adapter_evaluation") == [False, True, True]
+        assert "make demo-ui" in printed
+    demos, yours = sorted(store.glob("*/adapters/*/manifest.json"), key=lambda path: "-demo/" not in str(path))
+    assert demos.parent.name in first.replace("\n", "")
+    assert yours.parent.name in own.replace("\n", "")
+    assert demos.parent.name == yours.parent.name, "the same rows, settings and code"
+    for asset in ("lora_adapter", "adapter_evaluation"):
+        assert cache_hits(first_run / ".finetune" / "demo", asset) == [False, True]
+        assert cache_hits(first_run / ".dagster_home", asset) == [False], "the demo does nothing in a user's deployment"
 
 
-def cache_hits(project: Path, asset: str) -> list[bool]:
+def cache_hits(home: Path, asset: str) -> list[bool]:
     """Whether the store had it already, for each materialization."""
-    with dg.DagsterInstance.from_config(str(project / ".dagster_home")) as instance:
+    with dg.DagsterInstance.from_config(str(home)) as instance:
         found = instance.fetch_materializations(dg.AssetKey(asset), limit=10, ascending=True).records
     made = [record.asset_materialization for record in found]
     return [bool(one.metadata["cache_hit"].value) for one in made if one]

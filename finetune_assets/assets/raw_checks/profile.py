@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.resources.project import DATA_VERSION_TAG, GOOD_TAG
+from finetune_assets.resources.raw_versions import DATA_VERSION_TAG, GOOD_TAG, is_of_source
 
 PROFILE = "profile"
 """Metadata key of the profile with which later versions are compared."""
@@ -42,13 +42,8 @@ def last_good(instance: dg.DagsterInstance, version: str, source: str) -> Profil
         tags = (materialization.tags if materialization else None) or {}
         if not materialization or PROFILE not in materialization.metadata:
             continue
-        other_source = str(materialization.metadata["source"].value)
-        if _source_without_revision(other_source) != _source_without_revision(source):
+        if not is_of_source(materialization, source):
             continue
         if GOOD_TAG in tags and tags.get(DATA_VERSION_TAG) != version:
             return Profile(**materialization.metadata[PROFILE].value)  # type: ignore[arg-type]
     return None
-
-
-def _source_without_revision(source: str) -> str:
-    return source.partition("@")[0] if source.startswith("hf://") else source

@@ -1,0 +1,108 @@
+"""Versions of the raw data in Dagster's event log, and the one that an automatic run reads.
+
+Automatic runs follow the configured source alone, and only versions that passed their blocking checks. A run that a
+person starts reads the source as it is now.
+"""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from finetune_assets.artifacts.kinds import TOKENIZED
+from finetune_assets.config.fingerprint import fingerprint
+from finetune_assets.config.loading import load_raw_data_config
+from finetune_assets.resources import deployment
+from finetune_assets.sources.names import source_name
+from finetune_assets.store.artifacts import ArtifactStore
+
+DOLLY_RAW, TOKENIZED_DATASET = dg.AssetKey("dolly_raw"), dg.AssetKey("tokenized_dataset")
+DATA_VERSION_TAG = "dagster/data_version"
+PARTITION_TAG = "dagster/partition"
+OVERRIDES_TAG = "finetune/overrides"
+"""Tag of a materialization with per-run overrides: their number. Automation ignores such materializations."""
+GOOD_TAG = "finetune/good"
+"""Tag of a `dolly_raw` materialization that passed its blocking checks. Later versions are compared with it."""
+SOURCE_TAG = "finetune/source"
+"""Tag of a materialization: hash of the name of the raw data source. Automation ignores those of other sources."""
+SOURCE = "source"
+"""Metadata key of `dolly_raw`: name of the source."""
+PAGE = 20
+
+
+def configured_source() -> str:
+    """Name of the source that this deployment is configured for."""
+    config = load_raw_data_config(deployment.configs(), deployment.raw_data())
+    return source_name(config.source, deployment.root())
+
+
+def source_tag(source: str) -> str:
+    """Value of `SOURCE_TAG`, whose characters Dagster restricts, for a source's name."""
+    return fingerprint(source=source)[:16]
+
+
+def tag_of_source(materialization: dg.AssetMaterialization) -> str | None:
+    """`SOURCE_TAG` of a materialization.
+
+    Earlier versions of this project did not set it. For their materializations of `dolly_raw`, which name the source as
+    metadata, it is computed; for all others it is None.
+    """
+    tag = (materialization.tags or {}).get(SOURCE_TAG)
+    if tag is None and SOURCE in materialization.metadata and materialization.asset_key == DOLLY_RAW:
+        return source_tag(source_name(str(materialization.metadata[SOURCE].value), deployment.root()))
+    return tag
+
+
+def is_of_source(materialization: dg.AssetMaterialization, source: str) -> bool:
+    """Whether a materialization is derived from a source, or does not state its source."""
+    return tag_of_source(materialization) in (None, source_tag(source))
+
+
+def newest_good(instance: dg.DagsterInstance, source: str, before: float | None = None) -> str | None:
+    """Newest version of a source's raw data that passed its blocking checks; None if there is no such version.
+
+    Args:
+        instance: Dagster instance.
+        source: Name of the source.
+        before: Ignore later materializations; in seconds since 1970.
+    """
+    for materialization in _newest_first(instance, dg.AssetRecordsFilter(DOLLY_RAW, before_timestamp=before)):
+        tags = materialization.tags or {}
+        if GOOD_TAG in tags and is_of_source(materialization, source):
+            return tags.get(DATA_VERSION_TAG)
+    return None
+
+
+def requested_version(
+    instance: dg.DagsterInstance, run: dg.DagsterRun, source: str, store: ArtifactStore
+) -> str | None:
+    """The version of the raw data that an automatic run was requested for.
+
+    A run that tokenizes reads the newest good version at the time of its creation. Any other run reads the version of
+    the dataset that its experiment had then. A retried run reads what its first attempt read.
+
+    Returns:
+        Fingerprint of the version; None if no version of the source was good.
+    """
+    record = instance.get_run_record_by_id(run.root_run_id or run.run_id)
+    created = record.create_timestamp.timestamp() if record else None
+    partition = run.tags.get(PARTITION_TAG)
+    if partition and run.asset_selection and TOKENIZED_DATASET not in run.asset_selection:
+        wanted = dg.AssetRecordsFilter(TOKENIZED_DATASET, asset_partitions=[partition], before_timestamp=created)
+        for materialization in _newest_first(instance, wanted):
+            tags = materialization.tags or {}
+            if OVERRIDES_TAG in tags or not is_of_source(materialization, source):
+                continue
+            manifest = store.manifest(TOKENIZED.folder, tags.get(DATA_VERSION_TAG, ""))
+            if manifest and manifest.made_from.get("dolly_raw"):
+                return str(manifest.made_from["dolly_raw"])
+    return newest_good(instance, source, created)
+
+
+def _newest_first(instance: dg.DagsterInstance, wanted: dg.AssetRecordsFilter) -> Iterator[dg.AssetMaterialization]:
+    cursor = None
+    while True:
+        page = instance.fetch_materializations(wanted, limit=PAGE, cursor=cursor)
+        yield from (record.asset_materialization for record in page.records if record.asset_materialization)
+        if not page.has_more:
+            return
+        cursor = page.cursor

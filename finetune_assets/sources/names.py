@@ -1,0 +1,22 @@
+"""Names of raw data sources, by which versions of one source are recognized."""
+
+from pathlib import Path
+
+
+def source_name(setting: str, root: Path) -> str:
+    """Name of the source that a setting describes: equal for all versions and spellings of one source.
+
+    Args:
+        setting: The setting `source`.
+        root: Project folder, to which a relative path is resolved.
+
+    Returns:
+        `sample`; a URL without the revision of a Hub dataset and without a slash at its end; or a path, relative to the
+        project if it is inside.
+    """
+    if setting == "sample":
+        return setting
+    if "://" in setting:
+        return (setting.partition("@")[0] if setting.startswith("hf://") else setting).rstrip("/")
+    path = (root / Path(setting).expanduser()).resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
