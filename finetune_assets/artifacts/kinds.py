@@ -6,7 +6,7 @@ its file to `assets/`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune_assets.config.fingerprint import fingerprint, identity
@@ -33,6 +33,8 @@ class ArtifactKind:
             up.
         parts: Computes the parts of the fingerprint from settings and inputs.
         retention: Retention policy for garbage collection.
+        earlier: Earlier code versions whose artifacts may have the same content. An asset that finds it so keeps the
+            earlier artifact's identity, so that nothing downstream is computed again.
     """
 
     folder: str
@@ -41,6 +43,11 @@ class ArtifactKind:
     inputs: tuple[str, ...] = ()
     parts: Callable[[Any, Inputs], dict[str, Any]] | None = None
     retention: Retention = BY_REFERENCE
+    earlier: tuple[str, ...] = ()
+
+    def earlier_fingerprints(self, config: Any, **inputs: Any) -> list[str]:
+        """Fingerprints of the same inputs under the earlier code versions."""
+        return [replace(self, code_version=code).fingerprint(config, **inputs) for code in self.earlier]
 
     def fingerprint(self, config: ExperimentConfig | RawDataConfig | None, **inputs: Any) -> str:
         """Fingerprint of an artifact of this kind, 64 hex digits.
@@ -123,7 +130,7 @@ def _without_source(model: Model) -> dict[str, Any]:
     return settings
 
 
-RAW = ArtifactKind("raw", "dolly_raw", "3", ("content",), _raw, Retention(newest="keep_raw"))
+RAW = ArtifactKind("raw", "dolly_raw", "4", ("content",), _raw, Retention(newest="keep_raw"), earlier=("3",))
 """`content` identifies every byte of the source: file hashes in reading order, or a Hub commit."""
 BASE_MODELS = ArtifactKind(SHARED, "cached_base_model", "1", ("repo", "revision"), _base_model)
 """Shared by all namespaces, and named by repository and commit instead of a fingerprint."""

@@ -7,7 +7,7 @@ in CI on an empty instance, and in production. Only `import_external_inputs` pub
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,106 +25,24 @@ from finetune_assets.artifacts.kinds import (
     ArtifactKind,
 )
 from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE, SOURCES
-from finetune_assets.config.fingerprint import fingerprint, identity
+from finetune_assets.artifacts.raw_lineage import RawLineage
+from finetune_assets.artifacts.streams import earlier_versions
+from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import Experiment
-from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import PACKAGED, SUFFIXES
 from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
-from finetune_assets.sources.local import count_rows
 from finetune_assets.sources.names import source_name
 from finetune_assets.sources.pins import Pins
-from finetune_assets.sources.raw_data import open_source
-from finetune_assets.sources.source import Source, SourceContext
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.hashing import folder_hashes, sha256
 
-NO_GOOD_VERSION = "none"
-"""In place of a version of the raw data: none of the source has passed its blocking checks."""
 NO_CHAMPION = (
     "{0} has no champion yet: materialize its champion_adapter; its check reports why no adapter was promoted (usually "
     "too few gate rows: increase data.gate_fraction). To promote manually: finetune adapter promote {0} FINGERPRINT "
     '--reason "..."; finetune store list shows the adapters'
 )
-
-
-class RawLineage:
-    """The raw data, which all experiments share.
-
-    Args:
-        store: Store of the artifacts.
-        config: The deployment's raw data settings.
-        root: Folder that relative paths in settings start from.
-        asks_hub: Resolve a branch on the Hub; otherwise use the recorded commit.
-        version: Fingerprint of the raw data, or `NO_GOOD_VERSION`; computed by reading the source if not given.
-        connect: Creates the boto3 client, for a source on S3.
-    """
-
-    def __init__(
-        self,
-        store: ArtifactStore,
-        config: RawDataConfig,
-        root: Path,
-        asks_hub: bool = False,
-        version: str | None = None,
-        connect: Callable[[], Any] | None = None,
-    ) -> None:
-        self.store, self.config, self.root, self.given, self.connect = store, config, root, version, connect
-        self.pins = Pins(store, "dataset", made_by="dolly_raw", asks_hub=asks_hub)
-
-    @cached_property
-    def source(self) -> Source:
-        return self._open()
-
-    @property
-    def source_name(self) -> str:
-        """Name of the source, equal for all its versions."""
-        return source_name(self.config.source, self.root)
-
-    def _open(self) -> Source:
-        downloads = self.store.cache.root / "downloads"
-        return open_source(SourceContext(self.config, self.root, self.pins.commit_of, self.connect, downloads))
-
-    def is_unchanged(self) -> bool:
-        """Whether the files have not changed since they were first read; a commit never changes."""
-        source = self.source
-        again = source if source.is_pinned else self._open()
-        return again.content() == self.content
-
-    @cached_property
-    def content(self) -> Any:
-        """Identity of the source's bytes; cached, because it requires reading all files."""
-        return self.source.content()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        if self.given == NO_GOOD_VERSION:
-            raise ArtifactMissing(
-                f"no version of the source '{self.config.source}' has passed its blocking checks; materialize dolly_raw"
-            )
-        return self.given or RAW.fingerprint(self.config, content=self.content)
-
-    def peek(self) -> str:
-        """Changes whenever the raw data, or its checks' thresholds, may have changed; reads no file contents."""
-        return fingerprint(settings=self._settings, glance=self.source.peek())
-
-    def version(self) -> str:
-        """Changes if and only if the raw data, or its checks' thresholds, change; reads only new files."""
-        return fingerprint(settings=self._settings, content=self.source.cached_content())
-
-    def rows(self) -> int:
-        """Number of rows of the source, good and bad; reads only new files."""
-        return sum(count_rows(file) for file in self.source.files())
-
-    @property
-    def _settings(self) -> Any:
-        config = self.config
-        allowed = [config.max_quarantine_share, asdict(config.checks)]
-        return {"columns": identity(config.columns), "allowed": allowed}
-
-    def raw(self) -> ArtifactRef:
-        return self.store.resolve(RAW.folder, self.fingerprint, made_by="dolly_raw")
 
 
 @dataclass(frozen=True)
@@ -193,6 +111,49 @@ class Lineage:
 
     def _upstream(self, asset: str, known: Mapping[str, ArtifactRef]) -> ArtifactRef:
         return known.get(asset) or self.expected(KIND_OF[asset])
+
+    def selected_sources(self, raw: ArtifactRef | None = None) -> dict[str, ArtifactRef]:
+        """The version of each source that the experiment uses, by name, in the order of the names.
+
+        Args:
+            raw: The raw data; by default, that of this run.
+
+        Raises:
+            ArtifactMissing: if a source was not read, or is not configured.
+        """
+        parts = self.raw.parts(raw or self.raw.raw())
+        wanted = self.experiment.config.data.sources
+        for name in self.raw.sources if wanted is None else wanted:
+            if name not in parts:
+                known = ", ".join(sorted(parts))
+                raise ArtifactMissing(
+                    f"experiment {self.experiment.name}: the raw data has no source '{name}', only {known}; "
+                    "see `sources` in raw_data.yaml and data.sources, and the log of dolly_raw"
+                )
+        names = sorted(parts) if wanted is None else sorted({*wanted})
+        return {name: self.store.resolve(RAW.folder, parts[name], made_by="dolly_raw") for name in names}
+
+    def source_names(self) -> list[str]:
+        """Where the rows of the selected sources come from."""
+        wanted = self.experiment.config.data.sources
+        sources = self.raw.sources.items()
+        return sorted({source.source_name for name, source in sources if wanted is None or name in wanted})
+
+    def replayed(self, selected: Mapping[str, ArtifactRef]) -> list[ArtifactRef]:
+        """Earlier versions of the selected sources, whose rows `data.replay` adds."""
+        if not self.experiment.config.data.replay:
+            return []
+        versions = (
+            earlier_versions(self.store, self.raw.sources[name].source_name, ref.fingerprint)
+            for name, ref in selected.items()
+        )
+        return [ref for refs in versions for ref in refs]
+
+    def mixture(self, selected: Mapping[str, ArtifactRef]) -> dict[str, dict[str, float | int | None]]:
+        """Weight and maximum number of rows of the selected sources, by name; empty if all rows are used."""
+        parts = {name: self.raw.config.sources.get(name) for name in selected}
+        mix = {name: {"weight": part.weight, "max_rows": part.max_rows} for name, part in parts.items() if part}
+        return mix if any(value is not None for part in mix.values() for value in part.values()) else {}
 
     def tokenizer(self, base_model: ArtifactRef) -> dict[str, str]:
         """sha256 of each tokenizer file of a base model, by path."""
@@ -379,7 +340,18 @@ def _champions(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> list[str]:
     return [ref.fingerprint for ref in parts.values()]
 
 
+def _rows(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> Any:
+    """Identity of the rows that an experiment uses: of a single source without limits, that of its version."""
+    selected = lineage.selected_sources(known.get("dolly_raw"))
+    versions = {name: ref.fingerprint for name, ref in selected.items()}
+    mix, replayed = lineage.mixture(selected), [ref.fingerprint for ref in lineage.replayed(selected)]
+    if len(versions) == 1 and not mix and not replayed:
+        return next(iter(versions.values()))
+    return {"sources": versions, "mix": mix, "replayed": replayed}
+
+
 LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
+    "dolly_raw": _rows,
     "split_salt": lambda lineage, known: lineage.raw.config.split_salt,
     "tokenizer": lambda lineage, known: lineage.tokenizer(lineage._upstream("cached_base_model", known)),
     "warm_start": lambda lineage, known: _identity(lineage.warm_start()),

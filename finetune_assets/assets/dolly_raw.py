@@ -1,32 +1,23 @@
 """Asset `dolly_raw`: raw instruction data as one Parquet file with a documented schema."""
 
-import json
-from dataclasses import asdict
+import time
+from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import RAW
-from finetune_assets.assets.materialization import (
-    ARTIFACT,
-    asset_step,
-    column_schema,
-    materialize_or_reuse,
-    publish_built,
-    result,
-)
+from finetune_assets.assets.materialization import ARTIFACT, asset_step, column_schema, result
 from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_rows
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
-from finetune_assets.assets.raw_checks.check import Version
-from finetune_assets.assets.raw_checks.profile import PROFILE, last_good
+from finetune_assets.assets.raw_checks.profile import PROFILE, VERSIONS
+from finetune_assets.assets.raw_sources import ReadSource, evaluate_checks, publish_version, read_sources
+from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.resources.project import Project
 from finetune_assets.resources.raw_versions import GOOD_TAG, SOURCE_TAG, source_tag
-from finetune_assets.store.artifacts import ArtifactRef
 
-STATISTICS = "statistics.json"
 STALE_AFTER = timedelta(days=30)
 """Age at which Dagster's UI shows the raw data as stale; it stops nothing."""
 
@@ -41,40 +32,62 @@ STALE_AFTER = timedelta(days=30)
 def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """The deployment's instruction data (`configs/raw_data.yaml`), read row by row and stored as Parquet.
 
-    All experiments read this asset; each selects its categories and its fraction of the rows. Invalid rows are
-    quarantined in `quarantine.jsonl`, with file, line and reason.
+    All experiments read this asset; each selects its sources, its categories and its fraction of the rows. Invalid rows
+    are quarantined in `quarantine.jsonl`, with file, line and reason. With several sources, each has its own version.
     """
-    from finetune_assets.data.errors import DataError
-    from finetune_assets.data.ingest import write_raw
-
     with asset_step(context, retried=True):
-        lineage = project.raw(asks_hub=True)
-
-        def build(folder: Path) -> None:
-            statistics = write_raw(lineage.source.files(), lineage.config.columns, folder)
-            if not lineage.is_unchanged():
-                raise DataError(f"{lineage.config.source}: rows changed during the read; materialize dolly_raw again")
-            (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
-
-        def make() -> ArtifactRef:
-            made_from = {"source": lineage.config.source, "content": lineage.content}
-            return publish_built(project, RAW, lineage.fingerprint, lineage.fingerprint, made_from, build)
-
-        outcome = materialize_or_reuse(context, project, RAW, lineage.fingerprint, make)
-        lineage.pins.record()
-        statistics = _statistics(project, outcome.ref)
-        previous = last_good(context.instance, lineage.fingerprint, lineage.source_name)
-        version = Version(context, statistics, lineage.config, previous)
-        checks = [check.evaluate(version) for check in RAW_CHECKS]
+        began = time.monotonic()
+        raw = project.raw(asks_hub=True)
+        sources = read_sources(context, project, raw)
+        outcome = publish_version(project, raw, sources, time.monotonic() - began)
+        raw.pins.record()
+        checks, profiles = evaluate_checks(context, project, raw, sources)
         passed = all(check.passed for check in checks if check.check_name in BLOCKING)
-        profile = {PROFILE: dg.MetadataValue.json(version.profile.to_dict())}
-        tags = {SOURCE_TAG: source_tag(lineage.source_name), **({GOOD_TAG: "true"} if passed else {})}
-        return result(outcome, checks, tags, source=lineage.config.source, **_describe(statistics), **profile)
+        tags = {SOURCE_TAG: source_tag(raw.source_name), **({GOOD_TAG: "true"} if passed else {})}
+        by_source = {name: profile.to_dict() for name, profile in profiles.items()}
+        if len(raw.sources) == 1:
+            (source,) = sources.values()
+            metadata = {**_describe(source.statistics), PROFILE: dg.MetadataValue.json(next(iter(by_source.values())))}
+        else:
+            metadata = {**_describe_several(sources, raw.config), PROFILE: dg.MetadataValue.json(by_source)}
+        return result(outcome, checks, tags, source=raw.source_name, **metadata)
 
 
-def _statistics(project: Project, ref: ArtifactRef) -> dict[str, Any]:
-    folder = project.store().fetch(ref, lambda path: path == STATISTICS)
-    return json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+def _describe_several(sources: Mapping[str, ReadSource], config: RawDataConfig) -> dict[str, object]:
+    from finetune_assets.data.raw_schema import RAW_SCHEMA
+    from finetune_assets.data.tables import rows_table
+
+    columns = ("source", "rows", "quarantined", "weight", "license", "state", "from")
+    rows = [
+        {
+            "source": name,
+            "rows": source.statistics["rows"],
+            "quarantined": source.statistics["quarantined"],
+            "weight": config.sources[name].weight or "",
+            "license": config.sources[name].license,
+            "state": f"not read, earlier version: {source.away}" if source.away else "read",
+            "from": source.lineage.source_name,
+        }
+        for name, source in sources.items()
+    ]
+    rows += [
+        {**dict.fromkeys(columns, ""), "source": name, "state": "missing"}
+        for name in config.sources
+        if name not in sources
+    ]
+    of_each = {name: _describe(source.statistics) for name, source in sources.items()}
+    return {
+        "dagster/row_count": sum(source.statistics["rows"] for source in sources.values()),
+        "dagster/column_schema": column_schema(RAW_SCHEMA),
+        "sources": dg.MetadataValue.md(rows_table(rows, columns)),
+        VERSIONS: dg.MetadataValue.json({name: source.ref.fingerprint for name, source in sources.items()}),
+        **{
+            f"{name}: {key}": value
+            for name, metadata in of_each.items()
+            for key, value in metadata.items()
+            if not key.startswith("dagster/")
+        },
+    }
 
 
 def _describe(statistics: dict[str, Any]) -> dict[str, object]:

@@ -48,7 +48,8 @@ def evaluate(
         if tasks:
             inputs["tasks"] = tasks
         if champion or some_were_seen:
-            inputs["raw"] = lineage.raw.raw()
+            sources = lineage.selected_sources().values()
+            inputs |= {f"raw-{index}": ref for index, ref in enumerate(sources)}
         if champion:
             inputs["champion"] = champion
             other = base_of(lineage, champion)
@@ -92,10 +93,12 @@ def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     from finetune_assets.data.tables import rows_table
 
     names = [*evaluation["contenders"]]
-    categories = [
-        {**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}, "rows": str(row["rows"])}
-        for row in evaluation["categories"]
-    ]
+
+    def losses_by(column: str, groups: list[dict[str, Any]]) -> dg.MarkdownMetadataValue:
+        shown = [{**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}} for row in groups]
+        return dg.MetadataValue.md(rows_table(shown, [column, "rows", *names]))
+
+    sources = evaluation.get("sources")
     samples = [{**row, **{name: row[name] or "" for name in names}} for row in evaluation["samples"]]
     return {
         **of_evaluation(evaluation),
@@ -103,7 +106,8 @@ def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "rows": evaluation["rows"],
         "generated_rows": evaluation["generated_rows"],
         **pictures(evaluation),
-        "loss_by_category": dg.MetadataValue.md(rows_table(categories, ["category", "rows", *names])),
+        "loss_by_category": losses_by("category", evaluation["categories"]),
+        **({"loss_by_source": losses_by("source", sources)} if sources else {}),
         "samples": dg.MetadataValue.md(rows_table(samples, ["prompt", "expected", *names])),
     }
 

@@ -38,9 +38,11 @@ def _base_model(experiment: Experiment, split_salt: str) -> str:
 
 def _tokenized(experiment: Experiment, split_salt: str) -> str:
     # A threshold does not change the bytes, but may change whether a check passes
+    sources = experiment.config.data.sources
     return fingerprint(
         identity=_identity(TOKENIZED, experiment, split_salt=split_salt, tokenizer={}),
         allowed=experiment.config.data.max_refused_share,
+        **({"sources": sources} if sources else {}),
     )
 
 
@@ -105,7 +107,7 @@ None if the experiment does not configure the asset."""
 def settings_hashes(asset: str) -> dict[str, str]:
     """Hash of an asset's settings by subscribed experiment, without experiments that cannot be loaded."""
     configs = deployment.configs()
-    salt = _split_salt(configs, deployment.raw_data(), _stamp(configs / "raw_data.yaml"))
+    salt = _choice_of_rows(configs, deployment.raw_data(), _stamp(configs / "raw_data.yaml"))
     base = _stamp(configs / "base.yaml")
     hashes = {}
     for name in experiment_files(configs):  # experiments of a sweep are never subscribed
@@ -130,9 +132,16 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @lru_cache
-def _split_salt(configs: Path, source: str | None, stamp: tuple[int, int]) -> str:
-    """Split salt of the raw data settings at this file stamp; cached, because each evaluation needs it many times."""
-    return load_raw_data_config(configs, source).split_salt
+def _choice_of_rows(configs: Path, source: str | None, stamp: tuple[int, int]) -> str:
+    """Raw data settings that choose rows: the split salt, hashed with weights and limits of sources if there are any.
+
+    Cached for a file stamp, because each evaluation needs it many times.
+    """
+    config = load_raw_data_config(configs, source)
+    mixture = {name: [part.weight, part.max_rows] for name, part in config.sources.items()}
+    if not any(value for values in mixture.values() for value in values):
+        return config.split_salt
+    return fingerprint(salt=config.split_salt, mixture=mixture)
 
 
 @lru_cache(maxsize=10_000)

@@ -153,6 +153,12 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
     if source:
         layers.append(Layer("FINETUNE_RAW_DATA", OmegaConf.create({"source": source})))
     config = _merge(RawDataConfig, layers, path)
+    if source:
+        config.sources = {}
+    elif config.sources:
+        for key in ("source", "columns", "hub"):
+            if OmegaConf.select(layers[0].tree, key) is not None:
+                raise ConfigError(str(path), key, "cannot be set together with `sources`; set it for each source")
     for key, problem in impossible_raw_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
     if config.source == "sample":

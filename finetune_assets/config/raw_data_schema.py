@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from omegaconf import MISSING
+
 from finetune_assets.config.fields import NOT_IDENTITY, not_identity
 
 
@@ -68,13 +70,35 @@ class RawChecks:
 
 
 @dataclass
+class RawSource:
+    """One of several sources of raw data."""
+
+    source: str = MISSING
+    """As the setting `source` of a single one."""
+    columns: Columns = field(default_factory=Columns)
+    """Column names of this source."""
+    hub: HubDataset = field(default_factory=HubDataset)
+    """Part of a Hub dataset to read."""
+    weight: float | None = None
+    """Share of the training tokens of an epoch, relative to the weights of the other sources; `null` for all sources
+    uses every row. Rows beyond the share are chosen by content, left out of training, and counted."""
+    max_rows: int | None = None
+    """Maximum number of rows, chosen by content; `null` uses all."""
+    license: str = ""
+    """License of the rows, shown with each version."""
+
+
+@dataclass
 class RawDataConfig:
     """The deployment's stream of raw data: `configs/raw_data.yaml`."""
 
     source: str = "sample"
     """`sample` (the packaged rows); a file or a folder of `.jsonl`, `.json`, `.csv` and `.parquet` files, also
     `s3://bucket/prefix`; or `hf://datasets/owner/name@revision` (branch, tag or commit; default `main`).
-    The environment variable `FINETUNE_RAW_DATA` overrides it."""
+    The environment variable `FINETUNE_RAW_DATA` overrides it, and `sources`."""
+    sources: dict[str, RawSource] = field(default_factory=dict)
+    """Several named sources, in place of `source`, `columns` and `hub`. Each experiment uses all of them, or those that
+    its setting `data.sources` names."""
     columns: Columns = field(default_factory=Columns)
     """Column names of the source."""
     hub: HubDataset = field(default_factory=HubDataset)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from finetune_assets.config.cluster import LauncherSettings
-from finetune_assets.config.fields import NOT_IDENTITY, not_identity
+from finetune_assets.config.fields import NOT_IDENTITY, added, not_identity
 
 
 @dataclass
@@ -74,6 +74,12 @@ class DataChecks:
 class Data:
     """Rows of the raw data that an experiment uses, and their preparation."""
 
+    sources: list[str] | None = field(default=None, metadata=NOT_IDENTITY)
+    """Names of the raw data sources to use (`sources` in raw_data.yaml); `null` uses all. A single source without a
+    name is called `sample` (the packaged rows) or `default`."""
+    replay: float = added(0.0)
+    """Fraction of the training tokens that are rows of earlier versions of the raw data, which the current version does
+    not contain any more; such rows counteract forgetting. 0 uses none."""
     num_samples: int | None = None
     """Maximum number of rows of the categories below. Rows are chosen by content, so new data does not change the
     choice."""

@@ -11,7 +11,7 @@ from typing import Any
 from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
-from finetune_assets.config.raw_data_schema import RawDataConfig
+from finetune_assets.config.raw_data_schema import Columns, RawDataConfig, RawSource
 from finetune_assets.config.schema import (
     Data,
     ExperimentConfig,
@@ -32,6 +32,7 @@ Problem = tuple[str, str]
 PLACEHOLDERS = ("instruction", "context")
 COMPUTED_AS_STORED = {"fp32": "float32", "full_bf16": "bfloat16", "full_fp16": "float16"}
 """Required data type of the base model's weights, if mixed precision does not cast them."""
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 VERSION = re.compile(r"[^@\s]+@[0-9a-f]{40}")
 """One version of a model, as `model.trust_remote_code` names it."""
 REWRITES_BASE = ("pissa", "olora")
@@ -111,12 +112,34 @@ def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
     for key, number in arrivals.items():
         if number is not None and not 0 <= number < math.inf:
             yield key, f"{number} must be 0 or more"
-    named = {field: name for field, name in asdict(config.columns).items() if name is not None}
+    yield from _columns("columns", config.columns)
+    for name, source in config.sources.items():
+        yield from _raw_source(f"sources.{name}", name, source)
+    weighted = [name for name, source in config.sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(config.sources):
+        without = next(name for name in config.sources if name not in weighted)
+        yield f"sources.{without}.weight", "must be set, because other sources have a weight; set it for all or none"
+
+
+def _raw_source(key: str, name: str, source: RawSource) -> Iterator[Problem]:
+    if not SOURCE_NAME.fullmatch(name):
+        yield key, f"{name!r} is not a name; use letters, digits, '_' and '-'"
+    if not source.source.strip():
+        yield f"{key}.source", "is blank; name a file, a folder, s3://bucket/prefix or hf://datasets/owner/name"
+    if source.weight is not None and not 0 < source.weight < math.inf:
+        yield f"{key}.weight", f"{source.weight} must be more than 0; to leave the source out, use data.sources"
+    if source.max_rows is not None and source.max_rows < 1:
+        yield f"{key}.max_rows", f"{source.max_rows} must be at least 1"
+    yield from _columns(f"{key}.columns", source.columns)
+
+
+def _columns(key: str, columns: Columns) -> Iterator[Problem]:
+    named = {field: name for field, name in asdict(columns).items() if name is not None}
     for field, name in named.items():
         if not name.strip():
-            yield f"columns.{field}", f"{name!r} is not a column name; use null for the default name"
+            yield f"{key}.{field}", f"{name!r} is not a column name; use null for the default name"
         elif Counter(named.values())[name] > 1:
-            yield f"columns.{field}", f"'{name}' is used more than once; each setting needs a different column"
+            yield f"{key}.{field}", f"'{name}' is used more than once; each setting needs a different column"
 
 
 def _named(group: str, settings: Any) -> dict[str, Any]:
@@ -207,6 +230,10 @@ def _split(data: Data) -> Iterator[Problem]:
     for name, value in (("val_fraction", data.val_fraction), ("gate_fraction", data.gate_fraction)):
         if not 0 <= value < 1:
             yield f"data.{name}", f"{value} must be a fraction from 0 to below 1"
+    if not 0 <= data.replay < 1:
+        yield "data.replay", f"{data.replay} must be a fraction from 0 to below 1"
+    if data.sources is not None and not data.sources:
+        yield "data.sources", "is an empty list; name sources of raw_data.yaml, or use null for all"
     if data.val_fraction + data.gate_fraction >= 1:
         total = data.val_fraction + data.gate_fraction
         yield (

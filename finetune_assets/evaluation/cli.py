@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the challenger")
     parser.add_argument("--champion", type=Path, help="folder of the champion")
     parser.add_argument("--champion-base-model", type=Path, help="folder of the champion's base model, if it differs")
-    parser.add_argument("--raw", type=Path, help="folder of the raw data, if rows may have to be rendered again")
+    parser.add_argument("--raw-N", metavar="DIR", help="folders of the raw data, if rows may have to be rendered again")
     parser.add_argument("--general-text", type=Path, help="folder of general text that no adapter is trained on")
     parser.add_argument("--tasks", type=Path, help="folder of lm-evaluation-harness tasks")
     return parser
@@ -43,14 +43,16 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args, rest = parser().parse_known_args()
+    # one flag per source: --raw-0 DIR --raw-1 DIR ...
+    raw = [Path(folder) for flag, folder in zip(rest[::2], rest[1::2], strict=True) if flag.startswith("--raw-")]
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     holdout = HoldoutRows(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None
     texts = read_texts(args.general_text) if args.general_text and config.evaluation.general_tokens else []
     with joined() as process, reporter(process) as log:
         comparison = Comparison(
-            config, args.dataset, made_from["split"], texts, args.raw, log.write_line, args.tasks, holdout
+            config, args.dataset, made_from["split"], texts, raw, log.write_line, args.tasks, holdout
         )
         comparison.run(contenders(args), process.device)
         result = comparison.result()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Comparison:
         dataset: Folder of the experiment's tokenized dataset.
         split: `gate`, or `val` to choose among several adapters.
         texts: The general text.
-        raw: Folder of the raw data; required if a contender has a different rendering.
+        raw: Folders of the raw data, one per source; required if a contender has a different rendering.
         log: Called with each log line.
         tasks: Folder of additional lm-evaluation-harness tasks.
         held_back: Rows that no contender was trained on, if fewer than the split; requires `raw`.
@@ -83,7 +83,7 @@ class Comparison:
         dataset: Path,
         split: str,
         texts: list[str],
-        raw: Path | None,
+        raw: Sequence[Path],
         log: Callable[[str], None],
         tasks: Path | None = None,
         held_back: HoldoutRows | None = None,
@@ -140,7 +140,7 @@ class Comparison:
     def _rows_for(self, contender: Contender, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
         if not len(self.rows.examples) or rendering(contender.config, tokenizer) == self.rendering:
             return self.rows
-        if self.raw is None:
+        if not self.raw:
             raise ValueError(
                 f"{contender.name}: prompt template or tokenizer differs, and raw data is missing; pass --raw"
             )
@@ -196,7 +196,8 @@ class Comparison:
             "comparable_rows": int(self.comparable.sum()),
             "generated_rows": len(answered),
             "contenders": {name: self._metrics(measured, answered) for name, measured in self.measured.items()},
-            "categories": self._categories(),
+            "categories": self._losses_by("category"),
+            **({"sources": self._losses_by("source")} if "source" in self.rows.examples.table.column_names else {}),
             "samples": self._samples(answered),
             "seconds": {
                 name: {part: round(s, 2) for part, s in measured.seconds.items()}
@@ -232,23 +233,22 @@ class Comparison:
                 result[metric.name] = sum(metric.score(*pair) for pair in pairs) / len(pairs)
         return result | measured.tasks
 
-    def _mean_loss(self, measured: Measured, category: NDArray[np.bool_] | None = None) -> float | None:
+    def _mean_loss(self, measured: Measured, group: NDArray[np.bool_] | None = None) -> float | None:
         """Loss in nats per token over unseen rows (untruncated ones if rendered again); None without such rows."""
         selected = self.unseen if measured.rows is self.rows else self.unseen & measured.rows.whole
-        selected = selected if category is None else selected & category
+        selected = selected if group is None else selected & group
         tokens = measured.rows.examples.learned[selected].sum()
         return float(measured.losses[selected].sum() / tokens) if tokens else None
 
-    def _categories(self) -> list[dict[str, Any]]:
-        names = np.array(self.rows.examples.table["category"].to_pylist(), object)
-        categories = []
+    def _losses_by(self, column: str) -> list[dict[str, Any]]:
+        """Number of rows and loss of each contender, by category or source."""
+        names = np.array(self.rows.examples.table[column].to_pylist(), object)
+        groups = []
         for name in sorted(set(names)):
-            in_category = names == name
-            losses = {
-                contender: self._mean_loss(measured, in_category) for contender, measured in self.measured.items()
-            }
-            categories.append({"category": name, "rows": int((in_category & self.unseen).sum()), **losses})
-        return categories
+            group = names == name
+            losses = {contender: self._mean_loss(measured, group) for contender, measured in self.measured.items()}
+            groups.append({column: name, "rows": int((group & self.unseen).sum()), **losses})
+        return groups
 
     def _samples(self, answered: list[int]) -> list[dict[str, Any]]:
         first = next(iter(self.measured.values()))

@@ -1,19 +1,19 @@
 """Held-out rows for evaluation, rendered with the prompt template and tokenizer of each contender's experiment."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.schema import Data, ExperimentConfig
-from finetune_assets.data.ingest import PARQUET
+from finetune_assets.data.raw_files import rows_at
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.training.order import Examples
@@ -78,7 +78,7 @@ def rendering(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> s
     )
 
 
-def rendered_again(rows: HeldOut, raw: Path, tokenizer: PreTrainedTokenizerBase, data: Data) -> HeldOut:
+def rendered_again(rows: HeldOut, raw: Sequence[Path], tokenizer: PreTrainedTokenizerBase, data: Data) -> HeldOut:
     """Render the same rows of the raw data with the prompt template and tokenizer of another experiment.
 
     A row that the template refuses, or with no answer token left, becomes an example with one learned token. Such
@@ -86,7 +86,7 @@ def rendered_again(rows: HeldOut, raw: Path, tokenizer: PreTrainedTokenizerBase,
     """
     data = replace(data, tokenization=replace(data.tokenization, train_on_inputs=False))
     indices = rows.examples.table["row"].to_numpy()
-    raw_rows = pq.read_table(raw / PARQUET).take(pa.array(indices)).to_pylist()
+    raw_rows = rows_at(raw, indices)
     encoded = Encoder(tokenizer, data).encode(raw_rows)
     ends = np.cumsum(encoded.lengths)
     examples: list[dict[str, Any]] = [{"input_ids": [0, 0], "labels": [IGNORED, 0], "prompt_length": 1}] * len(raw_rows)
@@ -101,10 +101,10 @@ def rendered_again(rows: HeldOut, raw: Path, tokenizer: PreTrainedTokenizerBase,
     return HeldOut(Examples(pa.Table.from_pylist(examples)), whole)
 
 
-def unseen_rows(rows: HeldOut, raw: Path, split: str, held_back: HoldoutRows) -> NDArray[np.bool_]:
+def unseen_rows(rows: HeldOut, raw: Sequence[Path], split: str, held_back: HoldoutRows) -> NDArray[np.bool_]:
     """Return the mask of the rows of a split that are in `held_back`; shape (rows,)."""
     indices = rows.examples.table["row"].to_numpy()
-    raw_rows = pq.read_table(raw / PARQUET, columns=["instruction", "context"]).take(pa.array(indices)).to_pylist()
+    raw_rows = rows_at(raw, indices, ["instruction", "context"])
     return np.array([held_back.holds(row["instruction"], row["context"], split) for row in raw_rows], bool)
 
 

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from finetune_assets.artifacts.lineage import NO_GOOD_VERSION, Lineage, RawLineage
+from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.artifacts.raw_lineage import NO_GOOD_VERSION, RawLineage
 from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.progress import mirror

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import TOKENIZED
+from finetune_assets.artifacts.raw_lineage import all_sources
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import load_raw_data_config
 from finetune_assets.resources import deployment
@@ -31,8 +32,7 @@ PAGE = 20
 
 def configured_source() -> str:
     """Name of the source that this deployment is configured for."""
-    config = load_raw_data_config(deployment.configs(), deployment.raw_data())
-    return source_name(config.source, deployment.root())
+    return all_sources(load_raw_data_config(deployment.configs(), deployment.raw_data()), deployment.root())
 
 
 def source_tag(source: str) -> str:

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+SAMPLE, UNNAMED = "sample", "default"
+"""Names of a single source: the packaged rows, and any other."""
+
 
 def source_name(setting: str, root: Path) -> str:
     """Name of the source that a setting describes: equal for all versions and spellings of one source.
@@ -14,7 +17,7 @@ def source_name(setting: str, root: Path) -> str:
         `sample`; a URL without the revision of a Hub dataset and without a slash at its end; or a path, relative to the
         project if it is inside.
     """
-    if setting == "sample":
+    if setting == SAMPLE:
         return setting
     if "://" in setting:
         return (setting.partition("@")[0] if setting.startswith("hf://") else setting).rstrip("/")

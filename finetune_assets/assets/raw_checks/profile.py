@@ -1,5 +1,6 @@
 """Statistics by which two versions of the raw data are compared, and the last good version's."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from finetune_assets.resources.raw_versions import DATA_VERSION_TAG, GOOD_TAG, i
 
 PROFILE = "profile"
 """Metadata key of the profile with which later versions are compared."""
+VERSIONS = "versions"
+"""Metadata key of several sources: fingerprint of each source's version, by name."""
 LOOKED_BACK = 50
 """Number of recent materializations searched for the last good version."""
 CATEGORIES = 100
@@ -31,19 +34,47 @@ class Profile:
         return asdict(self)
 
 
-def last_good(instance: dg.DagsterInstance, version: str, source: str) -> Profile | None:
-    """Profile of the newest other version that passed its blocking checks; None if the instance has no such version.
+def last_good(instance: dg.DagsterInstance, version: str, sources: str, name: str) -> Profile | None:
+    """Profile of the newest other version of a source in a version of the raw data that passed its blocking checks.
 
-    Only versions of the same source are compared. Revisions of one Hub dataset count as the same source.
+    Args:
+        instance: Dagster instance.
+        version: Fingerprint of the source's version to compare.
+        sources: Text that names all sources; only versions of the same sources are compared.
+        name: Name of the source.
+
+    Returns:
+        The profile; None if the instance has no such version.
     """
+    for materialization in _good(instance, sources):
+        if _parts(materialization, name) != version:
+            profiles: Any = materialization.metadata[PROFILE].value
+            profile = profiles if "rows" in profiles else profiles.get(name)
+            if profile:
+                return Profile(**profile)
+    return None
+
+
+def last_version(instance: dg.DagsterInstance, sources: str, name: str) -> str | None:
+    """Fingerprint of a source's version in the newest version of the raw data that passed its blocking checks."""
+    versions = (_parts(materialization, name) for materialization in _good(instance, sources))
+    return next(filter(None, versions), None)
+
+
+def _good(instance: dg.DagsterInstance, sources: str) -> Iterator[dg.AssetMaterialization]:
+    """The newest materializations of `dolly_raw` that passed their blocking checks, newest first."""
     page = instance.fetch_materializations(dg.AssetKey("dolly_raw"), limit=LOOKED_BACK)
     for record in page.records:
         materialization = record.asset_materialization
         tags = (materialization.tags if materialization else None) or {}
-        if not materialization or PROFILE not in materialization.metadata:
+        if not materialization or PROFILE not in materialization.metadata or GOOD_TAG not in tags:
             continue
-        if not is_of_source(materialization, source):
-            continue
-        if GOOD_TAG in tags and tags.get(DATA_VERSION_TAG) != version:
-            return Profile(**materialization.metadata[PROFILE].value)  # type: ignore[arg-type]
-    return None
+        if is_of_source(materialization, sources):
+            yield materialization
+
+
+def _parts(materialization: dg.AssetMaterialization, name: str) -> str | None:
+    """Fingerprint of a source's version: of a single source, the data version."""
+    parts: Any = materialization.metadata[VERSIONS].value if VERSIONS in materialization.metadata else None
+    version = parts.get(name) if parts else (materialization.tags or {}).get(DATA_VERSION_TAG)
+    return str(version) if version else None

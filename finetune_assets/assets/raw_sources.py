@@ -1,0 +1,158 @@
+"""Reads each source of the raw data, and evaluates the checks of each."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from finetune_assets.artifacts.kinds import RAW
+from finetune_assets.artifacts.raw_lineage import PARTS, SAME_ROWS, RawLineage, SourceLineage, combined
+from finetune_assets.artifacts.streams import record_good
+from finetune_assets.assets.materialization import Outcome, materialize_or_reuse, publish_built
+from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
+from finetune_assets.assets.raw_checks.check import Version
+from finetune_assets.assets.raw_checks.profile import Profile, last_good, last_version
+from finetune_assets.errors import UserError
+from finetune_assets.resources.project import Project
+from finetune_assets.store.artifacts import ArtifactRef
+
+STATISTICS, SOURCES = "statistics.json", "sources.json"
+
+
+@dataclass(frozen=True)
+class ReadSource:
+    """One source, as a run has read it.
+
+    Attributes:
+        lineage: The source.
+        ref: The version whose rows are used.
+        hit: Whether the store had it already.
+        statistics: Its statistics.
+        away: Why the source could not be read, so that an earlier version is used; empty if it was read.
+    """
+
+    lineage: SourceLineage
+    ref: ArtifactRef
+    hit: bool
+    statistics: dict[str, Any]
+    away: str = ""
+
+
+def read_sources(context: dg.AssetExecutionContext, project: Project, raw: RawLineage) -> dict[str, ReadSource]:
+    """Read all sources.
+
+    Of several sources, one that cannot be read is replaced by its last good version, if the instance has one, and left
+    out otherwise; the error is logged.
+
+    Raises:
+        UserError: if no source can be read.
+    """
+    sources: dict[str, ReadSource] = {}
+    errors: dict[str, UserError] = {}
+    for name, lineage in raw.sources.items():
+        try:
+            sources[name] = _read(context, project, raw, lineage)
+        except UserError as e:
+            errors[name] = e
+            if len(raw.sources) == 1:
+                raise
+    if not sources:
+        raise next(iter(errors.values()))
+    for name, error in errors.items():
+        version = last_version(context.instance, raw.source_name, name)
+        ref = project.store().find(RAW.folder, version) if version else None
+        state = (
+            f"using its last good version, {version[:12]}" if ref and version else "experiments that need it will fail"
+        )
+        context.log.warning(f"Source {name} is not available ({error}); {state}")
+        if ref:
+            sources[name] = ReadSource(raw.sources[name], ref, True, statistics_of(project, ref), str(error))
+    return {name: sources[name] for name in raw.sources if name in sources}
+
+
+def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, source: SourceLineage) -> ReadSource:
+    from finetune_assets.data.errors import DataError
+    from finetune_assets.data.ingest import write_raw
+    from finetune_assets.data.raw_files import same_rows
+
+    store, made_from = project.store(), {"source": source.config.source, "content": source.content}
+
+    def build(folder: Path) -> None:
+        statistics = write_raw(source.source.files(), source.config.columns, folder)
+        if not source.is_unchanged():
+            raise DataError(f"{source.config.source}: rows changed during the read; materialize dolly_raw again")
+        (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
+        for earlier in source.earlier_fingerprints():
+            if (ref := store.find(RAW.folder, earlier)) and same_rows(store.fetch(ref), folder):
+                made_from[SAME_ROWS] = earlier
+
+    def make() -> ArtifactRef:
+        return publish_built(project, RAW, source.fingerprint, source.fingerprint, made_from, build)
+
+    outcome = materialize_or_reuse(context, project, RAW, source.fingerprint, make)
+    used = store.resolve(RAW.folder, raw.known(source), made_by="dolly_raw")
+    return ReadSource(source, used, outcome.hit, statistics_of(project, outcome.ref))
+
+
+def statistics_of(project: Project, ref: ArtifactRef) -> dict[str, Any]:
+    folder = project.store().fetch(ref, lambda path: path == STATISTICS)
+    statistics: dict[str, Any] = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    return statistics
+
+
+def publish_version(project: Project, raw: RawLineage, sources: Mapping[str, ReadSource], seconds: float) -> Outcome:
+    """Publish the version that consists of all sources' versions; of a single source, it is that source's version."""
+    parts = {name: source.ref.fingerprint for name, source in sources.items()}
+    hit = all(source.hit for source in sources.values())
+    if len(parts) == 1:
+        return Outcome(next(iter(sources.values())).ref, hit, seconds)
+    name, store = combined(parts), project.store()
+
+    def build(folder: Path) -> None:
+        (folder / SOURCES).write_text(json.dumps(parts, indent=1), encoding="utf-8")
+
+    made_from = {"source": raw.source_name, PARTS: parts}
+    ref = store.find(RAW.folder, name) or publish_built(project, RAW, name, name, made_from, build)
+    return Outcome(ref, hit, seconds)
+
+
+def evaluate_checks(
+    context: dg.AssetExecutionContext, project: Project, raw: RawLineage, sources: Mapping[str, ReadSource]
+) -> tuple[list[dg.AssetCheckResult], dict[str, Profile]]:
+    """Evaluate all checks for each source, and record the good versions of sources.
+
+    Returns:
+        One result for each check, and the profile of each source.
+    """
+    by_source, profiles = {}, {}
+    for name, source in sources.items():
+        previous = last_good(context.instance, source.ref.fingerprint, raw.source_name, name)
+        version = Version(context, source.statistics, source.lineage.config, previous)
+        by_source[name] = [check.evaluate(version) for check in RAW_CHECKS]
+        profiles[name] = version.profile
+        if all(result.passed for result in by_source[name] if result.check_name in BLOCKING):
+            record_good(project.store(), source.lineage.source_name, source.ref.fingerprint)
+    if len(sources) == 1:
+        return next(iter(by_source.values())), profiles
+    of_check = zip(*by_source.values(), strict=True)
+    return [_combined(dict(zip(sources, results, strict=True))) for results in of_check], profiles
+
+
+def _combined(results: Mapping[str, dg.AssetCheckResult]) -> dg.AssetCheckResult:
+    """One result of the same check for all sources: it passes if it passes for each of them."""
+    failed = {name: result for name, result in results.items() if not result.passed}
+    first = next(iter((failed or results).values()))
+    return dg.AssetCheckResult(
+        passed=not failed,
+        check_name=first.check_name,
+        severity=first.severity,
+        description="; ".join(f"{name}: {result.description}" for name, result in results.items()),
+        metadata={
+            f"{name}: {key}": value
+            for name, result in results.items()
+            for key, value in (result.metadata or {}).items()
+        },
+    )
