@@ -201,3 +201,47 @@ def test_prefix_of_a_bucket(
     assert source in sensor.says()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
     assert len(sensor.starts()) == 1, "it goes on once the server is there"
+
+
+@pytest.fixture
+def two_sources(project: TestProject) -> tuple[Path, Path]:
+    folders = project.root / "one", project.root / "two"
+    for folder in folders:
+        folder.mkdir()
+        (folder / "a.jsonl").write_text(rows(1, 2))
+    (project.configs / "raw_data.yaml").write_text("sources: {one: {source: ./one}, two: {source: ./two}}\n")
+    return folders
+
+
+def test_each_source_starts_its_own_versions(two_sources: tuple[Path, Path], sensor: Sensor) -> None:
+    assert len(sensor.starts()) == 1, "both are new"
+    for number, folder in enumerate(two_sources):
+        (folder / "b.jsonl").write_text(rows(10 + number))
+        assert len(sensor.starts()) == 1
+    (two_sources[1] / "b.jsonl").unlink()
+    assert len(sensor.starts()) == 1
+    (two_sources[0] / "a.jsonl").touch()
+    assert sensor.starts() == []
+
+
+def test_a_source_that_is_away_stops_no_other(two_sources: tuple[Path, Path], sensor: Sensor) -> None:
+    assert len(sensor.starts()) == 1
+    one, two = two_sources
+    two.rename(two.with_name("away"))
+    assert sensor.starts() == []
+    assert "two: not read" in sensor.says()
+    (one / "b.jsonl").write_text(rows(3))
+    assert len(sensor.starts()) == 1
+    two.with_name("away").rename(two)
+    assert sensor.starts() == [], "the same rows as before"
+
+
+def test_a_second_source_is_added(project: TestProject, inbox: Path, sensor: Sensor) -> None:
+    (inbox / "a.jsonl").write_text(rows(1, 2))
+    assert len(sensor.starts()) == 1
+    os.environ.pop("FINETUNE_RAW_DATA")
+    (project.configs / "raw_data.yaml").write_text(
+        "sources: {one: {source: ./inbox}, two: {source: ./inbox/a.jsonl}}\n"
+    )
+    assert len(sensor.starts()) == 1
+    assert sensor.starts() == []

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ FOLDER = PACKAGED["demo-base"]
 Finetune = Callable[..., LoraFinetune]
 
 
-def comparison(run: Trained, raw: Path | None = None, **settings: object) -> Comparison:
+def comparison(run: Trained, raw: Sequence[Path] = (), **settings: object) -> Comparison:
     for name, value in settings.items():
         setattr(run.config.evaluation, name, value)
     texts = read_texts(TEXTS["demo-prose"])

@@ -34,7 +34,7 @@ def measure(project: TestProject, dataset: Callable[..., Path]) -> Callable[...,
         config = load_resolved(folder / "config.yaml")
         config.evaluation.generated_rows, config.evaluation.general_tokens = 2, 500
         texts = read_texts(TEXTS["demo-prose"])
-        compared = Comparison(config, dataset(config.data.tokenization), "val", texts, None, print)
+        compared = Comparison(config, dataset(config.data.tokenization), "val", texts, [], print)
         contenders = [Contender(BASE, FOLDER, config), Contender(CHALLENGER, FOLDER, config, folder)]
         if champion:
             contenders.append(Contender.of_folder(CHAMPION, FOLDER, project.store.fetch(champion)))

@@ -1,0 +1,160 @@
+"""Several sources of raw data in one deployment: versions, checks, and experiments that use some of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from integration.graph import Graph
+from projects import SHORT, TestProject
+
+from finetune_assets.artifacts.streams import earlier_versions
+from finetune_assets.resources.project import Project
+
+QUICK = """
+model: {base_model: demo-base, dtype: float32}
+data:
+  tokenization: {cutoff_len: 192}
+  val_fraction: 0.2
+  checks: {max_truncated_share: 1.0, max_overlap_share: 1.0}
+"""
+
+
+def write_rows(folder: Path, name: str, numbers: range, words: str) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = [
+        json.dumps(
+            {"instruction": f"What is {words} number {n}?", "response": f"It is {words} {n * n}.", "category": words}
+        )
+        for n in numbers
+    ]
+    (folder / name).write_text("\n".join(lines))
+
+
+@pytest.fixture
+def sources(project: TestProject) -> tuple[Path, Path]:
+    one, two = project.root / "one", project.root / "two"
+    write_rows(one, "a.jsonl", range(60), "apple")
+    write_rows(two, "a.jsonl", range(100, 160), "pear")
+    configure(project)
+    project.write_experiment("both", QUICK)
+    project.write_experiment("ones", QUICK + "  sources: [one]\n")
+    return one, two
+
+
+def configure(project: TestProject, more_one: str = "", more_two: str = "") -> None:
+    (project.configs / "raw_data.yaml").write_text(
+        f"sources:\n  one: {{source: ./one, license: MIT{more_one}}}\n  two: {{source: ./two{more_two}}}\n"
+        "checks: {max_near_duplicate_share: 1.0}\n"
+    )
+
+
+def test_experiments_use_all_sources_or_those_that_they_name(project: TestProject, sources: tuple[Path, Path]) -> None:
+    graph = Graph()
+    raw = graph.run("dolly_raw", partition=None)
+    assert raw.metadata("dolly_raw")["dagster/row_count"] == 120
+    assert raw.metadata("dolly_raw")["one: quarantined"] == 0
+    both = graph.run(["cached_base_model", "tokenized_dataset"], "both").metadata("tokenized_dataset")
+    ones = graph.run(["cached_base_model", "tokenized_dataset"], "ones").metadata("tokenized_dataset")
+    assert both["dagster/row_count"] == 120
+    assert ones["dagster/row_count"] == 60
+    name = Project().lineage("ones").selected_sources()["one"].fingerprint
+
+    write_rows(sources[1], "b.jsonl", range(200, 210), "plum")
+    graph.run("dolly_raw", partition=None)
+    again = graph.run(["tokenized_dataset"], "ones")
+    assert again.reused == {"tokenized_dataset"}, "its source is the same"
+    assert Project().lineage("ones").selected_sources()["one"].fingerprint == name
+    assert graph.run(["tokenized_dataset"], "both").metadata("tokenized_dataset")["dagster/row_count"] == 130
+
+
+def test_a_single_source_by_name_is_the_same_data(project: TestProject, sources: tuple[Path, Path]) -> None:
+    graph = Graph()
+    graph.run("dolly_raw", partition=None)
+    graph.run(["cached_base_model", "tokenized_dataset"], "ones")
+    (project.configs / "raw_data.yaml").write_text("source: ./one\n")
+    graph.run("dolly_raw", partition=None)
+    assert graph.run("tokenized_dataset", "both").reused == {"tokenized_dataset"}
+
+
+def test_a_source_that_is_away_stops_only_what_needs_it(project: TestProject, sources: tuple[Path, Path]) -> None:
+    one, two = sources
+    two.rename(two.with_name("away"))
+    graph = Graph()
+    raw = graph.run("dolly_raw", partition=None)
+    assert raw.success
+    assert "two" in raw.log
+    assert raw.metadata("dolly_raw")["dagster/row_count"] == 60
+    assert graph.run(["cached_base_model", "tokenized_dataset"], "ones").success
+    failed = graph.run(["cached_base_model", "tokenized_dataset"], "both")
+    assert "'two'" in failed.failures["tokenized_dataset"]
+
+    two.with_name("away").rename(two)
+    graph.run("dolly_raw", partition=None)
+    two.rename(two.with_name("away"))
+    write_rows(one, "b.jsonl", range(60, 70), "apple")
+    later = graph.run("dolly_raw", partition=None)
+    assert later.metadata("dolly_raw")["dagster/row_count"] == 130, "the last good version of what is away"
+    assert graph.run("tokenized_dataset", "both").metadata("tokenized_dataset")["dagster/row_count"] == 130
+
+
+def test_checks_are_of_each_source(project: TestProject, sources: tuple[Path, Path]) -> None:
+    graph = Graph()
+    graph.run("dolly_raw", partition=None)
+    (sources[1] / "bad.jsonl").write_text("{\n" * 30)
+    failed = graph.run("dolly_raw", partition=None)
+    (check,) = [one for one in failed.result.get_asset_check_evaluations() if one.check_name == "quarantine"]
+    assert not check.passed
+    assert check.metadata["two: rows"].value == 30
+    assert check.metadata["one: rows"].value == 0
+    (sources[1] / "bad.jsonl").unlink()
+    (sources[0] / "a.jsonl").write_text((sources[0] / "a.jsonl").read_text().partition("\n")[0])
+    fallen = graph.run("dolly_raw", partition=None)
+    (check,) = [one for one in fallen.result.get_asset_check_evaluations() if one.check_name == "row_count"]
+    assert check.metadata["one: row_drop_fraction"].value > 0.9
+    assert check.metadata["two: row_drop_fraction"].value == 0
+
+
+def test_weights_are_shares_of_the_training_tokens(project: TestProject, sources: tuple[Path, Path]) -> None:
+    configure(project, ", weight: 0.8", ", weight: 0.2")
+    graph = Graph()
+    graph.run("dolly_raw", partition=None)
+    metadata = graph.run(["cached_base_model", "tokenized_dataset"], "both").metadata("tokenized_dataset")
+    shares = {name: part["token_share"] for name, part in metadata["sources"].items()}
+    assert shares == pytest.approx({"one": 0.8, "two": 0.2}, abs=0.02)
+    assert metadata["sources"]["two"]["left_out_rows"] > 20
+    assert metadata["sources"]["one"]["left_out_rows"] == 0
+    configure(project, ", max_rows: 30")
+    capped = graph.run(["tokenized_dataset"], "both").metadata("tokenized_dataset")
+    assert capped["dagster/row_count"] == 90
+
+
+def test_rows_of_earlier_versions_are_replayed(project: TestProject, sources: tuple[Path, Path]) -> None:
+    one, _ = sources
+    project.write_experiment("ones", QUICK + "  sources: [one]\n  replay: 0.2\n")
+    graph = Graph()
+    graph.run("dolly_raw", partition=None)
+    first = graph.run(["cached_base_model", "tokenized_dataset"], "ones").metadata("tokenized_dataset")
+    assert first["replayed_rows"] == 0
+    (one / "a.jsonl").unlink()
+    write_rows(one, "b.jsonl", range(500, 560), "cherry")
+    graph.run("dolly_raw", partition=None)
+    lineage = Project().lineage("ones")
+    (ref,) = lineage.selected_sources().values()
+    assert len(earlier_versions(project.store, "one", ref.fingerprint)) == 1
+    second = graph.run(["tokenized_dataset"], "ones").metadata("tokenized_dataset")
+    assert second["replayed_rows"] > 3
+    assert second["replayed_tokens"] / second["tokens"] == pytest.approx(0.2, abs=0.03)
+
+
+def test_losses_are_by_source(project: TestProject, sources: tuple[Path, Path]) -> None:
+    graph = Graph()
+    graph.run("dolly_raw", partition=None)
+    graph.run(
+        ["cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation"],
+        "both",
+        [*SHORT, "data.gate_fraction=0.3"],
+    )
+    lineage = Project(overrides=[*SHORT, "data.gate_fraction=0.3"]).lineage("both")
+    evaluation = json.loads((project.store.fetch(lineage.evaluation()) / "evaluation.json").read_text())
+    assert {row["source"] for row in evaluation["sources"]} == {"one", "two"}
+    assert all(row["base"] is not None for row in evaluation["sources"])
