@@ -17,6 +17,7 @@ from finetune_assets.store.artifacts import SHARED
 from finetune_assets.store.gc import Retention
 
 Inputs = Mapping[str, Any]
+Parts = Callable[[Any, Inputs], dict[str, Any]]
 BY_REFERENCE = Retention()
 
 
@@ -33,21 +34,22 @@ class ArtifactKind:
             up.
         parts: Computes the parts of the fingerprint from settings and inputs.
         retention: Retention policy for garbage collection.
-        earlier: Earlier code versions whose artifacts may have the same content. An asset that finds it so keeps the
-            earlier artifact's identity, so that nothing downstream is computed again.
+        earlier: Earlier code versions whose artifacts may have the same content, each with its `parts`. An asset that
+            finds it so keeps the earlier artifact's identity, and nothing downstream is computed again.
     """
 
     folder: str
     asset: str | None = None
     code_version: str = ""
     inputs: tuple[str, ...] = ()
-    parts: Callable[[Any, Inputs], dict[str, Any]] | None = None
+    parts: Parts | None = None
     retention: Retention = BY_REFERENCE
-    earlier: tuple[str, ...] = ()
+    earlier: tuple[tuple[str, Parts], ...] = ()
 
     def earlier_fingerprints(self, config: Any, **inputs: Any) -> list[str]:
         """Fingerprints of the same inputs under the earlier code versions."""
-        return [replace(self, code_version=code).fingerprint(config, **inputs) for code in self.earlier]
+        versions = (replace(self, code_version=code, parts=parts) for code, parts in self.earlier)
+        return [version.fingerprint(config, **inputs) for version in versions]
 
     def fingerprint(self, config: ExperimentConfig | RawDataConfig | None, **inputs: Any) -> str:
         """Fingerprint of an artifact of this kind, 64 hex digits.
@@ -79,6 +81,10 @@ def _tokenized(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
         "raw": inputs["dolly_raw"],
         "tokenizer": inputs["tokenizer"],
     }
+
+
+def _tokenized_4(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    return {**_tokenized(config, inputs), "data": identity(config.data, added=False)}
 
 
 def _adapter(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
@@ -130,11 +136,18 @@ def _without_source(model: Model) -> dict[str, Any]:
     return settings
 
 
-RAW = ArtifactKind("raw", "dolly_raw", "4", ("content",), _raw, Retention(newest="keep_raw"), earlier=("3",))
+RAW = ArtifactKind("raw", "dolly_raw", "4", ("content",), _raw, Retention(newest="keep_raw"), earlier=(("3", _raw),))
 """`content` identifies every byte of the source: file hashes in reading order, or a Hub commit."""
 BASE_MODELS = ArtifactKind(SHARED, "cached_base_model", "1", ("repo", "revision"), _base_model)
 """Shared by all namespaces, and named by repository and commit instead of a fingerprint."""
-TOKENIZED = ArtifactKind("tokenized", "tokenized_dataset", "4", ("dolly_raw", "tokenizer", "split_salt"), _tokenized)
+TOKENIZED = ArtifactKind(
+    "tokenized",
+    "tokenized_dataset",
+    "5",
+    ("dolly_raw", "tokenizer", "split_salt"),
+    _tokenized,
+    earlier=(("4", _tokenized_4),),
+)
 """`tokenizer` maps each tokenizer file of the base model to its sha256."""
 ADAPTERS = ArtifactKind(
     "adapters",

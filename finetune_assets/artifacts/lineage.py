@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.champions import Champions, Record
 from finetune_assets.artifacts.imports import Import, import_external
 from finetune_assets.artifacts.kinds import (
@@ -94,6 +95,11 @@ class Lineage:
         inputs = {name: self._input(name, known) for name in kind.inputs}
         return kind.fingerprint(self.experiment.config, **inputs)
 
+    def earlier_fingerprints(self, kind: ArtifactKind, **known: ArtifactRef) -> list[str]:
+        """Fingerprints of the same artifact under earlier code versions."""
+        inputs = {name: self._input(name, known) for name in kind.inputs}
+        return kind.earlier_fingerprints(self.experiment.config, **inputs)
+
     def expected(self, kind: ArtifactKind) -> ArtifactRef:
         """The experiment's artifact of a kind."""
         if kind is RAW:
@@ -101,7 +107,7 @@ class Lineage:
         if kind is CHAMPIONS:
             return self.champion()
         name = self.base_name() if kind is BASE_MODELS else self.fingerprint(kind)
-        return self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder)
+        return canonical(self.store, self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder))
 
     def _input(self, name: str, known: Mapping[str, ArtifactRef]) -> Any:
         """The value of one fingerprint input: an asset's fingerprint, or a value from outside the graph."""

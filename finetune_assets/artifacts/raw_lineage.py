@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.raw_data_schema import RawDataConfig, RawSource
@@ -21,8 +22,6 @@ from finetune_assets.store.errors import ArtifactMissing
 
 NO_GOOD_VERSION = "none"
 """In place of a version of the raw data: none of the sources has passed its blocking checks."""
-SAME_ROWS = "same_rows"
-"""Provenance key of raw data: fingerprint of the artifact of an earlier code version that has exactly the same rows."""
 PARTS = "parts"
 """Provenance key of raw data of several sources: fingerprint of each source's version, by name."""
 
@@ -152,9 +151,8 @@ class RawLineage:
 
     def known(self, source: SourceLineage) -> str:
         """Fingerprint of a source's version: of an earlier code version's artifact, if it has exactly the same rows."""
-        manifest = self.store.manifest(RAW.folder, source.fingerprint)
-        earlier = manifest.made_from.get(SAME_ROWS) if manifest else None
-        return earlier if earlier and self.store.find(RAW.folder, earlier) else source.fingerprint
+        ref = self.store.find(RAW.folder, source.fingerprint)
+        return canonical(self.store, ref).fingerprint if ref else source.fingerprint
 
     def raw(self) -> ArtifactRef:
         return self.store.resolve(RAW.folder, self.fingerprint, made_by="dolly_raw")

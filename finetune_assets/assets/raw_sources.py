@@ -8,8 +8,9 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.aliases import SAME_AS
 from finetune_assets.artifacts.kinds import RAW
-from finetune_assets.artifacts.raw_lineage import PARTS, SAME_ROWS, RawLineage, SourceLineage, combined
+from finetune_assets.artifacts.raw_lineage import PARTS, RawLineage, SourceLineage, combined
 from finetune_assets.artifacts.streams import record_good
 from finetune_assets.assets.materialization import Outcome, materialize_or_reuse, publish_built
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
@@ -87,7 +88,7 @@ def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, 
         (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
         for earlier in source.earlier_fingerprints():
             if (ref := store.find(RAW.folder, earlier)) and same_rows(store.fetch(ref), folder):
-                made_from[SAME_ROWS] = earlier
+                made_from[SAME_AS] = earlier
 
     def make() -> ArtifactRef:
         return publish_built(project, RAW, source.fingerprint, source.fingerprint, made_from, build)

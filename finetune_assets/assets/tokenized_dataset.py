@@ -1,12 +1,15 @@
 """Asset `tokenized_dataset`: the experiment's rows as token sequences ready for training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.aliases import SAME_AS, canonical
 from finetune_assets.artifacts.kinds import TOKENIZED
+from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.materialization import (
     ARTIFACT,
@@ -25,6 +28,9 @@ from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import is_tokenizer_file
 from finetune_assets.store.artifacts import ArtifactRef
+
+if TYPE_CHECKING:
+    from finetune_assets.data.raw_files import RawPart
 
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
 
@@ -52,27 +58,29 @@ def tokenized_dataset(
         config = lineage.experiment.config
         fingerprint = lineage.fingerprint(TOKENIZED, dolly_raw=dolly_raw, cached_base_model=cached_base_model)
 
+        made_from: dict[str, Any] = {
+            "dolly_raw": dolly_raw.fingerprint,
+            "cached_base_model": cached_base_model.fingerprint,
+        }
+
         def build(folder: Path) -> None:
-            from finetune_assets.data.ingest import PARQUET
             from finetune_assets.data.prepare import prepare_dataset
             from finetune_assets.data.preview import masked_tokens
             from finetune_assets.data.tokenization import check_positions, load_tokenizer
 
             if trains_later(context):
                 launcher.prepare(config.launcher)
-            store = project.store()
-            base_model = store.fetch(cached_base_model, is_tokenizer_file)
+            base_model = project.store().fetch(cached_base_model, is_tokenizer_file)
             check_positions(base_model, config.data)
             trusted = config.model.trust_remote_code is not None
             tokenizer = load_tokenizer(str(base_model), config.data.tokenization.added_tokens, trusted)
-            rows = store.fetch(dolly_raw, lambda path: path == PARQUET) / PARQUET
-            salt = lineage.raw.config.split_salt
-            statistics = prepare_dataset(rows, tokenizer, config.data, salt, folder)
+            parts = _raw_parts(lineage, dolly_raw)
+            statistics = prepare_dataset(parts, tokenizer, config.data, lineage.raw.config.split_salt, folder)
             (folder / STATISTICS).write_text(json.dumps(statistics.to_dict()), encoding="utf-8")
             (folder / PREVIEW).write_text(masked_tokens(folder / "train.arrow", tokenizer), encoding="utf-8")
+            made_from.update(_same_as(lineage, folder, dolly_raw, cached_base_model))
 
         def make() -> ArtifactRef:
-            made_from = {"dolly_raw": dolly_raw.fingerprint, "cached_base_model": cached_base_model.fingerprint}
             return publish_built(project, TOKENIZED, fingerprint, fingerprint, made_from, build)
 
         outcome = materialize_or_reuse(context, project, TOKENIZED, fingerprint, make)
@@ -81,7 +89,33 @@ def tokenized_dataset(
         checks = dataset_checks(context, statistics, config.data)
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
+        outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))
         return result(outcome, checks, lineage_tags(lineage), **metadata)
+
+
+def _raw_parts(lineage: Lineage, raw: ArtifactRef) -> list["RawPart"]:
+    """The versions of the sources that the experiment uses, fetched, and then earlier versions to replay."""
+    from finetune_assets.data.ingest import PARQUET
+    from finetune_assets.data.raw_files import RawPart
+
+    def folder(ref: ArtifactRef) -> Path:
+        return lineage.store.fetch(ref, lambda path: path == PARQUET)
+
+    selected = lineage.selected_sources(raw)
+    mixture: dict[str, Any] = lineage.mixture(selected)
+    parts = [RawPart(name, folder(ref), **mixture.get(name, {})) for name, ref in selected.items()]
+    return parts + [RawPart("replay", folder(ref), replay=True) for ref in lineage.replayed(selected)]
+
+
+def _same_as(lineage: Lineage, folder: Path, raw: ArtifactRef, base_model: ArtifactRef) -> dict[str, str]:
+    """Provenance that names an earlier code version's dataset with the same examples, if the store has one."""
+    from finetune_assets.data.same_examples import same_examples
+
+    for earlier in lineage.earlier_fingerprints(TOKENIZED, dolly_raw=raw, cached_base_model=base_model):
+        ref = lineage.store.find(TOKENIZED.folder, earlier)
+        if ref and same_examples(lineage.store.fetch(ref), folder):
+            return {SAME_AS: earlier}
+    return {}
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:

@@ -18,15 +18,20 @@ def fingerprint(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def identity(settings: Any) -> Any:
-    """A group of settings as plain data, without the fields that cannot change an artifact's bytes."""
+def identity(settings: Any, added: bool = True) -> Any:
+    """A group of settings as plain data, without the fields that cannot change an artifact's bytes.
+
+    Args:
+        settings: The settings.
+        added: Include fields that a later version of the schema added, where they do not have their default.
+    """
     if not is_dataclass(settings):
         return settings
-    kept = (field for field in fields(settings) if _counts(field, getattr(settings, field.name)))
-    return {field.name: identity(getattr(settings, field.name)) for field in kept}
+    kept = (field for field in fields(settings) if _counts(field, getattr(settings, field.name), added))
+    return {field.name: identity(getattr(settings, field.name), added) for field in kept}
 
 
-def _counts(field: "Field[Any]", value: Any) -> bool:
+def _counts(field: "Field[Any]", value: Any, added: bool) -> bool:
     if field.metadata.get("added"):
-        return bool(value != default_of(field))
+        return added and bool(value != default_of(field))
     return bool(field.metadata.get("identity", True))
