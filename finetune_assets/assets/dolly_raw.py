@@ -45,12 +45,14 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
     """
     from finetune_assets.data.errors import DataError
     from finetune_assets.data.ingest import write_raw
+    from finetune_assets.data.near_duplicates import THRESHOLD
 
     with asset_step(context, retried=True):
         lineage = project.raw(asks_hub=True)
 
         def build(folder: Path) -> None:
-            statistics = write_raw(lineage.source.files(), lineage.config.columns, folder)
+            threshold = THRESHOLD if lineage.config.checks.near_duplicates == "minhash" else None
+            statistics = write_raw(lineage.source.files(), lineage.config.columns, folder, threshold)
             if not lineage.is_unchanged():
                 raise DataError(f"{lineage.config.source}: rows changed during the read; materialize dolly_raw again")
             (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import TOKENIZED
+from finetune_assets.assets.contamination import contamination_check
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.materialization import (
     ARTIFACT,
@@ -79,6 +80,7 @@ def tokenized_dataset(
         folder = project.store().fetch(outcome.ref, lambda path: path in (STATISTICS, PREVIEW))
         statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
         checks = dataset_checks(context, statistics, config.data)
+        checks.append(contamination_check(context, project.store(), lineage, dolly_raw, outcome.ref))
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
         return result(outcome, checks, overridden(lineage.experiment), **metadata)
@@ -89,8 +91,16 @@ def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
 
     counts = dict(statistics)
     examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")
-    for name in ("first_without_label", "first_truncated", "first_overlap", "length_histogram", "fill_histogram"):
-        del counts[name]  # shown by the checks and by plots
+    for name in (
+        "first_without_label",
+        "first_truncated",
+        "first_overlap",
+        "first_left_out",
+        "length_histogram",
+        "fill_histogram",
+    ):
+        counts.pop(name, None)  # shown by the checks and by plots
+    counts |= {f"drawn_{split}_rows": rows for split, rows in counts.pop("drawn", {}).items()}
     return {
         "dagster/row_count": sum(examples.values()),
         "dagster/column_schema": column_schema(EXAMPLE_SCHEMA),

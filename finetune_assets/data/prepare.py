@@ -20,15 +20,21 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
+from finetune_assets.data.cross_split import near_duplicates_across
 from finetune_assets.data.errors import DataError
+from finetune_assets.data.near_duplicates import THRESHOLD
 from finetune_assets.data.packing import pack
-from finetune_assets.data.quality import SHOWN, folded, hashed
+from finetune_assets.data.quality import SHOWN, rows_by_number
 from finetune_assets.data.rows import Draw, Row, Split, draw, side_of
 from finetune_assets.data.tokenization import IGNORED, Encoder, TokenizedRows
 from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
 ROWS_PER_BATCH = 1_000
+LONGEST_PROMPT = 80
+"""Maximum length of a prompt that is named, in characters."""
+FREQUENT = 0.2
+"""A prompt with more than this fraction of the rows explains an empty split."""
 LENGTH_BINS, FILL_BINS = 40, 20
 """Number of bins of the histograms of example lengths and of packed sequences' fill."""
 EXAMPLE_SCHEMA = pa.schema(
@@ -49,17 +55,19 @@ class Rows(NamedTuple):
     Attributes:
         sides: `Draw.side` of each row; shape (n,).
         ranks: `Draw.rank` of each row; shape (n,).
-        prompts: Hash of each row's folded prompt; shape (n,).
         categories: Category of each row; shape (n,), equal texts share memory.
     """
 
     sides: NDArray[np.float64]
     ranks: NDArray[np.float64]
-    prompts: NDArray[np.uint64]
     categories: NDArray[np.object_]
 
     def side_of(self, row: int, data: Data) -> Split:
         return side_of(Draw(self.sides[row], self.ranks[row]), data)
+
+    def in_train(self, data: Data) -> NDArray[np.bool_]:
+        """Whether each row is in the train split, as `side_of` decides; shape (n,)."""
+        return (self.sides >= data.gate_fraction) & (self.sides < 1 - data.val_fraction)
 
 
 @dataclass
@@ -67,13 +75,20 @@ class Statistics:
     """Statistics of a prepared dataset. Token counts are of the train split unless named otherwise.
 
     `refused` rows cannot be rendered with the experiment's template; `first_refused` names the first of them and the
-    reason. `overlap` counts held-out rows with a prompt that is also in the train split, up to case, spaces and
-    punctuation. Rows are named by their numbers in the raw data, from 0.
+    reason. `near_duplicates_left_out` counts training rows that are left out because they repeat a held-out row, and
+    `first_left_out` names the first of them, each with that row. `overlap` counts held-out rows that a training row
+    repeats (`cross_split`). `drawn` counts the chosen rows by split, before any is left out;
+    `most_frequent_prompt_rows` of them share one prompt. Rows are named by their numbers in the raw data, from 0.
     """
 
     rows_read: int = 0
     rows_of_other_categories: int = 0
     rows_beyond_num_samples: int = 0
+    drawn: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
+    most_frequent_prompt: str = ""
+    most_frequent_prompt_rows: int = 0
+    near_duplicates_left_out: int = 0
+    first_left_out: list[tuple[int, int]] = field(default_factory=list)
     examples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
     refused: int = 0
     first_refused: str = ""
@@ -109,6 +124,8 @@ def prepare_dataset(
     statistics = Statistics()
     drawn = _draw_rows(rows, split_salt)
     taken = _select(drawn, data, statistics)
+    _describe_split(rows, drawn, taken, data, statistics)
+    _leave_out(rows, drawn, taken, data, statistics)
     lengths = _write_examples(rows, Encoder(tokenizer, data), drawn, taken, data, statistics, out)
     _check_not_empty(statistics, data)
     _describe_lengths(lengths, statistics)
@@ -117,16 +134,15 @@ def prepare_dataset(
 
 
 def _draw_rows(rows: Path, salt: str) -> Rows:
-    sides, ranks, prompts, categories = array("d"), array("d"), array("Q"), list[str]()
+    sides, ranks, categories = array("d"), array("d"), list[str]()
     for batch in pq.ParquetFile(rows).iter_batches(10_000, columns=["instruction", "context", "category"]):
         columns = batch.to_pydict()
         for instruction, context in zip(columns["instruction"], columns["context"], strict=True):
             side, rank = draw(instruction, context, salt)
             sides.append(side)
             ranks.append(rank)
-            prompts.append(hashed(folded(instruction), folded(context)))
         categories += map(sys.intern, columns["category"])
-    return Rows(np.array(sides), np.array(ranks), np.array(prompts), np.array(categories, object))
+    return Rows(np.array(sides), np.array(ranks), np.array(categories, object))
 
 
 def _select(rows: Rows, data: Data, statistics: Statistics) -> NDArray[np.bool_]:
@@ -148,6 +164,44 @@ def _select(rows: Rows, data: Data, statistics: Statistics) -> NDArray[np.bool_]
     return taken
 
 
+def _describe_split(rows: Path, drawn: Rows, taken: NDArray[np.bool_], data: Data, statistics: Statistics) -> None:
+    sides, in_train = drawn.sides[taken], drawn.in_train(data)[taken]
+    gate = int((~in_train & (sides < data.gate_fraction)).sum())
+    train = int(in_train.sum())
+    statistics.drawn = {Split.TRAIN: train, Split.VAL: len(sides) - train - gate, Split.GATE: gate}
+    if not len(sides):
+        return
+    values, counts = np.unique(sides, return_counts=True)
+    row = int(np.flatnonzero(taken & (drawn.sides == values[counts.argmax()]))[0])
+    batches = pq.ParquetFile(rows).iter_batches(ROWS_PER_BATCH, columns=["instruction", "context"])
+    prompt = rows_by_number(batches, {row})[row]
+    statistics.most_frequent_prompt = (prompt["instruction"] or prompt["context"])[:LONGEST_PROMPT]
+    statistics.most_frequent_prompt_rows = int(counts.max())
+
+
+def _leave_out(rows: Path, drawn: Rows, taken: NDArray[np.bool_], data: Data, statistics: Statistics) -> None:
+    """Take no training row that repeats a held-out row, unless the settings keep them; then count them."""
+    threshold, in_train = data.near_duplicate_threshold, drawn.in_train(data)
+    if not (taken & ~in_train).any():
+        return
+    with Progress("comparing the splits", int(taken.sum()), UNIT) as progress:
+
+        def batches(chosen: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[Row]]]:
+            for numbers, batch in _taken_rows(rows, chosen, ["instruction", "context", "response", "messages"]):
+                progress.add(len(numbers))
+                yield numbers, batch
+
+        found = near_duplicates_across(
+            batches(taken & ~in_train), batches(taken & in_train), THRESHOLD if threshold is None else threshold
+        )
+    if threshold is None:
+        statistics.overlap, statistics.first_overlap = len(found.all_held_out), found.all_held_out[:SHOWN]
+        return
+    statistics.near_duplicates_left_out = len(found.train)
+    statistics.first_left_out = list(zip(found.train, found.held_out, strict=True))[:SHOWN]
+    taken[found.train] = False
+
+
 def _write_examples(
     rows: Path,
     encoder: Encoder,
@@ -163,7 +217,6 @@ def _write_examples(
         Number of tokens of each train example; shape (n,).
     """
     lengths: list[NDArray[np.int64]] = []
-    written: dict[Split, list[NDArray[np.int64]]] = {split: [] for split in Split}
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), EXAMPLE_SCHEMA))
@@ -187,29 +240,16 @@ def _write_examples(
                 if len(kept):
                     writer.write_batch(columns.take(pa.array(kept)))
                 statistics.examples[split] += len(kept)
-                written[split].append(indices[kept])
                 if split is Split.TRAIN:
                     lengths.append(examples.lengths[kept])
                     statistics.truncated += int(examples.truncated[kept].sum())
                     _name_first(statistics.first_truncated, indices[kept][examples.truncated[kept]])
                     statistics.labelled_tokens += int(labelled[kept].sum())
-    _count_overlap({split: _joined(rows) for split, rows in written.items()}, drawn, statistics)
-    return _joined(lengths)
-
-
-def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
 
 
 def _name_first(names: list[int], rows: NDArray[np.int64]) -> None:
     names += map(int, rows[: SHOWN - len(names)])
-
-
-def _count_overlap(written: dict[Split, NDArray[np.int64]], drawn: Rows, statistics: Statistics) -> None:
-    held_out = np.sort(np.concatenate([written[Split.VAL], written[Split.GATE]]))
-    both = held_out[np.isin(drawn.prompts[held_out], drawn.prompts[written[Split.TRAIN]])]
-    statistics.overlap = len(both)
-    _name_first(statistics.first_overlap, both)
 
 
 def _count_refused(examples: TokenizedRows, chosen: NDArray[np.int64], statistics: Statistics) -> None:
@@ -219,9 +259,11 @@ def _count_refused(examples: TokenizedRows, chosen: NDArray[np.int64], statistic
     statistics.refused += len(examples.refused)
 
 
-def _taken_rows(rows: Path, taken: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[Row]]]:
+def _taken_rows(
+    rows: Path, taken: NDArray[np.bool_], columns: list[str] | None = None
+) -> Iterator[tuple[NDArray[np.int64], list[Row]]]:
     start = 0
-    for batch in pq.ParquetFile(rows).iter_batches(ROWS_PER_BATCH):
+    for batch in pq.ParquetFile(rows).iter_batches(ROWS_PER_BATCH, columns=columns):
         wanted = np.flatnonzero(taken[start : start + len(batch)])
         if len(wanted):
             yield wanted + start, batch.take(pa.array(wanted)).to_pylist()
@@ -255,10 +297,28 @@ def _check_not_empty(statistics: Statistics, data: Data) -> None:
     counts = f"{statistics.rows_read} rows gave {dict(left)} examples, {statistics.without_label} without a label"
     if statistics.refused:
         counts += f", {statistics.refused} refused by the template ({statistics.first_refused})"
-    if not left[Split.TRAIN]:
-        raise DataError(f"no training examples: {counts}; use more rows or raise data.tokenization.cutoff_len")
-    if not left[Split.VAL] and data.val_fraction > 0:
-        raise DataError(f"no validation examples: {counts}; use more rows, raise data.val_fraction, or set it to 0")
+    if statistics.near_duplicates_left_out:
+        counts += (
+            f", {statistics.near_duplicates_left_out} near-duplicates of held-out rows left out "
+            f"(data.near_duplicate_threshold = {data.near_duplicate_threshold:g})"
+        )
+    for split, needed in ((Split.TRAIN, True), (Split.VAL, data.val_fraction > 0)):
+        if needed and not left[split]:
+            name = {Split.TRAIN: "training", Split.VAL: "validation"}[split]
+            raise DataError(f"no {name} examples: {counts}; {_remedy(split, statistics)}")
+
+
+def _remedy(split: Split, statistics: Statistics) -> str:
+    rows, same = sum(statistics.drawn.values()), statistics.most_frequent_prompt_rows
+    if same > FREQUENT * rows and same > 1:
+        return (
+            f"{same} of {rows} rows ({same / rows:.0%}) have the same prompt, {statistics.most_frequent_prompt!r}, and "
+            "all rows with the same prompt (of a conversation, system turn and first user turn) are in one split; add rows "
+            "with other prompts"
+        )
+    if split is Split.TRAIN:
+        return "use more rows or raise data.tokenization.cutoff_len"
+    return "use more rows, raise data.val_fraction, or set it to 0"
 
 
 def _describe_lengths(lengths: NDArray[np.int64], statistics: Statistics) -> None:
