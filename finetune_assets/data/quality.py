@@ -119,7 +119,7 @@ def leaks(row: Row, words: Mapping[str, int]) -> bool:
         words: Number of words of each text of the row; rows with a longer response than instruction need no search.
     """
     instruction, response = row["instruction"], row["response"]
-    if words[response] > words.get(instruction, 0):
+    if words.get(response, 0) > words.get(instruction, 0):
         return False
     answer = folded(response)
     return len(answer) >= LEAST_LEAK and answer in folded(instruction)
