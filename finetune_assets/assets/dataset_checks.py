@@ -19,16 +19,34 @@ SPECS = [
     _spec("unlabelled", "Share of rows without a label token is at most data.checks.max_unlabelled_share."),
     _spec(
         "overlap",
-        "Share of held-out rows with a prompt that is also in the training split (up to case, spaces and punctuation) "
-        "is at most data.checks.max_overlap_share.",
+        "Share of held-out rows with a near-duplicate in the training split is at most data.checks.max_overlap_share.",
+    ),
+    _spec(
+        "left_out",
+        "Share of training rows left out as near-duplicates of held-out rows is at most "
+        "data.checks.max_left_out_share. Warns only.",
+        blocking=False,
+    ),
+    _spec(
+        "split_fractions",
+        "Validation and gate split have between half of and twice their fraction of the rows. Warns only.",
+        blocking=False,
+    ),
+    _spec(
+        "contamination",
+        "Share of training rows that contain 13 words in a row of a text that models are evaluated on is at most "
+        "data.checks.max_contaminated_share. Warns only.",
+        blocking=False,
     ),
 ]
+LEAST_EXPECTED = 30
+"""Minimum expected size of a split, in rows, below which `split_fractions` checks nothing: it varies too much."""
 
 
 def dataset_checks(
     context: dg.AssetExecutionContext, statistics: dict[str, Any], data: Data
 ) -> list[dg.AssetCheckResult]:
-    """Evaluate all checks in SPECS.
+    """Evaluate all checks in SPECS but `contamination`.
 
     Args:
         context: Context of the asset step; failures are written to its log.
@@ -75,6 +93,45 @@ def dataset_checks(
             examples["val"] + examples["gate"],
             allowed.max_overlap_share,
             "data.checks.max_overlap_share",
-            "are held out, but their prompt is also in the training split",
+            "are held out, but have a near-duplicate in the training split (data.near_duplicate_threshold)",
         ),
+        _left_out(context, statistics, data),
+        _split_fractions(context, statistics, data),
     ]
+
+
+def _left_out(context: dg.AssetExecutionContext, statistics: dict[str, Any], data: Data) -> dg.AssetCheckResult:
+    most, pairs = data.checks.max_left_out_share, statistics.get("first_left_out", [])
+    first = "; ".join(f"row {row} repeats row {held_out}" for row, held_out in pairs)
+    problem = (
+        f"are left out of training as near-duplicates of held-out rows (data.checks.max_left_out_share = {most:g}); "
+        f"raise data.near_duplicate_threshold, or set it to null to keep them. First, by number in dolly_raw: {first}"
+    )
+    count, total = statistics.get("near_duplicates_left_out", 0), statistics.get("drawn", {}).get("train", 0)
+    severity = dg.AssetCheckSeverity.WARN
+    return fraction_check(context, "left_out", count, total, most, problem, severity=severity, first_rows=first)
+
+
+def _split_fractions(context: dg.AssetExecutionContext, statistics: dict[str, Any], data: Data) -> dg.AssetCheckResult:
+    drawn = statistics.get("drawn", {})
+    rows, problems = sum(drawn.values()), []
+    for split, setting, fraction in (
+        ("val", "data.val_fraction", data.val_fraction),
+        ("gate", "data.gate_fraction", data.gate_fraction),
+    ):
+        share = drawn.get(split, 0) / rows if rows else fraction
+        if fraction * rows >= LEAST_EXPECTED and not fraction / 2 <= share <= fraction * 2:
+            problems.append(f"{share:.1%} of {rows:,} rows are in the split {split} ({setting} = {fraction:g})")
+    if problems:
+        frequent, prompt = statistics["most_frequent_prompt_rows"], statistics["most_frequent_prompt"]
+        problems.append(
+            f"all rows with the same prompt are in one split; the most frequent, {prompt!r}, has {frequent:,} rows"
+        )
+        context.log.warning(f"Check split_fractions failed: {'; '.join(problems)}")
+    return dg.AssetCheckResult(
+        passed=not problems,
+        check_name="split_fractions",
+        severity=dg.AssetCheckSeverity.WARN,
+        description="; ".join(problems) or "The splits have their fractions of the rows",
+        metadata={f"{split}_rows": count for split, count in drawn.items()},
+    )

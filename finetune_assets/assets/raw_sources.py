@@ -76,18 +76,20 @@ def read_sources(context: dg.AssetExecutionContext, project: Project, raw: RawLi
 
 def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, source: SourceLineage) -> ReadSource:
     from finetune_assets.data.errors import DataError
-    from finetune_assets.data.ingest import write_raw
+    from finetune_assets.data.ingest import PARQUET, write_raw
+    from finetune_assets.data.near_duplicates import THRESHOLD
     from finetune_assets.data.raw_files import same_rows
 
     store, made_from = project.store(), {"source": source.config.source, "content": source.content}
 
     def build(folder: Path) -> None:
-        statistics = write_raw(source.source.files(), source.config.columns, folder)
+        threshold = THRESHOLD if source.config.checks.near_duplicates == "minhash" else None
+        statistics = write_raw(source.source.files(), source.config.columns, folder, threshold)
         if not source.is_unchanged():
             raise DataError(f"{source.config.source}: rows changed during the read; materialize dolly_raw again")
         (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
         for earlier in source.earlier_fingerprints():
-            if (ref := store.find(RAW.folder, earlier)) and same_rows(store.fetch(ref), folder):
+            if (ref := store.find(RAW.folder, earlier)) and same_rows(store.fetch(ref) / PARQUET, folder / PARQUET):
                 made_from[SAME_AS] = earlier
 
     def make() -> ArtifactRef:

@@ -10,6 +10,7 @@ import dagster as dg
 from finetune_assets.artifacts.aliases import SAME_AS, canonical
 from finetune_assets.artifacts.kinds import TOKENIZED
 from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.assets.contamination import contamination_check
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.materialization import (
     ARTIFACT,
@@ -87,6 +88,7 @@ def tokenized_dataset(
         folder = project.store().fetch(outcome.ref, lambda path: path in (STATISTICS, PREVIEW))
         statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
         checks = dataset_checks(context, statistics, config.data)
+        checks.append(contamination_check(context, lineage, dolly_raw, outcome.ref))
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
         outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))
@@ -98,13 +100,13 @@ def _raw_parts(lineage: Lineage, raw: ArtifactRef) -> list["RawPart"]:
     from finetune_assets.data.ingest import PARQUET
     from finetune_assets.data.raw_files import RawPart
 
-    def folder(ref: ArtifactRef) -> Path:
-        return lineage.store.fetch(ref, lambda path: path == PARQUET)
+    def file(ref: ArtifactRef) -> Path:
+        return lineage.store.fetch(ref, lambda path: path == PARQUET) / PARQUET
 
     selected = lineage.selected_sources(raw)
     mixture: dict[str, Any] = lineage.mixture(selected)
-    parts = [RawPart(name, folder(ref), **mixture.get(name, {})) for name, ref in selected.items()]
-    return parts + [RawPart("replay", folder(ref), replay=True) for ref in lineage.replayed(selected)]
+    parts = [RawPart(name, file(ref), **mixture.get(name, {})) for name, ref in selected.items()]
+    return parts + [RawPart("replayed", file(ref), replay=True) for ref in lineage.replayed(selected)]
 
 
 def _same_as(lineage: Lineage, folder: Path, raw: ArtifactRef, base_model: ArtifactRef) -> dict[str, str]:
@@ -123,8 +125,16 @@ def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
 
     counts = dict(statistics)
     examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")
-    for name in ("first_without_label", "first_truncated", "first_overlap", "length_histogram", "fill_histogram"):
-        del counts[name]  # shown by the checks and by plots
+    for name in (
+        "first_without_label",
+        "first_truncated",
+        "first_overlap",
+        "first_left_out",
+        "length_histogram",
+        "fill_histogram",
+    ):
+        counts.pop(name, None)  # shown by the checks and by plots
+    counts |= {f"drawn_{split}_rows": rows for split, rows in counts.pop("drawn", {}).items()}
     return {
         "dagster/row_count": sum(examples.values()),
         "dagster/column_schema": column_schema(EXAMPLE_SCHEMA),

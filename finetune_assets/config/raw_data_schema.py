@@ -1,6 +1,7 @@
 """Every setting of the raw data, `configs/raw_data.yaml`: schema, defaults and documentation, as in `schema.py`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from omegaconf import MISSING
 
@@ -59,7 +60,8 @@ class RawChecks:
     max_duplicate_share: float = 0.05
     """Exact duplicate rows; above it, the blocking check `duplicates` fails."""
     max_near_duplicate_share: float = 0.1
-    """Near-duplicate rows (equal up to case, spaces and punctuation); above it, the check `near_duplicates` warns."""
+    """Near-duplicate rows (see `near_duplicates`) that are not exact duplicates; above it, the check `near_duplicates`
+    warns."""
     max_leakage_share: float = 0.01
     """Rows whose instruction contains their response; above it, the blocking check `leakage` fails."""
     max_row_fall: float = 0.5
@@ -67,6 +69,10 @@ class RawChecks:
     max_drift: float = 0.2
     """Total variation distance (0 to 1) of categories or lengths from the last good version; above it, the check
     `drift` warns."""
+    near_duplicates: Literal["minhash", "folded"] = "minhash"
+    """Near-duplicate rows: `minhash` counts rows whose three-word sequences have an estimated Jaccard index of at least
+    0.8; `folded` only rows that are equal up to case, spaces and punctuation, in less time and memory. Takes effect
+    when new data is read."""
 
 
 @dataclass

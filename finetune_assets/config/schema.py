@@ -59,15 +59,21 @@ class Tokenization:
 
 @dataclass
 class DataChecks:
-    """Thresholds of the checks of `tokenized_dataset`, as fractions from 0 to 1. Each check is blocking."""
+    """Thresholds of the checks of `tokenized_dataset`, as fractions from 0 to 1. Each check is blocking, except
+    those that warn."""
 
     max_truncated_share: float = 0.2
     """Training examples truncated at `cutoff_len` (check `truncated`)."""
     max_unlabelled_share: float = 0.05
     """Rows without a label token, usually because the prompt alone fills `cutoff_len` (check `unlabelled`)."""
     max_overlap_share: float = 0.01
-    """Held-out rows whose prompt is also in the training split, up to case, spaces and punctuation (check
-    `overlap`)."""
+    """Held-out rows with a near-duplicate in the training split (check `overlap`); there are none unless
+    `data.near_duplicate_threshold` is `null`."""
+    max_left_out_share: float = 0.2
+    """Training rows left out as near-duplicates of held-out rows; above it, the check `left_out` warns."""
+    max_contaminated_share: float = 0.0
+    """Training rows with 13 words in a row that also occur in the evaluation's general text or in the files of
+    `evaluation.lm_eval.folder`; above it, the check `contamination` warns."""
 
 
 @dataclass
@@ -89,6 +95,10 @@ class Data:
     """Fraction of rows in the validation split. Rows are split by content, so a row never changes its split."""
     gate_fraction: float = 0.05
     """Fraction of rows held out for the champion gate alone."""
+    near_duplicate_threshold: float | None = added(0.8)
+    """Leave a row out of training if a held-out row has the same question (up to case, spaces and punctuation), the
+    same question and answer under another system turn, or at least this estimated similarity: the Jaccard index of
+    three-word sequences of instruction and context, or of all turns of a conversation. `null` keeps such rows."""
     prompt_template: PromptTemplate = field(default_factory=PromptTemplate)
     """How a row is rendered as text."""
     max_refused_share: float = not_identity(0.01)

@@ -37,6 +37,8 @@ VERSION = re.compile(r"[^@\s]+@[0-9a-f]{40}")
 """One version of a model, as `model.trust_remote_code` names it."""
 REWRITES_BASE = ("pissa", "olora")
 """Initializations that move part of the base model's weights into the adapter."""
+LEAST_SIMILARITY = 0.7
+"""Less similar texts are found too seldom by their MinHash signatures."""
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
 
 
@@ -107,7 +109,8 @@ def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
 
 def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
     """All problems of the raw data settings."""
-    yield from _shares({"max_quarantine_share": config.max_quarantine_share, **_named("checks", config.checks)})
+    checks = {name: value for name, value in _named("checks", config.checks).items() if not isinstance(value, str)}
+    yield from _shares({"max_quarantine_share": config.max_quarantine_share, **checks})
     arrivals = _named("arrivals", config.arrivals)
     for key, number in arrivals.items():
         if number is not None and not 0 <= number < math.inf:
@@ -241,6 +244,12 @@ def _split(data: Data) -> Iterator[Problem]:
             f"val_fraction + gate_fraction is {total:g}; it must be below 1 to leave rows to train on",
         )
     yield from _shares({"data.max_refused_share": data.max_refused_share, **_named("data.checks", data.checks)})
+    threshold = data.near_duplicate_threshold
+    if threshold is not None and not LEAST_SIMILARITY <= threshold <= 1:
+        yield (
+            "data.near_duplicate_threshold",
+            f"{threshold} must be from {LEAST_SIMILARITY} to 1; use null to keep near-duplicates",
+        )
     if data.categories == []:
         yield "data.categories", "an empty list selects no rows; use null to select all"
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.layouts import row_reader
+from finetune_assets.data.near_duplicates import THRESHOLD
 from finetune_assets.data.quality import Inspector, Quality, rows_by_number
 from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.readers import SourceFile, SourceRecord, Unreadable, kept, read_records
@@ -68,15 +69,23 @@ class RawStatistics:
         return self.quarantined / (self.rows + self.quarantined)
 
 
-def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawStatistics:
+def write_raw(
+    files: Sequence[SourceFile], columns: Columns, out: Path, near_duplicate_threshold: float | None = THRESHOLD
+) -> RawStatistics:
     """Write `out/rows.parquet` and `out/quarantine.jsonl`, with at most `ROWS_PER_BATCH` rows in memory.
+
+    Args:
+        files: Files to read, in order.
+        columns: Column names of the source.
+        out: Folder to write to.
+        near_duplicate_threshold: Minimum similarity of near-duplicate rows; None counts equal rows only.
 
     Raises:
         DataError: if a file as a whole cannot be read, or no file contains a row.
     """
     counts = RawStatistics()
     categories: Counter[str] = Counter()
-    inspector = Inspector()
+    inspector = Inspector(near_duplicate_threshold)
     with (
         open(out / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as bad,
         pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer,

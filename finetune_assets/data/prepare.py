@@ -4,33 +4,31 @@ The output folder contains `train.arrow`, `val.arrow` and `gate.arrow` (Arrow st
 can open too) and, with packing, `packs.arrow`: the train examples of each packed sequence.
 """
 
-import sys
-from array import array
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
+from finetune_assets.data.dataset_statistics import FILL_BINS, LENGTH_BINS, Statistics, name_first
 from finetune_assets.data.errors import DataError
+from finetune_assets.data.mixture import choose, choose_replayed
 from finetune_assets.data.packing import pack
-from finetune_assets.data.quality import SHOWN, folded, hashed
-from finetune_assets.data.rows import Draw, Row, Split, draw, side_of
+from finetune_assets.data.raw_files import RawPart
+from finetune_assets.data.rows import Split
+from finetune_assets.data.selection import Rows, describe_split, draw_rows, leave_out, select, taken_rows
 from finetune_assets.data.tokenization import IGNORED, Encoder, TokenizedRows
 from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
-ROWS_PER_BATCH = 1_000
-LENGTH_BINS, FILL_BINS = 40, 20
-"""Number of bins of the histograms of example lengths and of packed sequences' fill."""
+FREQUENT = 0.2
+"""A prompt with more than this fraction of the rows explains an empty split."""
 EXAMPLE_SCHEMA = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.int32()), metadata={"doc": "tokens of prompt, response and end"}),
@@ -40,137 +38,91 @@ EXAMPLE_SCHEMA = pa.schema(
         pa.field("category", pa.string(), metadata={"doc": "category of the row"}),
     ]
 )
+SOURCE = pa.field("source", pa.string(), metadata={"doc": "name of the row's source; absent with a single source"})
 PACK_SCHEMA = pa.schema([pa.field("examples", pa.list_(pa.int32()), metadata={"doc": "indices into train.arrow"})])
 
 
-class Rows(NamedTuple):
-    """Data about all rows, collected before tokenization; a few bytes per row, so that millions fit in memory.
+class TrainExamples(NamedTuple):
+    """Numbers of the train examples, each of shape (n,).
 
     Attributes:
-        sides: `Draw.side` of each row; shape (n,).
-        ranks: `Draw.rank` of each row; shape (n,).
-        prompts: Hash of each row's folded prompt; shape (n,).
-        categories: Category of each row; shape (n,), equal texts share memory.
+        rows: Index of each example's row.
+        lengths: Number of tokens.
+        labelled: Number of labelled tokens.
+        truncated: Whether the example is truncated at `cutoff_len`.
     """
 
-    sides: NDArray[np.float64]
-    ranks: NDArray[np.float64]
-    prompts: NDArray[np.uint64]
-    categories: NDArray[np.object_]
+    rows: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    labelled: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
 
-    def side_of(self, row: int, data: Data) -> Split:
-        return side_of(Draw(self.sides[row], self.ranks[row]), data)
+    def take(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> "TrainExamples":
+        return TrainExamples(self.rows[chosen], self.lengths[chosen], self.labelled[chosen], self.truncated[chosen])
 
-
-@dataclass
-class Statistics:
-    """Statistics of a prepared dataset. Token counts are of the train split unless named otherwise.
-
-    `refused` rows cannot be rendered with the experiment's template; `first_refused` names the first of them and the
-    reason. `overlap` counts held-out rows with a prompt that is also in the train split, up to case, spaces and
-    punctuation. Rows are named by their numbers in the raw data, from 0.
-    """
-
-    rows_read: int = 0
-    rows_of_other_categories: int = 0
-    rows_beyond_num_samples: int = 0
-    examples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
-    refused: int = 0
-    first_refused: str = ""
-    without_label: int = 0
-    first_without_label: list[int] = field(default_factory=list)
-    truncated: int = 0
-    first_truncated: list[int] = field(default_factory=list)
-    overlap: int = 0
-    first_overlap: list[int] = field(default_factory=list)
-    tokens: int = 0
-    labelled_tokens: int = 0
-    length_quantiles: dict[str, int] = field(default_factory=dict)
-    sequences: int = 0
-    fill: float = 1.0
-    """Fraction of the sequences' positions that hold a token."""
-    length_histogram: dict[str, Any] = field(default_factory=dict)
-    """`width` of a bin in tokens, and `counts` of the train examples in each bin, starting at 0."""
-    fill_histogram: list[int] = field(default_factory=list)
-    """Number of packed sequences by fill fraction, in `FILL_BINS` bins of equal width from 0 to 1."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @staticmethod
+    def joined(parts: Sequence["TrainExamples"]) -> "TrainExamples":
+        none = np.empty(0, np.int64)
+        parts = [TrainExamples(none, none, none, np.empty(0, np.bool_)), *parts]
+        return TrainExamples(
+            np.concatenate([part.rows for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate([part.labelled for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+        )
 
 
 def prepare_dataset(
-    rows: Path, tokenizer: PreTrainedTokenizerBase, data: Data, split_salt: str, out: Path
+    rows: Path | Sequence[RawPart], tokenizer: PreTrainedTokenizerBase, data: Data, split_salt: str, out: Path
 ) -> Statistics:
-    """Select, split, render, tokenize, label and pack the rows of a Parquet file of `RAW_SCHEMA`.
+    """Select, split, render, tokenize, label, mix and pack rows.
+
+    Args:
+        rows: A Parquet file of `RAW_SCHEMA`, or the versions of several sources.
+        tokenizer: Tokenizer of the base model.
+        data: Data settings of the experiment.
+        split_salt: Salt of the content hashes.
+        out: Folder to write to.
 
     Raises:
         DataError: if a category does not occur, or no train or no validation example is left.
     """
+    parts = [RawPart("", rows)] if isinstance(rows, Path) else [*rows]
+    files = [part.file for part in parts]
     statistics = Statistics()
-    drawn = _draw_rows(rows, split_salt)
-    taken = _select(drawn, data, statistics)
-    lengths = _write_examples(rows, Encoder(tokenizer, data), drawn, taken, data, statistics, out)
+    drawn = draw_rows(parts, split_salt)
+    taken = select(drawn, parts, data, statistics)
+    describe_split(files, drawn, taken, data, statistics)
+    leave_out(files, drawn, taken, data, statistics)
+    train = _write_examples(parts, Encoder(tokenizer, data), drawn, taken, data, statistics, out)
+    train = _mix(train, parts, drawn, data, statistics, out)
+    _describe_train(train, drawn, statistics)
     _check_not_empty(statistics, data)
-    _describe_lengths(lengths, statistics)
-    _write_packs(lengths, data, statistics, out)
+    _describe_lengths(train.lengths, statistics)
+    _write_packs(train.lengths, data, statistics, out)
     return statistics
 
 
-def _draw_rows(rows: Path, salt: str) -> Rows:
-    sides, ranks, prompts, categories = array("d"), array("d"), array("Q"), list[str]()
-    for batch in pq.ParquetFile(rows).iter_batches(10_000, columns=["instruction", "context", "category"]):
-        columns = batch.to_pydict()
-        for instruction, context in zip(columns["instruction"], columns["context"], strict=True):
-            side, rank = draw(instruction, context, salt)
-            sides.append(side)
-            ranks.append(rank)
-            prompts.append(hashed(folded(instruction), folded(context)))
-        categories += map(sys.intern, columns["category"])
-    return Rows(np.array(sides), np.array(ranks), np.array(prompts), np.array(categories, object))
-
-
-def _select(rows: Rows, data: Data, statistics: Statistics) -> NDArray[np.bool_]:
-    count = statistics.rows_read = len(rows.sides)
-    taken = np.ones(count, np.bool_)
-    if data.categories is not None:
-        occurring = set(rows.categories)
-        for name in data.categories:
-            if name not in occurring:
-                names = ", ".join(sorted(filter(None, occurring))) or "rows without a category only"
-                raise DataError(f"data.categories: no row has category '{name}'; found {names}")
-        taken &= np.isin(rows.categories, data.categories)
-        statistics.rows_of_other_categories = int((~taken).sum())
-    if data.num_samples is not None and taken.sum() > data.num_samples:
-        ranks = np.where(taken, rows.ranks, 1.0)
-        beyond = np.argsort(ranks, kind="stable")[data.num_samples :]
-        statistics.rows_beyond_num_samples = int(taken.sum()) - data.num_samples
-        taken[beyond] = False
-    return taken
-
-
 def _write_examples(
-    rows: Path,
+    parts: Sequence[RawPart],
     encoder: Encoder,
     drawn: Rows,
     taken: NDArray[np.bool_],
     data: Data,
     statistics: Statistics,
     out: Path,
-) -> NDArray[np.int64]:
-    """Write one Arrow stream per split.
-
-    Returns:
-        Number of tokens of each train example; shape (n,).
-    """
-    lengths: list[NDArray[np.int64]] = []
-    written: dict[Split, list[NDArray[np.int64]]] = {split: [] for split in Split}
+) -> TrainExamples:
+    """Write one Arrow stream per split."""
+    names = np.array([part.name for part in parts], object)
+    several = sum(not part.replay for part in parts) > 1
+    schema = EXAMPLE_SCHEMA.append(SOURCE) if several else EXAMPLE_SCHEMA
+    train: list[TrainExamples] = []
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), EXAMPLE_SCHEMA))
-            for split in Split
+            split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), schema)) for split in Split
         }
         progress = stack.enter_context(Progress("tokenizing", int(taken.sum()), UNIT))
-        for chosen, batch in _taken_rows(rows, taken):
+        for chosen, batch in taken_rows([part.file for part in parts], taken):
             progress.add(len(chosen))
             examples = encoder.encode(batch)
             _count_refused(examples, chosen, statistics)
@@ -178,38 +130,20 @@ def _write_examples(
                 continue
             indices = chosen[examples.rows]
             sides = np.array([drawn.side_of(i, data) for i in indices])
-            columns = _columns(examples, indices, drawn.categories[indices])
+            columns = [*_columns(examples, indices), pa.array(drawn.categories[indices], pa.string())]
+            columns += [pa.array(names[drawn.sources[indices]], pa.string())] if several else []
             labelled = _labelled_tokens(examples)
             statistics.without_label += int((labelled == 0).sum())
-            _name_first(statistics.first_without_label, indices[labelled == 0])
+            name_first(statistics.first_without_label, indices[labelled == 0])
             for split, writer in writers.items():
                 kept = np.flatnonzero((sides == split) & (labelled > 0))
                 if len(kept):
-                    writer.write_batch(columns.take(pa.array(kept)))
+                    writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema).take(pa.array(kept)))
                 statistics.examples[split] += len(kept)
-                written[split].append(indices[kept])
                 if split is Split.TRAIN:
-                    lengths.append(examples.lengths[kept])
-                    statistics.truncated += int(examples.truncated[kept].sum())
-                    _name_first(statistics.first_truncated, indices[kept][examples.truncated[kept]])
-                    statistics.labelled_tokens += int(labelled[kept].sum())
-    _count_overlap({split: _joined(rows) for split, rows in written.items()}, drawn, statistics)
-    return _joined(lengths)
-
-
-def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-
-def _name_first(names: list[int], rows: NDArray[np.int64]) -> None:
-    names += map(int, rows[: SHOWN - len(names)])
-
-
-def _count_overlap(written: dict[Split, NDArray[np.int64]], drawn: Rows, statistics: Statistics) -> None:
-    held_out = np.sort(np.concatenate([written[Split.VAL], written[Split.GATE]]))
-    both = held_out[np.isin(drawn.prompts[held_out], drawn.prompts[written[Split.TRAIN]])]
-    statistics.overlap = len(both)
-    _name_first(statistics.first_overlap, both)
+                    numbers = TrainExamples(indices, examples.lengths, labelled, examples.truncated)
+                    train.append(numbers.take(kept))
+    return TrainExamples.joined(train)
 
 
 def _count_refused(examples: TokenizedRows, chosen: NDArray[np.int64], statistics: Statistics) -> None:
@@ -219,27 +153,14 @@ def _count_refused(examples: TokenizedRows, chosen: NDArray[np.int64], statistic
     statistics.refused += len(examples.refused)
 
 
-def _taken_rows(rows: Path, taken: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[Row]]]:
-    start = 0
-    for batch in pq.ParquetFile(rows).iter_batches(ROWS_PER_BATCH):
-        wanted = np.flatnonzero(taken[start : start + len(batch)])
-        if len(wanted):
-            yield wanted + start, batch.take(pa.array(wanted)).to_pylist()
-        start += len(batch)
-
-
-def _columns(examples: TokenizedRows, indices: NDArray[np.int64], categories: NDArray[np.object_]) -> pa.RecordBatch:
+def _columns(examples: TokenizedRows, indices: NDArray[np.int64]) -> list[pa.Array]:
     offsets = pa.array(np.concatenate([[0], np.cumsum(examples.lengths)]), pa.int32())
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.ListArray.from_arrays(offsets, pa.array(examples.input_ids)),
-            pa.ListArray.from_arrays(offsets, pa.array(examples.labels)),
-            pa.array(examples.prompt_lengths),
-            pa.array(indices),
-            pa.array(categories, pa.string()),
-        ],
-        schema=EXAMPLE_SCHEMA,
-    )
+    return [
+        pa.ListArray.from_arrays(offsets, pa.array(examples.input_ids)),
+        pa.ListArray.from_arrays(offsets, pa.array(examples.labels)),
+        pa.array(examples.prompt_lengths),
+        pa.array(indices),
+    ]
 
 
 def _labelled_tokens(examples: TokenizedRows) -> NDArray[np.int64]:
@@ -250,15 +171,91 @@ def _labelled_tokens(examples: TokenizedRows) -> NDArray[np.int64]:
     return np.add.reduceat(learned, starts)
 
 
+def _mix(
+    train: TrainExamples, parts: Sequence[RawPart], drawn: Rows, data: Data, statistics: Statistics, out: Path
+) -> TrainExamples:
+    """Drop train examples beyond the sources' shares of the tokens, and beyond the share of replayed rows."""
+    sources, ranks, replayed = drawn.sources[train.rows], drawn.ranks[train.rows], drawn.replayed[train.rows]
+    kept = np.ones(len(train.rows), np.bool_)
+    current = [index for index, part in enumerate(parts) if not part.replay]
+    weights = [parts[index].weight for index in current]
+    if all(weights):
+        members = np.flatnonzero(~replayed)
+        given = [float(weight or 0) for weight in weights]
+        kept[members] = choose(train.lengths[members], sources[members], ranks[members], given)
+    if replayed.any():
+        members = np.flatnonzero(kept)
+        kept[members] = choose_replayed(train.lengths[members], replayed[members], ranks[members], data.replay)
+    if not kept.all():
+        _keep(out / f"{Split.TRAIN}.arrow", kept)
+    statistics.examples[Split.TRAIN] = int(kept.sum())
+    if len(current) > 1 or any(part.weight or part.max_rows for part in parts):
+        total = train.lengths[kept].sum()
+        for index in current:
+            own = sources == index
+            tokens = int(train.lengths[own & kept].sum())
+            statistics.sources[parts[index].name] = {
+                "train_examples": int((own & kept).sum()),
+                "train_tokens": tokens,
+                "token_share": tokens / total if total else 0.0,
+                "left_out_rows": int((own & ~kept).sum()),
+                "left_out_tokens": int(train.lengths[own & ~kept].sum()),
+            }
+    return train.take(kept)
+
+
+def _keep(stream: Path, kept: NDArray[np.bool_]) -> None:
+    """Rewrite an Arrow stream with some of its rows."""
+    whole = stream.with_suffix(".whole")
+    stream.replace(whole)
+    start = 0
+    with (
+        pa.ipc.open_stream(pa.memory_map(str(whole))) as reader,
+        pa.ipc.new_stream(str(stream), reader.schema) as writer,
+    ):
+        for batch in reader:
+            wanted = np.flatnonzero(kept[start : start + len(batch)])
+            start += len(batch)
+            if len(wanted):
+                writer.write_batch(batch.take(pa.array(wanted)))
+    whole.unlink()
+
+
+def _describe_train(train: TrainExamples, drawn: Rows, statistics: Statistics) -> None:
+    replayed = drawn.replayed[train.rows]
+    statistics.truncated = int(train.truncated.sum())
+    name_first(statistics.first_truncated, train.rows[train.truncated])
+    statistics.labelled_tokens = int(train.labelled.sum())
+    statistics.replayed_rows, statistics.replayed_tokens = int(replayed.sum()), int(train.lengths[replayed].sum())
+
+
 def _check_not_empty(statistics: Statistics, data: Data) -> None:
     left = statistics.examples
     counts = f"{statistics.rows_read} rows gave {dict(left)} examples, {statistics.without_label} without a label"
     if statistics.refused:
         counts += f", {statistics.refused} refused by the template ({statistics.first_refused})"
-    if not left[Split.TRAIN]:
-        raise DataError(f"no training examples: {counts}; use more rows or raise data.tokenization.cutoff_len")
-    if not left[Split.VAL] and data.val_fraction > 0:
-        raise DataError(f"no validation examples: {counts}; use more rows, raise data.val_fraction, or set it to 0")
+    if statistics.near_duplicates_left_out:
+        counts += (
+            f", {statistics.near_duplicates_left_out} near-duplicates of held-out rows left out "
+            f"(data.near_duplicate_threshold = {data.near_duplicate_threshold:g})"
+        )
+    for split, needed in ((Split.TRAIN, True), (Split.VAL, data.val_fraction > 0)):
+        if needed and not left[split]:
+            name = {Split.TRAIN: "training", Split.VAL: "validation"}[split]
+            raise DataError(f"no {name} examples: {counts}; {_remedy(split, statistics)}")
+
+
+def _remedy(split: Split, statistics: Statistics) -> str:
+    rows, same = sum(statistics.drawn.values()), statistics.most_frequent_prompt_rows
+    if same > FREQUENT * rows and same > 1:
+        return (
+            f"{same} of {rows} rows ({same / rows:.0%}) have the same prompt, {statistics.most_frequent_prompt!r}, and "
+            "all rows with the same prompt (of a conversation, system turn and first user turn) are in one split; add "
+            "rows with other prompts"
+        )
+    if split is Split.TRAIN:
+        return "use more rows or raise data.tokenization.cutoff_len"
+    return "use more rows, raise data.val_fraction, or set it to 0"
 
 
 def _describe_lengths(lengths: NDArray[np.int64], statistics: Statistics) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune_assets.data.ingest import PARQUET
 from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.rows import Row
 
@@ -19,35 +18,35 @@ class RawPart:
 
     Attributes:
         name: Name of the source.
-        folder: Folder of the artifact.
+        file: Its Parquet file of `RAW_SCHEMA`.
         weight: Share of the training tokens, relative to the other sources; None uses every row.
         max_rows: Maximum number of rows; None uses all.
         replay: Whether this is an earlier version, of which rows that the current versions lack are trained on.
     """
 
     name: str
-    folder: Path
+    file: Path
     weight: float | None = None
     max_rows: int | None = None
     replay: bool = False
 
 
 def raw_batches(
-    folders: Sequence[Path], rows: int, columns: Sequence[str] | None = None
+    files: Sequence[Path], rows: int, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Rows of several raw data artifacts in order, as batches with the columns of `RAW_SCHEMA`.
 
     Args:
-        folders: Folders of the artifacts.
+        files: Parquet files of the artifacts.
         rows: Maximum number of rows of a batch.
         columns: Columns to read; by default all.
 
     Yields:
-        Index of the folder, and a batch. A column or field that an earlier version of the schema lacks is null.
+        Index of the file, and a batch. A column or field that an earlier version of the schema lacks is null.
     """
     schema = RAW_SCHEMA if columns is None else pa.schema([RAW_SCHEMA.field(name) for name in columns])
-    for index, folder in enumerate(folders):
-        file = pq.ParquetFile(folder / PARQUET)
+    for index, path in enumerate(files):
+        file = pq.ParquetFile(path)
         present = [name for name in schema.names if name in file.schema_arrow.names]
         for batch in file.iter_batches(rows, columns=present):
             yield index, as_schema(batch, schema)
@@ -67,16 +66,16 @@ def _column(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
     return column if column.type.equals(field.type) else pa.array(column.to_pylist(), field.type)
 
 
-def rows_at(folders: Sequence[Path], numbers: Sequence[int], columns: Sequence[str] | None = None) -> list[Row]:
+def rows_at(files: Sequence[Path], numbers: Sequence[int], columns: Sequence[str] | None = None) -> list[Row]:
     """Rows of several raw data artifacts by number.
 
     Args:
-        folders: Folders of the artifacts.
+        files: Parquet files of the artifacts.
         numbers: Numbers of the rows, from 0 in the first artifact, counting on in the next.
         columns: Columns to read; by default all.
     """
     wanted, start, rows = np.asarray(numbers, np.int64), 0, dict[int, Row]()
-    for _, batch in raw_batches(folders, 10_000, columns):
+    for _, batch in raw_batches(files, 10_000, columns):
         here = np.unique(wanted[(wanted >= start) & (wanted < start + len(batch))])
         taken = batch.take(pa.array(here - start)).to_pylist()
         rows |= dict(zip(here.tolist(), taken, strict=True))
@@ -84,10 +83,10 @@ def rows_at(folders: Sequence[Path], numbers: Sequence[int], columns: Sequence[s
     return [rows[int(number)] for number in wanted]
 
 
-def same_rows(folder: Path, other: Path) -> bool:
-    """Whether two raw data artifacts, of any version of the schema, have exactly the same rows in the same order."""
-    files = [pq.ParquetFile(path / PARQUET) for path in (folder, other)]
+def same_rows(path: Path, other: Path) -> bool:
+    """Whether two Parquet files, of any version of the schema, have exactly the same rows in the same order."""
+    files = [pq.ParquetFile(path), pq.ParquetFile(other)]
     if files[0].metadata.num_rows != files[1].metadata.num_rows:
         return False
-    pairs = zip(raw_batches([folder], 10_000), raw_batches([other], 10_000), strict=False)
+    pairs = zip(raw_batches([path], 10_000), raw_batches([other], 10_000), strict=False)
     return all(ours.equals(theirs) for (_, ours), (_, theirs) in pairs)

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from finetune_assets.artifacts.layout import EVALUATION, HELD_BACK, ROWS
 from finetune_assets.config.loading import load_resolved
+from finetune_assets.data.ingest import PARQUET
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison
@@ -45,7 +46,9 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
 def main() -> None:
     args, rest = parser().parse_known_args()
     # one flag per source: --raw-0 DIR --raw-1 DIR ...
-    raw = [Path(folder) for flag, folder in zip(rest[::2], rest[1::2], strict=True) if flag.startswith("--raw-")]
+    raw = [
+        Path(folder) / PARQUET for flag, folder in zip(rest[::2], rest[1::2], strict=True) if flag.startswith("--raw-")
+    ]
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     holdout = HoldoutRows(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None

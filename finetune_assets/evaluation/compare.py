@@ -71,7 +71,7 @@ class Comparison:
         dataset: Folder of the experiment's tokenized dataset.
         split: `gate`, or `val` to choose among several adapters.
         texts: The general text.
-        raw: Folders of the raw data, one per source; required if a contender has a different rendering.
+        raw: Parquet files of the raw data, one per source; required if a contender has a different rendering.
         log: Called with each log line.
         tasks: Folder of additional lm-evaluation-harness tasks.
         held_back: Rows that no contender was trained on, if fewer than the split; requires `raw`.

@@ -1,6 +1,7 @@
 """The prepared dataset: what is in it, what is not, and that every row is accounted for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +196,117 @@ def test_refused_rows_are_counted_and_the_first_is_told(tokenizer: PreTrainedTok
     assert "row 40 of dolly_raw" in statistics.first_refused
     assert sum(map(len, splits.values())) == 40
     assert max(example["row"] for examples in splits.values() for example in examples) == 39  # type: ignore[type-var]
+
+
+def jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def numbers(splits: dict[str, list[dict[str, object]]]) -> dict[str, set[object]]:
+    return {split: {example["row"] for example in examples} for split, examples in splits.items()}
+
+
+def rows_with_near_duplicates(out: Path) -> Path:
+    """200 questions, and each again with one word more and another answer."""
+    texts = [" ".join(f"word{(i * 7 + j * j) % 997}" for j in range(50)) for i in range(200)]
+    rows = [{"instruction": text, "response": "an answer"} for text in texts]
+    rows += [{"instruction": f"{text} please", "response": "another"} for text in texts]
+    return ingest(out, jsonl(out / "rows.jsonl", rows))
+
+
+def test_training_rows_that_repeat_a_held_out_row_are_left_out(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = rows_with_near_duplicates(tmp_path)
+    data = Data(prompt_template=SHORT, val_fraction=0.2, gate_fraction=0.1)
+    kept, kept_splits = prepared(rows, tokenizer, replace(data, near_duplicate_threshold=None), tmp_path / "kept")
+    statistics, splits = prepared(rows, tokenizer, data, tmp_path / "out")
+    before, after = numbers(kept_splits), numbers(splits)
+    assert (after["val"], after["gate"]) == (before["val"], before["gate"])
+    held_out = before["val"] | before["gate"]
+    expected = {row for row in before["train"] if (row + 200) % 400 in held_out}  # type: ignore[operator]
+    assert before["train"] - after["train"] == expected
+    assert statistics.near_duplicates_left_out == len(expected) > 20
+    assert all((row + 200) % 400 == other for row, other in statistics.first_left_out)
+    assert len(statistics.first_left_out) == 5
+    assert (statistics.overlap, statistics.first_overlap) == (0, [])
+    overlapping = sorted(row for row in held_out if (row + 200) % 400 in before["train"])  # type: ignore[operator, type-var]
+    assert (kept.overlap, kept.first_overlap) == (len(overlapping), overlapping[:5])
+    assert (kept.near_duplicates_left_out, kept.first_left_out) == (0, [])
+
+
+def test_what_is_left_out_does_not_depend_on_the_order(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    rows, data = rows_with_near_duplicates(tmp_path), Data(prompt_template=SHORT, val_fraction=0.3)
+    table = pq.read_table(rows)
+    pq.write_table(table.take(pa.array(range(399, -1, -1))), tmp_path / "backwards.parquet")
+    _, splits = prepared(rows, tokenizer, data, tmp_path / "a")
+    _, backwards = prepared(tmp_path / "backwards.parquet", tokenizer, data, tmp_path / "b")
+    for split, own in numbers(backwards).items():
+        assert {399 - row for row in own} == numbers(splits)[split]  # type: ignore[operator]
+
+
+def test_no_near_duplicate_is_left_in_training(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows, data = rows_with_near_duplicates(tmp_path), Data(prompt_template=SHORT, val_fraction=0.3)
+    import pyarrow.parquet as pq
+
+    statistics, splits = prepared(rows, tokenizer, data, tmp_path / "out")
+    left = sorted(set.union(*numbers(splits).values()))  # type: ignore[type-var]
+    pq.write_table(pq.read_table(rows).take(pa.array(left)), tmp_path / "left.parquet")
+    again, _ = prepared(tmp_path / "left.parquet", tokenizer, data, tmp_path / "again")
+    assert statistics.near_duplicates_left_out > 0
+    assert (again.near_duplicates_left_out, again.examples) == (0, statistics.examples)
+
+
+def test_arithmetic_prompts_are_different_prompts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    signs = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    asked = [(a, sign, b) for a in range(12) for b in range(12) for sign in signs]
+    rows = [{"instruction": f"What is {a} {sign} {b}?", "response": str(signs[sign](a, b))} for a, sign, b in asked]
+    data = Data(prompt_template=SHORT, val_fraction=0.2, near_duplicate_threshold=None)
+    path = ingest(tmp_path, jsonl(tmp_path / "rows.jsonl", rows))
+    statistics, _ = prepared(path, tokenizer, data, tmp_path / "kept")
+    assert statistics.overlap == 0
+    statistics, _ = prepared(path, tokenizer, replace(data, near_duplicate_threshold=0.8), tmp_path / "out")
+    assert statistics.near_duplicates_left_out == 0
+    assert sum(statistics.examples.values()) == len(rows)
+
+
+def test_one_exchange_under_several_system_prompts_is_on_one_side(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [
+        {"system": system, "instruction": f"Question {i}?", "response": f"answer {i}"}
+        for i in range(100)
+        for system in ("Be kind.", "Be brief.", "You are a pirate.")
+    ]
+    chat = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+    chat.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    data = Data(val_fraction=0.3, prompt_template=PromptTemplate(chat_template=True))
+    path = ingest(tmp_path, jsonl(tmp_path / "rows.jsonl", rows))
+    statistics, splits = prepared(path, chat, data, tmp_path / "out")
+    sides = {split: {row // 3 for row in own} for split, own in numbers(splits).items()}  # type: ignore[operator]
+    assert statistics.near_duplicates_left_out > 50
+    assert not sides["train"] & (sides["val"] | sides["gate"])
+    kept, _ = prepared(path, chat, replace(data, near_duplicate_threshold=None), tmp_path / "kept")
+    assert kept.overlap > 50
+
+
+def test_one_opening_for_all_conversations_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    chat = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+    chat.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    path = chats(tmp_path / "chats.jsonl", *[["Hi", "Hello!", f"Question {i}?", f"answer {i}"] for i in range(300)])
+    data = Data(val_fraction=0.1, prompt_template=PromptTemplate(chat_template=True))
+    with pytest.raises(DataError, match=r"300 of 300 rows.*'Hi'"):
+        prepared(ingest(tmp_path, path), chat, data, tmp_path / "out")
+
+
+def test_split_and_its_most_frequent_prompt_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Question {i}?", "response": "a"} for i in range(100)]
+    rows += [{"instruction": "Why?", "response": f"because {i}"} for i in range(30)]
+    path = ingest(tmp_path, jsonl(tmp_path / "rows.jsonl", rows))
+    statistics, splits = prepared(path, tokenizer, Data(prompt_template=SHORT, val_fraction=0.2), tmp_path / "out")
+    assert (statistics.most_frequent_prompt, statistics.most_frequent_prompt_rows) == ("Why?", 30)
+    assert statistics.drawn == {split: len(examples) for split, examples in splits.items()}
+    assert sum(statistics.drawn.values()) == 130

@@ -18,17 +18,36 @@ def row(instruction: str, response: str = "It is so.", context: str = "", messag
     }
 
 
-def inspected(*rows: dict[str, Any]) -> Quality:
-    inspector = Inspector()
+def inspected(*rows: dict[str, Any], threshold: float | None = 0.8) -> Quality:
+    inspector = Inspector(threshold)
     for one in rows:
         inspector.look(one)
     return inspector.sum_up()
 
 
-def test_repeated_rows_are_counted_and_named() -> None:
-    found = inspected(row("Why?"), row("Who?"), row("Why?"), row("WHY ?!"), row("Why?"), row("who"))
+@pytest.mark.parametrize("threshold", [0.8, None])
+def test_repeated_rows_are_counted_and_named(threshold: float | None) -> None:
+    rows = row("Why?"), row("Who?"), row("Why?"), row("WHY ?!"), row("Why?"), row("who")
+    found = inspected(*rows, threshold=threshold)
     assert (found.duplicates, found.first_duplicates) == (2, [(2, 0), (4, 0)])
     assert (found.near_duplicates, found.first_near_duplicates) == (2, [(3, 0), (5, 1)])
+
+
+def test_a_few_changed_words_make_a_near_duplicate() -> None:
+    text = "The river rises in the hills above the town and flows for ninety miles to the sea, past mills and meadows. "
+    answer = (
+        "Merchants built the bridge in the year after the flood, and their guild still pays for its repair each spring."
+    )
+    rows = row(text, answer), row(text + "Why?", answer), row("A question of another kind.", answer)
+    found = inspected(*rows)
+    assert (found.duplicates, found.near_duplicates, found.first_near_duplicates) == (0, 1, [(1, 0)])
+    assert inspected(*rows, threshold=None).near_duplicates == 0
+
+
+@pytest.mark.parametrize("threshold", [0.8, None])
+def test_symbols_tell_rows_apart(threshold: float | None) -> None:
+    rows = [row(f"What is 3 {sign} 4?", "I do not know.") for sign in "+-*/<>=%^"]
+    assert inspected(*rows, row("what is 3+4", "I do not know"), threshold=threshold).first_near_duplicates == [(9, 0)]
 
 
 def test_another_answer_or_context_is_no_repetition() -> None:
@@ -37,7 +56,8 @@ def test_another_answer_or_context_is_no_repetition() -> None:
 
 
 def test_parts_of_a_row_do_not_run_into_one_another() -> None:
-    assert inspected(row("ab", "c"), row("a", "bc")).duplicates == 0
+    found = inspected(row("ab", "c"), row("a", "bc"), row("a b", "c"), row("a", "b c"))
+    assert (found.duplicates, found.near_duplicates) == (0, 0)
 
 
 def test_conversations_differ_by_all_their_turns() -> None:
@@ -64,7 +84,15 @@ def test_response_in_its_instruction_leaks(instruction: str, context: str, respo
 
 
 def test_no_rows() -> None:
-    assert inspected() == Quality()
+    assert inspected() == Quality(near_duplicate_threshold=0.8)
+
+
+def test_rows_beyond_one_batch_keep_their_numbers() -> None:
+    rows = [row(f"Question {i}?") for i in range(2_500)]
+    leaking = row("Repeat: the quick brown fox jumps.", "The quick brown fox jumps")
+    found = inspected(*rows, leaking, row("question 7"), row("Question 2400?"))
+    assert (found.first_near_duplicates, found.first_duplicates) == ([(2_501, 7)], [(2_502, 2_400)])
+    assert found.first_leaked == [2_500]
 
 
 def test_distance_is_total_variation() -> None:

@@ -132,7 +132,7 @@ def test_a_champion_with_another_prompt_is_asked_in_its_own(trained: Train, tmp_
     saved = output / "config.yaml"
     saved.chmod(0o644)
     saved.write_text(saved.read_text().replace("### Instruction:", "### Q:"))
-    compared = comparison(new, raw=[ingest(tmp_path / "raw", SAMPLE).parent], generated_rows=2, general_tokens=0)
+    compared = comparison(new, raw=[ingest(tmp_path / "raw", SAMPLE)], generated_rows=2, general_tokens=0)
     champion = Contender.of_folder(CHAMPION, FOLDER, output)
     compared.run([*base_and(new), champion], ALONE.device)
     asked = compared.measured[CHAMPION].asked
@@ -180,7 +180,7 @@ def test_rows_that_an_adapter_was_trained_on_are_not_compared(trained: Train, tm
     """Another experiment's adapter, or an earlier setting's, may have been trained on rows that are held out now."""
     run = trained()
     data = run.config.data
-    raw = [ingest(tmp_path / "raw", SAMPLE).parent]
+    raw = [ingest(tmp_path / "raw", SAMPLE)]
     whole = comparison(run, raw, generated_rows=6, general_tokens=0)
     whole.run(base_and(run), ALONE.device)
     narrower = HoldoutRows("salt", data.gate_fraction, data.val_fraction / 2)

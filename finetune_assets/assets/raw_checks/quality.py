@@ -11,8 +11,14 @@ def _duplicates(version: Version) -> dg.AssetCheckResult:
 
 
 def _near_duplicates(version: Version) -> dg.AssetCheckResult:
-    most, how = version.config.checks.max_near_duplicate_share, " up to case, spaces and punctuation"
+    most, threshold = version.config.checks.max_near_duplicate_share, _threshold(version)
+    how = " up to case, spaces and punctuation" if threshold is None else f" with a similarity of {threshold:g} or more"
     return _repeated(version, "near_duplicates", most, how, dg.AssetCheckSeverity.WARN)
+
+
+def _threshold(version: Version) -> float | None:
+    threshold: float | None = version.statistics["quality"].get("near_duplicate_threshold")
+    return threshold
 
 
 def _repeated(
@@ -47,8 +53,8 @@ def _leakage(version: Version) -> dg.AssetCheckResult:
 DUPLICATES = RawCheck("duplicates", "Share of exact duplicate rows is at most checks.max_duplicate_share.", _duplicates)
 NEAR_DUPLICATES = RawCheck(
     "near_duplicates",
-    "Share of near-duplicate rows (equal up to case, spaces and punctuation) is at most "
-    "checks.max_near_duplicate_share. Warns only.",
+    "Share of near-duplicate rows (similarity of at least 0.8 by MinHash; see checks.near_duplicates) that are not "
+    "exact duplicates is at most checks.max_near_duplicate_share. Warns only.",
     _near_duplicates,
     blocking=False,
 )
