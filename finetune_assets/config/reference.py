@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from finetune_assets.config.loading import group_of
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
+from finetune_assets.config.typed_yaml import group_of
 
 TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Every setting

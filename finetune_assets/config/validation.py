@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
-from finetune_assets.config.errors import suggest
+from finetune_assets.config.errors import shown, suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import (
@@ -24,6 +24,7 @@ from finetune_assets.config.schema import (
     StoreConfig,
     Tokenization,
     Training,
+    Wandb,
 )
 
 Problem = tuple[str, str]
@@ -36,7 +37,12 @@ VERSION = re.compile(r"[^@\s]+@[0-9a-f]{40}")
 """One version of a model, as `model.trust_remote_code` names it."""
 REWRITES_BASE = ("pissa", "olora")
 """Initializations that move part of the base model's weights into the adapter."""
+PROCESSES = re.compile("[1-9][0-9]{0,5}")
+PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]*")
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
+WANDB_NOT_ALLOWED = "/\\#?%:"
+"""Characters that Weights & Biases refuses in the name of a project."""
+WANDB_MOST_CHARACTERS = 128
 
 
 def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
@@ -53,6 +59,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _stack(config.stack) if config.stack else ()
     yield from _hardware(config.hardware)
     yield from _launcher(config)
+    yield from _wandb(config.wandb) if config.wandb else ()
     if config.evaluation.lm_eval and not config.evaluation.lm_eval.tasks:
         yield "evaluation.lm_eval.tasks", "no tasks; add some, or set evaluation.lm_eval to null"
     scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
@@ -71,12 +78,12 @@ def _hardware(hardware: Hardware) -> Iterator[Problem]:
 
 def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
     launcher, macro = config.launcher, config.training.macro_batch_size
-    nodes = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", launcher.nodes)
+    nodes = re.fullmatch(r"([1-9][0-9]{0,5})(?:-([1-9][0-9]{0,5}))?", launcher.nodes)
     if not nodes or int(nodes[1]) > int(nodes[2] or nodes[1]):
         yield "launcher.nodes", f"{launcher.nodes!r} must be a number of at least 1, or a range such as 1-4"
         return
     each = config.training.processes_per_node
-    processes = launcher.node_range[1] * (int(each) if each.isdecimal() else launcher.gpus_per_node or 1)
+    processes = launcher.node_range[1] * (int(each) if PROCESSES.fullmatch(each) else launcher.gpus_per_node or 1)
     if launcher.node_range[1] > 1 and processes > macro:
         yield "launcher.nodes", f"{processes} processes in total are more than training.macro_batch_size {macro}"
     if launcher.engine not in (AUTO, *ENGINES):
@@ -94,7 +101,7 @@ def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
     if launcher.memory is not None and not re.fullmatch(r"[1-9]\d*[MGT]", launcher.memory):
         yield "launcher.memory", f"{launcher.memory!r} must be a size such as 64G"
     for name in launcher.environment:
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield "launcher.environment", f"{name!r} is not a valid name of an environment variable"
         elif re.search(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_?KEY", name, re.IGNORECASE):
             yield (
@@ -102,6 +109,19 @@ def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
                 f"{name} looks like a secret, and settings are stored with artifacts; set it in the environment, or "
                 "name a secret in launcher.kubernetes.secrets",
             )
+
+
+def _wandb(wandb: Wandb) -> Iterator[Problem]:
+    for name in ("project", "entity", "run_name"):
+        text = getattr(wandb, name)
+        if text is None:
+            continue
+        refused = "" if name == "run_name" else "".join(char for char in WANDB_NOT_ALLOWED if char in text)
+        if not text.strip() or len(text) > WANDB_MOST_CHARACTERS or refused:
+            limit = f"W&B allows 1 to {WANDB_MOST_CHARACTERS} characters"
+            limit += "" if name == "run_name" else f", and none of {' '.join(WANDB_NOT_ALLOWED)}"
+            found = f", found {' '.join(refused)}" if refused else ""
+            yield f"wandb.{name}", f"{shown(text)} is not a valid name: {limit}{found}"
 
 
 def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
@@ -273,7 +293,7 @@ def _batches(training: Training) -> Iterator[Problem]:
         yield "training.micro_batch_size", f"{micro} is more than training.macro_batch_size {macro}"
     if training.processes_per_node != "auto":
         number = training.processes_per_node
-        if not number.isdecimal() or int(number) < 1:
+        if not PROCESSES.fullmatch(number):
             yield "training.processes_per_node", f"{number!r} must be auto or a number of at least 1"
         elif int(number) > macro:
             yield "training.processes_per_node", f"{number} processes are more than training.macro_batch_size {macro}"
@@ -307,13 +327,29 @@ def _quantized(config: ExperimentConfig) -> Iterator[Problem]:
 
 def _lora(lora: Lora) -> Iterator[Problem]:
     targets = lora.target_modules
-    names = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
+    names = isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
     if targets != "all-linear" and not names:
         yield "lora.target_modules", f"{targets!r} must be all-linear or a list of module names"
     scheme = lora.init_lora_weights
-    known = scheme in INIT_SCHEMES or (isinstance(scheme, str) and scheme.startswith("pissa_niter_"))
-    if not (isinstance(scheme, bool) or known):
-        yield "lora.init_lora_weights", f"{scheme!r} is not valid; {suggest(str(scheme), ['true', *INIT_SCHEMES])}"
+    known = isinstance(scheme, str) and (scheme in INIT_SCHEMES or PISSA_STEPS.fullmatch(scheme))
+    if isinstance(scheme, str) and scheme.lower() in ("true", "false"):
+        yield "lora.init_lora_weights", f"{scheme!r} is text; write {scheme.lower()} without quotes"
+    elif not (isinstance(scheme, bool) or known):
+        options = ["true", "pissa_niter_16", *INIT_SCHEMES]
+        yield "lora.init_lora_weights", f"{shown(scheme)} is not valid; {suggest(str(scheme), options)}"
+    for layer in lora.layers_to_transform or ():
+        if layer < 0:
+            yield "lora.layers_to_transform", f"{layer} must be the index of a layer, from 0"
+    if lora.layers_to_transform == []:
+        yield "lora.layers_to_transform", "an empty list selects no layers; use null to adapt all"
+    for name in lora.rank_pattern:
+        try:
+            re.compile(name)
+        except re.error as e:
+            yield f"lora.rank_pattern.{name}", f"{name!r} is not a valid regular expression: {e}"
+    for name in lora.modules_to_save or ():
+        if not name:
+            yield "lora.modules_to_save", "'' is not the name of a module"
     if isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         # PEFT's conversion back to the published base model keeps only lora_A and lora_B
         incompatible = [
