@@ -65,6 +65,8 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
     if added and isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         yield "lora.init_lora_weights", f"{scheme} cannot save the rows of data.tokenization.added_tokens; use true"
+    if config.training.warm_start and scheme is not True:
+        yield "lora.init_lora_weights", f"{scheme} has no effect with training.warm_start; use true"
 
 
 def _hardware(hardware: Hardware) -> Iterator[Problem]:
@@ -344,8 +346,8 @@ def _lora(lora: Lora) -> Iterator[Problem]:
         yield "lora.layers_to_transform", "an empty list selects no layers; use null to adapt all"
     for name in lora.rank_pattern:
         try:
-            re.compile(name)
-        except re.error as e:
+            re.compile(rf"(.*\.)?({name})$")
+        except (re.error, OverflowError, RecursionError) as e:
             yield f"lora.rank_pattern.{name}", f"{name!r} is not a valid regular expression: {e}"
     for name in lora.modules_to_save or ():
         if not name:
