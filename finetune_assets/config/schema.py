@@ -154,7 +154,8 @@ class Training:
     group_by_length: bool = True
     """Without packing: batch sequences of similar length, which reduces padding (see `model.attention`)."""
     warm_start: str | None = None
-    """Adapter to initialize from: its fingerprint in the store, or a folder (`./path` or `/path`)."""
+    """Adapter to initialize from: its fingerprint in the store, or a folder (`./path` or `/path`). It must be of the
+    same base model, and `lora` must have its values, except for `dropout`."""
     seed: int = 42
     """Seed of the initial adapter weights, dropout and row order."""
     eval_steps: int | None = field(default=None, metadata=NOT_IDENTITY)
@@ -182,7 +183,8 @@ class Lora:
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases to train as well."""
     target_modules: Any = "all-linear"
-    """`all-linear`, or a list of module names such as `[q_proj, v_proj]`."""
+    """`all-linear`, or a list of module names such as `[q_proj, v_proj]`. As in all settings of names here, a name that
+    is not in the base model is an error."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """PEFT's task type."""
     use_rslora: bool = False
@@ -194,7 +196,8 @@ class Lora:
     layers_to_transform: list[int] | None = None
     """Layers to adapt; `null` adapts all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank of individual modules, by name or regular expression, if it differs from `rank`."""
+    """Rank of individual modules, by name or regular expression, if it differs from `rank`. Names that match the same
+    module must have the same rank."""
     modules_to_save: list[str] | None = None
     """Modules to train fully and save with the adapter, such as `[embed_tokens, lm_head]`."""
 
@@ -300,7 +303,7 @@ class Wandb:
     """Weights & Biases. Without this group (`null`), wandb is never imported."""
 
     project: str = MISSING
-    """Project of the run."""
+    """Project of the run: up to 128 characters, and none of `/ \\ # ? % :`."""
     entity: str | None = None
     """User or team; `null` uses the account's default."""
     run_name: str | None = None
@@ -348,7 +351,7 @@ class ExperimentConfig:
     gate: Gate = field(default_factory=Gate, metadata=NOT_IDENTITY)
     """When a challenger replaces the champion."""
     merge: Merge | None = None
-    """How the champion is merged into its base model; `null` disables merging."""
+    """How the champion is merged into its base model; `null` disables merging, an empty group merges with defaults."""
     stack: Stack | None = None
     """Champions of other experiments to combine instead of training."""
     hardware: Hardware = field(default_factory=Hardware, metadata=NOT_IDENTITY)
@@ -370,7 +373,7 @@ class SweepConfig:
     grid: dict[str, Any] = field(default_factory=dict)
     """Dotted settings and their values, such as `lora.rank: [4, 8, 16]`; every combination is a point."""
     sample: int | None = None
-    """Number of points to draw from the grid with `seed`; `null` uses all."""
+    """Number of points to draw from the grid with `seed`, at least 1; `null` uses all."""
     seed: int = 0
     """Seed of the draw."""
 

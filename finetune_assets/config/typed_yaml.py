@@ -218,7 +218,7 @@ class TypedReader:
             name = self.literal(name_node.value, key)
             if name in lines:
                 path = f"{key}.{name}" if key else name
-                self.refuse(path, f"set twice, on lines {lines[name]} and {_line(name_node)}; remove one")
+                self.refuse(path, f"set twice, on line {lines[name]} and line {_line(name_node)}; remove one")
             lines[name] = _line(name_node)
             yield name, child
         for source in merged:

@@ -29,7 +29,7 @@ NO_EFFECT = {
     *("fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
-"""Fields that PEFT sets by itself, or that only an initialization reads."""
+"""Fields that PEFT sets automatically, or that only an initialization reads."""
 
 
 def warm_start_problem(theirs: PeftConfig, lora: Lora, ours: LoraConfig, base: PreTrainedModel) -> str | None:
