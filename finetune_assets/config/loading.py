@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune_assets.config.errors import ConfigError, suggest
+from finetune_assets.config.errors import MOST_SHOWN, ConfigError, suggest
 from finetune_assets.config.overrides import read_override
 from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
@@ -250,7 +250,7 @@ def _read_layer(path: Path, schema: type, reader: type[TypedReader] | None = Non
         raise ConfigError(str(path), "", f"not UTF-8 at byte {e.start}; save it as UTF-8") from e
     except OSError as e:
         raise ConfigError(str(path), "", f"cannot be read: {e.strerror}") from e
-    return _parse(schema, path, text, reader)
+    return _parse(schema, path, text, reader)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)
@@ -264,13 +264,13 @@ def _layer(where: str, tree: dict[str, Any]) -> Layer:
 
 
 def _override_layer(override: str) -> Layer:
-    where = f"{OVERRIDE} '{override}'"
+    where = f"{OVERRIDE} '{override if len(override) <= MOST_SHOWN else f'{override[:MOST_SHOWN]}...'}'"
     return _layer(where, read_override(ExperimentConfig, override, where))
 
 
 def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
     try:
-        merged = OmegaConf.merge(_defaults(schema), *(layer.settings for layer in layers))
+        merged = OmegaConf.merge(_defaults(schema), *(layer.settings for layer in layers))  # type: ignore[arg-type]
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(str(path), key, "must be set: it is '???'")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]

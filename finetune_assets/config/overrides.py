@@ -83,10 +83,7 @@ def read_override(schema: type, override: str, where: str) -> dict[str, Any]:
     else:
         tag = "tag:yaml.org,2002:str" if text not in NULLS or text == "" else PLAIN
         node = yaml.ScalarNode(tag, text)
-    try:
-        return found.tree(TypedReader(where).value(node, found.hint, setting))
-    except RecursionError:
-        raise ConfigError(where, setting, "values are nested too deeply") from None
+    return found.tree(TypedReader(where).value(node, found.hint, setting))
 
 
 def _node(text: str, setting: str, where: str, quoted: bool) -> yaml.Node:

@@ -30,6 +30,7 @@ OCTAL = re.compile(r"[-+]?0[0-7_]+")
 REAL = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.?(?:inf|infinity|nan)", re.IGNORECASE)
 LARGEST = 2**63
+MOST_LEVELS = 40
 MOST_VALUES = 100_000
 """Maximum number of values in a file, with aliases expanded."""
 PLAIN = "plain"
@@ -46,7 +47,7 @@ EXPECTED = {
 }
 
 
-class _Loader(yaml.BaseLoader):
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]
     """Composes nodes without reading values. (libyaml's loader would crash the process on deeply nested text.)"""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
@@ -64,10 +65,7 @@ def read_document(schema: type, text: str, where: str, reader: "type[TypedReader
     node = compose(text, where)
     if node is None:
         return {}
-    try:
-        tree: dict[str, Any] = (reader or TypedReader)(where).value(node, schema, "")
-    except RecursionError:
-        raise ConfigError(where, "", "values are nested too deeply") from None
+    tree: dict[str, Any] = (reader or TypedReader)(where).value(node, schema, "")
     return tree
 
 
@@ -141,8 +139,11 @@ class TypedReader:
             self.refuse(key, f"YAML tag {shown(node.tag)} on line {_line(node)} is not supported; write a plain value")
         if any(node is outer for outer in self._open):
             self.refuse(key, f"the alias on line {_line(node)} refers to the value that contains it")
+        if len(self._open) >= MOST_LEVELS:
+            self.refuse(".".join(key.split(".")[:3]), f"more than {MOST_LEVELS} levels of values")
         self._open.append(node)
         required, optional = required_type(hint)
+        result: Any
         if is_dataclass(required):
             result = self._group(node, required, optional, key)
         elif required is Any:
@@ -249,6 +250,7 @@ class TypedReader:
             self.refuse(key, f"{text} is not possible here; write {EXPECTED[kind]}{quotes}")
         if kind is str:
             return text
+        value: bool | int | float | None
         if kind is bool:
             value = {**BOOLS, "1": True, "0": False}.get(text.lower())
         else:
@@ -325,7 +327,7 @@ def _outline(node: yaml.Node, depth: int = 3) -> Any:
     if isinstance(node, yaml.ScalarNode):
         return node.value
     if depth == 0:
-        return ...
+        return "..."
     if isinstance(node, yaml.SequenceNode):
         return [_outline(child, depth - 1) for child in node.value[:10]]
     pairs = node.value[:10]

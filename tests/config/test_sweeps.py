@@ -83,7 +83,7 @@ def test_a_sample_is_drawn_by_seed(configs: Path) -> None:
         ("experiment: demo\ngrid: {description: [a..], lora.rank: [4]}\n", r"grid: .*'\.\.\.'"),
         ("experiment: dmo\ngrid: {lora.rank: [4]}\n", "experiment: .*'dmo'.*'demo'"),
         ("- a\n", "settings"),
-        ("a\0b", ""),
+        ("a\0b", "YAML"),
     ],
 )
 def test_a_broken_sweep_is_told_and_takes_nothing_down(

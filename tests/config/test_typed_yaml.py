@@ -162,7 +162,8 @@ def test_an_optional_group_that_is_named_has_its_defaults(load: Load, configs: P
         ("lora: {target_modules: {q_proj: 1}}", ["lora.target_modules", "q_proj"]),
         (f"description: {'[' * 5_000}", []),
         (f"lora: {'{a: ' * 2_000}", []),
-        (f"'{'x' * 10_000}': 1", ["unknown setting"]),
+        (f"launcher: {{kubernetes: {{pod: {'{a: ' * 60}1{'}' * 60}}}}}", ["launcher.kubernetes.pod", "40 levels"]),
+        (f"'{'x' * 1_000}': 1", ["unknown setting"]),
     ],
 )
 def test_what_cannot_be_read_is_named(load: Load, text: str, facts: list[str]) -> None:
