@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.base_identity import check_warm_start
 from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import HELD_BACK, SOURCES, TRAINER_STATE
@@ -51,6 +52,7 @@ def lora_adapter(
     with asset_step(context, retried=True):
         lineage = project.lineage(context.partition_key)
         refuse_stacked_experiment(lineage.experiment)
+        check_warm_start(lineage, cached_base_model)
         imported = lineage.import_external_inputs()  # invalid inputs fail here, before hours of training
         fingerprint = lineage.fingerprint(
             ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model

@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.base_identity import check_warm_start
 from finetune_assets.artifacts.history import predicted, read_plan, trainer_states
 from finetune_assets.artifacts.kinds import ADAPTERS, PLANS
 from finetune_assets.assets.materialization import (
@@ -55,6 +56,7 @@ def training_plan(
     with asset_step(context):
         lineage = project.lineage(context.partition_key)
         refuse_stacked_experiment(lineage.experiment)
+        check_warm_start(lineage, cached_base_model)
         adapter = lineage.fingerprint(
             ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model
         )

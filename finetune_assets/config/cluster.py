@@ -12,7 +12,7 @@ ENGINES = {
 }
 """The registry of engines: module and class of each, imported when it runs a job."""
 AUTO = "auto"
-TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+TIME_LIMIT = re.compile(r"(?:([0-9]{1,6})-)?([0-9]{1,6}):([0-5][0-9]):([0-5][0-9])")
 
 
 @dataclass

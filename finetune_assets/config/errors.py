@@ -2,8 +2,12 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from finetune_assets.errors import UserError
+
+MOST_SHOWN = 200
+"""Maximum number of characters of a value in an error."""
 
 
 class ConfigError(UserError):
@@ -16,11 +20,21 @@ class ConfigError(UserError):
     """
 
     def __init__(self, where: str, key: str, problem: str) -> None:
-        super().__init__(": ".join(part for part in (where, key, problem) if part))
+        super().__init__(": ".join(_one_line(part) for part in (where, key, problem) if part))
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
     """`did you mean 'x'?`, or all valid names if none is similar."""
     names = sorted(valid)
-    near = get_close_matches(name, names, n=1, cutoff=0.6)
+    near = get_close_matches(name[:MOST_SHOWN], names, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(names)}"
+
+
+def shown(value: Any) -> str:
+    """A value for an error: on one line, and shortened if it is long."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def _one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

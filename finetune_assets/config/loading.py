@@ -2,25 +2,27 @@
 
 import logging
 import re
-import types
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune_assets.config.errors import ConfigError, suggest
+from finetune_assets.config.errors import MOST_SHOWN, ConfigError, suggest
+from finetune_assets.config.overrides import read_override
 from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
+from finetune_assets.config.raw_validation import impossible_raw_settings
 from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
-from finetune_assets.config.sweeps import Point, points, sweep_files
-from finetune_assets.config.validation import impossible_raw_settings, impossible_settings, impossible_store_settings
+from finetune_assets.config.sweeps import GridReader, Point, points, settings_tree, sweep_files
+from finetune_assets.config.typed_yaml import TypedReader, read_document
+from finetune_assets.config.validation import impossible_settings, impossible_store_settings
 
 OVERRIDE = "override"
 EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAMES = "use letters, digits, '.', '_' and '-', ending in .yaml"
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -44,25 +46,50 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of settings; layers are merged in order."""
+    """One source of settings; layers are merged in order.
+
+    Attributes:
+        where: The file or override.
+        tree: Its settings as plain data.
+        settings: The same for OmegaConf.
+    """
 
     where: str
-    tree: DictConfig
+    tree: dict[str, Any]
+    settings: DictConfig
 
 
 def experiment_files(configs: Path) -> list[str]:
     """Sorted names of the experiments that have a file. No file is opened, so an invalid file affects no other.
 
-    Files with a name that cannot be a partition key are skipped with a warning.
+    Files with a name that cannot be a partition key are skipped with a warning. So that artifacts of two experiments
+    never share a folder on a disk that ignores case, a warning names files that differ only by case.
     """
     names = []
-    for path in sorted((configs / "experiments").iterdir()) if (configs / "experiments").is_dir() else []:
-        if path.suffix == ".yaml" and EXPERIMENT_NAME.fullmatch(path.stem) and "..." not in path.stem:
+    for path in _files_in(configs / "experiments"):
+        if path.suffix == ".yaml" and can_be_partition(path.stem):
             names.append(path.stem)
         elif path.suffix in (".yaml", ".yml"):
-            problem = "use letters, digits, '.', '_' and '-', ending in .yaml"
-            logger.warning("Invalid experiment file name %s: %s", path, problem)
+            logger.warning("Invalid experiment file name %s: %s", path, NAMES)
+    by_case = {name.lower(): name for name in names}
+    for name in names:
+        if (other := by_case[name.lower()]) != name:
+            logger.warning("Experiments %s and %s differ only by case; rename one, because disks may not", name, other)
     return names
+
+
+def can_be_partition(name: str) -> bool:
+    """Whether an experiment or a sweep can have this name."""
+    return bool(EXPERIMENT_NAME.fullmatch(name)) and "..." not in name
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _has_file(configs: Path, name: str) -> bool:
+    path = _file_of(configs, name)
+    return can_be_partition(name) and path in _files_in(path.parent)
 
 
 def experiment_names(configs: Path) -> list[str]:
@@ -71,9 +98,15 @@ def experiment_names(configs: Path) -> list[str]:
     An invalid sweep is skipped with an error in the log and affects nothing else.
     """
     names = experiment_files(configs)
+    for path in _files_in(configs / "sweeps"):
+        if path.suffix == ".yml":
+            logger.warning("Invalid sweep file name %s: %s", path, NAMES)
     for path in sweep_files(configs):
         try:
-            names += [point.name for point in load_sweep(configs, path.stem) if point.name not in names]
+            found = {point.name for point in load_sweep(configs, path.stem)}
+            for name in sorted(found & {*names}):
+                logger.error("Skipping point %s of sweep %s: an experiment has this name", name, path.stem)
+            names += found - {*names}
         except ConfigError as e:
             logger.error("Skipping sweep %s: %s", path.stem, e)
     return sorted(names)
@@ -86,10 +119,16 @@ def load_sweep(configs: Path, name: str) -> list[Point]:
         ConfigError: naming the file, the setting, and the valid options.
     """
     path = configs / "sweeps" / f"{name}.yaml"
-    if not path.is_file() or not EXPERIMENT_NAME.fullmatch(name):
+    if path not in sweep_files(configs):
         known = [file.stem for file in sweep_files(configs)]
         raise ConfigError(str(path.parent), "", f"no sweep '{name}' here; {suggest(name, known)}")
-    return points(name, _merge(SweepConfig, [_read_layer(path)], path), path)
+    if not can_be_partition(name):
+        raise ConfigError(str(path), "", f"invalid file name: {NAMES}")
+    config = _merge(SweepConfig, [_read_layer(path, SweepConfig, GridReader)], path)
+    if not _has_file(configs, config.experiment):
+        problem = f"no experiment '{config.experiment}'; {suggest(config.experiment, experiment_files(configs))}"
+        raise ConfigError(str(path), "experiment", problem)
+    return points(name, config, path)
 
 
 def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -103,20 +142,20 @@ def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: naming the file (or the override), the setting, its value, and the valid options.
     """
-    point = None if _file_of(configs, name).is_file() else _point(configs, name)
+    has_file = _has_file(configs, name)
+    point = None if has_file else _point(configs, name)
+    if not point and not has_file:
+        problem = f"no experiment '{name}' here; {suggest(name, experiment_names(configs))}"
+        raise ConfigError(str(configs / "experiments"), "", problem)
     path = _file_of(configs, point.experiment if point else name)
-    if not path.is_file():
-        known = experiment_files(configs) if point else experiment_names(configs)
-        wanted = point.experiment if point else name
-        raise ConfigError(str(path.parent), "", f"no experiment '{wanted}' here; {suggest(wanted, known)}")
-    layers = [_read_layer(configs / "base.yaml"), _read_layer(path)]
+    layers = [_read_layer(file, ExperimentConfig) for file in (configs / "base.yaml", path)]
     layers += [_point_layer(configs, point)] if point else []
     layers += map(_override_layer, overrides)
     config = _merge(ExperimentConfig, layers, path)
     for key, problem in impossible_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
     for other in config.stack.adapters if config.stack else ():
-        if not _file_of(configs, other).is_file() and other not in (known := experiment_names(configs)):
+        if not _has_file(configs, other) and other not in (known := experiment_names(configs)):
             raise ConfigError(str(path), f"stack.adapters.{other}", f"no such experiment; {suggest(other, known)}")
     if point:
         config.subscribed = False
@@ -128,36 +167,44 @@ def _file_of(configs: Path, name: str) -> Path:
 
 
 def _point(configs: Path, name: str) -> Point | None:
-    """The sweep point with this name, if it exists."""
+    """The sweep point with this name, if it exists.
+
+    Raises:
+        ConfigError: if no sweep has it, and a sweep that may define it cannot be read.
+    """
+    problem = None
     for path in sweep_files(configs):
         if name.startswith(f"{path.stem}."):
-            match = next((point for point in load_sweep(configs, path.stem) if point.name == name), None)
+            try:
+                match = next((point for point in load_sweep(configs, path.stem) if point.name == name), None)
+            except ConfigError as e:
+                problem = problem or e
+                continue
             if match:
                 return match
+    if problem:
+        raise problem
     return None
 
 
 def _point_layer(configs: Path, point: Point) -> Layer:
     where = str(configs / "sweeps" / f"{point.sweep}.yaml")
-    tree = OmegaConf.create({})
-    for setting, value in point.settings.items():
-        OmegaConf.update(tree, setting, value, merge=False)
-    _refuse_interpolation(OmegaConf.to_container(tree), where)
-    return Layer(where, tree)
+    return _layer(where, settings_tree(point.settings, where))
 
 
 def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataConfig:
     """Load the deployment's raw data settings; `source`, if given, overrides the file."""
     path = configs / "raw_data.yaml"
-    layers = [_read_layer(path)]
+    layers = [_read_layer(path, RawDataConfig)]
     if source:
-        layers.append(Layer("FINETUNE_RAW_DATA", OmegaConf.create({"source": source})))
+        where = "FINETUNE_RAW_DATA"
+        layers.append(_layer(where, {"source": TypedReader(where).literal(source, "source")}))
     config = _merge(RawDataConfig, layers, path)
     if source:
         config.sources = {}
     elif config.sources:
         for key in ("source", "columns", "hub"):
-            if OmegaConf.select(layers[0].tree, key) is not None:
+            if layers[0].tree.get(key) is not None:
                 raise ConfigError(str(path), key, "cannot be set together with `sources`; set it for each source")
     for key, problem in impossible_raw_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
@@ -169,7 +216,9 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
 def load_store_config(configs: Path) -> StoreConfig:
     """Load the deployment's retention settings of the store."""
     path = configs / "store.yaml"
-    layers = [_read_layer(path)] if path.exists() else []
+    if (other := path.with_suffix(".yml")).exists():
+        raise ConfigError(str(other), "", "would be ignored; rename it to store.yaml")
+    layers = [_read_layer(path, StoreConfig)] if path.exists() else []
     config = _merge(StoreConfig, layers, path)
     for key, problem in impossible_store_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
@@ -178,13 +227,13 @@ def load_store_config(configs: Path) -> StoreConfig:
 
 def base_settings(configs: Path) -> dict[str, Any]:
     """Settings that every experiment starts from: `base.yaml` merged over the defaults; required ones are `???`."""
-    base = OmegaConf.merge(_defaults(ExperimentConfig), _read_layer(configs / "base.yaml").tree)
+    base = OmegaConf.merge(_defaults(ExperimentConfig), _read_layer(configs / "base.yaml", ExperimentConfig).settings)
     return OmegaConf.to_container(base)  # type: ignore[return-value]
 
 
 def load_resolved(path: Path) -> ExperimentConfig:
     """Load a settings tree written by `dump`."""
-    return _merge(ExperimentConfig, [_read_layer(path)], path)
+    return _merge(ExperimentConfig, [_read_layer(path, ExperimentConfig)], path)
 
 
 def read_settings(text: str) -> dict[str, Any]:
@@ -197,74 +246,43 @@ def dump(config: ExperimentConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _read_layer(path: Path) -> Layer:
-    if not path.is_file():
-        raise ConfigError(str(path), "", "file not found; copy it from the project's repository")
+def _read_layer(path: Path, schema: type, reader: type[TypedReader] | None = None) -> Layer:
     try:
+        if not path.exists():
+            raise ConfigError(str(path), "", "file not found; copy it from the project's repository")
+        if not path.is_file():
+            raise ConfigError(str(path), "", "not a file; settings are read from YAML files")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ConfigError(str(path), "", f"not UTF-8 at byte {e.start}; save it as UTF-8") from e
-    return _parse(path, text)
+    except OSError as e:
+        raise ConfigError(str(path), "", f"cannot be read: {e.strerror}") from e
+    return _parse(schema, path, text, reader)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)
-def _parse(path: Path, text: str) -> Layer:
+def _parse(schema: type, path: Path, text: str, reader: type[TypedReader] | None) -> Layer:
     """Cached, because every experiment starts from the same `base.yaml`; layers are never modified."""
-    try:
-        tree = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
-    except yaml.MarkedYAMLError as e:
-        line = f"line {e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise ConfigError(str(path), line, f"not valid YAML: {e.problem}") from e
-    except (yaml.YAMLError, OmegaConfBaseException, AssertionError) as e:
-        raise ConfigError(str(path), "", f"expected settings as `name: value`: {_first_line(e)}") from e
-    if not isinstance(tree, DictConfig):
-        raise ConfigError(str(path), "", "expected settings as `name: value`")
-    _refuse_interpolation(OmegaConf.to_container(tree), str(path))
-    return Layer(str(path), tree)
+    return _layer(str(path), read_document(schema, text, str(path), reader))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _refuse_interpolation(tree: Any, where: str, key: str = "") -> None:
-    """Settings must be literal: they are saved with every artifact, so none may come from the environment."""
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            _refuse_interpolation(value, where, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list):
-        for value in tree:
-            _refuse_interpolation(value, where, key)
-    elif isinstance(tree, str) and "${" in tree:
-        raise ConfigError(where, key, f"{tree!r} must be literal and not hold '${{': it is saved with every artifact")
+def _layer(where: str, tree: dict[str, Any]) -> Layer:
+    return Layer(where, tree, OmegaConf.create(tree))
 
 
 def _override_layer(override: str) -> Layer:
-    key, equals, value = override.partition("=")
-    where = f"{OVERRIDE} '{override}'"
-    if not equals or not key.strip():
-        raise ConfigError(where, "", "expected key=value, such as training.learning_rate=1e-4")
-    try:
-        tree = OmegaConf.from_dotlist([override])
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as e:
-        raise ConfigError(where, key, f"{value!r} is not a valid value: {_first_line(e)}") from e
-    _refuse_interpolation(OmegaConf.to_container(tree), where)
-    return Layer(where, tree)
+    where = f"{OVERRIDE} '{override if len(override) <= MOST_SHOWN else f'{override[:MOST_SHOWN]}...'}'"
+    return _layer(where, read_override(ExperimentConfig, override, where))
 
 
 def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
-    for layer in layers:
-        _check_names(schema, OmegaConf.to_container(layer.tree), layer.where)
     try:
-        merged = OmegaConf.merge(_defaults(schema), *(layer.tree for layer in layers))  # type: ignore[arg-type]
-    except (OmegaConfBaseException, TypeError):
-        merged = _merge_one_by_one(schema, layers)
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(str(path), key, "must be set: it is '???'")
-    try:
+        merged = OmegaConf.merge(_defaults(schema), *(layer.settings for layer in layers))  # type: ignore[arg-type]
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(str(path), key, "must be set: it is '???'")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as e:
-        raise ConfigError(str(path), str(e.full_key or ""), str(e).splitlines()[0]) from e
+        raise ConfigError(str(path), str(e.full_key or ""), str(e).partition("\n")[0]) from e
 
 
 @lru_cache
@@ -273,59 +291,14 @@ def _defaults(schema: type[Any]) -> DictConfig:
     return OmegaConf.structured(schema)
 
 
-def _merge_one_by_one(schema: type, layers: list[Layer]) -> DictConfig:
-    """Merge layer by layer, to find the layer with a type error."""
-    merged = _defaults(schema)
-    for layer in layers:
-        try:
-            merged = OmegaConf.merge(merged, layer.tree)  # type: ignore[assignment]
-        except OmegaConfBaseException as e:
-            raise _type_error(schema, layer, e) from e
-        except TypeError as e:
-            raise ConfigError(layer.where, "", f"does not fit the settings' structure: {_first_line(e)}") from e
-    return merged
-
-
-def _check_names(schema: type, tree: Any, where: str, path: str = "") -> None:
-    """Refuse unknown names, and values in place of groups, before types are checked."""
-    if not isinstance(tree, dict):
-        raise ConfigError(where, path, f"expected a group of settings, found {tree!r}")
-    hints = get_type_hints(schema)
-    for name, value in tree.items():
-        key = f"{path}.{name}" if path else str(name)
-        if name not in hints:
-            raise ConfigError(where, key, f"unknown setting (value {value!r}); {suggest(str(name), hints)}")
-        group = group_of(hints[name])
-        if group and value is not None:
-            _check_names(group, value, where, key)
-
-
-def group_of(hint: Any) -> type | None:
-    """The dataclass in a field's type (also in `Wandb | None`), if any."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return next((option for option in options if is_dataclass(option)), None)  # type: ignore[return-value]
-
-
-def _type_error(schema: type, layer: Layer, error: OmegaConfBaseException) -> ConfigError:
-    key = str(error.full_key or "")
-    value = OmegaConf.select(layer.tree, key) if key else OmegaConf.to_container(layer.tree)
-    options = _literal_options(schema, key)
-    if options:
-        return ConfigError(layer.where, key, f"{value!r} is not valid; {suggest(str(value), options)}")
-    problem = str(error).splitlines()[0]
-    if "is not a ListConfig" in problem:
-        problem = "expected a list, such as [one, two]"
-    return ConfigError(layer.where, key, f"{value!r} has the wrong type: {problem}")
-
-
-def _literal_options(schema: type, key: str) -> tuple[str, ...]:
-    hint: Any = schema
-    for name in key.split("."):
-        group = group_of(hint)
-        hint = get_type_hints(group).get(name) if group else None
-    return get_args(hint) if get_origin(hint) is Literal else ()
-
-
 def _who_set(key: str, layers: list[Layer], path: Path) -> str:
-    setters = (layer.where for layer in reversed(layers) if OmegaConf.select(layer.tree, key) is not None)
+    setters = (layer.where for layer in reversed(layers) if _sets(layer.tree, key))
     return next(setters, str(path))
+
+
+def _sets(tree: Any, key: str) -> bool:
+    """Whether a tree has a value at a dotted key; names in the tree may contain dots."""
+    if key == "":
+        return tree is not None
+    names = [name for name in tree if key == name or key.startswith(f"{name}.")] if isinstance(tree, dict) else []
+    return any(_sets(tree[name], key[len(name) + 1 :]) for name in names)

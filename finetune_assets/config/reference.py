@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from finetune_assets.config.loading import group_of
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
+from finetune_assets.config.typed_yaml import group_of
 
 TARGET = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Every setting
@@ -27,6 +27,22 @@ its assets and are given as dotted strings:
 ```sh
 finetune run demo --select '*lora_adapter' --set training.max_steps=5 --set lora.rank=4
 ```
+
+## How values are read
+
+The type of a setting decides what its value is:
+
+- A setting of type `str` keeps the text as written: `account: 0017`, `partition: off`, `time_limit: 12:00:00` and
+  `revision: 1e10` need no quotes. Only the text `null` does.
+- A number may be written as `1e-4`, `0.0001` or `1_000`. Numbers with a leading zero, `inf` and `nan` are errors.
+- A group or list with nothing after its colon, for example because all its lines are commented out, is not set. An
+  optional group (`merge`, `wandb`, `stack`, `evaluation.lm_eval`) that is named but empty has its defaults; `null`
+  switches it off.
+- A name that is set twice, and YAML tags such as `!!binary`, are errors.
+
+An override takes the text after `=` as it is, also `:`, `#` and braces. Lists and groups are written as in YAML:
+`--set 'lora.target_modules=[q_proj, v_proj]'`. Names with dots need no quotes:
+`--set lora.rank_pattern.layers.0.self_attn.q_proj=4`.
 """
 
 

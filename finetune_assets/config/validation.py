@@ -3,15 +3,12 @@
 import math
 import re
 import string
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
 
 from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
-from finetune_assets.config.errors import suggest
+from finetune_assets.config.errors import shown, suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
-from finetune_assets.config.raw_data_schema import Columns, RawDataConfig, RawSource
+from finetune_assets.config.raw_validation import Problem, named, shares
 from finetune_assets.config.schema import (
     Data,
     ExperimentConfig,
@@ -24,22 +21,24 @@ from finetune_assets.config.schema import (
     StoreConfig,
     Tokenization,
     Training,
+    Wandb,
 )
-
-Problem = tuple[str, str]
-"""Dotted path of the setting, and description of the problem."""
 
 PLACEHOLDERS = ("instruction", "context")
 COMPUTED_AS_STORED = {"fp32": "float32", "full_bf16": "bfloat16", "full_fp16": "float16"}
 """Required data type of the base model's weights, if mixed precision does not cast them."""
-SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 VERSION = re.compile(r"[^@\s]+@[0-9a-f]{40}")
 """One version of a model, as `model.trust_remote_code` names it."""
 REWRITES_BASE = ("pissa", "olora")
 """Initializations that move part of the base model's weights into the adapter."""
 LEAST_SIMILARITY = 0.7
 """Less similar texts are found too seldom by their MinHash signatures."""
+PROCESSES = re.compile("[1-9][0-9]{0,5}")
+PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]*")
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
+WANDB_NOT_ALLOWED = "/\\#?%:"
+"""Characters that Weights & Biases refuses in the name of a project."""
+WANDB_MOST_CHARACTERS = 128
 
 
 def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
@@ -56,15 +55,18 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _stack(config.stack) if config.stack else ()
     yield from _hardware(config.hardware)
     yield from _launcher(config)
+    yield from _wandb(config.wandb) if config.wandb else ()
     if config.evaluation.lm_eval and not config.evaluation.lm_eval.tasks:
         yield "evaluation.lm_eval.tasks", "no tasks; add some, or set evaluation.lm_eval to null"
     scheme, added = config.lora.init_lora_weights, config.data.tokenization.added_tokens
     if added and isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         yield "lora.init_lora_weights", f"{scheme} cannot save the rows of data.tokenization.added_tokens; use true"
+    if config.training.warm_start and scheme is not True:
+        yield "lora.init_lora_weights", f"{scheme} has no effect with training.warm_start; use true"
 
 
 def _hardware(hardware: Hardware) -> Iterator[Problem]:
-    for key, number in _named("hardware", hardware).items():
+    for key, number in named("hardware", hardware).items():
         if not isinstance(number, str | None) and number <= 0 and not (key.endswith("price_per_hour") and number == 0):
             yield key, f"{number} must be more than 0"
     if hardware.gpu and not hardware.memory_gib and memory_gib(hardware.gpu) is None:
@@ -74,12 +76,12 @@ def _hardware(hardware: Hardware) -> Iterator[Problem]:
 
 def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
     launcher, macro = config.launcher, config.training.macro_batch_size
-    nodes = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", launcher.nodes)
+    nodes = re.fullmatch(r"([1-9][0-9]{0,5})(?:-([1-9][0-9]{0,5}))?", launcher.nodes)
     if not nodes or int(nodes[1]) > int(nodes[2] or nodes[1]):
         yield "launcher.nodes", f"{launcher.nodes!r} must be a number of at least 1, or a range such as 1-4"
         return
     each = config.training.processes_per_node
-    processes = launcher.node_range[1] * (int(each) if each.isdecimal() else launcher.gpus_per_node or 1)
+    processes = launcher.node_range[1] * (int(each) if PROCESSES.fullmatch(each) else launcher.gpus_per_node or 1)
     if launcher.node_range[1] > 1 and processes > macro:
         yield "launcher.nodes", f"{processes} processes in total are more than training.macro_batch_size {macro}"
     if launcher.engine not in (AUTO, *ENGINES):
@@ -97,7 +99,7 @@ def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
     if launcher.memory is not None and not re.fullmatch(r"[1-9]\d*[MGT]", launcher.memory):
         yield "launcher.memory", f"{launcher.memory!r} must be a size such as 64G"
     for name in launcher.environment:
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield "launcher.environment", f"{name!r} is not a valid name of an environment variable"
         elif re.search(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_?KEY", name, re.IGNORECASE):
             yield (
@@ -107,52 +109,17 @@ def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
             )
 
 
-def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
-    """All problems of the raw data settings."""
-    checks = {name: value for name, value in _named("checks", config.checks).items() if not isinstance(value, str)}
-    yield from _shares({"max_quarantine_share": config.max_quarantine_share, **checks})
-    arrivals = _named("arrivals", config.arrivals)
-    for key, number in arrivals.items():
-        if number is not None and not 0 <= number < math.inf:
-            yield key, f"{number} must be 0 or more"
-    yield from _columns("columns", config.columns)
-    for name, source in config.sources.items():
-        yield from _raw_source(f"sources.{name}", name, source)
-    weighted = [name for name, source in config.sources.items() if source.weight is not None]
-    if weighted and len(weighted) < len(config.sources):
-        without = next(name for name in config.sources if name not in weighted)
-        yield f"sources.{without}.weight", "must be set, because other sources have a weight; set it for all or none"
-
-
-def _raw_source(key: str, name: str, source: RawSource) -> Iterator[Problem]:
-    if not SOURCE_NAME.fullmatch(name):
-        yield key, f"{name!r} is not a name; use letters, digits, '_' and '-'"
-    if not source.source.strip():
-        yield f"{key}.source", "is blank; name a file, a folder, s3://bucket/prefix or hf://datasets/owner/name"
-    if source.weight is not None and not 0 < source.weight < math.inf:
-        yield f"{key}.weight", f"{source.weight} must be more than 0; to leave the source out, use data.sources"
-    if source.max_rows is not None and source.max_rows < 1:
-        yield f"{key}.max_rows", f"{source.max_rows} must be at least 1"
-    yield from _columns(f"{key}.columns", source.columns)
-
-
-def _columns(key: str, columns: Columns) -> Iterator[Problem]:
-    named = {field: name for field, name in asdict(columns).items() if name is not None}
-    for field, name in named.items():
-        if not name.strip():
-            yield f"{key}.{field}", f"{name!r} is not a column name; use null for the default name"
-        elif Counter(named.values())[name] > 1:
-            yield f"{key}.{field}", f"'{name}' is used more than once; each setting needs a different column"
-
-
-def _named(group: str, settings: Any) -> dict[str, Any]:
-    return {f"{group}.{name}": value for name, value in asdict(settings).items()}
-
-
-def _shares(shares: dict[str, float]) -> Iterator[Problem]:
-    for key, share in shares.items():
-        if not 0 <= share <= 1:
-            yield key, f"{share} must be a fraction from 0 to 1"
+def _wandb(wandb: Wandb) -> Iterator[Problem]:
+    for name in ("project", "entity", "run_name"):
+        text = getattr(wandb, name)
+        if text is None:
+            continue
+        refused = "" if name == "run_name" else "".join(char for char in WANDB_NOT_ALLOWED if char in text)
+        if not text.strip() or len(text) > WANDB_MOST_CHARACTERS or refused:
+            limit = f"W&B allows 1 to {WANDB_MOST_CHARACTERS} characters"
+            limit += "" if name == "run_name" else f", and none of {' '.join(WANDB_NOT_ALLOWED)}"
+            found = f", found {' '.join(refused)}" if refused else ""
+            yield f"wandb.{name}", f"{shown(text)} is not a valid name: {limit}{found}"
 
 
 def impossible_store_settings(config: StoreConfig) -> Iterator[Problem]:
@@ -243,7 +210,7 @@ def _split(data: Data) -> Iterator[Problem]:
             "data.val_fraction",
             f"val_fraction + gate_fraction is {total:g}; it must be below 1 to leave rows to train on",
         )
-    yield from _shares({"data.max_refused_share": data.max_refused_share, **_named("data.checks", data.checks)})
+    yield from shares({"data.max_refused_share": data.max_refused_share, **named("data.checks", data.checks)})
     threshold = data.near_duplicate_threshold
     if threshold is not None and not LEAST_SIMILARITY <= threshold <= 1:
         yield (
@@ -309,7 +276,7 @@ def _batches(training: Training) -> Iterator[Problem]:
         yield "training.micro_batch_size", f"{micro} is more than training.macro_batch_size {macro}"
     if training.processes_per_node != "auto":
         number = training.processes_per_node
-        if not number.isdecimal() or int(number) < 1:
+        if not PROCESSES.fullmatch(number):
             yield "training.processes_per_node", f"{number!r} must be auto or a number of at least 1"
         elif int(number) > macro:
             yield "training.processes_per_node", f"{number} processes are more than training.macro_batch_size {macro}"
@@ -343,13 +310,29 @@ def _quantized(config: ExperimentConfig) -> Iterator[Problem]:
 
 def _lora(lora: Lora) -> Iterator[Problem]:
     targets = lora.target_modules
-    names = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
+    names = isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
     if targets != "all-linear" and not names:
         yield "lora.target_modules", f"{targets!r} must be all-linear or a list of module names"
     scheme = lora.init_lora_weights
-    known = scheme in INIT_SCHEMES or (isinstance(scheme, str) and scheme.startswith("pissa_niter_"))
-    if not (isinstance(scheme, bool) or known):
-        yield "lora.init_lora_weights", f"{scheme!r} is not valid; {suggest(str(scheme), ['true', *INIT_SCHEMES])}"
+    known = isinstance(scheme, str) and (scheme in INIT_SCHEMES or PISSA_STEPS.fullmatch(scheme))
+    if isinstance(scheme, str) and scheme.lower() in ("true", "false"):
+        yield "lora.init_lora_weights", f"{scheme!r} is text; write {scheme.lower()} without quotes"
+    elif not (isinstance(scheme, bool) or known):
+        options = ["true", "pissa_niter_16", *INIT_SCHEMES]
+        yield "lora.init_lora_weights", f"{shown(scheme)} is not valid; {suggest(str(scheme), options)}"
+    for layer in lora.layers_to_transform or ():
+        if layer < 0:
+            yield "lora.layers_to_transform", f"{layer} must be the index of a layer, from 0"
+    if lora.layers_to_transform == []:
+        yield "lora.layers_to_transform", "an empty list selects no layers; use null to adapt all"
+    for name in lora.rank_pattern:
+        try:
+            re.compile(rf"(.*\.)?({name})$")
+        except (re.error, OverflowError, RecursionError) as e:
+            yield f"lora.rank_pattern.{name}", f"{name!r} is not a valid regular expression: {e}"
+    for name in lora.modules_to_save or ():
+        if not name:
+            yield "lora.modules_to_save", "'' is not the name of a module"
     if isinstance(scheme, str) and scheme.startswith(REWRITES_BASE):
         # PEFT's conversion back to the published base model keeps only lora_A and lora_B
         incompatible = [

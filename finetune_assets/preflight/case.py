@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PACKAGE = Path(__file__).parents[1]
-SIMULATED_CODE = ("preflight/simulation.py", *(f"training/{name}.py" for name in ("batches", "lora", "loss", "model")))
+SIMULATED_CODE = (
+    "preflight/simulation.py",
+    *(f"training/{name}.py" for name in ("batches", "lora", "lora_names", "loss", "model")),
+)
 LIBRARIES = ("torch", "transformers", "peft")
 
 
@@ -206,6 +209,22 @@ def multiplied_weights(case: Case) -> int:
 def _weights(case: Case) -> dict[str, Any]:
     simulation = import_lean("finetune_assets.preflight.simulation")
     return {"count": simulation.multiplied_weights_of(case.shape.config, case.question)}
+
+
+def lora_problem(case: Case) -> str | None:
+    """Return the first name in the `lora` settings that selects nothing in the model; None if all do.
+
+    Raises:
+        NotSimulated: if the model cannot be built on the meta device.
+    """
+    lora = {"lora": asdict(case.experiment.lora)}
+    problem: str | None = _cached_result(case.shape, "lora_names", lora, {"problem"}, lambda: _names(case))["problem"]
+    return problem
+
+
+def _names(case: Case) -> dict[str, Any]:
+    simulation = import_lean("finetune_assets.preflight.simulation")
+    return {"problem": simulation.lora_problem_of(case.shape.config, case.question)}
 
 
 def stored_dtype(shape: Shape) -> str | None:

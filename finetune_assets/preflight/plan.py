@@ -1,13 +1,15 @@
 """Plan a training run: whether it fits in memory, its steps and tokens, duration and cost."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.errors import UserError
 from finetune_assets.preflight.advice import ways
-from finetune_assets.preflight.case import Case, NotSimulated, Shape, multiplied_weights
+from finetune_assets.preflight.case import Case, NotSimulated, Shape, lora_problem, multiplied_weights
 from finetune_assets.preflight.device import GIB, Device, device_of
 from finetune_assets.preflight.memory import MIB, Memory, predict
 from finetune_assets.preflight.results import Results
@@ -108,12 +110,16 @@ def make_plan(
         states: Trainer states of earlier training runs, to estimate the speed of the hardware.
 
     Raises:
-        UserError: if the settings require GPUs that are not available.
+        UserError: if the settings require GPUs that are not available, or if a name in `lora` is not in the model.
     """
     device = device_of(experiment)
     work = work_of(dataset, experiment, device.processes) if dataset else None
     lengths, learned = (work.lengths, work.learned) if work else full_batch(experiment)
-    case, memory, unknown = settled(Case(shape, experiment, device, lengths, learned, checkpointing=False))
+    case = Case(shape, experiment, device, lengths, learned, checkpointing=False)
+    with suppress(NotSimulated):  # training checks it
+        if problem := lora_problem(case):
+            raise UserError(problem)
+    case, memory, unknown = settled(case)
     advice = ways(case, memory) if memory and memory.total > device.usable else []
     hours, known_from = _hours(case, work, states)
     price = experiment.hardware.price_per_hour

@@ -24,6 +24,7 @@ from finetune_assets.config.schema import Lora
 from finetune_assets.preflight.case import NotSimulated, Question, Simulated
 from finetune_assets.training.batches import Batch
 from finetune_assets.training.lora import use_fused_lora
+from finetune_assets.training.lora_names import lora_problem
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, base_of, layers_of, peft_config, trainable
 from finetune_assets.training.telemetry import multiplied_weights
@@ -60,6 +61,15 @@ def multiplied_weights_of(shape: PretrainedConfig, question: Question) -> int:
         NotSimulated: if the model class cannot be built on the meta device.
     """
     return multiplied_weights(base_on_meta(shape, question))
+
+
+def lora_problem_of(shape: PretrainedConfig, question: Question) -> str | None:
+    """Return the first name in the `lora` settings that selects nothing in the model; None if all do.
+
+    Raises:
+        NotSimulated: if the model class cannot be built on the meta device.
+    """
+    return lora_problem(question.lora, base_on_meta(shape, question))
 
 
 def _extrapolated(shape: PretrainedConfig, question: Question) -> Simulated:

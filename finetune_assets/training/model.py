@@ -8,12 +8,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
+from finetune_assets.training.lora_names import linear_names, lora_problem
+from finetune_assets.training.warm_start import warm_start_problem
 from finetune_assets.training.weight_validation import explain, misfit, misquantized, stored_quantization
 from finetune_assets.worker.model_libraries import use_bitsandbytes
 
@@ -122,9 +123,11 @@ def with_adapter(
         token_indices: Embedding rows to train as well, by layer name.
 
     Raises:
-        ModelError: if the target modules are not in the model, or the warm-start adapter is incompatible.
+        ModelError: if a name in the `lora` settings is not in the model, or the warm-start adapter is incompatible.
     """
     training = config.training
+    if problem := lora_problem(config.lora, base):
+        raise ModelError(problem)
     torch.manual_seed(training.seed)
     mixed = not training.precision.startswith("full_")
     if warm_start:
@@ -146,9 +149,13 @@ def _new(base: PreTrainedModel, lora: Lora, token_indices: dict[str, list[int]] 
 def _warm_started(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> PeftModel:
     try:
         adapter_config = PeftConfig.from_pretrained(str(folder))
-        _check_same_kind(adapter_config, lora)
-        return PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=mixed)
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as e:
+        if problem := warm_start_problem(adapter_config, lora, peft_config(lora, base), base):
+            raise ModelError(f"training.warm_start: {problem}")
+        adapter_config.lora_dropout, adapter_config.task_type = lora.dropout, lora.task_type  # not part of the weights
+        return PeftModel.from_pretrained(
+            base, folder, is_trainable=True, autocast_adapter_dtype=mixed, config=adapter_config
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, IndexError, SafetensorError) as e:
         reason = " ".join(str(e).split())
         raise ModelError(
             f"training.warm_start: adapter {folder.name} is incompatible with model.base_model: {reason}"
@@ -166,17 +173,6 @@ def with_adapter_of(base: PreTrainedModel, folder: Path, name: str = "default") 
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
         reason = " ".join(str(e).split())
         raise ModelError(f"adapter {folder.name} is incompatible with its base model: {reason}") from e
-
-
-def _check_same_kind(adapter_config: PeftConfig, lora: Lora) -> None:
-    settings = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
-    for name, peft_name in settings.items():
-        actual, expected = getattr(adapter_config, peft_name), getattr(lora, name)
-        if actual != expected:
-            raise ModelError(
-                f"training.warm_start: the adapter has {name} {actual}, but lora.{name} is {expected}; "
-                f"set lora.{name} to {actual}"
-            )
 
 
 def peft_config(lora: Lora, base: PreTrainedModel, token_indices: dict[str, list[int]] | None = None) -> LoraConfig:
@@ -199,14 +195,6 @@ def peft_config(lora: Lora, base: PreTrainedModel, token_indices: dict[str, list
         modules_to_save=lora.modules_to_save,
         trainable_token_indices=token_indices,
     )
-
-
-def linear_names(base: PreTrainedModel) -> list[str]:
-    """Last name components of the linear layers, excluding the output layer, as PEFT's `all-linear` selects them."""
-    output = base.get_output_embeddings()
-    kinds = (nn.Linear, Conv1D)  # GPT-2's layers are the latter
-    linear = (name for name, module in base.named_modules() if isinstance(module, kinds) and module is not output)
-    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:

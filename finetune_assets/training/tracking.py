@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.config.validation import WANDB_MOST_CHARACTERS
 from finetune_assets.errors import UserError
 from finetune_assets.training.wandb_process import Message, answers
 
 BINS = 64
+TAG_CHARACTERS = 64
+"""Maximum length of a tag in W&B; names of sweep points may be longer."""
 BEGIN_SECONDS, STAGE_SECONDS = 60.0, 300.0
 """Timeouts while training waits for wandb: to load and start a run, and to copy an adapter."""
 FINISH_SECONDS, FAILED_SECONDS = 600.0, 2.0
@@ -81,11 +84,11 @@ def beginning(config: ExperimentConfig, made_from: dict[str, Any], uris: dict[st
     return Begin(
         project=settings.project,
         entity=settings.entity,
-        name=settings.run_name or made_from["experiment"],
+        name=settings.run_name or made_from["experiment"][:WANDB_MOST_CHARACTERS],
         id=made_from["fingerprint"][:32],
         mode=settings.mode,
         config=asdict(config),
-        tags=[made_from["experiment"]],
+        tags=[made_from["experiment"][:TAG_CHARACTERS]],
         log_model=settings.log_model,
         watch=settings.watch,
         logging_steps=config.training.logging_steps,

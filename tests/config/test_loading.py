@@ -15,6 +15,8 @@ from finetune_assets.config.loading import (
     load_experiment,
     load_raw_data_config,
     load_resolved,
+    load_store_config,
+    load_sweep,
 )
 
 CONFIGS = ROOT / "configs"
@@ -103,7 +105,29 @@ def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
         ("description=${oc.env:HOME}", ["description", "${oc.env:HOME}"]),
         ("training.learning_rate=${", ["training.learning_rate", "${"]),
         ("data.categories=[a", ["data.categories", "[a"]),
-        ("description=: a: b", ["description"]),
+        ("data.categories=[a, b] # c", ["data.categories", "# c", "quotes"]),
+        ("description='a' b", ["description", "quotes"]),
+        ("merge=", ["merge", "null"]),
+        ("lora.rank=8.0", ["lora.rank", "'8.0'", "write 8"]),
+        ("lora.rank=true", ["lora.rank", "'true'"]),
+        ("training.seed=010", ["training.seed", "010"]),
+        ("training.max_steps=1:30", ["training.max_steps", "'1:30'"]),
+        ("hardware.memory_gib=.nan", ["hardware.memory_gib", ".nan"]),
+        ("training.seed=99999999999999999999", ["training.seed", "64 bits"]),
+        ("lora.rank_pattern={layers: {0: 4}}", ["lora.rank_pattern.layers", "{'0': '4'}"]),
+        ("lora.rank_pattern.(=4", ["lora.rank_pattern.(", "regular expression"]),
+        ("lora.rank.x=4", ["lora.rank", "lora.rank.x"]),
+        ("lora.layers_to_transform=[-1]", ["lora.layers_to_transform", "-1"]),
+        ("lora.layers_to_transform=[]", ["lora.layers_to_transform", "null"]),
+        ("lora.init_lora_weights='true'", ["lora.init_lora_weights", "'true'", "without quotes"]),
+        ("lora.init_lora_weights=pissa_niter_x", ["lora.init_lora_weights", "'pissa_niter_x'"]),
+        ("wandb.project=my project/x", ["wandb.project", "'my project/x'", "/ \\ # ? % :"]),
+        ("wandb={project: a, entity: b/c}", ["wandb.entity", "'b/c'"]),
+        ("wandb.project=' '", ["wandb.project", "' '"]),
+        (f"wandb.project={'x' * 129}", ["wandb.project", "128"]),
+        ("launcher.time_limit=99999999999-00:00:00", ["launcher.time_limit", "99999999999"]),
+        ("launcher.environment={A: null}", ["launcher.environment.A", "quotes"]),
+        ("description=null", ["description", "'null' in quotes"]),
         ("data.categories.0=x", ["data.categories"]),
         ("training.epochs=.inf", ["training.epochs", "inf"]),
         ("training.seed=-1", ["training.seed", "-1"]),
@@ -207,6 +231,42 @@ def test_a_mistake_in_base_yaml_names_base_yaml(configs: Path) -> None:
     (configs / "base.yaml").write_text("lora: {rank: 0}")
     with pytest.raises(ConfigError, match=r"base\.yaml: lora\.rank: "):
         load_experiment(configs, "smollm2-135m-dolly")
+
+
+def test_file_names_that_differ_by_case_are_warned_of(configs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("mine", "Mine"):
+        (configs / "experiments" / f"{name}.yaml").write_text("model: {base_model: demo-base}")
+    assert {"mine", "Mine"} <= {*experiment_names(configs)}
+    assert "Mine and mine" in caplog.text
+    assert load_experiment(configs, "Mine").name == "Mine"
+
+
+def test_a_folder_and_an_unreadable_file_are_named(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (configs / "experiments" / "folder.yaml").mkdir()
+    (configs / "experiments" / "dangling.yaml").symlink_to("gone.yaml")
+    for name in ("folder", "dangling"):
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml: "):
+            load_experiment(configs, name)
+
+    def refused(path: Path, **_: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(ConfigError, match=r"base\.yaml: .*Permission denied"):
+        load_experiment(configs, "demo")
+
+
+@pytest.mark.parametrize("name", ["../base", "a\0b", "x" * 300, "", "a/b", "a...b"])
+def test_a_name_that_no_file_can_have(configs: Path, name: str) -> None:
+    for load in (load_experiment, load_sweep):
+        with pytest.raises(ConfigError):
+            load(configs, name)
+
+
+def test_store_settings_under_another_name_are_refused(configs: Path) -> None:
+    (configs / "store.yaml").rename(configs / "store.yml")
+    with pytest.raises(ConfigError, match=r"store\.yml.*store\.yaml"):
+        load_store_config(configs)
 
 
 def test_latin_1_file_is_named(configs: Path) -> None:

@@ -1,0 +1,62 @@
+"""Validates the raw data settings, and what all settings have in common."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from finetune_assets.config.raw_data_schema import Columns, RawDataConfig, RawSource
+
+Problem = tuple[str, str]
+"""Dotted path of the setting, and description of the problem."""
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
+    """All problems of the raw data settings."""
+    checks = {name: value for name, value in named("checks", config.checks).items() if not isinstance(value, str)}
+    yield from shares({"max_quarantine_share": config.max_quarantine_share, **checks})
+    arrivals = named("arrivals", config.arrivals)
+    for key, number in arrivals.items():
+        if number is not None and not 0 <= number < math.inf:
+            yield key, f"{number} must be 0 or more"
+    yield from _columns("columns", config.columns)
+    for name, source in config.sources.items():
+        yield from _raw_source(f"sources.{name}", name, source)
+    weighted = [name for name, source in config.sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(config.sources):
+        without = next(name for name in config.sources if name not in weighted)
+        yield f"sources.{without}.weight", "must be set, because other sources have a weight; set it for all or none"
+
+
+def _raw_source(key: str, name: str, source: RawSource) -> Iterator[Problem]:
+    if not SOURCE_NAME.fullmatch(name):
+        yield key, f"{name!r} is not a name; use letters, digits, '_' and '-'"
+    if not source.source.strip():
+        yield f"{key}.source", "is blank; name a file, a folder, s3://bucket/prefix or hf://datasets/owner/name"
+    if source.weight is not None and not 0 < source.weight < math.inf:
+        yield f"{key}.weight", f"{source.weight} must be more than 0; to leave the source out, use data.sources"
+    if source.max_rows is not None and source.max_rows < 1:
+        yield f"{key}.max_rows", f"{source.max_rows} must be at least 1"
+    yield from _columns(f"{key}.columns", source.columns)
+
+
+def _columns(key: str, columns: Columns) -> Iterator[Problem]:
+    named = {field: name for field, name in asdict(columns).items() if name is not None}
+    for field, name in named.items():
+        if not name.strip():
+            yield f"{key}.{field}", f"{name!r} is not a column name; use null for the default name"
+        elif Counter(named.values())[name] > 1:
+            yield f"{key}.{field}", f"'{name}' is used more than once; each setting needs a different column"
+
+
+def named(group: str, settings: Any) -> dict[str, Any]:
+    return {f"{group}.{name}": value for name, value in asdict(settings).items()}
+
+
+def shares(shares: dict[str, float]) -> Iterator[Problem]:
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            yield key, f"{share} must be a fraction from 0 to 1"
