@@ -3,9 +3,10 @@
 import ast
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, fields
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -63,9 +64,17 @@ def _tables(schema: type, path: str, title: str) -> Iterator[str]:
         yield f"## {title}\n\n{inspect.getdoc(schema)}\n"
         yield "\n".join(["| setting | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""])
     for field, group in groups:
+        inner = f"{path}.{field.name}" if path else field.name
         if group:
-            inner = f"{path}.{field.name}" if path else field.name
             yield from _tables(group, inner, f"`{inner}`")
+        elif member := _member(hints[field.name]):
+            yield from _tables(member, f"{inner}.NAME", f"`{inner}.NAME`")
+
+
+def _member(hint: Any) -> type | None:
+    """The dataclass of a dictionary's values, if any."""
+    values = get_args(hint)[1:] if get_origin(hint) is dict else ()
+    return next((value for value in values if is_dataclass(value) and isinstance(value, type)), None)
 
 
 def _row(field: Field[Any], hint: Any, text: str) -> str:
@@ -80,6 +89,7 @@ def _type(hint: Any) -> str:
     if hint is Any:
         return "see meaning"
     name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    name = re.sub(r"[\w.]+\.(\w+)", r"\1", name)
     return f"`{name}`".replace("|", "\\|")
 
 
