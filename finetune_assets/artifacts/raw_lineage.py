@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.kinds import RAW
+from finetune_assets.artifacts.streams import newest_version
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.raw_data_schema import RawDataConfig, RawSource
 from finetune_assets.data.errors import DataError, Unreachable
@@ -95,10 +96,11 @@ class SourceLineage:
         try:
             yield
         except DataError as e:
-            if not self.several:
+            where = f"sources.{self.name}: "
+            if not self.several or str(e).startswith(where):
                 raise
             error = Unreachable if e.retriable else DataError
-            raise error(f"sources.{self.name}: {e}") from e
+            raise error(f"{where}{e}") from e
 
 
 class RawLineage:
@@ -147,7 +149,29 @@ class RawLineage:
             raise ArtifactMissing(
                 f"no version of {self.source_name} has passed its blocking checks; materialize dolly_raw"
             )
-        return self.given or combined({name: self.known(source) for name, source in self.sources.items()})
+        if self.given or len(self.sources) == 1:
+            return self.given or self.known(next(iter(self.sources.values())))
+        return combined(self.current_parts())
+
+    def current_parts(self) -> dict[str, str]:
+        """Fingerprint of each source's version, by name: of a source that cannot be read, its last good version.
+
+        A source that cannot be read and has no good version in the store is left out.
+
+        Raises:
+            DataError: if no source is left.
+        """
+        parts, errors = {}, []
+        for name, source in self.sources.items():
+            try:
+                parts[name] = self.known(source)
+            except DataError as e:
+                errors.append(e)
+                if last := newest_version(self.store, source.source_name):
+                    parts[name] = last.fingerprint
+        if not parts:
+            raise errors[0]
+        return parts
 
     def known(self, source: SourceLineage) -> str:
         """Fingerprint of a source's version: of an earlier code version's artifact, if it has exactly the same rows."""
@@ -165,13 +189,11 @@ class RawLineage:
 
 
 def combined(parts: Mapping[str, str]) -> str:
-    """Fingerprint of raw data of several sources; of one source, it is that source's.
+    """Fingerprint of raw data of several sources.
 
     Args:
         parts: Fingerprint of each source's version, by name.
     """
-    if len(parts) == 1:
-        return next(iter(parts.values()))
     return fingerprint(code=RAW.code_version, parts=dict(parts))
 
 

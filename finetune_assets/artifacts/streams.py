@@ -30,6 +30,13 @@ def earlier_versions(store: ArtifactStore, source: str, version: str) -> list[Ar
     return [ref for ref in refs if ref]
 
 
+def newest_version(store: ArtifactStore, source: str) -> ArtifactRef | None:
+    """The version of a source that became good last, of those that the store still has."""
+    records = sorted(_records(store, source), key=lambda record: record["at"], reverse=True)
+    refs = (store.find(RAW.folder, record["version"]) for record in records)
+    return next(filter(None, refs), None)
+
+
 def _records(store: ArtifactStore, source: str) -> list[dict[str, Any]]:
     listed = store.objects.listing(_prefix(store, source))
     return [json.loads(store.objects.get(stored.key)) for stored in listed if stored.key.endswith(".json")]

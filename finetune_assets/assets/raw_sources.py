@@ -11,11 +11,11 @@ import dagster as dg
 from finetune_assets.artifacts.aliases import SAME_AS
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.artifacts.raw_lineage import PARTS, RawLineage, SourceLineage, combined
-from finetune_assets.artifacts.streams import record_good
+from finetune_assets.artifacts.streams import newest_version, record_good
 from finetune_assets.assets.materialization import Outcome, materialize_or_reuse, publish_built
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
 from finetune_assets.assets.raw_checks.check import Version
-from finetune_assets.assets.raw_checks.profile import Profile, last_good, last_version
+from finetune_assets.assets.raw_checks.profile import Profile, last_good
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -45,33 +45,29 @@ class ReadSource:
 def read_sources(context: dg.AssetExecutionContext, project: Project, raw: RawLineage) -> dict[str, ReadSource]:
     """Read all sources.
 
-    Of several sources, one that cannot be read is replaced by its last good version, if the instance has one, and left
-    out otherwise; the error is logged.
+    Of several sources, one that is not available is replaced by its last good version, if the store has one, and left
+    out otherwise; the error is logged. Files that are available but cannot be read fail the step.
 
     Raises:
-        UserError: if no source can be read.
+        UserError: if no source is available, or a file cannot be read.
     """
     sources: dict[str, ReadSource] = {}
-    errors: dict[str, UserError] = {}
+    errors: list[UserError] = []
     for name, lineage in raw.sources.items():
         try:
-            sources[name] = _read(context, project, raw, lineage)
+            _ = lineage.fingerprint
         except UserError as e:
-            errors[name] = e
-            if len(raw.sources) == 1:
-                raise
+            errors.append(e)
+            ref = newest_version(project.store(), lineage.source_name) if lineage.several else None
+            if ref:
+                sources[name] = ReadSource(lineage, ref, True, statistics_of(project, ref), str(e))
+            state = f"using its version {ref.fingerprint[:12]}" if ref else "experiments that use it will fail"
+            context.log.warning(f"Source {name} is not available ({e}); {state}")
+        else:
+            sources[name] = _read(context, project, raw, lineage)
     if not sources:
-        raise next(iter(errors.values()))
-    for name, error in errors.items():
-        version = last_version(context.instance, raw.source_name, name)
-        ref = project.store().find(RAW.folder, version) if version else None
-        state = (
-            f"using its last good version, {version[:12]}" if ref and version else "experiments that need it will fail"
-        )
-        context.log.warning(f"Source {name} is not available ({error}); {state}")
-        if ref:
-            sources[name] = ReadSource(raw.sources[name], ref, True, statistics_of(project, ref), str(error))
-    return {name: sources[name] for name in raw.sources if name in sources}
+        raise errors[0]
+    return sources
 
 
 def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, source: SourceLineage) -> ReadSource:
@@ -107,10 +103,10 @@ def statistics_of(project: Project, ref: ArtifactRef) -> dict[str, Any]:
 
 
 def publish_version(project: Project, raw: RawLineage, sources: Mapping[str, ReadSource], seconds: float) -> Outcome:
-    """Publish the version that consists of all sources' versions; of a single source, it is that source's version."""
+    """Publish the version that consists of all sources' versions; with a single source, it is that source's version."""
     parts = {name: source.ref.fingerprint for name, source in sources.items()}
     hit = all(source.hit for source in sources.values())
-    if len(parts) == 1:
+    if len(raw.sources) == 1:
         return Outcome(next(iter(sources.values())).ref, hit, seconds)
     name, store = combined(parts), project.store()
 
@@ -138,7 +134,7 @@ def evaluate_checks(
         profiles[name] = version.profile
         if all(result.passed for result in by_source[name] if result.check_name in BLOCKING):
             record_good(project.store(), source.lineage.source_name, source.ref.fingerprint)
-    if len(sources) == 1:
+    if len(raw.sources) == 1:
         return next(iter(by_source.values())), profiles
     of_check = zip(*by_source.values(), strict=True)
     return [_combined(dict(zip(sources, results, strict=True))) for results in of_check], profiles

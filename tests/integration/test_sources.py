@@ -100,7 +100,7 @@ def test_a_source_that_is_away_stops_only_what_needs_it(project: TestProject, so
 def test_checks_are_of_each_source(project: TestProject, sources: tuple[Path, Path]) -> None:
     graph = Graph()
     graph.run("dolly_raw", partition=None)
-    (sources[1] / "bad.jsonl").write_text("{\n" * 30)
+    (sources[1] / "bad.jsonl").write_text("{}\n" * 30)
     failed = graph.run("dolly_raw", partition=None)
     (check,) = [one for one in failed.result.get_asset_check_evaluations() if one.check_name == "quarantine"]
     assert not check.passed

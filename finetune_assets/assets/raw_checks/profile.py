@@ -55,12 +55,6 @@ def last_good(instance: dg.DagsterInstance, version: str, sources: str, name: st
     return None
 
 
-def last_version(instance: dg.DagsterInstance, sources: str, name: str) -> str | None:
-    """Fingerprint of a source's version in the newest version of the raw data that passed its blocking checks."""
-    versions = (_parts(materialization, name) for materialization in _good(instance, sources))
-    return next(filter(None, versions), None)
-
-
 def _good(instance: dg.DagsterInstance, sources: str) -> Iterator[dg.AssetMaterialization]:
     """The newest materializations of `dolly_raw` that passed their blocking checks, newest first."""
     page = instance.fetch_materializations(dg.AssetKey("dolly_raw"), limit=LOOKED_BACK)
