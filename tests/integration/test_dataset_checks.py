@@ -1,0 +1,58 @@
+"""Checks of `tokenized_dataset` that warn: rows left out, fractions of the splits, and text of the evaluation."""
+
+import json
+
+import dagster as dg
+import pytest
+from integration.graph import Graph
+from projects import TestProject
+
+from finetune_assets.data.texts import PACKAGED
+from finetune_assets.sources.local import SAMPLE
+
+ASSETS = ["dolly_raw", "cached_base_model", "tokenized_dataset"]
+
+
+def evaluated(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]], *overrides: str
+) -> dict[str, dg.AssetCheckEvaluation]:
+    (project.root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    monkeypatch.setenv("FINETUNE_RAW_DATA", "./rows.jsonl")
+    result = Graph().run(ASSETS, "demo", ["data.checks.max_truncated_share=1.0", *overrides]).result
+    assert result.success
+    return {check.check_name: check for check in result.get_asset_check_evaluations()}
+
+
+def test_the_sample_passes_every_check(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    checks = evaluated(project, monkeypatch, rows)
+    assert {name for name, check in checks.items() if not check.passed} == set()
+    assert checks["contamination"].metadata["texts"].value > 0
+
+
+def test_warnings_name_their_rows(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 rows with one of two prompts, and 200 questions on two long texts; one answer is text of the evaluation."""
+    letters = "abcdefghijklmnop"
+    texts = [" ".join(f"{name} {letter}" for letter in letters * 3) for name in ("the", "of")]
+    words = [first + second for first in letters for second in letters][:200]
+    rows = [
+        {"instruction": f"What is {word}?", "context": f"{texts[i % 2]} {word[0]}", "response": word}
+        for i, word in enumerate(words)
+    ]
+    rows += [{"instruction": "Say something", "response": f"Something {i}"} for i in range(300)]
+    prose = PACKAGED["general"].read_text(encoding="utf-8").split()
+    rows.append({"instruction": "Write on", "response": " ".join(prose[5:40])})
+    checks = evaluated(
+        project, monkeypatch, rows, "evaluation.general_text=general", "data.tokenization.cutoff_len=512"
+    )
+    assert {name for name, check in checks.items() if not check.passed} == {
+        "left_out",
+        "split_fractions",
+        "contamination",
+    }
+    assert all(check.severity is dg.AssetCheckSeverity.WARN for check in checks.values() if not check.passed)
+    assert "300 rows" in str(checks["split_fractions"].description)
+    assert "'Say something'" in str(checks["split_fractions"].description)
+    assert checks["left_out"].metadata["rows"].value > 100
+    assert checks["contamination"].metadata["rows"].value == 1
+    assert "row 500" in str(checks["contamination"].description)
