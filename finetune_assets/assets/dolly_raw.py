@@ -26,6 +26,8 @@ from finetune_assets.resources.project import GOOD_TAG, Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 STATISTICS = "statistics.json"
+FILES = 20
+"""Maximum number of ignored files in the log and in the metadata."""
 STALE_AFTER = timedelta(days=30)
 """Age at which Dagster's UI shows the raw data as stale; it stops nothing."""
 
@@ -51,6 +53,7 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
 
         def build(folder: Path) -> None:
             statistics = write_raw(lineage.source.files(), lineage.config.columns, folder)
+            statistics.ignored_files = [*lineage.source.ignored_files()]
             if not lineage.is_unchanged():
                 raise DataError(f"{lineage.config.source}: rows changed during the read; materialize dolly_raw again")
             (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
@@ -62,6 +65,10 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
         outcome = materialize_or_reuse(context, project, RAW, lineage.fingerprint, make)
         lineage.pins.record()
         statistics = _statistics(project, outcome.ref)
+        if not lineage.source.is_pinned:  # other files may come and go while the rows are the same
+            statistics["ignored_files"] = [*lineage.source.ignored_files()]
+        if ignored := statistics["ignored_files"]:
+            context.log.info(f"Files that are not read: {len(ignored):,}, such as {', '.join(ignored[:FILES])}")
         previous = last_good(context.instance, lineage.fingerprint, lineage.config.source)
         version = Version(context, statistics, lineage.config, previous)
         checks = [check.evaluate(version) for check in RAW_CHECKS]
@@ -94,4 +101,23 @@ def _describe(statistics: dict[str, Any]) -> dict[str, object]:
             rows_table(statistics["preview"], ["instruction", "context", "response", "category"])
         ),
         **({"preview_conversations": dg.MetadataValue.md(conversations_table(conversations))} if conversations else {}),
+        **_ignored(statistics),
     }
+
+
+def _ignored(statistics: dict[str, Any]) -> dict[str, object]:
+    """What was not read; empty if everything was."""
+    from finetune_assets.data.tables import rows_table
+
+    columns = [{"column": name, "rows": rows} for name, rows in statistics["ignored_columns"].items()]
+    files = [{"file": name} for name in statistics["ignored_files"]]
+    lacking = [
+        {"column": column, "files": ", ".join(names)} for column, names in statistics["files_without_column"].items()
+    ]
+    tables = {
+        "ignored_columns": (columns, ["column", "rows"]),
+        "ignored_files": (files[:FILES], ["file"]),
+        "files_without_column": (lacking, ["column", "files"]),
+    }
+    counts = {"ignored_file_count": len(files)} if files else {}
+    return {**counts, **{key: dg.MetadataValue.md(rows_table(*table)) for key, table in tables.items() if table[0]}}
