@@ -86,7 +86,7 @@ def test_a_column_with_two_settings_is_refused() -> None:
 
 IDENTIFIERS = (
     "conversation_id context_id system_id response_id id uuid message_id turn_id conversationId conversation_hash "
-    "context_len response-uuid prompt_tokens answer_type system_name question_id contextIDs"
+    "context_len response-uuid prompt_tokens answer_type system_name question_id contextIds"
 ).split()
 
 
@@ -151,6 +151,14 @@ def test_columns_that_repeat_the_messages_add_nothing() -> None:
     messages = [{"role": "system", "content": "Paris is in France."}, ASKED, SAID, AGAIN, LATER]
     extra = {"prompt": "Hi ", "prompt_id": "x", "response": "In 1702.", "context": "Paris is in France."}
     assert read({"messages": messages, **extra})["messages"] == messages
+    assert read({"messages": messages, "answer": "1702"})["messages"] == messages
+
+
+def test_texts_that_are_json_stay_texts() -> None:
+    chat = json.dumps([ASKED, SAID])
+    row = read({"instruction": "Write a chat as JSON.", "output": chat})
+    assert (row["response"], row["messages"]) == (chat, None)
+    assert read({"prompt": [ASKED], "completion": chat})["response"] == chat
 
 
 @pytest.mark.parametrize(
@@ -205,7 +213,7 @@ def test_turns_as_prompt_and_completion() -> None:
         ({"parent_id": "b", "text": "t", "role": "assistant"}, ["'parent_id'", "OASST"]),
         ({**PLAIN, "images": ["a.png"]}, ["'images'", "columns.ignore"]),
         ({**PLAIN, "tools": [{"name": "f"}]}, ["'tools'", "messages"]),
-        ({"data": [{"instruction": "i"}]}, ["'instruction'", "data"]),
+        ({"data": [{"instruction": "i"}]}, ["'instruction'", "'data' holds the rows"]),
         ({"instruction": {"0": "i"}, "response": {"0": "r"}}, ["'instruction'", '{"0": "i"}']),
     ],
 )

@@ -31,15 +31,19 @@ def join_turns(values: Values) -> Values:
         turns = _turns(messages)
         return values if turns is None else _with_messages(values, _add_columns(values, name, turns))
     (prompt_name, prompt), (answer_name, answer) = values.find("instruction"), values.find("response")
-    if _turns(prompt) is None and _turns(answer) is None:
+    turns = [_turns(prompt), _turns(answer)]
+    are_texts = isinstance(prompt, str) and isinstance(answer, str)
+    if turns == [None, None] or (are_texts and None in turns):  # a text may be JSON, but not a chat and its answer
         return values
     if prompt_name is None or answer_name is None:
         missing = "'response' is missing: rows without an answer are for reinforcement learning, such as GRPO"
         raise BadRow(missing if prompt_name else f"'instruction' is missing beside the turns of '{answer_name}'")
     for column in ("context", "history"):
         _refuse(values, column, prompt_name)
-    earlier = [_unlearned(turn) for turn in _as_turns(prompt, "user", prompt_name)]
-    return _with_messages(values, [*earlier, *_as_turns(answer, "assistant", answer_name)])
+    if not are_texts:
+        turns = [_as_turns(prompt, "user", prompt_name), _as_turns(answer, "assistant", answer_name)]
+    earlier, learned = turns
+    return _with_messages(values, [*map(_unlearned, earlier or ()), *(learned or ())])
 
 
 def _with_messages(values: Values, turns: list[Any]) -> Values:
@@ -48,15 +52,14 @@ def _with_messages(values: Values, turns: list[Any]) -> Values:
 
 def _add_columns(values: Values, name: str, turns: list[Any]) -> list[Any]:
     """The turns of `messages`, after comparing them with the row's other columns."""
-    contents = [_content(turn) for turn in turns]
+    contents = [_content(turn) or "" for turn in turns]
     prompt_name, prompt = values.find("instruction")
     if prompt_name is not None:
         begin = _turns(prompt)
-        is_in = turns[: len(begin)] == begin if begin else _stripped(prompt) in contents
+        is_in = turns[: len(begin)] == begin if begin else _is_in(prompt, contents)
         if not is_in:
             _refuse(values, "instruction", name)
-    context = _stripped(values.find("context")[1])
-    if context is None or not any(context in content for content in contents if content):
+    if not _is_in(values.find("context")[1], contents):
         _refuse(values, "context", name)
     _refuse(values, "history", name)
     answer_name, answer = values.find("response")
@@ -65,10 +68,16 @@ def _add_columns(values: Values, name: str, turns: list[Any]) -> list[Any]:
     if _role(turns[-1]) in USER:
         return [*turns, *_as_turns(answer, "assistant", answer_name)]
     end = _turns(answer)
-    is_in = turns[-len(end) :] == end if end else _stripped(answer) == contents[-1]
+    is_in = turns[-len(end) :] == end if end else _is_in(answer, contents[-1:])
     if not is_in:
         _refuse(values, "response", name)
     return turns
+
+
+def _is_in(value: Any, contents: list[str]) -> bool:
+    """Whether a text is part of a turn, so that it is not lost."""
+    text = _stripped(value)
+    return text is not None and any(text in content for content in contents)
 
 
 def _refuse(values: Values, column: str, other: str) -> None:
@@ -93,10 +102,13 @@ def _turns(value: Any) -> list[Any] | None:
 
 
 def _as_turns(value: Any, role: str, name: str) -> list[Any]:
+    """A list of turns as it is, and a text as a turn of a role."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
     turns = _turns(value)
-    if turns is None and not isinstance(value, str):
+    if turns is None:
         raise BadRow(f"'{name}' must be text or a list of turns, found {shortened(value)}")
-    return [{"role": role, "content": value}] if turns is None else turns
+    return turns
 
 
 def _unlearned(turn: Any) -> Any:

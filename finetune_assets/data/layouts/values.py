@@ -63,7 +63,11 @@ class Values:
         names, value = self.names.get(column) or (column,), self.pick(column)
         if value is None and required and not any(key in self.row for key in names):
             keys = ", ".join(map(str, self.row))[:200] or "no keys"
-            raise BadRow(f"'{names[0]}' is missing; found {keys} (name the source's columns in raw_data.yaml: columns)")
+            objects = next((key for key, value in self.row.items() if _holds_objects(value)), "")
+            rows = f"; if '{objects}' holds the rows, write that array alone" if objects else ""
+            raise BadRow(
+                f"'{names[0]}' is missing; found {keys} (name the source's columns in raw_data.yaml: columns{rows})"
+            )
         if numbers and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(int(value)) if value == value // 1 else str(value)
         value = "" if value is None else value
@@ -72,6 +76,10 @@ class Values:
         if required and not value.strip():
             raise BadRow(f"'{names[0]}' is blank; give it text or remove the row")
         return utf8(value, f"'{names[0]}'")
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def is_empty(value: Any) -> bool:
