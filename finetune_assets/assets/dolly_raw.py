@@ -79,8 +79,11 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
 
 
 def _statistics(project: Project, ref: ArtifactRef) -> dict[str, Any]:
+    from finetune_assets.data.ingest import RawStatistics
+
     folder = project.store().fetch(ref, lambda path: path == STATISTICS)
-    return json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    # An artifact of an earlier version lacks the statistics that were added since
+    return asdict(RawStatistics()) | json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
 
 
 def _describe(statistics: dict[str, Any]) -> dict[str, object]:

@@ -111,11 +111,16 @@ def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
     for key, number in arrivals.items():
         if number is not None and not 0 <= number < math.inf:
             yield key, f"{number} must be 0 or more"
-    named = {field: name for field, name in asdict(config.columns).items() if name is not None}
-    for field, name in named.items():
+    named = [
+        (field, name)
+        for field, names in asdict(config.columns).items()
+        for name in (names if isinstance(names, list) else [names])
+        if name is not None
+    ]
+    for field, name in named:
         if not name.strip():
             yield f"columns.{field}", f"{name!r} is not a column name; use null for the default name"
-        elif Counter(named.values())[name] > 1:
+        elif Counter(name for _, name in named)[name] > 1:
             yield f"columns.{field}", f"'{name}' is used more than once; each setting needs a different column"
 
 

@@ -79,11 +79,6 @@ def test_a_column_that_is_given_one_meaning_has_no_other() -> None:
     assert (row["instruction"], row["context"], row["response"]) == ("q", "", "a")
 
 
-def test_a_column_with_two_settings_is_refused() -> None:
-    with pytest.raises(DataError, match=r"columns\.instruction.*columns\.response.*'text'"):
-        RowReader(Columns(instruction="text", response="text"))
-
-
 IDENTIFIERS = (
     "conversation_id context_id system_id response_id id uuid message_id turn_id conversationId conversation_hash "
     "context_len response-uuid prompt_tokens answer_type system_name question_id contextIds"

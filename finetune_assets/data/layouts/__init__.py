@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from finetune_assets.config.raw_data_schema import Columns
-from finetune_assets.data.errors import BadRow, DataError
+from finetune_assets.data.errors import BadRow
 from finetune_assets.data.layouts.conversation import CONVERSATION
 from finetune_assets.data.layouts.instruction import INSTRUCTION
 from finetune_assets.data.layouts.joining import join_turns
@@ -63,9 +63,6 @@ class RowReader:
 
     Args:
         columns: Column names of the source.
-
-    Raises:
-        DataError: if two settings name the same column.
     """
 
     def __init__(self, columns: Columns) -> None:
@@ -73,7 +70,6 @@ class RowReader:
         self.ignored: Counter[str] = Counter()
         self._ignore = frozenset(columns.ignore)
         self._given = {name: theirs for name, theirs in asdict(columns).items() if isinstance(theirs, str)}
-        _refuse_shared_columns(self._given, columns.ignore)
         known = {name: group for layout in LAYOUTS for name, group in layout.columns.items()} | COMMON
         taken = {*self._given.values(), *columns.ignore}
         self._names = {
@@ -138,17 +134,6 @@ class RowReader:
 def row_reader(columns: Columns) -> RowReader:
     """Create the reader of the rows of one file; see `RowReader`."""
     return RowReader(columns)
-
-
-def _refuse_shared_columns(given: Mapping[str, str], ignore: list[str]) -> None:
-    by_column: dict[str, str] = dict.fromkeys(ignore, "ignore")
-    for setting, column in given.items():
-        if column in by_column:
-            raise DataError(
-                f"raw_data.yaml: columns.{by_column[column]} and columns.{setting} both name '{column}'; a column has "
-                "one meaning"
-            )
-        by_column[column] = setting
 
 
 def _is_attribute(key: str) -> bool:
