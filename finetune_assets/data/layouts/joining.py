@@ -92,7 +92,9 @@ def _refuse(values: Values, column: str, other: str) -> None:
 
 def _turns(value: Any) -> list[Any] | None:
     """A list of turns, also as JSON in a CSV field; None for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
+    if isinstance(value, str):
+        if not value.lstrip().startswith("["):
+            return None
         try:
             value = json.loads(value)
         except ValueError:

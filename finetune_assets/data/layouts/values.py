@@ -40,7 +40,11 @@ class Values:
         Raises:
             BadRow: if two of them have different values.
         """
-        values = [(name, self.row.get(name)) for name in self.names.get(column, ())]
+        names = self.names.get(column, ())
+        if len(names) == 1:
+            value = self.row.get(names[0])
+            return (None, None) if is_empty(value) else (names[0], value)
+        values = [(name, self.row.get(name)) for name in names]
         values = [(name, value) for name, value in values if not is_empty(value)]
         if len(values) > 1 and values[0][1] != values[1][1]:
             raise BadRow(
@@ -84,7 +88,7 @@ def _holds_objects(value: Any) -> bool:
 
 def is_empty(value: Any) -> bool:
     """Whether a value is none: null, empty, or NaN, which tables of numbers and pandas have for null."""
-    return value is None or value == "" or value == [] or value != value
+    return not value if isinstance(value, str) else value is None or value == [] or value != value
 
 
 def plain_row(instruction: str, context: str, response: str, category: str) -> Row:

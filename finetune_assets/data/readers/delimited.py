@@ -57,12 +57,11 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        is_first = not self.seen
         line = self.take()
         if not line:
             raise StopIteration
         self.seen.append(line)
-        return self.quotes.without_blanks(line, is_first)
+        return self.quotes.without_blanks(line, len(self.seen) == 1) if ' "' in line else line
 
     def take(self) -> str:
         """The next line; empty at the end of the file."""

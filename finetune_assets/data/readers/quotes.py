@@ -27,7 +27,7 @@ class Quotes:
             line: A line of a row.
             is_first: Whether it is the first line of its row; any other begins inside a quoted field.
         """
-        if ' "' not in line or not (line[0] == " " or self._after_delimiter in line):
+        if not (line[0] == " " or self._after_delimiter in line):
             return line
         parts, position, is_open = [], 0, not is_first
         while position < len(line):
