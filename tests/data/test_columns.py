@@ -52,6 +52,12 @@ def test_names_of_the_system_prompt(name: str) -> None:
     assert read({name: "Be brief.", "question": "q", "response": "a"})["context"] == "Be brief."
 
 
+def test_two_system_prompts_are_refused() -> None:
+    turns = [{"role": "system", "content": "Be brief."}, ASKED, SAID]
+    assert read({"system": "Be brief. ", "messages": turns})["messages"] == turns
+    assert '"Be long."' in reason({"system_prompt": "Be long.", "messages": turns})
+
+
 @pytest.mark.parametrize(
     ("row", "names"),
     [
@@ -294,6 +300,14 @@ def test_ignored_columns_are_counted_over_all_files(tmp_path: Path, caplog: pyte
         assert statistics(tmp_path, files).ignored_columns == {"id": 4, "notes": 3}
     assert "notes (3 rows)" in caplog.text
     assert statistics(tmp_path, {"a.jsonl": [PLAIN]}).ignored_columns == {}
+
+
+def test_keys_that_are_data_take_little_memory(tmp_path: Path) -> None:
+    rows = [{**PLAIN, f"key {i}": i + 1} for i in range(3_000)] + [{**PLAIN, "topic": "t"}]
+    counts = statistics(tmp_path, {"a.jsonl": rows}, category="topic")
+    assert (counts.rows, counts.categories) == (3_001, {"": 3_000, "t": 1})
+    assert counts.ignored_columns["other columns"] == 2_000
+    assert len(counts.ignored_columns) == 100
 
 
 def test_the_file_with_most_bad_rows_leads(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ COMMON = {"category": ("category",), "system": ("system", "system_prompt", "syst
 """Columns of every layout."""
 JOINED = (CONVERSATION, INSTRUCTION)
 """Layouts that read each other's columns, by `join_turns`."""
+NAMED = 1_000
+"""Maximum number of columns of a file that are remembered, because keys may be data."""
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 ATTRIBUTES = frozenset(
     "id ids uuid guid key keys idx index hash md5 sha number num no nr count len length size chars tokens time date "
@@ -58,7 +60,7 @@ class RowReader:
     """Converts rows of the source to rows of `RAW_SCHEMA`, and counts what it ignores.
 
     Attributes:
-        keys: All keys of the rows.
+        keys: Keys of the rows.
         ignored: Number of rows with a value in a column that is not read, by column.
 
     Args:
@@ -102,7 +104,7 @@ class RowReader:
         good = layout.read(values, category, system)
         for key in self._unread(keys, LAYOUTS.index(layout)):
             if key in self._ignore or not is_empty(row[key]):
-                self.ignored[key] += 1
+                self.ignored[key if key in self.ignored or len(self.ignored) < NAMED else "other columns"] += 1
         return good
 
     def missing(self) -> dict[str, str]:
@@ -112,7 +114,8 @@ class RowReader:
         return {column: setting for column, setting in named.items() if self.keys and column not in self.keys}
 
     def _study_keys(self, keys: tuple[str, ...]) -> _Study:
-        self.keys |= dict.fromkeys(keys)
+        named = {*self._given.values(), *self._ignore}
+        self.keys |= {key: None for key in keys if len(self.keys) < NAMED or key in named}
         known = {name: column for column, group in self._names.items() for name in group}
         unknown = (key for key in keys if not (key in known or key in self._ignore or _is_attribute(key)))
         near = ((key, get_close_matches(key, known, 1, 0.75)) for key in unknown)

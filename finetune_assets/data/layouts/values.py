@@ -105,10 +105,12 @@ def conversation_row(turns: list[Turn], category: str, system: str = "") -> Row:
         system: System prompt, added as the first turn unless there is a system turn.
 
     Raises:
-        BadRow: if no turn is the assistant's, or a system turn is not the first.
+        BadRow: if no turn is the assistant's, a system turn is not the first, or there are two system prompts.
     """
     if system.strip() and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
+    elif system.strip() and system.strip() != turns[0]["content"].strip():
+        raise BadRow(f"turn 1 is a system turn, and the system prompt {shortened(system)} would be lost; remove one")
     roles = [turn["role"] for turn in turns]
     if "assistant" not in roles:
         raise BadRow("no assistant turn, so there is nothing to learn")

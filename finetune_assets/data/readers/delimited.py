@@ -1,7 +1,7 @@
 """Reads CSV and TSV.
 
-Where the quotes of a row are broken, nobody knows for certain which of the next lines belong to it. So every line that
-may belong to it is set aside, and the rows after it count as good once a well-quoted row, or the end of the file, shows
+Where the quotes of a row are broken, it is uncertain which of the next lines belong to it. So every line that may
+belong to it is set aside, and the rows after it count as good once a well-quoted row, or the end of the file, shows
 that no closing quote is missing.
 """
 

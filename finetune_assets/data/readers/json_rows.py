@@ -36,7 +36,7 @@ def read_json(path: Path) -> Records:
 
 
 def _refuse_single_object(begins: bytes, path: Path) -> None:
-    """Raise `DataError` if the first object goes on after its line."""
+    """Raise `DataError` if the first object has several lines."""
     first = begins.partition(b"\n")[0].rstrip()
     if begins[:1] != b"{" or len(first) == len(begins.rstrip()) or first[-1:] not in (b"{", b"["):
         return
