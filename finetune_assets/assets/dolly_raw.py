@@ -13,7 +13,7 @@ from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_rows
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
 from finetune_assets.assets.raw_checks.profile import PROFILE, VERSIONS
-from finetune_assets.assets.raw_sources import ReadSource, evaluate_checks, publish_version, read_sources
+from finetune_assets.assets.raw_sources import FILES, ReadSource, evaluate_checks, publish_version, read_sources
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.resources.project import Project
 from finetune_assets.resources.raw_versions import GOOD_TAG, SOURCE_TAG, source_tag
@@ -108,4 +108,23 @@ def _describe(statistics: dict[str, Any]) -> dict[str, object]:
             rows_table(statistics["preview"], ["instruction", "context", "response", "category"])
         ),
         **({"preview_conversations": dg.MetadataValue.md(conversations_table(conversations))} if conversations else {}),
+        **_ignored(statistics),
     }
+
+
+def _ignored(statistics: dict[str, Any]) -> dict[str, object]:
+    """What was not read; empty if everything was."""
+    from finetune_assets.data.tables import rows_table
+
+    columns = [{"column": name, "rows": rows} for name, rows in statistics["ignored_columns"].items()]
+    files = [{"file": name} for name in statistics["ignored_files"]]
+    lacking = [
+        {"column": column, "files": ", ".join(names)} for column, names in statistics["files_without_column"].items()
+    ]
+    tables = {
+        "ignored_columns": (columns, ["column", "rows"]),
+        "ignored_files": (files[:FILES], ["file"]),
+        "files_without_column": (lacking, ["column", "files"]),
+    }
+    counts = {"ignored_file_count": len(files)} if files else {}
+    return {**counts, **{key: dg.MetadataValue.md(rows_table(*table)) for key, table in tables.items() if table[0]}}

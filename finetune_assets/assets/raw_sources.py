@@ -21,6 +21,8 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 STATISTICS, SOURCES = "statistics.json", "sources.json"
+FILES = 20
+"""Maximum number of ignored files in the log and in the metadata."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, 
     def build(folder: Path) -> None:
         threshold = THRESHOLD if source.config.checks.near_duplicates == "minhash" else None
         statistics = write_raw(source.source.files(), source.config.columns, folder, threshold)
+        statistics.ignored_files = [*source.source.ignored_files()]
         if not source.is_unchanged():
             raise DataError(f"{source.config.source}: rows changed during the read; materialize dolly_raw again")
         (folder / STATISTICS).write_text(json.dumps(asdict(statistics)), encoding="utf-8")
@@ -93,13 +96,20 @@ def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, 
 
     outcome = materialize_or_reuse(context, project, RAW, source.fingerprint, make)
     used = store.resolve(RAW.folder, raw.known(source), made_by="dolly_raw")
-    return ReadSource(source, used, outcome.hit, statistics_of(project, outcome.ref))
+    statistics = statistics_of(project, outcome.ref)
+    if not source.source.is_pinned:  # other files may come and go while the rows are the same
+        statistics["ignored_files"] = [*source.source.ignored_files()]
+    if ignored := statistics["ignored_files"]:
+        context.log.info(f"Files that are not read: {len(ignored):,}, such as {', '.join(ignored[:FILES])}")
+    return ReadSource(source, used, outcome.hit, statistics)
 
 
 def statistics_of(project: Project, ref: ArtifactRef) -> dict[str, Any]:
+    """Statistics of a version; those that an artifact of an earlier code version lacks have their defaults."""
+    from finetune_assets.data.ingest import RawStatistics
+
     folder = project.store().fetch(ref, lambda path: path == STATISTICS)
-    statistics: dict[str, Any] = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
-    return statistics
+    return asdict(RawStatistics()) | json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
 
 
 def publish_version(project: Project, raw: RawLineage, sources: Mapping[str, ReadSource], seconds: float) -> Outcome:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from finetune_assets.config.fields import NOT_IDENTITY, not_identity
+from finetune_assets.config.fields import ADDED, NOT_IDENTITY, not_identity
 
 
 @dataclass
@@ -13,18 +13,20 @@ class Columns:
     """Column names of the source, if they differ from the known names."""
 
     instruction: str | None = None
-    """The instruction; `null` uses `instruction`."""
+    """The instruction; `null` uses `instruction`, `question`, `prompt` or `query`."""
     context: str | None = None
-    """Context for the answer; `null` uses `context` or `input`."""
+    """Context for the answer; `null` uses `context`, `input` or `passage`."""
     response: str | None = None
-    """The answer to learn; `null` uses `response` or `output`."""
+    """The answer to learn; `null` uses `response`, `output`, `answer` or `completion`."""
     category: str | None = None
     """Category of the task; `null` uses `category`."""
     system: str | None = None
-    """System prompt; `null` uses `system`."""
+    """System prompt; `null` uses `system`, `system_prompt` or `system_message`."""
     messages: str | None = None
     """A conversation: a list of turns with `role` and `content` (or `from` and `value`); `null` uses `messages` or
     `conversations`."""
+    ignore: list[str] = field(default_factory=list, metadata=ADDED)
+    """Columns to pass over, although they have a known name, or hold what a row cannot (images, preference pairs)."""
 
 
 @dataclass
@@ -99,8 +101,9 @@ class RawDataConfig:
     """The deployment's stream of raw data: `configs/raw_data.yaml`."""
 
     source: str = "sample"
-    """`sample` (the packaged rows); a file or a folder of `.jsonl`, `.json`, `.csv` and `.parquet` files, also
-    `s3://bucket/prefix`; or `hf://datasets/owner/name@revision` (branch, tag or commit; default `main`).
+    """`sample` (the packaged rows); a file or a folder of `.jsonl`, `.json`, `.csv` and `.parquet` files (also
+    `.ndjson`, `.tsv` and `.arrow`; text also compressed), also `s3://bucket/folder`; or
+    `hf://datasets/owner/name@revision` (branch, tag or commit; default `main`).
     The environment variable `FINETUNE_RAW_DATA` overrides it, and `sources`."""
     sources: dict[str, RawSource] = field(default_factory=dict)
     """Several named sources, in place of `source`, `columns` and `hub`. Each experiment uses all of them, or those that

@@ -44,11 +44,16 @@ def _raw_source(key: str, name: str, source: RawSource) -> Iterator[Problem]:
 
 
 def _columns(key: str, columns: Columns) -> Iterator[Problem]:
-    named = {field: name for field, name in asdict(columns).items() if name is not None}
-    for field, name in named.items():
+    named = [
+        (field, name)
+        for field, names in asdict(columns).items()
+        for name in (names if isinstance(names, list) else [names])
+        if name is not None
+    ]
+    for field, name in named:
         if not name.strip():
             yield f"{key}.{field}", f"{name!r} is not a column name; use null for the default name"
-        elif Counter(named.values())[name] > 1:
+        elif Counter(name for _, name in named)[name] > 1:
             yield f"{key}.{field}", f"'{name}' is used more than once; each setting needs a different column"
 
 

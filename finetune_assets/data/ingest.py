@@ -1,6 +1,7 @@
 """Converts the source's files to the raw data artifact: good rows as Parquet, bad rows in a quarantine file."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow, DataError
-from finetune_assets.data.layouts import row_reader
+from finetune_assets.data.layouts import RowReader
 from finetune_assets.data.near_duplicates import THRESHOLD
 from finetune_assets.data.quality import Inspector, Quality, rows_by_number
 from finetune_assets.data.raw_schema import RAW_SCHEMA
@@ -28,8 +29,11 @@ SHOWN = 5
 """Maximum number of rows in each preview of good and bad rows."""
 REASONS = 50
 """Maximum number of distinct reasons that are counted separately."""
+NAMED = 100
+"""Maximum number of ignored columns, and of files with bad rows, that are named."""
 WHERE = re.compile(r" at column \d+")
 """Part of a reason that differs between rows with the same problem."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,8 +49,12 @@ class RawStatistics:
         categories: Number of good rows by category.
         preview: The first good rows that are not conversations.
         conversation_preview: The first conversations.
-        first_quarantined: The first bad rows: file, line, reason, text.
+        first_quarantined: The first bad rows of the files in `quarantined_by_file`: file, line, reason, text.
+        quarantined_by_file: Number of bad rows and of all rows by file, highest fraction of bad rows first.
         files_without_rows: Files without a good row.
+        files_without_column: Files in which no row has a column that the settings name, by column.
+        ignored_columns: Number of good rows with a value in a column that is not read, by column.
+        ignored_files: Files of a source that never changes, such as a commit, which are not read.
         quality: Quality problems of good rows.
         shown: Rows that `quality` names, by row number.
     """
@@ -60,7 +68,11 @@ class RawStatistics:
     preview: list[Row] = field(default_factory=list)
     conversation_preview: list[Row] = field(default_factory=list)
     first_quarantined: list[dict[str, Any]] = field(default_factory=list)
+    quarantined_by_file: dict[str, tuple[int, int]] = field(default_factory=dict)
     files_without_rows: list[str] = field(default_factory=list)
+    files_without_column: dict[str, list[str]] = field(default_factory=dict)
+    ignored_columns: dict[str, int] = field(default_factory=dict)
+    ignored_files: list[str] = field(default_factory=list)
     quality: Quality = field(default_factory=Quality)
     shown: dict[str, Row] = field(default_factory=dict)
 
@@ -81,18 +93,20 @@ def write_raw(
         near_duplicate_threshold: Minimum similarity of near-duplicate rows; None counts equal rows only.
 
     Raises:
-        DataError: if a file as a whole cannot be read, or no file contains a row.
+        DataError: if a file as a whole cannot be read, no file contains a row, or no row has a column that the
+            settings name.
     """
     counts = RawStatistics()
     categories: Counter[str] = Counter()
     inspector = Inspector(near_duplicate_threshold)
+    source_columns = _SourceColumns()
     with (
         open(out / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as bad,
         pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer,
         Progress("reading raw data", None, ROWS) as progress,
     ):
         quarantine = _Quarantine(bad, counts)
-        rows = (row for file in files for row in _good_rows(file, columns, quarantine))
+        rows = (row for file in files for row in _good_rows(file, columns, quarantine, source_columns))
         while batch := list(islice(rows, ROWS_PER_BATCH)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
             for row in batch:
@@ -102,6 +116,8 @@ def write_raw(
             progress.reach(counts.rows + counts.quarantined)
     if not counts.rows + counts.quarantined:
         raise DataError(f"{', '.join(str(file.path) for file in files)}: no rows; the file is empty")
+    source_columns.sum_up(counts)
+    quarantine.sum_up()
     counts.categories = dict(categories.most_common())
     counts.quality = inspector.sum_up()
     counts.shown = _shown(out / PARQUET, counts.quality)
@@ -132,6 +148,8 @@ class _Quarantine:
 
     def __init__(self, file: TextIO, counts: RawStatistics) -> None:
         self.file, self.counts = file, counts
+        self._first: list[dict[str, Any]] = []
+        self._worst: list[tuple[str, int, int, list[dict[str, Any]]]] = []
 
     def take(self, file: str, bad: Unreadable) -> None:
         entry = {"file": file, **bad._asdict()}
@@ -141,12 +159,67 @@ class _Quarantine:
         reason = WHERE.sub("", bad.reason)
         reason = reason if reason in reasons or len(reasons) < REASONS else "other reasons"
         reasons[reason] = reasons.get(reason, 0) + 1
-        if len(self.counts.first_quarantined) < SHOWN:
-            self.counts.first_quarantined.append({**entry, "text": bad.text[:500]})
+        if len(self._first) < SHOWN:
+            self._first.append({**entry, "text": bad.text[:500]})
+
+    def end_file(self, file: str, bad: int, good: int) -> None:
+        """Count a file; those with the highest fraction of bad rows are kept."""
+        if bad:
+            self._worst.append((file, bad, bad + good, self._first))
+            self._worst = sorted(self._worst, key=lambda worst: -worst[1] / worst[2])[:NAMED]
+        self._first = []
+
+    def sum_up(self) -> None:
+        """Name the worst files, and show rows of as many of them as possible."""
+        self.counts.quarantined_by_file = {file: (bad, rows) for file, bad, rows, _ in self._worst}
+        shown = [0] * len(self._worst)
+        while sum(shown) < SHOWN and (more := [i for i, worst in enumerate(self._worst) if shown[i] < len(worst[3])]):
+            for i in more[: SHOWN - sum(shown)]:
+                shown[i] += 1
+        self.counts.first_quarantined = [row for i, worst in enumerate(self._worst) for row in worst[3][: shown[i]]]
 
 
-def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> Iterator[Row]:
-    read, good = row_reader(columns), 0
+class _SourceColumns:
+    """Columns of all files: those that are not read, and those that the settings name and files lack."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, None] = {}
+        self.ignored: Counter[str] = Counter()
+        self.settings: dict[str, str] = {}
+        self.missing: dict[str, list[str]] = {}
+        self.files = 0
+
+    def end_file(self, file: str, reader: RowReader) -> None:
+        self.keys |= reader.keys
+        self.ignored += reader.ignored
+        self.files += bool(reader.keys)
+        self.settings |= reader.missing()
+        for column in reader.missing():
+            self.missing.setdefault(column, []).append(file)
+
+    def sum_up(self, counts: RawStatistics) -> None:
+        """Complete the statistics.
+
+        Raises:
+            DataError: if no row of any file has a column that the settings name.
+        """
+        for column, files in self.missing.items():
+            setting = self.settings[column]
+            if len(files) == self.files:
+                found = ", ".join(map(str, self.keys))[:500]
+                raise DataError(f"raw_data.yaml: {setting} names '{column}', which no row has; found {found}")
+            logger.warning("%s names '%s', which no row of %s has", setting, column, ", ".join(files[:SHOWN]))
+        counts.files_without_column = {column: files[:NAMED] for column, files in self.missing.items()}
+        counts.ignored_columns = dict(self.ignored.most_common(NAMED))
+        if counts.ignored_columns:
+            listed = ", ".join(f"{column} ({rows:,} rows)" for column, rows in counts.ignored_columns.items())
+            logger.info("Columns that are not read: %s", listed)
+
+
+def _good_rows(
+    file: SourceFile, columns: Columns, quarantine: _Quarantine, source_columns: _SourceColumns
+) -> Iterator[Row]:
+    read, good, bad_before = RowReader(columns), 0, quarantine.counts.quarantined
     for record in read_records(file.path):
         if isinstance(record, Unreadable):
             quarantine.take(file.name, record)
@@ -160,6 +233,8 @@ def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> I
         yield row
     if not good:
         quarantine.counts.files_without_rows.append(file.name)
+    quarantine.end_file(file.name, quarantine.counts.quarantined - bad_before, good)
+    source_columns.end_file(file.name, read)
 
 
 def _source_text(record: SourceRecord) -> str:

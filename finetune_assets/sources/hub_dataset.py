@@ -3,14 +3,15 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import cached_property
 from typing import Any
 
 from finetune_assets.config.raw_data_schema import HubDataset
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.readers import READERS, SourceFile
+from finetune_assets.data.readers import ENDINGS, SourceFile, suffix_of
 from finetune_assets.sources import hub
-from finetune_assets.sources.source import ENDINGS, SourceContext
+from finetune_assets.sources.listing import is_hidden, refuse_saved_dataset
+from finetune_assets.sources.source import SourceContext
 
 HUB = "hf://"
 HUB_DATASET = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+|[^/@]+)(@(?P<revision>[^@]+))?/?")
@@ -46,18 +47,29 @@ class HubSource:
         """
         with hub.explained(DataError, self._where, f"datasets/{self.repo}", "Or name a file or folder"):
             # Called before `datasets`, which has less specific error messages
-            tree = hub.files_of(self.repo, self.commit, "dataset")
-            names = self._names()
-            if unknown := next((name for name in names if PurePosixPath(name).suffix.lower() not in READERS), None):
+            tree = self._tree
+            refuse_saved_dataset(tree, self._where)
+            names = self._names
+            if unknown := next((name for name in names if not suffix_of(name)), None):
                 raise DataError(f"{self._where}: {unknown} has an unsupported format; supported: {ENDINGS}")
             folder = hub.download(self.repo, self.commit, [tree[name] for name in names], "dataset")
             return [SourceFile(name, folder / name) for name in names]
+
+    def ignored_files(self) -> Sequence[str]:
+        """Files of the repository that are not part of the split."""
+        return [name for name in self._tree if name not in self._names and not is_hidden(name)]
+
+    @cached_property
+    def _tree(self) -> dict[str, Any]:
+        return hub.files_of(self.repo, self.commit, "dataset")
 
     @property
     def _where(self) -> str:
         return f"source: '{HUB}datasets/{self.repo}' at '{self.commit}'"
 
+    @cached_property
     def _names(self) -> list[str]:
+        """Names of the split's files."""
         from datasets import DownloadConfig, load_dataset_builder
 
         prefix = f"{HUB}datasets/{self.repo}@{self.commit}/"

@@ -1,14 +1,17 @@
 """Raw data from local files, and from the packaged sample."""
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.readers import READERS, SourceFile, read_records
-from finetune_assets.sources.source import ENDINGS, SourceContext
+from finetune_assets.data.readers import ENDINGS, SourceFile, read_records, suffix_of
+from finetune_assets.sources.listing import list_names, refuse_saved_dataset
+from finetune_assets.sources.source import SourceContext
 from finetune_assets.store.hashing import sha256
 
 SAMPLE = Path(__file__).parent.parent / "sample" / "dolly_sample.jsonl"
@@ -16,22 +19,31 @@ SAMPLE = Path(__file__).parent.parent / "sample" / "dolly_sample.jsonl"
 
 @dataclass(frozen=True)
 class LocalSource:
-    """Local files."""
+    """Local files.
+
+    Attributes:
+        local_files: Files of rows.
+        other_files: Names of other files of the folder.
+    """
 
     local_files: Sequence[SourceFile]
+    other_files: Sequence[str] = ()
     is_pinned = False
 
     def content(self) -> Any:
-        return [[file.path.suffix.lower(), _content_of(file.path)] for file in self.local_files]
+        return [[suffix_of(file.path), _content_of(file.path)] for file in self.local_files]
 
     def peek(self) -> Any:
         return [[file.name, *_stamp(file.path)] for file in self.local_files]
 
     def cached_content(self) -> Any:
-        return [[file.path.suffix.lower(), _known_content(file.path, *_stamp(file.path))] for file in self.local_files]
+        return [[suffix_of(file.path), _known_content(file.path, *_stamp(file.path))] for file in self.local_files]
 
     def files(self) -> Sequence[SourceFile]:
         return self.local_files
+
+    def ignored_files(self) -> Sequence[str]:
+        return self.other_files
 
 
 def open_sample(context: SourceContext) -> LocalSource:
@@ -40,30 +52,65 @@ def open_sample(context: SourceContext) -> LocalSource:
 
 def open_local(context: SourceContext) -> LocalSource:
     """A file, or all files of a folder that have a supported format."""
-    return LocalSource(_local_files(context.config.source, context.root))
-
-
-def _local_files(source: str, root: Path) -> list[SourceFile]:
-    path = root / Path(source).expanduser()
+    source = context.config.source
+    path = context.root / Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _is_rows(file, path))
-        if not files:
-            raise DataError(f"{path}: this folder contains no file that ends in {ENDINGS}")
-        return [SourceFile(file.relative_to(path).as_posix(), file) for file in files]
+        return _folder(path)
     if not path.is_file():
         raise DataError(
             f"{path}: does not exist; `source` in raw_data.yaml, or FINETUNE_RAW_DATA, is '{source}': "
             "name a file, a folder, s3://bucket/prefix, hf://datasets/owner/name, or 'sample'"
         )
-    if path.suffix.lower() not in READERS:
+    if not suffix_of(path):
         raise DataError(f"{path}: unsupported file format; supported: {ENDINGS}")
-    return [SourceFile(path.name, path)]
+    if path.suffix.lower() == ".arrow":
+        refuse_saved_dataset([file.name for file in path.parent.iterdir()], str(path.parent))
+    return LocalSource([SourceFile(path.name, path)])
 
 
-def _is_rows(file: Path, folder: Path) -> bool:
-    """Whether a file contains rows; hidden files are excluded, because they may be partial downloads."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in READERS and file.is_file() and not hidden
+def _folder(folder: Path) -> LocalSource:
+    """All files of a folder and the folders in it, also behind links; a file that several names reach is read once."""
+    paths = sorted(_walk(folder))
+    listing = list_names([path.relative_to(folder).as_posix() for path in paths], str(folder))
+    first_names: dict[str, str] = {}
+    for name in sorted(listing.rows, key=lambda name: (folder / name).is_symlink()):  # a file before links to it
+        if not (folder / name).is_file():
+            _refuse_broken_link(folder / name)
+        first_names.setdefault(os.path.realpath(folder / name), name)
+    read = {*first_names.values()}
+    repeated = [
+        f"{name} (the same file as {first_names[os.path.realpath(folder / name)]})"
+        for name in listing.rows
+        if name not in read
+    ]
+    if not read:
+        raise DataError(f"{folder}: this folder contains no file that ends in {ENDINGS}")
+    others = [name if (folder / name).exists() else f"{name} (broken link)" for name in listing.ignored]
+    return LocalSource([SourceFile(name, folder / name) for name in listing.rows if name in read], others + repeated)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file that is not in a hidden folder. Each folder is read once, under its own name rather than a link's."""
+    pending, seen = deque([folder]), set[str]()
+    while pending:
+        for place, folders, files in os.walk(pending.popleft(), onerror=_refuse_folder):
+            here = os.path.realpath(place)
+            if here in seen:
+                folders.clear()
+                continue
+            seen.add(here)
+            folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+            pending += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            yield from (Path(place, name) for name in files)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename}: this folder cannot be read: {error.strerror}") from error
+
+
+def _refuse_broken_link(path: Path) -> None:
+    problem = f"broken link to {path.readlink()}" if path.is_symlink() else "not a file"
+    raise DataError(f"{path}: {problem}; repair or remove it")
 
 
 def _content_of(path: Path) -> str:

@@ -9,21 +9,23 @@ from uuid import uuid4
 
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.data.errors import DataError, Unreachable
-from finetune_assets.data.readers import READERS, SourceFile
+from finetune_assets.data.readers import ENDINGS, SourceFile, suffix_of
+from finetune_assets.sources.listing import Listing, list_names
 from finetune_assets.sources.local import LocalSource
-from finetune_assets.sources.source import ENDINGS, SourceContext
+from finetune_assets.sources.source import SourceContext
 
 S3 = "s3://"
 
 
 @dataclass(frozen=True)
 class S3Source:
-    """The objects below an S3 prefix; each version of an object is downloaded once.
+    """The objects of an S3 folder, or a single object; each version of an object is downloaded once.
 
-    The content is identified by file hashes, as for all sources: an ETag depends on how an object was uploaded.
+    `s3://bucket/rows` names all objects whose keys begin with `rows/`, and none of `rows-old/`. The content is
+    identified by file hashes, as for all sources: an ETag depends on how an object was uploaded.
 
     Attributes:
-        url: `s3://bucket/prefix`.
+        url: `s3://bucket/folder`, or `s3://bucket/folder/rows.jsonl`.
         connect: Creates the boto3 client.
         folder: Folder for downloads.
     """
@@ -48,15 +50,18 @@ class S3Source:
         Raises:
             DataError: if an object cannot be read, or has changed since it was listed.
         """
-        bucket, prefix = self._place
+        bucket, _ = self._place
         files = []
         for key, _, etag in self._objects:
             version = fingerprint(bucket=bucket, key=key, etag=etag)
             path = self.folder / version / PurePosixPath(key).name
             if not path.exists():
                 self._download(key, etag, path)
-            files.append(SourceFile(key.removeprefix(prefix).lstrip("/") or PurePosixPath(key).name, path))
+            files.append(SourceFile(self._name(key), path))
         return files
+
+    def ignored_files(self) -> Sequence[str]:
+        return self._listing.ignored
 
     def _download(self, key: str, etag: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,22 +87,46 @@ class S3Source:
         return self.connect()
 
     @cached_property
-    def _objects(self) -> list[tuple[str, int, str]]:
-        """Key, size and ETag of each object that contains rows, sorted by key."""
-        bucket, prefix = self._place
+    def _listed(self) -> dict[str, tuple[int, str]]:
+        """Size and ETag of the named object, or of each object of the named folder, by key."""
+        bucket, place = self._place
+        folder = f"{place.rstrip('/')}/" if place else ""
+        # The longer prefix is the shorter list: that of `rows` has the objects of `rows-old` too
+        prefix = place if suffix_of(place) and not place.endswith("/") else folder
         try:
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            listed = [entry for page in pages for entry in page.get("Contents", ())]
+            entries = [entry for page in pages for entry in page.get("Contents", ())]
         except _s3_errors() as e:
             raise self._unreadable(e) from e
-        kept = [entry for entry in listed if self._holds_rows(entry["Key"])]
-        if not kept:
-            raise DataError(f"source: '{self.url}' contains no object that ends in {ENDINGS}")
-        return sorted((entry["Key"], entry["Size"], entry["ETag"]) for entry in kept)
+        objects = {entry["Key"]: (entry["Size"], entry["ETag"]) for entry in entries if not entry["Key"].endswith("/")}
+        inside = {key: objects[key] for key in sorted(objects) if key.startswith(folder)}
+        if place not in objects:
+            return inside
+        if inside:
+            raise DataError(f"source: '{self.url}' is both an object and a folder; end the folder's URL with '/'")
+        return {place: objects[place]}
 
-    def _holds_rows(self, key: str) -> bool:
-        path = PurePosixPath(key)
-        return path.suffix.lower() in READERS and not any(part.startswith(".") for part in path.parts)
+    @cached_property
+    def _listing(self) -> Listing:
+        names = {self._name(key): key for key in self._listed}
+        listing = list_names(names, f"source: '{self.url}'")
+        if not listing.rows:
+            raise DataError(
+                f"source: '{self.url}' contains no object that ends in {ENDINGS}; a URL names an object or a folder, "
+                "not the beginning of a name"
+            )
+        return listing
+
+    @property
+    def _objects(self) -> list[tuple[str, int, str]]:
+        """Key, size and ETag of each object that contains rows, sorted by key."""
+        rows = {*self._listing.rows}
+        return [(key, *stamp) for key, stamp in self._listed.items() if self._name(key) in rows]
+
+    def _name(self, key: str) -> str:
+        """Name of an object relative to the source."""
+        place = self._place[1]
+        return PurePosixPath(key).name if key == place else key.removeprefix(place).lstrip("/")
 
     def _unreadable(self, error: Exception, key: str = "") -> Unreachable:
         where = f"{S3}{self._place[0]}/{key}" if key else self.url
@@ -105,7 +134,7 @@ class S3Source:
 
 
 def open_s3(context: SourceContext) -> S3Source:
-    """The objects below a prefix.
+    """An object, or the objects of a folder.
 
     Raises:
         DataError: where S3 is not available.

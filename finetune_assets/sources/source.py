@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune_assets.config.raw_data_schema import RawDataConfig
-from finetune_assets.data.readers import READERS, SourceFile
+from finetune_assets.data.readers import SourceFile
 from finetune_assets.sources import hub
 
-ENDINGS = ", ".join(READERS)
 COMMIT_OF = partial(hub.commit_of, repo_type="dataset")
 
 
@@ -39,6 +38,9 @@ class Source(Protocol):
         Raises:
             DataError: if a file cannot be read, naming the setting, the file and what to do.
         """
+
+    def ignored_files(self) -> Sequence[str]:
+        """Names of the source's other files, which are not read; hidden files are excluded."""
 
 
 @dataclass(frozen=True)

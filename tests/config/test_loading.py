@@ -314,6 +314,7 @@ def test_raw_data_unknown_setting(configs: Path) -> None:
         ("max_quarantine_share: 1.5", ["max_quarantine_share", "1.5"]),
         ("columns: {instruction: text, response: text}", ["columns.instruction", "'text'"]),
         ("columns: {instruction: ' '}", ["columns.instruction", "' '"]),
+        ("columns: {instruction: text, ignore: [text]}", ["columns.instruction", "'text'"]),
         ("arrivals: {quiet_seconds: -1}", ["arrivals.quiet_seconds", "-1"]),
     ],
 )

@@ -1,8 +1,13 @@
 """Files of every format: what is read, what is set aside by line, and what is refused whole."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import re
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from raw import ingest, quarantined, rows_of
 
-from finetune_assets.data import readers
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.readers import read_records
+from finetune_assets.data.readers import KEPT_CHARACTERS, json_rows, read_records
 
 GOOD = {"instruction": "Say a.", "context": "", "response": "a", "category": "open_qa", "messages": None}
 ROW = {name: GOOD[name] for name in ("instruction", "context", "response", "category")}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13085339\n"
 MANY = [{**ROW, "response": f"{i} ☕ " + "x" * (i % 700)} for i in range(3_000)]
 
 
@@ -35,6 +40,21 @@ def written(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "ROWS.JSONL"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name.lower(), MANY)  # type: ignore[arg-type]
@@ -49,6 +69,70 @@ def test_byte_order_mark_is_passed_over(tmp_path: Path, suffix: str) -> None:
     assert rows_of(path, out=tmp_path / "out") == [GOOD, GOOD]
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_compressed_text_gives_the_same_rows(tmp_path: Path, name: str, ending: str) -> None:
+    content = written(tmp_path / name, MANY).read_bytes()  # type: ignore[arg-type]
+    path = tmp_path / f"{name}{ending.upper()}"
+    path.write_bytes(COMPRESS[ending](content))
+    assert rows_of(path, out=tmp_path / "out") == [{**row, "messages": None} for row in MANY]
+
+
+def test_other_endings_of_the_same_formats(tmp_path: Path) -> None:
+    """NDJSON, TSV, and both formats of Arrow; members of a gzip file that was appended to."""
+    lines = written(tmp_path / "rows.jsonl", MANY).read_bytes()  # type: ignore[arg-type]
+    (tmp_path / "rows.ndjson").write_bytes(lines)
+    (tmp_path / "twice.jsonl.gz").write_bytes(gzip.compress(lines[:100_000]) + gzip.compress(lines[100_000:]))
+    table = pa.Table.from_pylist(MANY)
+    with pa.ipc.new_file(str(tmp_path / "file.arrow"), table.schema) as file:
+        file.write_table(table)
+    with pa.ipc.new_stream(str(tmp_path / "stream.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    with open(tmp_path / "rows.tsv", "w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, list(MANY[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(MANY)
+    for name in ("rows.ndjson", "twice.jsonl.gz", "file.arrow", "stream.arrow", "rows.tsv"):
+        assert rows_of(tmp_path / name, out=tmp_path / "out") == [{**row, "messages": None} for row in MANY]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"instruction": "i", "response": "a", "response": "b"}', "response"),
+        ('{"instruction": "i", "response" : "a", "response"\t: "a"}', "response"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "content"),
+        ('{"instruction": "i", "response": "r", "extra": {"a": [{"b": 1, "c": 2, "b": 3}]}}', "b"),
+        ('{"instruction": "a \\" : b", "response": "r", "response": "s"}', "response"),
+        ('{"response": "a", "resp\\u006fnse": "b", "instruction": "i"}', "response"),
+    ],
+)
+def test_duplicate_key_is_set_aside_by_line(tmp_path: Path, text: str, key: str) -> None:
+    good = json.dumps({**ROW, "response": 'a": "b'})
+    (tmp_path / "rows.jsonl").write_text(f"{good}\n{text}\n{good}\n")
+    (tmp_path / "rows.json").write_text(f"[{good},\n{text},\n{good}]")
+    for name in ("rows.jsonl", "rows.json"):
+        assert len(rows_of(tmp_path / name, out=tmp_path / "out")) == 2
+        (bad,) = quarantined(tmp_path / "out")
+        assert (bad["line"], bad["text"].strip()) == (2, text)
+        assert f"'{key}'" in bad["reason"]
+
+
+def test_byte_order_marks_of_joined_files_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r\n") * 2)
+    assert rows_of(path, out=tmp_path / "out") == [GOOD, GOOD]
+
+
+def test_lines_that_are_nearly_json_are_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b"\n".join([json.dumps(ROW).encode(), json.dumps(ROW).encode() + b",", b'{"instruction": "a\0b"}'])
+    )
+    assert rows_of(path, out=tmp_path / "out") == [GOOD]
+    assert [bad["line"] for bad in quarantined(tmp_path / "out")] == [2, 3]
+
+
 def test_blank_lines_are_passed_over_and_lines_still_right(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\r\n" + json.dumps(ROW).encode() + b"\r\n\r\n  \n[]\n" + json.dumps(ROW).encode())
@@ -60,7 +144,7 @@ def test_array_window_moves_over_any_chunk_size(tmp_path: Path, monkeypatch: pyt
     """Rows, white space and numbers cut at every possible place."""
     path = written(tmp_path / "rows.json", [{**ROW, "response": f"a{i}"} for i in range(5)])
     for chunk in range(1, 40):
-        monkeypatch.setattr(readers, "CHUNK", chunk)
+        monkeypatch.setattr(json_rows, "CHUNK", chunk)
         records = list(read_records(path))
         assert [record.row["response"] for record in records] == [f"a{i}" for i in range(5)]  # type: ignore[union-attr]
         assert [record.line for record in records] == [2, 8, 14, 20, 26]
@@ -101,7 +185,7 @@ def test_a_row_of_many_megabytes_is_set_aside_in_little_memory(tmp_path: Path) -
     assert bad["line"] == 2
     assert "50,000,0" in bad["reason"]
     assert len(bad["reason"]) < 200
-    assert len(bad["text"]) == readers.KEPT_CHARACTERS
+    assert len(bad["text"]) == KEPT_CHARACTERS
 
 
 def test_parquet_with_conversations_and_nulls(tmp_path: Path) -> None:
@@ -120,12 +204,46 @@ def test_parquet_text_that_is_not_utf8_sets_that_row_aside(tmp_path: Path) -> No
     assert [(bad["line"], "UTF-8" in bad["reason"]) for bad in quarantined(tmp_path / "out")] == [(2, True), (5, True)]
 
 
+def test_parquet_value_that_python_cannot_hold_sets_that_row_aside(tmp_path: Path) -> None:
+    times = pa.array([0, 2**62, None]).cast(pa.timestamp("us"))
+    table = pa.table({"instruction": ["a", "b", "c"], "response": ["a", "b", "c"], "at": times})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    records = list(read_records(tmp_path / "rows.parquet"))
+    assert [hasattr(record, "row") for record in records] == [True, False, True]
+    assert records[0].row["at"] == datetime(1970, 1, 1)  # type: ignore[union-attr]
+
+
+def test_parquet_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, ["instruction", "response", "response"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet.*'response'"):
+        list(read_records(tmp_path / "rows.parquet"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "facts"),
     [
         ("a.jsonl", '{"instruction": "i"}'.encode("utf-16"), "UTF-16"),
         ("a.csv", "instruction,response\na,b\n".encode("utf-16"), "UTF-16"),
+        ("a.csv", b"i\0n\0s\0t\0,\0r\0\n\0", "UTF-16"),
         ("a.jsonl", b"\x1f\x8b\x08rest", "gzip"),
+        ("a.jsonl", zstd(b"{}"), "zst"),
+        ("a.json", b"ARROW1rest", r"\.arrow"),
+        ("a.jsonl", b"<!DOCTYPE html>\n<html>", "HTML"),
+        ("a.jsonl", LFS_POINTER, "git lfs pull"),
+        ("a.parquet", LFS_POINTER, "git lfs pull"),
+        ("a.arrow", LFS_POINTER, "git lfs pull"),
+        ("a.csv", LFS_POINTER, "git lfs pull"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": "b"}\n' * 99)[:-9], "truncated"),
+        ("a.csv.zst", zstd(b"instruction,response\n")[:-3], "cannot be read"),
+        ("a.jsonl.xz", lzma.compress(b"{}")[:-9], "truncated"),
+        ("a.arrow", b"ARROW1 and so on", "Arrow"),
+        ("a.arrow", b"", "Arrow"),
+        ("a.json", b'{\n "version": 1,\n "data": [\n {"instruction": "i"}]}', "'data'"),
+        ("a.json", b'{"data": [\n {"instruction": "i"}]}', "'data'"),
+        ("a.jsonl", b'{"a": "b"}\r{"a": "b"}\r', ":1: .*CR"),
+        ("a.tsv", b"instruction,response\na,b\n", ":1: .*tabs"),
         ("a.csv", b"PK\x03\x04rest", "zip"),
         ("a.json", b"PAR1rest", r"\.parquet"),
         ("a.json", b'{\n "instruction": "i",\n "response": "r"\n}', "array"),
@@ -163,8 +281,18 @@ def test_truncated_parquet_is_told(tmp_path: Path) -> None:
 
 
 def test_a_row_of_an_array_that_never_ends_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2_000)
-    monkeypatch.setattr(readers, "CHUNK", 500)
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 2_000)
+    monkeypatch.setattr(json_rows, "CHUNK", 500)
     (tmp_path / "rows.json").write_text('[{"a": 1},\n{"a": "' + "x" * 10_000)
     with pytest.raises(DataError, match=r"rows\.json:2: .*2,000"):
         ingest(tmp_path / "out", tmp_path / "rows.json")
+
+
+@pytest.mark.real_data
+def test_all_of_dolly_is_read_as_json_reads_it(tmp_path: Path, dolly: Path) -> None:
+    expected = [
+        {**json.loads(line), "messages": None} for line in dolly.read_text(encoding="utf-8").split("\n") if line
+    ]
+    assert len(expected) == 15_011
+    assert rows_of(dolly, out=tmp_path) == expected
+    assert quarantined(tmp_path) == []

@@ -185,9 +185,17 @@ ROWS = {
     ),
     "other columns": Case(
         "dolly_raw",
-        ["rows.jsonl:1", "'instruction'", "question", "answer", "raw_data.yaml"],
-        rows(line(question="q", answer="a")),
+        ["rows.jsonl:1", "'instruction'", "title", "body", "raw_data.yaml"],
+        rows(line(title="q", body="a")),
         ("quarantine", "schema"),
+    ),
+    "mapped column that no row has": Case(
+        "dolly_raw",
+        ["raw_data.yaml", "columns.context", "'article'", "question, answer, passage"],
+        lambda project, monkeypatch: (
+            rows(line(question="q", answer="a", passage="p"))(project, monkeypatch),
+            edited(RAW, "source: sample", "source: sample\ncolumns: {context: article}")(project, monkeypatch),
+        )[0],
     ),
     "a row of 50 MB": Case(
         "dolly_raw",

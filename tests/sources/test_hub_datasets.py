@@ -1,5 +1,6 @@
 """Raw data from Hub datasets: the real `datasets` and `huggingface_hub` clients against a Hub of ours."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_bad_rows_are_told_by_file_and_line(hub: Hub, tmp_path: Path) -> None:
     assert (bad["file"], bad["line"]) == ("data/train.jsonl", 2)
 
 
+def test_files_that_are_no_part_of_the_split_are_listed(hub: Hub, tmp_path: Path) -> None:
+    files = {"data/train.jsonl": lines("a"), "data/test.jsonl": lines("b"), "notes.txt": b"x", "README.md": b"# Rows"}
+    hub.add(NAME, {**files, ".gitattributes": b""})
+    source = open_source(SourceContext(config(), tmp_path))
+    assert [file.name for file in source.files()] == ["data/train.jsonl"]
+    assert sorted(source.ignored_files()) == ["README.md", "data/test.jsonl", "notes.txt"]
+
+
+def test_compressed_rows_are_read(hub: Hub, tmp_path: Path) -> None:
+    hub.add(NAME, {"train.jsonl.gz": gzip.compress(lines("a", "b"))})
+    assert answers(config(), tmp_path) == ["a", "b"]
+
+
 def test_gated_dataset_says_what_to_do_and_opens_with_a_token(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +149,7 @@ def test_missing_dataset_or_revision_is_named(hub: Hub, tmp_path: Path, source: 
         ({"rows.py": b"x", "README.md": b"# Rows"}, r"rows\.py"),
         ({"README.md": b"# Rows"}, "owner/rows"),
         ({"train.txt": b"text"}, r"train\.txt.*\.jsonl"),
+        ({"state.json": b"{}", "dataset_info.json": b"{}", "data-0.arrow": b"x"}, "save_to_disk"),
     ],
 )
 def test_dataset_without_rows_that_we_read_is_told(

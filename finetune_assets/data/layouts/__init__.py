@@ -1,21 +1,25 @@
 """The registry of row layouts. A layout of your own is a file in this folder and an entry in LAYOUTS.
 
-No content is dropped silently: a row with a key that resembles a known one, or with a turn that contains more than
-text, is a bad row.
+No content is dropped silently: a row with a key that resembles a known one, with two values of one meaning, or with a
+turn that contains more than text, is a bad row; columns that no layout reads are counted.
 """
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.layouts.conversation import CONVERSATION
 from finetune_assets.data.layouts.instruction import INSTRUCTION
+from finetune_assets.data.layouts.joining import join_turns
 from finetune_assets.data.layouts.layout import Layout
-from finetune_assets.data.layouts.values import Values, shortened
+from finetune_assets.data.layouts.objectives import MARKS, refuse_other_objectives
+from finetune_assets.data.layouts.values import Values, is_empty, shortened
 from finetune_assets.data.rows import Row
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -24,38 +28,123 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 """Layouts in the order in which they are tried; the last is that of rows without any marker. Raise the code version of
 `RAW` in artifacts/kinds.py with each change, so that raw data is read again."""
-COMMON = {"category": ("category",), "system": ("system",)}
+COMMON = {"category": ("category",), "system": ("system", "system_prompt", "system_message")}
 """Columns of every layout."""
+JOINED = (CONVERSATION, INSTRUCTION)
+"""Layouts that read each other's columns, by `join_turns`."""
+NAMED = 1_000
+"""Maximum number of columns of a file that are remembered, because keys may be data."""
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+ATTRIBUTES = frozenset(
+    "id ids uuid guid key keys idx index hash md5 sha number num no nr count len length size chars tokens time date "
+    "timestamp lang language type kind model source url link author user name score rating rank quality version".split()
+)
+"""Last words of keys that describe a column rather than misspell it, as in `conversation_id`."""
 
 
-def row_reader(columns: Columns) -> Callable[[dict[str, Any]], Row]:
-    """Create the function that converts a row of the source to a row of `RAW_SCHEMA`.
+class _Study(NamedTuple):
+    """What the keys of a row mean.
+
+    Attributes:
+        names: Of each column's accepted names, those among the keys.
+        misspelt: Unknown keys, each with the known key that it resembles and the column of that key.
+        has_marks: Whether the row may have another objective.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    misspelt: list[tuple[str, str, str]]
+    has_marks: bool
+
+
+class RowReader:
+    """Converts rows of the source to rows of `RAW_SCHEMA`, and counts what it ignores.
+
+    Attributes:
+        keys: Keys of the rows.
+        ignored: Number of rows with a value in a column that is not read, by column.
 
     Args:
         columns: Column names of the source.
-
-    Returns:
-        A function that raises `BadRow` with the reason if a row is invalid.
     """
-    given = {name: (theirs,) for name, theirs in asdict(columns).items() if theirs is not None}
-    names = {name: known for layout in LAYOUTS for name, known in layout.columns.items()} | COMMON | given
 
-    @lru_cache(maxsize=1_000)
-    def lookalikes(keys: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Unknown keys, each with the known key that it resembles."""
-        known = [name for group in names.values() for name in group]
-        near = ((key, get_close_matches(key, known, 1, 0.75)) for key in keys if key not in known)
-        return [(key, matches[0]) for key, matches in near if matches]
+    def __init__(self, columns: Columns) -> None:
+        self.keys: dict[str, None] = {}
+        self.ignored: Counter[str] = Counter()
+        self._ignore = frozenset(columns.ignore)
+        self._given = {name: theirs for name, theirs in asdict(columns).items() if isinstance(theirs, str)}
+        known = {name: group for layout in LAYOUTS for name, group in layout.columns.items()} | COMMON
+        taken = {*self._given.values(), *columns.ignore}
+        self._names = {
+            name: (self._given[name],) if name in self._given else tuple(key for key in group if key not in taken)
+            for name, group in known.items()
+        }
+        self._study = lru_cache(maxsize=1_000)(self._study_keys)
+        self._unread = lru_cache(maxsize=1_000)(self._unread_keys)
 
-    def read(row: dict[str, Any]) -> Row:
+    def __call__(self, row: Any) -> Row:
+        """Convert a row.
+
+        Raises:
+            BadRow: with the reason, if the row is invalid.
+        """
         if not isinstance(row, dict):
             raise BadRow(f"expected a JSON object, found {shortened(row)}")
-        for key, meant in lookalikes(tuple(row)):
-            if row[key] and not row.get(meant):
+        keys = tuple(row)
+        study = self._study(keys)
+        if self._ignore:
+            row = {key: value for key, value in row.items() if key not in self._ignore}
+        for key, meant, column in study.misspelt:
+            if row[key] and all(is_empty(row.get(name)) for name in study.names[column]):
                 raise BadRow(f"unknown key '{key}' would be lost; did you mean '{meant}'?")
-        values = Values(row, names)
-        system, category = values.text("system"), values.text("category", numbers=True)
+        if study.has_marks:
+            refuse_other_objectives(row)
+        values = join_turns(Values(row, study.names))
+        system, category = values.text("system"), _category(values)
         layout = next((layout for layout in LAYOUTS if values.pick(layout.marker)), LAYOUTS[-1])
-        return layout.read(values, category, system)
+        good = layout.read(values, category, system)
+        for key in self._unread(keys, LAYOUTS.index(layout)):
+            if key in self._ignore or not is_empty(row[key]):
+                self.ignored[key if key in self.ignored or len(self.ignored) < NAMED else "other columns"] += 1
+        return good
 
-    return read
+    def missing(self) -> dict[str, str]:
+        """Columns that the settings name and no row has, each with its setting; empty if there was no row."""
+        named = {column: f"columns.{setting}" for setting, column in self._given.items()}
+        named |= dict.fromkeys(self._ignore, "columns.ignore")
+        return {column: setting for column, setting in named.items() if self.keys and column not in self.keys}
+
+    def _study_keys(self, keys: tuple[str, ...]) -> _Study:
+        named = {*self._given.values(), *self._ignore}
+        self.keys |= {key: None for key in keys if len(self.keys) < NAMED or key in named}
+        known = {name: column for column, group in self._names.items() for name in group}
+        unknown = (key for key in keys if not (key in known or key in self._ignore or _is_attribute(key)))
+        near = ((key, get_close_matches(key, known, 1, 0.75)) for key in unknown)
+        names = {
+            column: tuple(name for name in group if name in keys) or group[:1] for column, group in self._names.items()
+        }
+        misspelt = [(key, matches[0], known[matches[0]]) for key, matches in near if matches]
+        return _Study(names, misspelt, not MARKS.isdisjoint(keys))
+
+    def _unread_keys(self, keys: tuple[str, ...], number: int) -> list[str]:
+        """The keys that a layout does not read."""
+        layout = LAYOUTS[number]
+        layouts = JOINED if layout in JOINED else (layout,)
+        columns = [*COMMON, *(column for each in layouts for column in each.columns)]
+        read = {name for column in columns for name in self._names[column]}
+        return [key for key in keys if key not in read]
+
+
+def row_reader(columns: Columns) -> RowReader:
+    """Create the reader of the rows of one file; see `RowReader`."""
+    return RowReader(columns)
+
+
+def _is_attribute(key: str) -> bool:
+    words = WORD.findall(key)
+    return len(words) > 1 and words[-1].lower() in ATTRIBUTES
+
+
+def _category(values: Values) -> str:
+    """Category of a row; pandas writes a missing one as `nan`."""
+    category = values.text("category", numbers=True)
+    return "" if category.lower() == "nan" else category

@@ -27,11 +27,31 @@ class Values:
         Raises:
             BadRow: if two of them have different values.
         """
-        names = self.names[column]
-        values = [(name, self.row[name]) for name in names if self.row.get(name) not in (None, "", [])]
+        name, value = self.find(column)
+        if name is not None:
+            return value
+        names = self.names.get(column, ())
+        value = self.row.get(names[0]) if names else None
+        return None if value != value else value
+
+    def find(self, column: str) -> tuple[str | None, Any]:
+        """Whichever of the column's names has a value, with the value; None twice if none has.
+
+        Raises:
+            BadRow: if two of them have different values.
+        """
+        names = self.names.get(column, ())
+        if len(names) == 1:
+            value = self.row.get(names[0])
+            return (None, None) if is_empty(value) else (names[0], value)
+        values = [(name, self.row.get(name)) for name in names]
+        values = [(name, value) for name, value in values if not is_empty(value)]
         if len(values) > 1 and values[0][1] != values[1][1]:
-            raise BadRow(f"'{values[0][0]}' and '{values[1][0]}' both have a value, and one would be lost")
-        return values[0][1] if values else self.row.get(names[0])
+            raise BadRow(
+                f"'{values[0][0]}' and '{values[1][0]}' both have a value, and one would be lost; choose one in "
+                f"raw_data.yaml: columns.{column}"
+            )
+        return values[0] if values else (None, None)
 
     def text(self, column: str, required: bool = False, numbers: bool = False) -> str:
         """The text of a column; empty if it has none.
@@ -44,18 +64,31 @@ class Values:
         Raises:
             BadRow: if it is not text, or is missing or blank and required.
         """
-        names, value = self.names[column], self.pick(column)
+        names, value = self.names.get(column) or (column,), self.pick(column)
         if value is None and required and not any(key in self.row for key in names):
             keys = ", ".join(map(str, self.row))[:200] or "no keys"
-            raise BadRow(f"'{names[0]}' is missing; found {keys} (name the source's columns in raw_data.yaml: columns)")
-        if numbers and isinstance(value, (int, float)):
-            value = str(value)
+            objects = next((key for key, value in self.row.items() if _holds_objects(value)), "")
+            rows = f"; if '{objects}' holds the rows, write that array alone" if objects else ""
+            raise BadRow(
+                f"'{names[0]}' is missing; found {keys} (name the source's columns in raw_data.yaml: columns{rows})"
+            )
+        if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(int(value)) if value == value // 1 else str(value)
         value = "" if value is None else value
         if not isinstance(value, str):
             raise BadRow(f"'{names[0]}' must be text, found {shortened(value)}")
         if required and not value.strip():
             raise BadRow(f"'{names[0]}' is blank; give it text or remove the row")
         return utf8(value, f"'{names[0]}'")
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value is none: null, empty, or NaN, which tables of numbers and pandas have for null."""
+    return not value if isinstance(value, str) else value is None or value == [] or value != value
 
 
 def plain_row(instruction: str, context: str, response: str, category: str) -> Row:
@@ -72,10 +105,12 @@ def conversation_row(turns: list[Turn], category: str, system: str = "") -> Row:
         system: System prompt, added as the first turn unless there is a system turn.
 
     Raises:
-        BadRow: if no turn is the assistant's, or a system turn is not the first.
+        BadRow: if no turn is the assistant's, a system turn is not the first, or there are two system prompts.
     """
     if system.strip() and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
+    elif system.strip() and system.strip() != turns[0]["content"].strip():
+        raise BadRow(f"turn 1 is a system turn, and the system prompt {shortened(system)} would be lost; remove one")
     roles = [turn["role"] for turn in turns]
     if "assistant" not in roles:
         raise BadRow("no assistant turn, so there is nothing to learn")

@@ -1,0 +1,72 @@
+"""Opens files of rows: decompresses them, and refuses what their first bytes show to be something else."""
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO, cast
+
+from finetune_assets.data.errors import DataError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LFS_POINTER = b"version https://git-lfs"
+LFS_PROBLEM = "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository, then copy the file again"
+NOT_TEXT = {
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "compressed (gzip); rename it to end in .gz, as in rows.jsonl.gz",
+    b"\x28\xb5\x2f\xfd": "compressed (Zstandard); rename it to end in .zst, as in rows.jsonl.zst",
+    b"BZh": "compressed (bzip2); rename it to end in .bz2, as in rows.jsonl.bz2",
+    b"\xfd7zXZ": "compressed (xz); rename it to end in .xz, as in rows.jsonl.xz",
+    b"PK": "a zip archive or spreadsheet; unpack it, or export it as CSV",
+    b"PAR1": "a Parquet file; rename it to end in .parquet",
+    b"ARROW1": "an Arrow file; rename it to end in .arrow",
+    b"<!DOCTYPE": "an HTML page; download the file itself",
+    b"<html": "an HTML page; download the file itself",
+    LFS_POINTER: LFS_PROBLEM,
+}
+"""First bytes of files that are not text of rows, despite the file extension."""
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    import pyarrow as pa
+
+    return io.BufferedReader(cast("io.RawIOBase", pa.input_stream(str(path), compression="zstd")))
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _open_zstd,
+}
+"""How a compressed file is opened, by file extension."""
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed."""
+    opener = COMPRESSED.get(path.suffix.lower())
+    return opener(path) if opener else open(path, "rb")
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a file for reading, decompressed, without translating line ends; bytes that are not UTF-8 are kept."""
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def read_start(path: Path) -> bytes:
+    """Read the first bytes of a text file.
+
+    Raises:
+        DataError: if they show that the file is not UTF-8 text of rows.
+    """
+    with open_bytes(path) as file:
+        start = file.read(4096)
+    for mark, problem in NOT_TEXT.items():
+        if start.startswith(mark):
+            raise DataError(f"{path}: this is {problem}")
+    if b"\0" in start[:4]:
+        raise DataError(f"{path}: this is binary, or text in UTF-16 or UTF-32; save it as UTF-8")
+    return start
