@@ -6,6 +6,7 @@ can open too) and, with packing, `packs.arrow`: the train examples of each packe
 
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -77,6 +78,8 @@ class Statistics:
     examples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
     refused: int = 0
     first_refused: str = ""
+    omitted: dict[str, int] = field(default_factory=dict)
+    """Number of rows by the part that the chat template does not render although nothing to learn is lost."""
     without_label: int = 0
     first_without_label: list[int] = field(default_factory=list)
     truncated: int = 0
@@ -174,6 +177,7 @@ def _write_examples(
             progress.add(len(chosen))
             examples = encoder.encode(batch)
             _count_refused(examples, chosen, statistics)
+            statistics.omitted = dict(examples.omitted + Counter(statistics.omitted))
             if not len(examples.rows):
                 continue
             indices = chosen[examples.rows]
