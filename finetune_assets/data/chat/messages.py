@@ -11,7 +11,7 @@ STAND_IN = "\ue000{}.{}\ue001"
 """Placeholder for a text of a turn; characters of Unicode's private use area occur in no template."""
 STAND_INS = re.compile("\ue000(\\d+)\\.(\\w+)\ue001")
 PROBE = "\ue002{}\ue003"
-"""Placeholder in tool definitions and in arguments of tool calls, whose form in the text is the template's own."""
+"""Placeholder in tool definitions, and in arguments and ids of calls, whose form in the text is the template's own."""
 PROBES = re.compile("\ue002[^\ue003]*\ue003")
 CONTENT, REASONING, NAME, CALL = "content", "reasoning_content", "name", "call"
 
@@ -163,7 +163,7 @@ def _probe(turn: int, shape: Shape) -> Message:
 
 
 def _identifier(number: int) -> str:
-    return f"{number:09d}"  # templates of Mistral require nine letters or digits
+    return PROBE.format(f"{number:07d}")  # templates of Mistral require nine characters
 
 
 def _probe_call(turn: int, number: int, has_arguments: bool, identifier: int | None) -> dict[str, Any]:
