@@ -2,9 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data.chats import CHATML
 from data.test_chat import by_spans, chat_data, tokenizer_of
@@ -19,10 +22,13 @@ from data.tool_chats import (
     tool,
     up_to_the_last_learned,
 )
+from raw import ingest
 from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.data.chat import ChatTemplate, Rendered
 from finetune_assets.data.errors import RefusedRow
+from finetune_assets.data.prepare import prepare_dataset
+from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.rows import Row, Turn
 from finetune_assets.data.tokenization import IGNORED, Encoder, load_tokenizer
 from finetune_assets.sources.base_models import PACKAGED
@@ -206,3 +212,42 @@ def test_older_rows_without_the_new_keys_are_rendered() -> None:
     assert template.render(turns).text == "['role', 'content']Weather?['role', 'content']It rains."
     old = {key: value for key, value in row([ASKED, SAID]).items() if key != "tools"}
     assert len(Encoder(tokenizer_with(CHATML), chat_data()).encode([old]).rows) == 1
+
+
+def test_rows_of_an_older_parquet_file_give_the_same_dataset(tmp_path: Path) -> None:
+    """Its turns have role and content only, and its rows no tools."""
+    turn = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
+    fields = [field for field in RAW_SCHEMA if field.name not in ("messages", "tools")]
+    older = pa.schema([*fields, pa.field("messages", pa.list_(turn))])
+    text = {"instruction": "Weather?", "context": "", "response": "It rains.", "category": ""}
+    rows = [
+        {**text, "instruction": f"{i}?", "messages": [ASKED, SAID, ASKED, SAID] if i % 2 else None} for i in range(60)
+    ]
+    written = []
+    for name, schema in (("older", older), ("newer", RAW_SCHEMA)):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / f"{name}.parquet")
+        statistics = prepare_dataset(
+            tmp_path / f"{name}.parquet", tokenizer_with(CHATML), chat_data(cutoff=512), "salt", tmp_path / name
+        )
+        assert (statistics.rows_read, statistics.refused) == (60, 0)
+        written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert written[0] == written[1]
+
+
+def test_tools_weights_and_parts_that_are_left_out_reach_the_dataset(tmp_path: Path) -> None:
+    turns = [{**ASKED, "name": "Ann"}, CALLED, RESULT, {**SAID, "weight": 0.0}, ASKED, SAID]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"messages": turns, "tools": TOOLS, "category": f"{i}"}) + "\n" for i in range(40))
+    )
+    rows = ingest(tmp_path / "raw", path)
+    tokenizer, data = tokenizer_with(QWEN25), chat_data(cutoff=512)
+    data.val_fraction = data.gate_fraction = 0.0
+    statistics = prepare_dataset(rows, tokenizer, data, "salt", tmp_path)
+    assert statistics.omitted == {"name of a turn with role user": 40, "name of a turn with role tool": 40}
+    with pa.ipc.open_stream(str(tmp_path / "train.arrow")) as reader:
+        first = reader.read_all().slice(0, 1).to_pylist()[0]
+    assert "Does get_weather." in tokenizer.decode(first["input_ids"])
+    said = tokenizer.decode([label for label in first["labels"] if label != IGNORED])
+    assert (said.count("It rains."), said.count('"name": "get_weather"'), said.count("rain\n")) == (1, 1, 0)

@@ -18,8 +18,8 @@ TODAY = datetime(2024, 7, 26)
 """The date that templates with `strftime_now` write, so that a dataset does not depend on the day it is prepared. It is
 the date that the templates of Llama 3 write where no date is known."""
 CLOCK = "strftime_now"
-FIXED = "{# fixed date #}"
-"""Comment that separates the compiled template from transformers' own, which keeps today's date."""
+FIXED = "{{ '' }}"
+"""Written at the end of a template, so that its compiled form is not the one that transformers caches for others."""
 
 
 class Jinja:

@@ -33,7 +33,7 @@ def read(values: Values, category: str, system: str) -> Row:
     learned = [turn for turn in turns if turn["role"] == "assistant" and turn.get("weight") != 0]
     row = conversation_row(turns, category, system)
     if not learned:
-        raise BadRow("every assistant turn has weight 0, so there is nothing to learn")
+        raise BadRow("every assistant turn has 'weight' 0, so there is nothing to learn")
     if row["messages"] is None and (tools or any(len(turn) > 2 for turn in turns)):
         row["messages"] = turns
     return {**row, "response": learned[-1]["content"] or learned[-1]["tool_calls"], "tools": tools}
@@ -83,7 +83,7 @@ def _turn(message: Any, where: str) -> Turn:
     if written in CALL_ROLES:
         if calls:
             raise BadRow(f"{where}: role '{written}' and 'tool_calls' both hold a call, and one would be lost")
-        content, calls = "", tool_calls(content, where)
+        content, calls = "", tool_calls(content, f"{where}: role '{written}'")
         if calls is None:
             raise BadRow(f"{where}: content is blank; role '{written}' requires a tool call in JSON")
     if not content.strip() and not calls and role != "tool":  # a tool may return nothing
@@ -103,7 +103,7 @@ def _calls(message: dict[str, Any], role: str, where: str) -> str | None:
     if calls not in EMPTY and call not in EMPTY:
         raise BadRow(f"{where}: 'tool_calls' and 'function_call' both have a value, and one would be lost")
     key = "function_call" if calls in EMPTY else "tool_calls"
-    text = tool_calls(call if calls in EMPTY else calls, where)
+    text = tool_calls(call if calls in EMPTY else calls, f"{where}: '{key}'")
     if text and role != "assistant":
         raise BadRow(f"{where}: '{key}' would be lost; only assistant turns call tools, not {role} turns")
     return text

@@ -49,33 +49,33 @@ def tool_calls(value: Any, where: str) -> str | None:
 
     Args:
         value: A list of calls in OpenAI's form or bare (`{"name": ..., "arguments": ...}`), one call, or JSON text.
-        where: Name of the turn in messages.
+        where: Name of the turn and key in messages.
 
     Raises:
         BadRow: if a call has no name, arguments that are not an object, or unknown keys with content.
     """
-    value = _parsed(value, f"{where}: the tool call")
+    value = _parsed(value, where)
     if value in EMPTY:
         return None
     calls = value if isinstance(value, list) else [value]
-    return _text([_call(call, where) for call in calls], f"{where}: the tool call")
+    return _text([_call(call, where) for call in calls], where)
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    call = _parsed(call, f"{where}: the tool call")
+    call = _parsed(call, where)
     if not isinstance(call, dict):
-        raise BadRow(f"{where}: a tool call must be an object with name and arguments, found {shortened(call)}")
+        raise BadRow(f"{where}: a call must be an object with name and arguments, found {shortened(call)}")
     kind, function = call.get("type"), call if call.get("function") is None else call["function"]
     if kind not in (*EMPTY, "function") or not isinstance(function, dict):
-        raise BadRow(f"{where}: a tool call must be of type 'function', found {shortened(call)}")
+        raise BadRow(f"{where}: a call must be of type 'function', found {shortened(call)}")
     for key, value in {**call, **function}.items():
         if key not in CALL_KEYS and value not in EMPTY:
-            raise BadRow(f"{where}: '{key}' of a tool call would be lost; found {shortened(value)}")
+            raise BadRow(f"{where}: '{key}' of a call would be lost; found {shortened(value)}")
     name, identifier = function.get("name"), call.get("id")
     if not isinstance(name, str) or not name.strip():
-        raise BadRow(f"{where}: a tool call has no name; found {shortened(call)}")
+        raise BadRow(f"{where}: a call has no name; found {shortened(call)}")
     if not isinstance(identifier, str | None):
-        raise BadRow(f"{where}: the id of a tool call must be text, found {shortened(identifier)}")
+        raise BadRow(f"{where}: the id of a call must be text, found {shortened(identifier)}")
     arguments = {"type": "function", "function": {"name": name, "arguments": _arguments(function, name, where)}}
     return {**arguments, "id": identifier} if identifier else arguments
 
