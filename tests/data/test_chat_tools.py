@@ -33,7 +33,7 @@ from finetune_assets.data.rows import Row, Turn
 from finetune_assets.data.tokenization import IGNORED, Encoder, load_tokenizer
 from finetune_assets.sources.base_models import PACKAGED
 
-COUNT = 500 if os.environ.get("SOAK") else 100
+COUNT = 500 if os.environ.get("SOAK") else 60
 ASKED, SAID = {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "It rains."}
 CALLS = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Öl"}}, "id": "123456789"}]
 CALLED = {"role": "assistant", "content": "", "tool_calls": json.dumps(CALLS)}
@@ -110,7 +110,18 @@ def test_arguments_are_text_where_the_template_joins_them_to_text() -> None:
     assert '```json\n{"city": "Öl"}\n```' in learned(rendered)[0]
 
 
+UNQUOTED = CHATML.replace(
+    "{{ m.content }}",
+    "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments }}){% endfor %}",
+)
+
+
+def test_arguments_are_text_where_the_template_would_write_them_in_pythons_notation() -> None:
+    assert learned(template_of(UNQUOTED).render([ASKED, CALLED])) == ['get_weather({"city": "Öl"})<|im_end|>\n']
+
+
 REPR = CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.function }}{% endfor %}")
+REPR_AND_NAME = REPR.replace("{{ c.function }}", "{{ c.function.name }}{{ c.function }}")
 FIRST_ONLY = QWEN25.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
 NO_ARGUMENTS = QWEN25.replace("{{ c.function.arguments | tojson }}", "{}")
 NAMES_ONLY = QWEN25.replace("(t | tojson)", "t.function.name")
@@ -124,7 +135,8 @@ THOUGHT = {**SAID, "reasoning_content": "Clouds."}
     ("template", "turns", "tools", "facts"),
     [
         (CHATML, [ASKED, CALLED], None, ["tool calls", "turn 2"]),
-        (REPR, [ASKED, CALLED], None, ["arguments", "turn 2", "Python"]),
+        (REPR, [ASKED, CALLED], None, ["tool calls", "turn 2"]),
+        (REPR_AND_NAME, [ASKED, CALLED], None, ["arguments", "turn 2", "Python"]),
         (FIRST_ONLY, [ASKED, TWO_CALLS], None, ["tool calls", "turn 2"]),
         (NO_ARGUMENTS, [ASKED, CALLED], None, ["arguments", "turn 2"]),
         (CHATML, [ASKED, SAID], TOOLS, ["'tools'"]),

@@ -153,7 +153,7 @@ class FrameMaker:
         messages, tools = probes(shapes), probe_tools() if with_tools else None
         text, marks = self.jinja.render(formed(messages, form), tools, prompt)
         pieces = pieces_of(text)
-        omitted = tuple(_omitted(text, pieces, messages, with_tools, prompt))
+        omitted = tuple(dict.fromkeys(_omitted(text, pieces, messages, with_tools, prompt)))
         speeches = tuple(
             self._speech(turn, messages, tools, pieces, form)
             for turn, shape in enumerate(shapes)
@@ -246,13 +246,13 @@ def _omitted(text: str, pieces: Pieces, messages: list[Message], with_tools: boo
     for turn, message in enumerate(messages):
         for number, call in enumerate(message.get("tool_calls", ())):
             key, value = probe_arguments(turn, number)
-            if call["function"]["arguments"] and not (key in text and value in text):
-                raise _loses(f"the arguments of the tool calls of turn {turn + 1}")
             if str({key: value}) in text:
                 raise RefusedRow(
                     f"the tokenizer's chat template writes the arguments of the tool calls of turn {turn + 1} in "
                     "Python's notation instead of JSON"
                 )
+            if call["function"]["arguments"] and not (key in text and value in text):
+                raise _loses(f"the arguments of the tool calls of turn {turn + 1}")
     if with_tools and any(probe not in text for probe in TOOL_PROBES):
         raise _loses("the tool definitions ('tools')")
 

@@ -148,9 +148,10 @@ def _matched(text: str, pieces: Sequence[str], values: Sequence[str]) -> list[Sp
         return None
     at, spans = len(pieces[0]), []
     for value, following in zip(values, pieces[1:], strict=True):
-        forms = (value, value.strip(), value.lstrip(), value.rstrip())
-        forms += (value.strip("\n"), value.lstrip("\n"), value.rstrip("\n"))
-        written = next((form for form in forms if text.startswith(form + following, at)), None)
+        forms = [
+            strip(characters) for characters in (None, "\n") for strip in (value.strip, value.lstrip, value.rstrip)
+        ]
+        written = next((form for form in (value, *forms) if text.startswith(form + following, at)), None)
         if written is None:
             return None
         spans.append((at, at + len(written)))

@@ -46,9 +46,8 @@ def ignored_turn_keys(row: Mapping[str, Any], names: Sequence[str] = NAMES) -> l
         row: A row of the source.
         names: Accepted names of the column with the turns.
     """
-    messages = next((row[name] for name in names if row.get(name)), [])
     try:
-        turns = _listed(messages)
+        turns = _listed(next((row[name] for name in names if row.get(name)), None))
     except BadRow:
         return []
     return sorted({key for turn in turns if isinstance(turn, dict) for key in ignored_keys(turn)})
@@ -75,7 +74,7 @@ def _turn(message: Any, where: str) -> Turn:
     check_keys(message, where)
     written = message.get("role") if message.get("role") is not None else message.get("from")
     if not isinstance(written, str) or written not in (*ROLES, *CALL_ROLES):
-        known = ", ".join((*ROLES, *CALL_ROLES))
+        known = ", ".join(dict.fromkeys((*ROLES.values(), *ROLES, *CALL_ROLES)))
         raise BadRow(f"{where}: unknown role {shortened(written)}; known roles: {known}")
     role = ROLES.get(written, "assistant")
     content = _content(message, where)
