@@ -96,7 +96,7 @@ def _base(made_from: dict[str, Any]) -> str:
     return f"{repo!r}  # trained at revision {made_from['revision']}"
 
 
-def _inputs(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_lines(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """The model card's lines that tokenize a prompt as in training."""
     template = config.data.prompt_template
     if template.chat_template:
@@ -122,7 +122,7 @@ def _generation(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, ro
     return f"""{_loading(config, rows)}
 settings = GenerationConfig.from_pretrained(adapter)  # stops at the end of an answer
 
-{_inputs(config, tokenizer)}
+{prompt_lines(config, tokenizer)}
 output = model.generate(**inputs, generation_config=settings, max_new_tokens=64, do_sample=False{stops})
 answer = output[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""

@@ -98,6 +98,25 @@ def test_spellings_of_tools(tmp_path: Path, columns: dict[str, Any]) -> None:
     assert (json.loads(row["tools"]), row["messages"]) == ([TOOL], [ASKED, SAID])
 
 
+def test_nulls_that_parquet_adds_to_definitions_are_left_out(tmp_path: Path) -> None:
+    """Definitions of different tools have one type there, with every key in each."""
+    city = {"type": "string", "enum": ["Kelm", None], "default": None}
+    schema = {"type": "object", "properties": {"city": {**city, "items": None}, "unit": None}}
+    function = {"name": "weather", "parameters": schema}
+    (row,) = read(tmp_path, {"messages": [ASKED, SAID], "tools": [{"type": "function", "function": function}]})
+    (kept,) = json.loads(row["tools"])
+    assert kept["function"]["parameters"] == {"type": "object", "properties": {"city": city}}
+
+
+@pytest.mark.parametrize("system", ["", "Add."])
+def test_tools_of_a_row_of_instruction_and_response(tmp_path: Path, system: str) -> None:
+    row = {"instruction": "Hi", "input": "It rains.", "output": "Hello", "tools": [DEFINED], "system": system}
+    (read_row,) = read(tmp_path, row)
+    first = [{"role": "system", "content": system}] if system else []
+    assert read_row["messages"] == [*first, {"role": "user", "content": "Hi\n\nIt rains."}, SAID]
+    assert json.loads(read_row["tools"]) == [TOOL]
+
+
 @pytest.mark.parametrize("empty", [[], "", "[]", None])
 def test_no_tools(tmp_path: Path, empty: Any) -> None:
     (row,) = read(tmp_path, {"messages": [ASKED, SAID], "tools": empty})
@@ -203,6 +222,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({**SAID, "emotion": "glad"}, ["'emotion'", "glad"]),
     ({**SAID, "refusal": "No."}, ["'refusal'", "No."]),
     ({**SAID, "name": 3}, ["'name'", "3"]),
+    ({**SAID, "from": "human"}, ["'role'", "'from'"]),
+    ({**SAID, "speaker": "Bob"}, ["'speaker'", "Bob"]),
     ({**SAID, "value": "Bye"}, ["'content'", "'value'"]),
     (
         {**SAID, "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]},
@@ -225,6 +246,23 @@ def test_turn_that_would_lose_something_is_a_bad_row(tmp_path: Path, given: dict
     (bad,) = quarantined(tmp_path)
     assert bad["line"] == 2
     for fact in ["turn 2", *facts]:
+        assert fact in bad["reason"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "facts"),
+    [
+        ("[]", ["'messages'"]),
+        ("[" * 100_000, ["'messages'", "JSON"]),
+        ('[{"role": "user", "content": "a", "content": "b"}]', ["'messages'", "'content'", "twice"]),
+        ([ASKED, {**SAID, "weight": 0}], ["'weight'", "0"]),
+        ([ASKED, SAID, {"role": "developer", "content": "x"}], ["turn 3", "system"]),
+    ],
+)
+def test_turns_that_cannot_be_learned_from_are_a_bad_row(tmp_path: Path, messages: Any, facts: list[str]) -> None:
+    assert read(tmp_path, {"messages": messages, "system": "s" * ("[]" in messages)}) == []
+    (bad,) = quarantined(tmp_path)
+    for fact in facts:
         assert fact in bad["reason"]
 
 

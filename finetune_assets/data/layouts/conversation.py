@@ -1,12 +1,11 @@
 """Conversations: a list of turns with role and content, in the names of OpenAI, ShareGPT and LLaMA-Factory."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.layouts.layout import Layout
-from finetune_assets.data.layouts.tools import EMPTY, tool_calls, tool_definitions
+from finetune_assets.data.layouts.tools import EMPTY, from_json, tool_calls, tool_definitions
 from finetune_assets.data.layouts.turn_keys import check_keys, ignored_keys, names_of, reasoning_of, weight_of
 from finetune_assets.data.layouts.values import Values, conversation_row, shortened, utf8
 from finetune_assets.data.rows import Row, Turn
@@ -29,6 +28,8 @@ NAMES = ("messages", "conversations")
 
 def read(values: Values, category: str, system: str) -> Row:
     turns = _turns(values.pick("messages"))
+    if not turns:
+        raise BadRow("'messages' has no turns")
     tools = tool_definitions(values.pick("tools"))
     learned = [turn for turn in turns if turn["role"] == "assistant" and turn.get("weight") != 0]
     row = conversation_row(turns, category, system)
@@ -59,10 +60,7 @@ def _turns(messages: Any) -> list[Turn]:
 
 def _listed(messages: Any) -> list[Any]:
     if isinstance(messages, str) and messages.lstrip().startswith("["):  # a list in a CSV field
-        try:
-            messages = json.loads(messages)
-        except ValueError as e:
-            raise BadRow(f"'messages' is not a JSON list: {e}") from e
+        messages = from_json(messages, "'messages'")
     if not isinstance(messages, list):
         raise BadRow(f"'messages' must be a list of turns, found {shortened(messages)}")
     return messages
@@ -72,7 +70,10 @@ def _turn(message: Any, where: str) -> Turn:
     if not isinstance(message, dict):
         raise BadRow(f"{where} must be an object with role and content, found {shortened(message)}")
     check_keys(message, where)
-    written = message.get("role") if message.get("role") is not None else message.get("from")
+    speakers = {key: message[key] for key in ("role", "from") if message.get(key) is not None}
+    written = next(iter(speakers.values()), None)
+    if any(speaker != written for speaker in speakers.values()):
+        raise BadRow(f"{where}: 'role' and 'from' both have a value, and one would be lost")
     if not isinstance(written, str) or written not in (*ROLES, *CALL_ROLES):
         known = ", ".join(dict.fromkeys((*ROLES.values(), *ROLES, *CALL_ROLES)))
         raise BadRow(f"{where}: unknown role {shortened(written)}; known roles: {known}")

@@ -8,6 +8,8 @@ from finetune_assets.data.layouts.values import shortened, utf8
 
 CALL_KEYS = {"type", "function", "id", "index", "name", "arguments", "parameters"}
 """Keys of a tool call whose content is kept, or that only number it (`index`)."""
+NULLABLE = ("default", "const")
+"""Keys of a JSON schema for which null is a value."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that carry no content."""
 
@@ -21,7 +23,7 @@ def tool_definitions(value: Any) -> str | None:
     Raises:
         BadRow: if it is something else.
     """
-    value = _parsed(value, "'tools'")
+    value = from_json(value, "'tools'")
     if value in EMPTY:
         return None
     if not isinstance(value, list):
@@ -30,7 +32,7 @@ def tool_definitions(value: Any) -> str | None:
 
 
 def _definition(tool: Any, where: str) -> dict[str, Any]:
-    tool = _parsed(tool, where)
+    tool = from_json(tool, where)
     if not isinstance(tool, dict):
         raise BadRow(f"{where} must be an object with a name, found {shortened(tool)}")
     wrapped = tool.get("function") is not None
@@ -40,8 +42,17 @@ def _definition(tool: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise BadRow(f"{where} has no function with a name; found {shortened(tool)}")
     if wrapped:
-        return {**tool, "type": "function"}
-    return {"type": "function", "function": {key: item for key, item in tool.items() if key != "type"}}
+        return _without_nulls({**tool, "type": "function"})
+    return {"type": "function", "function": _without_nulls({key: tool[key] for key in tool if key != "type"})}
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A definition without keys that are null, which Parquet adds where the definitions of a column differ."""
+    if isinstance(schema, list):
+        return [_without_nulls(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _without_nulls(item) for key, item in schema.items() if item is not None or key in NULLABLE}
 
 
 def tool_calls(value: Any, where: str) -> str | None:
@@ -54,7 +65,7 @@ def tool_calls(value: Any, where: str) -> str | None:
     Raises:
         BadRow: if a call has no name, arguments that are not an object, or unknown keys with content.
     """
-    value = _parsed(value, where)
+    value = from_json(value, where)
     if value in EMPTY:
         return None
     calls = value if isinstance(value, list) else [value]
@@ -62,7 +73,7 @@ def tool_calls(value: Any, where: str) -> str | None:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    call = _parsed(call, where)
+    call = from_json(call, where)
     if not isinstance(call, dict):
         raise BadRow(f"{where}: a call must be an object with name and arguments, found {shortened(call)}")
     kind, function = call.get("type"), call if call.get("function") is None else call["function"]
@@ -84,14 +95,18 @@ def _arguments(function: dict[str, Any], name: str, where: str) -> dict[str, Any
     given = [function[key] for key in ("arguments", "parameters") if function.get(key) not in EMPTY]
     if len(given) > 1:
         raise BadRow(f"{where}: 'arguments' and 'parameters' of '{name}' both have a value, and one would be lost")
-    arguments = _parsed(given[0], f"{where}: arguments of '{name}'") if given else {}
+    arguments = from_json(given[0], f"{where}: arguments of '{name}'") if given else {}
     if not isinstance(arguments, dict):
         raise BadRow(f"{where}: arguments of '{name}' must be an object, found {shortened(arguments)}")
     return arguments
 
 
-def _parsed(value: Any, where: str) -> Any:
-    """The value of a JSON text; any other value as it is."""
+def from_json(value: Any, where: str) -> Any:
+    """The value of a JSON text; any other value as it is.
+
+    Raises:
+        BadRow: if a text is not JSON, or has a key twice.
+    """
     if not isinstance(value, str) or not value.strip():
         return "" if isinstance(value, str) else value
     try:
