@@ -11,17 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from data.chats import CHATML
 from data.test_chat import by_spans, chat_data, tokenizer_of
-from data.tool_chats import (
-    DEEPSEEK,
-    LLAMA3,
-    QWEN3,
-    QWEN25,
-    TOOL_FAMILIES,
-    TOOL_TOKENS,
-    Generator,
-    tool,
-    up_to_the_last_learned,
-)
+from data.tool_chats import DEEPSEEK, LLAMA3, QWEN3, QWEN25, TOOL_FAMILIES, TOOL_TOKENS
+from data.tool_conversations import Generator, tool, up_to_the_last_learned
 from raw import ingest
 from transformers import PreTrainedTokenizerBase
 
