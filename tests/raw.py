@@ -20,8 +20,15 @@ def ingest(out: Path, *files: Path, columns: Columns | None = None) -> Path:
 
 
 def rows_of(*files: Path, out: Path, columns: Columns | None = None) -> list[Row]:
-    """The good rows of some files."""
-    return pq.read_table(ingest(out, *files, columns=columns)).to_pylist()
+    """The good rows of some files, without tools and keys of turns that have no value."""
+    return [_compact(row) for row in pq.read_table(ingest(out, *files, columns=columns)).to_pylist()]
+
+
+def _compact(row: Row) -> Row:
+    turns = row["messages"]
+    if turns is not None:
+        turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    return {key: value for key, value in {**row, "messages": turns}.items() if key != "tools" or value is not None}
 
 
 def quarantined(out: Path) -> list[dict[str, Any]]:

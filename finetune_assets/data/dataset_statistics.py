@@ -38,6 +38,8 @@ class Statistics:
     examples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
     refused: int = 0
     first_refused: str = ""
+    omitted: dict[str, int] = field(default_factory=dict)
+    """Number of rows by the part that the chat template does not render although nothing to learn is lost."""
     without_label: int = 0
     first_without_label: list[int] = field(default_factory=list)
     truncated: int = 0

@@ -4,6 +4,7 @@ The output folder contains `train.arrow`, `val.arrow` and `gate.arrow` (Arrow st
 can open too) and, with packing, `packs.arrow`: the train examples of each packed sequence.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -126,6 +127,7 @@ def _write_examples(
             progress.add(len(chosen))
             examples = encoder.encode(batch)
             _count_refused(examples, chosen, statistics)
+            statistics.omitted = dict(examples.omitted + Counter(statistics.omitted))
             if not len(examples.rows):
                 continue
             indices = chosen[examples.rows]

@@ -1,28 +1,14 @@
 """Renders rows as input text of the model, with the character spans to learn."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import PromptTemplate
-from finetune_assets.data.chat import ChatTemplate, Span
+from finetune_assets.data.chat import ChatTemplate, Rendered
 from finetune_assets.data.errors import RefusedRow
 from finetune_assets.data.layouts.instruction import conversation
 from finetune_assets.data.rows import Row
-
-
-class Rendered(NamedTuple):
-    """A row rendered as text.
-
-    Attributes:
-        text: Complete input text of the model.
-        spans: Spans of the assistant's text, as first character and end (exclusive), in order.
-    """
-
-    text: str
-    spans: tuple[Span, ...]
-
 
 Renderer = Callable[[Row], Rendered]
 
@@ -39,8 +25,8 @@ def make_renderer(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) 
     if not template.chat_template:
         return lambda row: render_prompt(template, row)
     chat = ChatTemplate(tokenizer)
-    return lambda row: Rendered(
-        *chat.render(row["messages"] or conversation(row["instruction"], row["context"], row["response"]))
+    return lambda row: chat.render(
+        row["messages"] or conversation(row["instruction"], row["context"], row["response"]), row.get("tools")
     )
 
 

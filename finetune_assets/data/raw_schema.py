@@ -2,7 +2,18 @@
 
 import pyarrow as pa
 
-TURN = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
+TURN = pa.struct(
+    [
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+        pa.field("reasoning_content", pa.string()),
+        pa.field("tool_calls", pa.string()),
+        pa.field("tool_call_id", pa.string()),
+        pa.field("name", pa.string()),
+        pa.field("weight", pa.float32()),
+    ]
+)
+"""A turn of a conversation; `Turn` in data/rows.py describes its fields."""
 RAW_SCHEMA = pa.schema(
     [
         pa.field(
@@ -21,15 +32,26 @@ RAW_SCHEMA = pa.schema(
             "response",
             pa.string(),
             nullable=False,
-            metadata={"doc": "the answer to learn; never blank. Of a conversation, the last assistant turn"},
+            metadata={
+                "doc": "the answer to learn; never blank. Of a conversation, the last assistant turn that is learned: "
+                "its content, or its tool calls if it has no content"
+            },
         ),
         pa.field("category", pa.string(), nullable=False, metadata={"doc": "kind of task; may be empty"}),
         pa.field(
             "messages",
             pa.list_(pa.field("item", TURN, nullable=False)),
             metadata={
-                "doc": "every turn of a conversation in order, system turn included, as role (system, user, assistant) "
-                "and content; null where instruction and response are all there is"
+                "doc": "every turn of a conversation in order, system turn included, as role (system, user, assistant, "
+                "tool), content, and where given reasoning_content, tool_calls (JSON), tool_call_id, name and weight "
+                "(0: not learned); null where instruction and response are all there is"
+            },
+        ),
+        pa.field(
+            "tools",
+            pa.string(),
+            metadata={
+                "doc": "tools that the assistant may call, as a JSON list of definitions; null if there are none"
             },
         ),
     ]

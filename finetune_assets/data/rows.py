@@ -11,8 +11,19 @@ from finetune_assets.config.schema import Data
 
 Row = dict[str, Any]
 """One row of `RAW_SCHEMA`."""
-Turn = dict[str, str]
-"""One turn of a conversation: `role` and `content`."""
+Turn = dict[str, Any]
+"""One turn of a conversation: `role` (system, user, assistant or tool) and `content`, which is empty if an assistant
+turn only calls tools.
+
+A turn may also have these keys; one that is missing or None has no value:
+
+- `reasoning_content`: reasoning of an assistant turn.
+- `tool_calls`: JSON list of the calls, each `{"type": "function", "function": {"name", "arguments"}, "id"}`,
+  with the arguments as an object. The id may be missing.
+- `tool_call_id`: id of the call that a tool turn answers.
+- `name`: name of the speaker, or of the tool.
+- `weight`: 0 if an assistant turn is not to be learned.
+"""
 
 
 class Split(StrEnum):

@@ -1,10 +1,11 @@
 """Markdown tables of rows and conversations."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from finetune_assets.data.rows import Row
+from finetune_assets.data.rows import Row, Turn
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -18,12 +19,31 @@ def rows_table(rows: list[dict[str, Any]], columns: Iterable[str]) -> str:
 
 
 def conversations_table(rows: list[Row]) -> str:
-    """A Markdown table with one conversation per line; long turns are shortened."""
+    """A Markdown table with one conversation per line; long turns are shortened, and turns with weight 0 are marked."""
     lines = ["| category | turns |", "| --- | --- |"]
     for row in rows:
-        turns = "\n".join(f"{turn['role']}: {_short(turn['content'])}" for turn in row["messages"])
+        parts = [f"tools: {_short(_tools(row['tools']))}"] if row.get("tools") else []
+        parts += [line for turn in row["messages"] for line in _turn_lines(turn)]
+        turns = "\n".join(parts)
         lines.append(f"| {cell(row['category'])} | {cell(turns)} |")
     return "\n".join(lines)
+
+
+def _tools(tools: str) -> str:
+    return ", ".join(tool["function"]["name"] for tool in json.loads(tools))
+
+
+def _turn_lines(turn: Turn) -> Iterator[str]:
+    name = f" ({turn['name']})" if turn.get("name") else ""
+    speaker = f"{turn['role']}{name}{', not learned' if turn.get('weight') == 0 else ''}"
+    if turn.get("reasoning_content"):
+        yield f"{speaker}, reasoning: {_short(turn['reasoning_content'])}"
+    if turn["content"] or not turn.get("tool_calls"):
+        yield f"{speaker}: {_short(turn['content'])}"
+    for call in json.loads(turn.get("tool_calls") or "[]"):
+        function = call["function"]
+        arguments = _short(json.dumps(function["arguments"], ensure_ascii=False))
+        yield f"{speaker}, call: {function['name']}({arguments})"
 
 
 def _short(text: str, longest: int = 160) -> str:

@@ -4,8 +4,9 @@ The prompt is masked by the tokens' character offsets, never by tokenizing it se
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
+from finetune_assets.data.chat import Rendered, Span
 from finetune_assets.data.errors import DataError, RefusedRow
 from finetune_assets.data.labels import IGNORED
-from finetune_assets.data.prompts import Rendered, make_renderer
+from finetune_assets.data.prompts import make_renderer
 from finetune_assets.data.rows import Row
 
 
@@ -45,6 +47,7 @@ class TokenizedRows:
         prompt_lengths: Number of tokens before the last answer; shape (n,).
         truncated: Whether the example was truncated at `cutoff_len`; shape (n,).
         refused: Rows that the template cannot render.
+        omitted: Number of rows by the part that the chat template does not render although nothing to learn is lost.
     """
 
     rows: NDArray[np.int64]
@@ -54,6 +57,7 @@ class TokenizedRows:
     prompt_lengths: NDArray[np.int32]
     truncated: NDArray[np.bool_]
     refused: list[Refused]
+    omitted: Counter[str] = field(default_factory=Counter)
 
 
 class Encoder:
@@ -76,6 +80,8 @@ class Encoder:
         self.backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self.backend.no_padding()  # tokenizer.json may enable padding and truncation
         self.backend.no_truncation()
+        self.adds_bos, self.adds_eos = _added_by(tokenizer)
+        self.bos = str(tokenizer.bos_token)
         self.eos = None if self.whole_text or not self.settings.add_eos_token else tokenizer.eos_token_id
         if self.settings.add_eos_token and not self.whole_text and self.eos is None:
             raise DataError(
@@ -85,32 +91,38 @@ class Encoder:
     def encode(self, rows: list[Row]) -> TokenizedRows:
         """Render and tokenize rows, append the end token, truncate, and label."""
         taken, rendered, refused = self._rendered(rows)
-        encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=not self.whole_text)
+        if self.adds_bos and not self.whole_text:
+            rendered = [_without_start(one, self.bos) for one in rendered]
+        encodings = self.backend.encode_batch([one.text for one in rendered], add_special_tokens=not self.whole_text)
         cutoff, count = self.settings.cutoff_len, len(rendered)
         lengths = np.empty(count, np.int64)
         prompts = np.empty(count, np.int32)
         truncated = np.zeros(count, np.bool_)
         ids: list[int] = []
-        answers: list[tuple[int, int]] = []  # start and end (exclusive) in `ids`
-        for i, (encoding, (text, spans)) in enumerate(zip(encodings, rendered, strict=True)):
+        answers: list[Span] = []  # start and end (exclusive) in `ids`
+        masked: list[Span] = []
+        for i, (encoding, row) in enumerate(zip(encodings, rendered, strict=True)):
             tokens = encoding.ids
+            if self.adds_eos and not self.whole_text and not self.settings.add_eos_token:
+                tokens.pop()
             if self.eos is not None and tokens[-1] != self.eos:
                 tokens.append(self.eos)
             if len(tokens) > cutoff:
                 del tokens[cutoff:]
                 truncated[i] = True
-            inside = [
-                (first, min(self._last(encoding, end, text), len(tokens)))
-                for start, end in spans
-                if (first := first_token_at(encoding, start, end)) < len(tokens)
-            ]
+            inside = self._tokens_of(row.spans, encoding, row.text, len(tokens))
             prompts[i] = inside[-1][0] if inside else len(tokens)
             answers += [(len(ids) + first, len(ids) + last) for first, last in inside]
+            hidden = self._tokens_of(row.masked, encoding, row.text, len(tokens))
+            masked += [(len(ids) + first, len(ids) + last) for first, last in hidden]
             ids += tokens
             lengths[i] = len(tokens)
         input_ids = np.array(ids, np.int32)
-        labels = self._label(input_ids, answers)
-        return TokenizedRows(np.array(taken, np.int64), lengths, input_ids, labels, prompts, truncated, refused)
+        labels = self._label(input_ids, answers, masked)
+        omitted = Counter(part for row in rendered for part in row.omitted)
+        return TokenizedRows(
+            np.array(taken, np.int64), lengths, input_ids, labels, prompts, truncated, refused, omitted
+        )
 
     def _rendered(self, rows: list[Row]) -> tuple[list[int], list[Rendered], list[Refused]]:
         taken, rendered, refused = [], [], []
@@ -126,14 +138,44 @@ class Encoder:
         """Index after the last token of an answer. An answer at the end of the text extends to the example's end."""
         return 1 << 31 if end >= len(text) else token_behind(encoding, end, len(text))
 
-    def _label(self, ids: NDArray[np.int32], answers: list[tuple[int, int]]) -> NDArray[np.int32]:
+    def _tokens_of(self, spans: Sequence[Span], encoding: Encoding, text: str, count: int) -> list[Span]:
+        """First and last (exclusive) token of each span, without spans that begin after the first `count` tokens."""
+        return [
+            (first, min(self._last(encoding, end, text), count))
+            for start, end in spans
+            if (first := first_token_at(encoding, start, end)) < count
+        ]
+
+    def _label(self, ids: NDArray[np.int32], answers: list[Span], masked: list[Span]) -> NDArray[np.int32]:
         if self.settings.train_on_inputs:
-            return ids.copy()
-        edges = np.zeros(len(ids) + 1, np.int32)
-        spans = np.array(answers, np.int64).reshape(-1, 2)
-        np.add.at(edges, spans[:, 0], 1)
-        np.add.at(edges, spans[:, 1], -1)
-        return np.where(np.cumsum(edges[:-1]) > 0, ids, np.int32(IGNORED))
+            return np.where(_inside(masked, len(ids)), np.int32(IGNORED), ids)
+        return np.where(_inside(answers, len(ids)), ids, np.int32(IGNORED))
+
+
+def _inside(spans: list[Span], count: int) -> NDArray[np.bool_]:
+    """Whether each of `count` tokens is inside a span; shape (count,)."""
+    edges = np.zeros(count + 1, np.int32)
+    ends = np.array(spans, np.int64).reshape(-1, 2)
+    np.add.at(edges, ends[:, 0], 1)
+    np.add.at(edges, ends[:, 1], -1)
+    return np.cumsum(edges[:-1]) > 0
+
+
+def _added_by(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer adds its BOS token before a text, and its EOS token after it."""
+    ids = tokenizer.backend_tokenizer.encode("a").ids  # type: ignore[attr-defined]
+    bare = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids  # type: ignore[attr-defined]
+    longer = len(ids) > len(bare)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return longer and bos is not None and ids[0] == bos, longer and eos is not None and ids[-1] == eos
+
+
+def _without_start(row: Rendered, start: str) -> Rendered:
+    """The row without the text that it starts with; unchanged if it starts with another text."""
+    if not row.text.startswith(start):
+        return row
+    spans = tuple((first - len(start), last - len(start)) for first, last in row.spans)
+    return row._replace(text=row.text.removeprefix(start), spans=spans)
 
 
 def first_token_at(encoding: Encoding, start: int, end: int) -> int:

@@ -12,6 +12,7 @@ from finetune_assets.config.schema import Merge
 from finetune_assets.evaluation.contenders import Contender, LoadedModels
 from finetune_assets.evaluation.rows import HeldOut
 from finetune_assets.training.embeddings import resize_embeddings
+from finetune_assets.training.generation_files import save_generation_files
 from finetune_assets.training.model import autocast, compute_precision, load_base, with_adapter_of
 
 PLACES = 16
@@ -105,7 +106,7 @@ def merged(contender: Contender, settings: Merge, output: Path) -> None:
     model = with_adapter_of(base, contender.adapter)
     merged_model = model.merge_and_unload(safe_merge=True).to(getattr(torch, settings.dtype))
     merged_model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_generation_files(output, contender.base_model, tokenizer, config)
 
 
 def compare(folder: Path, rows: list[Row], wanted: list[Tensor], device: torch.device) -> LogitDifference:

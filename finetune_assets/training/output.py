@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.artifacts.layout import CARD, CONFIG, NOT_ON_THE_HUB, PROVENANCE, TRAINER_STATE, write_sums
 from finetune_assets.artifacts.update_spectrum import write_updates
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.data.tokenization import Encoder
 from finetune_assets.training.embeddings import experiment_tokenizer
+from finetune_assets.training.generation_files import experiment_turn_end, save_generation_files
 from finetune_assets.training.telemetry import hardware_name
 from finetune_assets.training.updates import updates
 
@@ -49,13 +52,15 @@ def save(
     # "auto" would save the whole embedding if it was resized, and query the Hub to detect that
     model.save_pretrained(output, save_embedding_layers=False, **initial)
     _name_base(output, made_from)
-    experiment_tokenizer(base_folder, config).save_pretrained(output)
+    tokenizer = experiment_tokenizer(base_folder, config)
+    example = _generation(config, tokenizer, rows)  # of the tokenizer as in training
+    save_generation_files(output, base_folder, tokenizer, config)
     (output / CONFIG).write_text(dump(config), encoding="utf-8")
     _write_json(output / TRAINER_STATE, state)
     provenance = {**made_from, "versions": _versions(), "hardware": _hardware()}
     _write_json(output / PROVENANCE, provenance)
     write_updates(updates(output), output)
-    (output / CARD).write_text(_model_card(config, provenance, state, rows), encoding="utf-8")
+    (output / CARD).write_text(_model_card(config, provenance, state, example), encoding="utf-8")
     write_sums(output)
 
 
@@ -91,19 +96,36 @@ def _base(made_from: dict[str, Any]) -> str:
     return f"{repo!r}  # trained at revision {made_from['revision']}"
 
 
-def _prompt(config: ExperimentConfig) -> str:
+def prompt_lines(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The model card's lines that tokenize a prompt as in training."""
     template = config.data.prompt_template
     if template.chat_template:
         turn = '[{"role": "user", "content": "What ...?"}]'
-        return f"prompt = tokenizer.apply_chat_template({turn}, tokenize=False, add_generation_prompt=True)"
-    prompt = f'prompt = {template.prompt_no_input!r}.format(instruction="What ...?")'
-    ends_in_space = template.prompt_no_input != template.prompt_no_input.rstrip(" ")
-    # Tokenizers merge that space with the first word of the answer, as in training
-    return f"{prompt}.rstrip(' ')" if ends_in_space else prompt
+        prompt = f"tokenizer.apply_chat_template({turn}, tokenize=False, add_generation_prompt=True)"
+        return f'prompt = {prompt}\ninputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)'
+    encoder = Encoder(tokenizer, config.data)
+    start = encoder.bos if encoder.adds_bos else ""
+    form = template.prompt_no_input.removeprefix(start)
+    if encoder.adds_eos:  # the tokenizer would add it to the prompt
+        form = start + form
+    prompt = f'{form!r}.format(instruction="What ...?")'
+    # Tokenizers merge a space at the end with the first word of the answer, as in training
+    prompt = f"{prompt}.rstrip(' ')" if form != form.rstrip(" ") else prompt
+    special = ", add_special_tokens=False" if encoder.adds_eos else ""
+    return f'prompt = {prompt}\ninputs = tokenizer(prompt, return_tensors="pt"{special})'
 
 
-def _special(config: ExperimentConfig) -> str:
-    return ", add_special_tokens=False" if config.data.prompt_template.chat_template else ""
+def _generation(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str:
+    """The model card's lines that load the adapter and generate an answer."""
+    end = experiment_turn_end(tokenizer, config)
+    stops = f", stop_strings=[{end.text.strip()!r}], tokenizer=tokenizer" if end.text.strip() and not end.tokens else ""
+    return f"""{_loading(config, rows)}
+settings = GenerationConfig.from_pretrained(adapter)  # stops at the end of an answer
+
+{prompt_lines(config, tokenizer)}
+output = model.generate(**inputs, generation_config=settings, max_new_tokens=64, do_sample=False{stops})
+answer = output[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""
 
 
 def _loading(config: ExperimentConfig, rows: int | None) -> str:
@@ -117,7 +139,7 @@ def _loading(config: ExperimentConfig, rows: int | None) -> str:
     return "\n".join([*lines, "model = PeftModel.from_pretrained(model, adapter)"])
 
 
-def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dict[str, Any], rows: int | None) -> str:
+def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dict[str, Any], example: str) -> str:
     repo, held_out = provenance["base_model"], state["held_out_loss"]
     on_hub = not repo.startswith(NOT_ON_THE_HUB)
     header = ModelCardData(
@@ -152,16 +174,11 @@ def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dic
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 adapter = "."  # this folder
 base = {_base(provenance)}
-{_loading(config, rows)}
-
-{_prompt(config)}
-inputs = tokenizer(prompt, return_tensors="pt"{_special(config)})
-answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True).strip())
+{example}
 ```
 
 `config.yaml` contains all settings, `provenance.json` the inputs and library versions, `trainer_state.json` the

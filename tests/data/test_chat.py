@@ -96,6 +96,42 @@ def test_generation_marks_are_those_of_transformers() -> None:
         assert [label != IGNORED for label in labels] == [bool(mask) for mask in theirs["assistant_masks"]]
 
 
+WORDS_ONLY = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+
+
+def test_the_end_mark_outside_of_generation_marks_is_learned() -> None:
+    """Also where the template rewrites words, for which there is no frame."""
+    tokenizer = tokenizer_of("special tokens")
+    tokenizer.chat_template = WORDS_ONLY
+    made = conversations(100, seed=2)
+    for turns, (ids, labels, _) in zip(made, encoded(tokenizer, chat_data(), made), strict=True):
+        assert (ids, labels) == by_spans(tokenizer, *FAMILIES["chatml"].by_hand(turns)), turns
+    tokenizer.chat_template = WORDS_ONLY.replace("{{ m.content }}", "{{ m.content | upper }}")
+    text, spans, *_ = ChatTemplate(tokenizer).render(PLAIN)
+    assert [text[start:end] for start, end in spans] == ["HELLO<|im_end|>\n"] * 2
+
+
+def test_generation_marks_around_a_part_of_the_turn_are_refused_where_it_has_more() -> None:
+    tokenizer = tokenizer_of("special tokens")
+    call = "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    tokenizer.chat_template = WORDS_ONLY.replace("{% endgeneration %}", "{% endgeneration %}" + call)
+    calls = '[{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]'
+    with pytest.raises(RefusedRow, match=r"generation marks.* turn 2"):
+        ChatTemplate(tokenizer).render([PLAIN[0], {**PLAIN[1], "tool_calls": calls}])
+
+
+@pytest.mark.parametrize(
+    ("end", "written"), [("", ""), ("\n", ""), ("\n  ", "  "), ("{# end #}\n", ""), (".\n\n", ".\n")]
+)
+def test_the_date_of_a_template_is_fixed(end: str, written: str) -> None:
+    tokenizer = tokenizer_of("special tokens")
+    dated = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}{% endfor %}" + end
+    tokenizer.chat_template = dated
+    text, spans, *_ = ChatTemplate(tokenizer).render(PLAIN[:2])
+    assert (text, spans) == ("2024-07-26HiHello" + written, ((12, 17 + len(written)),))
+    assert "2024-07-26" not in tokenizer.apply_chat_template(PLAIN[:2], tokenize=False), "only where rows are prepared"
+
+
 def test_a_wrong_span_would_be_seen() -> None:
     """The reference is able to fail: spans one character longer give other labels."""
     tokenizer = tokenizer_of("plain text")
@@ -140,9 +176,9 @@ def test_reasoning_of_the_last_turn_is_learned() -> None:
     """This family rewrites an answer that holds reasoning; what it adds to the prompt is the assistant's anyway."""
     tokenizer = tokenizer_of("special tokens")
     tokenizer.chat_template = THINKING
-    text, spans = ChatTemplate(tokenizer).render(thinking("<think>\nIt rains.\n</think>\n\nBecause."))
+    text, spans, *_ = ChatTemplate(tokenizer).render(thinking("<think>\nIt rains.\n</think>\n\nBecause."))
     assert [text[start:end] for start, end in spans] == ["<think>\nIt rains.\n</think>\n\nBecause.<|im_end|>\n"]
-    text, spans = ChatTemplate(tokenizer).render(thinking("No.", "<think>\nHm\n</think>\n\nYes."))
+    text, spans, *_ = ChatTemplate(tokenizer).render(thinking("No.", "<think>\nHm\n</think>\n\nYes."))
     assert [text[start:end] for start, end in spans] == ["No.<|im_end|>\n", "<think>\nHm\n</think>\n\nYes.<|im_end|>\n"]
 
 
@@ -177,6 +213,19 @@ def test_template_that_is_no_template_is_told() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}"
     with pytest.raises(DataError, match="chat template"):
         Encoder(tokenizer, chat_data()).encode([row(PLAIN)])
+
+
+def test_a_template_that_writes_bos_gives_one_bos() -> None:
+    """Also with a tokenizer that adds BOS and EOS to every text."""
+    tokenizer = tokenizer_of("special tokens")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    tokenizer.chat_template = TURNS
+    ((ids, labels, _),) = encoded(tokenizer, chat_data(), [PLAIN])
+    assert (ids, labels) == by_spans(tokenizer, *FAMILIES["model turns, no system"].by_hand(PLAIN))
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.eos_token_id not in ids
 
 
 def test_the_default_of_several_templates_is_taken() -> None:

@@ -1,5 +1,6 @@
 """Previews show rows as they are, whatever Markdown or HTML they hold."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +23,22 @@ def test_every_turn_of_a_conversation_is_shown() -> None:
     turns = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c" * 500}]
     table = conversations_table([{"category": "chat", "messages": turns}])
     assert table.split("\n")[2] == f"| chat | user: a<br>b<br>assistant: {'c' * 159}… |"
+
+
+def test_tools_calls_reasoning_and_weights_of_a_conversation_are_shown() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "é|"}}}
+    turns = [
+        {"role": "user", "content": "a", "name": "Ann", "weight": None},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([call, call]), "reasoning_content": "Hm."},
+        {"role": "tool", "content": "", "name": "add"},
+        {"role": "assistant", "content": "c", "weight": 0.0},
+        {"role": "assistant", "content": "d"},
+    ]
+    row = {"category": "", "messages": turns, "tools": json.dumps([{"type": "function", "function": {"name": "add"}}])}
+    assert conversations_table([row]).split("\n")[2] == (
+        '|  | tools: add<br>user (Ann): a<br>assistant, reasoning: Hm.<br>assistant, call: add({"a": "é\\|"})<br>'
+        'assistant, call: add({"a": "é\\|"})<br>tool (add): <br>assistant, not learned: c<br>assistant: d |'
+    )
 
 
 def test_masked_and_learned_tokens_stand_apart(tmp_path: Path) -> None:

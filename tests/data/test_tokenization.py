@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from raw import rows_of
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.loading import load_experiment
@@ -43,7 +44,7 @@ def split(encoder: Encoder, rows: list[Row]) -> list[tuple[list[int], list[int]]
 
 def expected(tokenizer: PreTrainedTokenizerBase, data: Data, one: Row) -> tuple[list[int], list[int]]:
     """Every token that holds a character of the response is learned, each decided by its own character span."""
-    text, ((start, _),) = render_prompt(data.prompt_template, one)
+    text, ((start, _),), *_ = render_prompt(data.prompt_template, one)
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = [*encoded["input_ids"], tokenizer.eos_token_id]
     learned = [end > start and end > begin for begin, end in encoded["offset_mapping"]] + [True]
@@ -109,6 +110,34 @@ def test_end_token_is_learned_once_and_only_where_nothing_was_cut(tokenizer: Pre
 def test_no_end_token_where_none_is_wanted(tokenizer: PreTrainedTokenizerBase) -> None:
     ((ids, _),) = split(Encoder(tokenizer, Data(tokenization=Tokenization(add_eos_token=False))), [row()])
     assert tokenizer.eos_token_id not in ids
+
+
+def adding(*pieces: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that adds these special tokens to every text (`$A`)."""
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(pieces), special_tokens=special
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("pieces", [("$A",), ("<s>", "$A"), ("<s>", "$A", "</s>"), ("$A", "</s>")])
+@pytest.mark.parametrize("add_eos", [True, False])
+@pytest.mark.parametrize("start", ["<s>[INST] ", "[INST] "])
+def test_bos_and_eos_occur_once_or_not_at_all(pieces: tuple[str, ...], add_eos: bool, start: str) -> None:
+    """Whether the prompt, the tokenizer, or both write BOS, and whatever the tokenizer adds at the end."""
+    tokenizer = adding(*pieces)
+    template = PromptTemplate(prompt_no_input=start + "{instruction} [/INST] ")
+    data = Data(prompt_template=template, tokenization=Tokenization(add_eos_token=add_eos))
+    ((ids, labels),) = split(Encoder(tokenizer, data), [row(response="aye")])
+    bos = "<s>" in pieces or start.startswith("<s>")
+    assert ids.count(tokenizer.bos_token_id) == bos
+    assert ids.count(tokenizer.eos_token_id) == add_eos
+    learned = [token for token in labels if token != IGNORED]
+    assert tokenizer.decode(learned).strip() == ("aye</s>" if add_eos else "aye")
+    assert tokenizer.decode(ids).count("[INST] Say a.") == 1
+    assert labels.index(learned[0]) == len(ids) - len(learned), "the labels belong to the answer's tokens"
 
 
 def test_example_that_fits_exactly_keeps_its_end(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,8 +1,12 @@
 """Chat logs through the whole graph: a base without a chat template gets one, with tokens of its own."""
 
+import io
 import json
+import re
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +42,27 @@ def chat_log(path: Path) -> None:
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
+def answer_of_the_card(adapter: Path, base: Path, patched: pytest.MonkeyPatch, said: str) -> str:
+    """What the lines of the model card print with a model whose most likely tokens are those of `said`."""
+    tokens = iter(AutoTokenizer.from_pretrained(adapter).encode(said, add_special_tokens=False))
+    load = PeftModel.from_pretrained
+
+    def scripted(model: torch.nn.Module, folder: str) -> PeftModel:
+        def say(_: object, __: object, output: Any) -> None:
+            output.logits[:, -1, next(tokens)] = 1e9
+
+        model.register_forward_hook(say)
+        return load(model, folder)
+
+    patched.setattr(PeftModel, "from_pretrained", scripted)
+    code = (adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = re.sub("base = .*", f"base = {str(base)!r}", code).replace('adapter = "."', f"adapter = {str(adapter)!r}")
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue().strip()
+
+
 @pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.soak)])
 def test_chat_log_becomes_an_adapter_with_its_own_tokens(
     project: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch, quantization: str
@@ -61,6 +86,9 @@ def test_chat_log_becomes_an_adapter_with_its_own_tokens(
     assert all(sample["prompt"].endswith("<|im_start|>assistant") for sample in samples), "the last turn is asked"
 
     tokenizer = AutoTokenizer.from_pretrained(adapter)
+    assert tokenizer.eos_token == "<|im_end|>", "the base's is </s>"
+    with monkeypatch.context() as patched:
+        assert answer_of_the_card(adapter, folder, patched, "Lode<|im_end|>\nLode Lode Lode") == "Lode"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert f"model.resize_token_embeddings({len(tokenizer)})" in (adapter / "README.md").read_text()
     model.resize_token_embeddings(len(tokenizer))

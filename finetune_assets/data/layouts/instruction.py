@@ -5,6 +5,7 @@ from typing import Any
 
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.layouts.layout import Layout
+from finetune_assets.data.layouts.tools import tool_definitions
 from finetune_assets.data.layouts.values import Values, conversation_row, is_empty, plain_row, shortened, utf8
 from finetune_assets.data.rows import Row, Turn
 
@@ -12,9 +13,11 @@ from finetune_assets.data.rows import Row, Turn
 def read(values: Values, category: str, system: str) -> Row:
     prompt = values.text("instruction", required=True), values.text("context")
     response = values.text("response", required=True)
-    if not is_empty(values.row.get("tools")):
-        raise BadRow("'tools' would be lost; write the row as a conversation, in 'messages'")
-    earlier = _earlier_turns(values.pick("history"))
+    earlier, tools = _earlier_turns(values.pick("history")), tool_definitions(values.pick("tools"))
+    if tools:
+        turns = [*earlier, *conversation(*prompt, response)]
+        row = conversation_row(turns, category, system)
+        return {**row, "messages": row["messages"] or turns, "tools": tools}
     if not earlier and not system.strip():
         return plain_row(*prompt, response, category)
     return conversation_row([*earlier, *conversation(*prompt, response)], category, system)
