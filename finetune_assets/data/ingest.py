@@ -19,6 +19,7 @@ from finetune_assets.data.quality import Inspector, Quality, rows_by_number
 from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.readers import SourceFile, SourceRecord, Unreadable, kept, read_records
 from finetune_assets.data.rows import Row
+from finetune_assets.data.sensitive import Sensitive, SensitiveScan, masked, masked_values
 from finetune_assets.progress import ROWS, Progress
 
 PARQUET, QUARANTINE = "rows.parquet", "quarantine.jsonl"
@@ -48,6 +49,7 @@ class RawStatistics:
         files_without_rows: Files without a good row.
         quality: Quality problems of good rows.
         shown: Rows that `quality` names, by row number.
+        sensitive: Secrets and personal data in good rows. In the rows and reasons above they are hidden.
     """
 
     rows: int = 0
@@ -62,6 +64,7 @@ class RawStatistics:
     files_without_rows: list[str] = field(default_factory=list)
     quality: Quality = field(default_factory=Quality)
     shown: dict[str, Row] = field(default_factory=dict)
+    sensitive: Sensitive = field(default_factory=Sensitive)
 
     @property
     def quarantine_share(self) -> float:
@@ -76,7 +79,7 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
     """
     counts = RawStatistics()
     categories: Counter[str] = Counter()
-    inspector = Inspector()
+    inspector, scan = Inspector(), SensitiveScan()
     with (
         open(out / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as bad,
         pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer,
@@ -88,14 +91,16 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
             for row in batch:
                 inspector.look(row)
+                scan.look(row)
             categories.update(row["category"] for row in batch)
             _count(batch, counts)
             progress.reach(counts.rows + counts.quarantined)
     if not counts.rows + counts.quarantined:
         raise DataError(f"{', '.join(str(file.path) for file in files)}: no rows; the file is empty")
-    counts.categories = dict(categories.most_common())
-    counts.quality = inspector.sum_up()
-    counts.shown = _shown(out / PARQUET, counts.quality)
+    counts.categories = {masked(name): rows for name, rows in categories.most_common()}
+    counts.quality, counts.sensitive = inspector.sum_up(), scan.sum_up()
+    counts.shown = masked_values(_shown(out / PARQUET, counts.quality))
+    counts.preview, counts.conversation_preview = masked_values([counts.preview, counts.conversation_preview])
     return counts
 
 
@@ -129,11 +134,12 @@ class _Quarantine:
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.counts.quarantined += 1
         reasons = self.counts.reasons
-        reason = WHERE.sub("", bad.reason)
+        reason = WHERE.sub("", masked(bad.reason))
         reason = reason if reason in reasons or len(reasons) < REASONS else "other reasons"
         reasons[reason] = reasons.get(reason, 0) + 1
         if len(self.counts.first_quarantined) < SHOWN:
-            self.counts.first_quarantined.append({**entry, "text": bad.text[:500]})
+            shown = {**entry, "reason": masked(bad.reason), "text": masked(bad.text)[:500]}
+            self.counts.first_quarantined.append(shown)
 
 
 def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> Iterator[Row]:

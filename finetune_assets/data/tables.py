@@ -1,10 +1,11 @@
-"""Markdown tables of rows and conversations."""
+"""Markdown tables of rows and conversations, in which secrets and personal data are hidden."""
 
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from finetune_assets.data.rows import Row
+from finetune_assets.data.sensitive import masked
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -22,11 +23,12 @@ def conversations_table(rows: list[Row]) -> str:
     lines = ["| category | turns |", "| --- | --- |"]
     for row in rows:
         turns = "\n".join(f"{turn['role']}: {_short(turn['content'])}" for turn in row["messages"])
-        lines.append(f"| {cell(row['category'])} | {cell(turns)} |")
+        lines.append(f"| {cell(_short(row['category']))} | {cell(turns)} |")
     return "\n".join(lines)
 
 
 def _short(text: str, longest: int = 160) -> str:
+    text = masked(text)  # first: of a key that is cut off, too little may be left to recognise it
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.rows import Row, Turn
+from finetune_assets.data.sensitive import masked
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Values:
         """
         names, value = self.names[column], self.pick(column)
         if value is None and required and not any(key in self.row for key in names):
-            keys = ", ".join(map(str, self.row))[:200] or "no keys"
+            keys = masked(", ".join(map(str, self.row)))[:200] or "no keys"
             raise BadRow(f"'{names[0]}' is missing; found {keys} (name the source's columns in raw_data.yaml: columns)")
         if numbers and isinstance(value, (int, float)):
             value = str(value)
@@ -108,5 +109,6 @@ def utf8(text: str, where: str) -> str:
 
 
 def shortened(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
+    """A value of the source as messages show it: as JSON, without secrets, and not too long."""
+    text = masked(json.dumps(value, ensure_ascii=True, default=str))
     return text if len(text) <= 60 else f"{text[:57]}..."
