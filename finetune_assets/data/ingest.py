@@ -91,7 +91,7 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
             for row in batch:
                 inspector.look(row)
-                scan.look(row)
+            scan.look(batch)
             categories.update(row["category"] for row in batch)
             _count(batch, counts)
             progress.reach(counts.rows + counts.quarantined)

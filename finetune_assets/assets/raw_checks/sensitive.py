@@ -20,8 +20,8 @@ def _sensitive(version: Version) -> dg.AssetCheckResult:
         sensitive["rows"],
         version.statistics["rows"],
         most,
-        f"contain a secret or personal data (checks.max_sensitive_share = {most:g}): {counts}. First: {where}. The rows "
-        "are kept and unchanged; replace the values in the source, or raise the threshold",
+        f"contain a secret or personal data (checks.max_sensitive_share = {most:g}): {counts}. First: {where}. "
+        "The rows are kept unchanged; replace the values in the source, or raise the threshold",
         severity=dg.AssetCheckSeverity.WARN,
         kinds=dg.MetadataValue.md(rows_table(kinds, ["kind", "findings"])),
         first_findings=dg.MetadataValue.md(rows_table(sensitive["first"], ["kind", "row", "field", "shown"])),

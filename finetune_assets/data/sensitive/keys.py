@@ -4,14 +4,19 @@ import re
 
 from finetune_assets.data.sensitive.kind import HIDDEN, Kind, entropy
 
-QUOTE = r"\\?[\"'`]"
-GIVEN = r"\s{0,3}(?:=>|:=|==?|:|,)\s{0,3}"
-"""Between a name and its value; a comma as in `os.environ.setdefault("API_KEY", "...")`."""
+QUOTE = r"\\{0,3}[\"'`]"
+GIVEN = r"\s{0,3}(?:=>|:=|==?|:)\s{0,3}"
+"""Between a name and its value."""
 NAMES = (
     r"pass(?:word|wd|phrase|code)|pwd|secret(?:[_ -]?(?:access[_ -]?)?key)?|client[_ -]?secret|api[_ -]?key|"
     r"(?:access|auth|refresh|bearer|api|secret|bot|session)[_ -]?token|(?:private|encryption|account|access)[_ -]?key|"
     r"connection[_ -]?password|credentials?|token"
 )
+HINTS = (
+    *("assw", "asscode", "assphr", "pwd", "ecret", "oken", "redential", "key"),
+    *("ASSW", "ASSCODE", "ASSPHR", "PWD", "ECRET", "OKEN", "REDENTIAL", "Key", "KEY"),
+)
+SIEVE = r"(?i:" + NAMES + r")[\\\"'`]{0,4}\s{0,3}[=:]"
 PLACEHOLDER = re.compile(
     r"(?i)your|example|placeholder|change[_-]?me|dummy|sample|redacted|insert|replace|x{4}|\*{3}|\.{3}|…|\$[{(]|\{\{|%\(|"
     r"^[<\[{%$@].*[>\]}%]?$|environ|getenv|process\.env|config\.|settings\.|args\.|self\.|"
@@ -19,7 +24,9 @@ PLACEHOLDER = re.compile(
     r"[_-]?(?:here|\d{1,4})?!?$|^(?:foo|bar|test|demo|abc)\w{0,4}$|^(?:12345|qwerty|abcdef)"
 )
 """Values that stand for a secret, or are code that reads one."""
-CODE = re.compile(r"[()\[\]{}<>;,]|\w\.\w+\.?\w*\(|::|->")
+CODE = re.compile(
+    r"[()\[\]{}<>;,]|(?i:^[A-Za-z_][\w.]*(?:credential|token|secret|password|key)\w*$)|\w\.\w+\.?\w*\(|::|->"
+)
 """Occurs in an expression, and hardly in a key."""
 LEAST_QUOTED, LEAST_BARE = 2.3, 3.0
 """Least entropy of a quoted value and of one without quotes, in bits per character."""
@@ -43,7 +50,7 @@ def _is_bare_value(value: str) -> bool:
         not PLACEHOLDER.search(value)
         and not CODE.search(value)
         and entropy(value) >= LEAST_BARE
-        and bool(re.search(r"[0-9]", value) and re.search(r"[A-Za-z]", value))
+        and bool(re.search(r"[A-Za-z]", value) and re.search(r"[0-9]|[a-z][A-Z].*[!@#$%^&*?]", value))
         and not re.fullmatch(r"(?:https?|ftp)://.*|[\d./:-]+[a-z]{0,2}|/[\w./-]+", value)
     )
 
@@ -58,7 +65,9 @@ def _is_spoken_value(value: str) -> bool:
 
 def _is_address_password(text: str) -> bool:
     password = text.split("://", 1)[1].partition(":")[2][:-1]
-    return not PLACEHOLDER.search(password) and not re.fullmatch(r"\d{1,5}|pass|pw|postgres|guest|admin|root", password)
+    return not PLACEHOLDER.search(password) and not re.fullmatch(
+        r"\d{1,5}|pass|pw|postgres|guest|admin|root|tiger", password
+    )
 
 
 def _hide_address(text: str) -> str:
@@ -92,7 +101,7 @@ KEYS: tuple[Kind, ...] = (
         "PuTTY private key",
         re.compile(
             r"(?s)PuTTY-User-Key-File-\d: (?:(?!Private-Lines).){1,20000}?"
-            r"Private-Lines: \d+(?P<secret>(?:\\[nr]|[\sA-Za-z0-9+/=]){30,})"
+            r"Private-Lines: \d+(?P<secret>(?:\\{1,3}[nr]|[\sA-Za-z0-9+/=]){30,})"
         ),
         ("PuTTY-User-Key-File-",),
         hide=_hide_all,
@@ -102,9 +111,10 @@ KEYS: tuple[Kind, ...] = (
         re.compile(
             r"(?<![A-Za-z0-9])[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s:/@\"'<>]{0,100}:[^\s/@\"'<>]{3,200}@(?=[A-Za-z0-9\[])"
         ),
-        ("://",),
+        ("@",),
         _is_address_password,
         _hide_address,
+        sieve=r"://[^\s@]{5,300}@",
     ),
     Kind(
         "AWS secret key",
@@ -115,9 +125,10 @@ KEYS: tuple[Kind, ...] = (
             + f"(?:{QUOTE})?"
             + r"(?P<secret>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])"
         ),
-        (),
+        ("aws", "AWS", "Aws", "mazon", "MAZON", "ecret", "ECRET"),
         _is_aws_secret,
         is_example=lambda value: value.endswith("EXAMPLEKEY"),
+        sieve=r"[A-Za-z0-9/+]{40}",
     ),
     Kind(
         "Azure storage key",
@@ -138,22 +149,27 @@ KEYS: tuple[Kind, ...] = (
     ),
     Kind(
         "assigned secret",
-        re.compile(f"(?i:{NAMES})(?:{QUOTE})?{GIVEN}(?P<quote>{QUOTE})" + r"(?P<secret>[^\s\"'`\\]{6,200})(?P=quote)"),
-        (),
+        re.compile(
+            f"(?<!::)(?i:{NAMES})(?:{QUOTE})?{GIVEN}(?P<quote>{QUOTE})" + r"(?P<secret>[^\s\"'`\\]{6,200})(?P=quote)"
+        ),
+        HINTS,
         _is_quoted_value,
+        sieve=SIEVE,
     ),
     Kind(
         "assigned secret",
         re.compile(r"(?i:" + NAMES + r")\s{0,2}[:=]\s{0,2}(?P<secret>[^\s\"'`,;]{8,200})"),
-        (),
+        HINTS,
         _is_bare_value,
+        sieve=SIEVE,
     ),
     Kind(
         "assigned secret",
         re.compile(
             r"(?i:pass(?:word|phrase|code))\s(?i:is|was)[\s:]{1,3}(?:[\"'`])?(?P<secret>[^\s\"'`]{6,100}[^\s\"'`.,!?])"
         ),
-        (),
+        ("assw", "assphr", "asscode", "ASSW", "ASSPHR", "ASSCODE"),
         _is_spoken_value,
+        sieve=r"(?i:pass(?:word|phrase|code)\s(?:is|was)\s)",
     ),
 )

@@ -54,22 +54,26 @@ class Kind:
     Attributes:
         name: Its name in the check's metadata.
         pattern: Matches it. A group `secret` is the span to hide, if it is only a part of the match.
-        hints: Texts without any of these are not searched; empty if every text is.
+        hints: Texts without any of these are not searched.
         is_valid: Whether a span is one, beyond its pattern (a checksum, for example).
         hide: The span as it is shown.
         is_example: Whether a valid span is a placeholder.
+        sieve: Expression that a text must match to be searched, in the syntax that Python and RE2 share; empty if the
+            hints are enough.
     """
 
     name: str
     pattern: re.Pattern[str]
-    hints: tuple[str, ...] = ()
+    hints: tuple[str, ...]
     is_valid: Callable[[str], bool] = field(default=_any)
     hide: Callable[[str], str] = field(default=ends)
     is_example: Callable[[str], bool] = field(default=_none)
+    sieve: str = ""
 
     def find(self, text: str) -> list[Finding]:
         """All of this kind in a text, in order."""
-        if self.hints and not any(hint in text for hint in self.hints):
+        hints = self.hints
+        if not (any(hint in text for hint in hints) if hints else re.search(self.sieve, text)):
             return []
         findings = []
         group = "secret" if "secret" in self.pattern.groupindex else 0

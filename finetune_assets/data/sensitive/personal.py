@@ -22,7 +22,7 @@ CARDS: tuple[tuple[int, str], ...] = (
     (15, r"3[47]"),
     (14, r"30[0-5]|36|3[89]"),
 )
-"""Lengths and first digits of cards: Visa, Mastercard, Discover, JCB, Diners, UnionPay; Maestro; American Express; Diners.
+"""Lengths and first digits of cards: Visa, Mastercard, Discover, JCB, Diners, UnionPay; Maestro; American Express.
 Cards of 13 and of 17 to 19 digits, which are rare, are not recognised: such numbers are mostly article numbers."""
 IBAN_LENGTHS = {
     "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BI": 27, "BR": 29,
@@ -40,7 +40,7 @@ IBAN_LENGTHS = {
 CALLING_CODES = re.compile(
     r"1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|"
     r"2(?:1[1-368]|[2346]\d|5[0-8]|9[0179])|3(?:5\d|7[0-8]|8[0-35-79])|42[013]|50\d|59\d|6(?:7[02-9]|8[0-35-9]|9[0-2])|"
-    r"8(?:00|5[0256]|8[06])|9(?:6[0-8]|7[0-7]|9[2-689])"
+    r"8(?:00|5[0256]|8[06])|9(?:6[0-8]|7[0-7]|9[2-68])"
 )
 """Country calling codes (ITU-T E.164)."""
 
@@ -143,14 +143,23 @@ PERSONAL: tuple[Kind, ...] = (
         "payment card",
         re.compile(
             BEFORE_NUMBER + r"(?<!\d\.)(?<!\b0,)(?=(?P<secret>"
-            r"\d{4}(?P<gap>[ .\u00a0-])\d{4}(?P=gap)\d{4}(?P=gap)\d{4}|\d{4}(?P<space>[ .\u00a0-])\d{6}(?P=space)\d{4,5}|\d{14,16}"
+            r"\d{4}(?P<gap>[ .\u00a0-])\d{4}(?P=gap)\d{4}(?P=gap)\d{4}|"
+            r"\d{4}(?P<space>[ .\u00a0-])\d{6}(?P=space)\d{4,5}|\d{14,16}"
             r")(?![\w-])(?!\.\d))"
         ),
         (),
         is_card,
         _hide_card,
+        sieve=r"[0-9](?:[ . -]?[0-9]){13}",
     ),
-    Kind("IBAN", re.compile(_iban_pattern()), (), is_iban, _hide_iban),
+    Kind(
+        "IBAN",
+        re.compile(_iban_pattern()),
+        (),
+        is_iban,
+        _hide_iban,
+        sieve=r"[A-Z]{2}[0-9]{2}[ -]?[A-Z0-9]{4}[ -]?[A-Z0-9]{4}",
+    ),
     Kind(
         "phone number",
         re.compile(
@@ -161,5 +170,6 @@ PERSONAL: tuple[Kind, ...] = (
         is_phone,
         _hide_phone,
         _is_fictitious,
+        sieve=r"\+[1-9][0-9 .()-]{8}",
     ),
 )

@@ -4,16 +4,31 @@ import base64
 import json
 import re
 
-from finetune_assets.data.sensitive.kind import END, START, Kind, entropy
+from finetune_assets.data.sensitive.kind import END, START, Kind, ends, entropy
 
 LEAST_ENTROPY = 2.5
 """In bits per character; below it, a key is a placeholder such as `ghp_xxxx...`. Random hexadecimal has 3 to 4."""
 
+SHORT = 4
+"""Hints below this length occur in many texts without a key."""
+
 PREFIXED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("AWS access key", ("AKIA", "ASIA", "ABIA", "ACCA"), r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}"),
-    ("GitHub token", ("gh", "pat_"), r"(?:gh[opsur]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{40,})"),
-    ("GitLab token", ("gl",), r"gl(?:pat|dt|rt|ptt|cbt|soat|ft|imt|agent)-[A-Za-z0-9_-]{20,}(?:\.[A-Za-z0-9_.-]+)?"),
-    ("Slack token", ("xox", "xapp"), r"(?:xox[abeoprs](?:\.xox[a-z])?-|xapp-\d-)[A-Za-z0-9-]{20,}"),
+    (
+        "GitHub token",
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+        r"(?:gh[opsur]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{40,})",
+    ),
+    (
+        "GitLab token",
+        ("glpat-", "gldt-", "glrt-", "glptt-", "glcbt-"),
+        r"gl(?:pat|dt|rt|ptt|cbt)-[A-Za-z0-9_-]{20,}(?:\.[A-Za-z0-9_.-]+)?",
+    ),
+    (
+        "Slack token",
+        ("xoxa-", "xoxb-", "xoxe", "xoxo-", "xoxp-", "xoxr-", "xoxs-", "xapp-"),
+        r"(?:xox[abeoprs](?:\.xox[a-z])?-|xapp-\d-)[A-Za-z0-9-]{20,}",
+    ),
     ("Stripe key", ("k_live_", "whsec_"), r"(?:[rs]k_live_[A-Za-z0-9]{16,}|whsec_[A-Za-z0-9+/]{24,})"),
     ("Anthropic key", ("sk-ant-",), r"sk-ant-[A-Za-z0-9_-]{20,}"),
     ("OpenRouter key", ("sk-or-",), r"sk-or-v1-[0-9a-f]{40,}"),
@@ -26,8 +41,8 @@ PREFIXED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("SendGrid key", ("SG.",), r"SG\.[A-Za-z0-9_-]{20,24}\.[A-Za-z0-9_-]{39,50}"),
     ("Twilio key", ("SK",), r"SK[0-9a-f]{32}"),
     ("Mailgun key", ("key-",), r"key-[0-9a-f]{32}"),
-    ("DigitalOcean token", ("_v1_",), r"do[opr]_v1_[0-9a-f]{64}"),
-    ("Shopify token", ("shp",), r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}"),
+    ("DigitalOcean token", ("dop_v1_", "doo_v1_", "dor_v1_"), r"do[opr]_v1_[0-9a-f]{64}"),
+    ("Shopify token", ("shpat_", "shpca_", "shppa_", "shpss_"), r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}"),
     ("Square token", ("sq0", "EAAA"), r"(?:sq0[a-z]{3}-[A-Za-z0-9_-]{22,}|EAAA[A-Za-z0-9_-]{60})"),
     ("Databricks token", ("dapi",), r"dapi[0-9a-f]{32}(?:-\d)?"),
     ("Docker token", ("dckr_",), r"dckr_(?:oat|pat)_[A-Za-z0-9_-]{27,}"),
@@ -45,11 +60,13 @@ PREFIXED: tuple[tuple[str, tuple[str, ...], str], ...] = (
 """Keys by service: name, hints, and prefix with alphabet and length. The more specific of two comes first."""
 
 
-def _is_random(key: str) -> bool:
+def is_random(key: str) -> bool:
+    """Whether a key is made of different characters, as a placeholder is not."""
     return entropy(key[4:]) >= LEAST_ENTROPY
 
 
-def _is_from_documentation(key: str) -> bool:
+def is_from_documentation(key: str) -> bool:
+    """Whether a key is one that AWS prints in its documentation."""
     return key.endswith("EXAMPLE")
 
 
@@ -62,7 +79,8 @@ def _is_web_token(token: str) -> bool:
 
 
 def _secret(name: str, hints: tuple[str, ...], pattern: str) -> Kind:
-    return Kind(name, re.compile(START + pattern + END), hints, _is_random, is_example=_is_from_documentation)
+    sieve = pattern if min(map(len, hints)) < SHORT else ""
+    return Kind(name, re.compile(START + pattern + END), hints, is_random, ends, is_from_documentation, sieve)
 
 
 TOKENS: tuple[Kind, ...] = (
@@ -77,18 +95,18 @@ TOKENS: tuple[Kind, ...] = (
         "Telegram bot token",
         re.compile(r"(?<![A-Za-z0-9])(?:bot)?(?P<secret>\d{8,10}:AA[A-Za-z0-9_-]{33})" + END),
         (":AA",),
-        _is_random,
+        is_random,
     ),
     Kind(
         "Slack webhook",
         re.compile(r"hooks\.slack\.com/(?:services|workflows)/(?P<secret>[A-Za-z0-9+/]{30,})"),
         ("hooks.slack.com",),
-        _is_random,
+        is_random,
     ),
     Kind(
         "Discord webhook",
         re.compile(r"discord(?:app)?\.com/api/webhooks/\d{17,20}/(?P<secret>[A-Za-z0-9_-]{60,})"),
         ("/api/webhooks/",),
-        _is_random,
+        is_random,
     ),
 )
