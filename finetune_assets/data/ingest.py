@@ -49,7 +49,7 @@ class RawStatistics:
         files_without_rows: Files without a good row.
         quality: Quality problems of good rows.
         shown: Rows that `quality` names, by row number.
-        sensitive: Secrets and personal data in good rows. In the rows and reasons above they are hidden.
+        sensitive: Secrets and personal data in good rows. In all other texts of the statistics they are hidden.
     """
 
     rows: int = 0
@@ -77,9 +77,9 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
     Raises:
         DataError: if a file as a whole cannot be read, or no file contains a row.
     """
-    counts = RawStatistics()
+    counts, scan = RawStatistics(), SensitiveScan()
     categories: Counter[str] = Counter()
-    inspector, scan = Inspector(), SensitiveScan()
+    inspector = Inspector()
     with (
         open(out / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as bad,
         pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer,
@@ -97,10 +97,12 @@ def write_raw(files: Sequence[SourceFile], columns: Columns, out: Path) -> RawSt
             progress.reach(counts.rows + counts.quarantined)
     if not counts.rows + counts.quarantined:
         raise DataError(f"{', '.join(str(file.path) for file in files)}: no rows; the file is empty")
-    counts.categories = {masked(name): rows for name, rows in categories.most_common()}
-    counts.quality, counts.sensitive = inspector.sum_up(), scan.sum_up()
-    counts.shown = masked_values(_shown(out / PARQUET, counts.quality))
-    counts.preview, counts.conversation_preview = masked_values([counts.preview, counts.conversation_preview])
+    counts.categories = dict(categories.most_common())
+    counts.quality = inspector.sum_up()
+    counts.shown = _shown(out / PARQUET, counts.quality)
+    counts.sensitive = scan.sum_up()
+    for name in vars(counts).keys() - {"quality", "sensitive"}:
+        setattr(counts, name, masked_values(getattr(counts, name)))
     return counts
 
 
@@ -134,12 +136,11 @@ class _Quarantine:
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.counts.quarantined += 1
         reasons = self.counts.reasons
-        reason = WHERE.sub("", masked(bad.reason))
+        reason = WHERE.sub("", bad.reason)
         reason = reason if reason in reasons or len(reasons) < REASONS else "other reasons"
         reasons[reason] = reasons.get(reason, 0) + 1
         if len(self.counts.first_quarantined) < SHOWN:
-            shown = {**entry, "reason": masked(bad.reason), "text": masked(bad.text)[:500]}
-            self.counts.first_quarantined.append(shown)
+            self.counts.first_quarantined.append({**entry, "text": masked(bad.text)[:500]})
 
 
 def _good_rows(file: SourceFile, columns: Columns, quarantine: _Quarantine) -> Iterator[Row]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.sensitive import masked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -281,9 +280,7 @@ def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
     except csv.Error as e:
         raise DataError(f"{path}:1: the header is not CSV: {e}") from e
     if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
-        raise DataError(
-            f"{path}:1: the header has a single column, {masked(header[0])[:80]!r}; separate columns by commas"
-        )
+        raise DataError(f"{path}:1: the header has a single column, {header[0][:80]!r}; separate columns by commas")
     if twice := next((name for name in header if header.count(name) > 1), None):
         raise DataError(f"{path}:1: duplicate column '{twice}' in the header; give each column a unique name")
     return header

@@ -61,10 +61,9 @@ class SensitiveScan:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        texts = [[*_texts(row)] for row in rows]
-        joined = pa.array(["\n".join(text for _, text in parts) for parts in texts], pa.large_string())
-        for index in pc.indices_nonzero(pc.match_substring_regex(joined, SIEVE)).to_pylist():
-            for where, text in texts[index]:
+        texts = pa.array(map(_joined, rows), pa.large_string())
+        for index in pc.indices_nonzero(pc.match_substring_regex(texts, SIEVE)).to_pylist():
+            for where, text in _texts(rows[index]):
                 for finding in find(text):
                     self._count(finding, self._seen + index, where)
         self._seen += len(rows)
@@ -83,6 +82,11 @@ class SensitiveScan:
         self._sensitive.rows = len(self._rows)
         self._sensitive.findings = dict(self._findings.most_common())
         return self._sensitive
+
+
+def _joined(row: Row) -> str:
+    parts = [value for value in row.values() if isinstance(value, str)]
+    return "\n".join([*parts, *(text for _, text in _texts(row))] if row["messages"] else parts)
 
 
 def _texts(row: Row) -> Iterator[tuple[str, str]]:
@@ -133,5 +137,9 @@ def masked_values(value: Any) -> Any:
     if isinstance(value, str):
         return masked(value)
     if isinstance(value, dict):
-        return {name: masked_values(part) for name, part in value.items()}
+        shown: dict[Any, Any] = {}
+        for name, part in value.items():
+            name, part = masked_values(name), masked_values(part)
+            shown[name] = shown[name] + part if isinstance(shown.get(name), int) else part  # counts of hidden names
+        return shown
     return [masked_values(part) for part in value] if isinstance(value, list) else value

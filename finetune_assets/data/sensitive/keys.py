@@ -119,16 +119,16 @@ KEYS: tuple[Kind, ...] = (
     Kind(
         "AWS secret key",
         re.compile(
-            r"(?i:aws|amazon|secret[_ -]?access[_ -]?key|secretAccessKey)[A-Za-z0-9_ .-]{0,40}"
+            r"(?i:(?<![a-z])aws|secret[_ -]?access[_ -]?key)[A-Za-z0-9_ .-]{0,40}"
             + f"(?:{QUOTE})?"
             + r"[\s=:>,]{1,6}"
             + f"(?:{QUOTE})?"
             + r"(?P<secret>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])"
         ),
-        ("aws", "AWS", "Aws", "mazon", "MAZON", "ecret", "ECRET"),
+        ("aws", "AWS", "Aws", "ecret", "ECRET"),
         _is_aws_secret,
         is_example=lambda value: value.endswith("EXAMPLEKEY"),
-        sieve=r"[A-Za-z0-9/+]{40}",
+        sieve=r"(?i:(?:^|[^a-z])aws[^a-z]|secret[_ -]?access)",
     ),
     Kind(
         "Azure storage key",
