@@ -17,7 +17,7 @@ from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.ingest import write_raw
 from finetune_assets.data.layouts.values import shortened
 from finetune_assets.data.readers import SourceFile, read_records
-from finetune_assets.data.sensitive import KINDS, Sensitive, SensitiveScan, find, masked
+from finetune_assets.data.sensitive import KINDS, Sensitive, SensitiveScan, find, masked, masked_values
 from finetune_assets.data.tables import conversations_table, rows_table
 
 AROUND = ["{}", "First.\n{}\nLast.", 'x = f("""{}""")', "a, b\n1,{}", "- **{}**", "é日本 {} 🎉"]
@@ -189,6 +189,19 @@ def test_arguments_of_a_tool_call_are_searched() -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": call}]
     (only,) = scanned(row("Hi", "", turns)).first
     assert (only["kind"], only["field"]) == ("e-mail address", "turn 2, tool_calls")
+
+
+@pytest.mark.parametrize(("kind", "text", "secret"), PLANTED)
+def test_a_tool_call_that_is_shown_is_still_json(kind: str, text: str, secret: str) -> None:
+    """Also where a secret is cut off or ends at a quote, so that hiding it in the text would take a quote with it."""
+    for said in (text, f'echo "{text}"', f"x\\{text}\\", f"{text}\n-----BEGIN PRIVATE KEY-----\n{'b' * 64}"):
+        call = json.dumps([{"function": {"name": "run", "arguments": {"command": said}}}])
+        (shown,) = json.loads(masked_values([call])[0])
+        assert not shows(shown["function"]["arguments"]["command"], secret)
+
+
+def test_counts_of_hidden_names_are_added() -> None:
+    assert masked_values({"ann@mailbox.org": 2, "abe@mailbox.org": 3, "b": 1}) == {"a***@m***.org": 5, "b": 1}
 
 
 def test_row_numbers_go_over_batches() -> None:

@@ -25,7 +25,8 @@ SIEVE = "|".join(sorted({kind.sieve or "|".join(map(re.escape, kind.hints)) for 
 """Matches every text in which a kind may find something; RE2 searches for all of it in one pass."""
 _CUT = re.compile(
     START + r"(?:AKIA|ASIA|gh[opsur]_|github_pat_|glpat-|xox[a-z]-|[rs]k_live_|sk-(?:ant-|proj-|or-)?|hf_|AIza|npm_|"
-    r"pypi-Ag|SG\.|eyJ)[A-Za-z0-9_.-]{6,}\Z"
+    r"pypi-Ag|SG\.|eyJ|GOCSPX-|ya29\.|do[opr]_v1_|shp(?:at|ca|pa|ss)_|dapi|dckr_|hv[bs]\.|glsa_|lin_api_|ntn_|NRAK-|PMAK-|"
+    r"gsk_|xai-|r8_|AGE-SECRET-KEY-1)[A-Za-z0-9_.-]{6,}\Z"
 )
 """A key that was cut off at the end of a text."""
 
@@ -61,7 +62,7 @@ class SensitiveScan:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        texts = pa.array(map(_joined, rows), pa.large_string())
+        texts = pa.array(map(_joined, rows), pa.string())
         for index in pc.indices_nonzero(pc.match_substring_regex(texts, SIEVE)).to_pylist():
             for where, text in _texts(rows[index]):
                 for finding in find(text):
@@ -85,8 +86,9 @@ class SensitiveScan:
 
 
 def _joined(row: Row) -> str:
-    parts = [value for value in row.values() if isinstance(value, str)]
-    return "\n".join([*parts, *(text for _, text in _texts(row))] if row["messages"] else parts)
+    if row["messages"]:
+        return "\n".join(text for _, text in _texts(row))
+    return "\n".join((row["instruction"], row["context"], row["response"], row["category"]))
 
 
 def _texts(row: Row) -> Iterator[tuple[str, str]]:
@@ -128,14 +130,24 @@ def masked(text: str) -> str:
     return _CUT.sub(_hide_cut, "".join([*pieces, text[end:]]))
 
 
+def _masked_json(text: str) -> str | None:
+    if not text.startswith(("[", "{")):
+        return None
+    try:
+        return json.dumps(masked_values(json.loads(text)), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _hide_cut(match: re.Match[str]) -> str:
     return HIDDEN if is_random(match[0]) and not is_from_documentation(match[0]) else match[0]
 
 
 def masked_values(value: Any) -> Any:
-    """Lists and dictionaries of texts as they are shown, such as rows."""
+    """Lists and dictionaries of texts as they are shown, such as rows. A text of JSON, as of tool calls, stays JSON."""
     if isinstance(value, str):
-        return masked(value)
+        shown_text = masked(value)
+        return shown_text if shown_text == value else _masked_json(value) or shown_text
     if isinstance(value, dict):
         shown: dict[Any, Any] = {}
         for name, part in value.items():

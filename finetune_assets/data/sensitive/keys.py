@@ -13,8 +13,10 @@ NAMES = (
     r"connection[_ -]?password|credentials?|token"
 )
 HINTS = (
-    *("assw", "asscode", "assphr", "pwd", "ecret", "oken", "redential", "key"),
-    *("ASSW", "ASSCODE", "ASSPHR", "PWD", "ECRET", "OKEN", "REDENTIAL", "Key", "KEY"),
+    *("assw", "asscode", "assphr", "pwd", "ecret", "oken", "redential"),
+    *("ASSW", "ASSCODE", "ASSPHR", "PWD", "ECRET", "OKEN", "REDENTIAL"),
+    *("_key", "-key", " key", "iKey", "ikey", "_KEY", "-Key", "-KEY", " KEY", " Key", "sKey", "tKey", "eKey", "nKey"),
+    *("skey", "tkey", "ekey", "nkey", "IKEY", "SKEY", "TKEY", "EKEY", "NKEY"),
 )
 SIEVE = r"(?i:" + NAMES + r")[\\\"'`]{0,4}\s{0,3}[=:]"
 PLACEHOLDER = re.compile(
@@ -158,7 +160,7 @@ KEYS: tuple[Kind, ...] = (
     ),
     Kind(
         "assigned secret",
-        re.compile(r"(?i:" + NAMES + r")\s{0,2}[:=]\s{0,2}(?P<secret>[^\s\"'`,;]{8,200})"),
+        re.compile(r"(?i:" + NAMES + r")\s{0,2}[:=]\s{0,2}(?P<secret>[^\s\"'`,;\\]{8,200})"),
         HINTS,
         _is_bare_value,
         sieve=SIEVE,
