@@ -47,7 +47,7 @@ class Values:
         """
         names, value = self.names[column], self.pick(column)
         if value is None and required and not any(key in self.row for key in names):
-            keys = masked(", ".join(map(str, self.row)))[:200] or "no keys"
+            keys = ", ".join(map(str, self.row))[:200] or "no keys"
             raise BadRow(f"'{names[0]}' is missing; found {keys} (name the source's columns in raw_data.yaml: columns)")
         if numbers and isinstance(value, (int, float)):
             value = str(value)
