@@ -23,7 +23,7 @@ def conversations_table(rows: list[Row]) -> str:
     lines = ["| category | turns |", "| --- | --- |"]
     for row in rows:
         turns = "\n".join(f"{turn['role']}: {_short(turn['content'])}" for turn in row["messages"])
-        lines.append(f"| {cell(_short(row['category']))} | {cell(turns)} |")
+        lines.append(f"| {cell(row['category'])} | {cell(turns)} |")
     return "\n".join(lines)
 
 
