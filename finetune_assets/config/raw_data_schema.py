@@ -66,6 +66,8 @@ class RawChecks:
     warns."""
     max_leakage_share: float = 0.01
     """Rows whose instruction contains their response; above it, the blocking check `leakage` fails."""
+    max_sensitive_share: float = 0.0
+    """Rows with a secret or personal data; above it, the check `sensitive` warns."""
     max_row_fall: float = 0.5
     """Maximum drop of the row count since the last good version, before the blocking check `row_count` fails."""
     max_drift: float = 0.2

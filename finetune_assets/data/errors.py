@@ -1,10 +1,14 @@
 """Data errors: of a whole source, of one row, and of one row with an experiment's template."""
 
+from finetune_assets.data.sensitive import masked
 from finetune_assets.errors import UserError
 
 
 class DataError(UserError):
-    """Data that cannot be used; the message names file and line."""
+    """Data that cannot be used; the message names file and line, and secrets in it are hidden."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 class Unreachable(DataError):
@@ -14,8 +18,14 @@ class Unreachable(DataError):
 
 
 class BadRow(Exception):
-    """A row to quarantine; the message is the reason, without file and line."""
+    """A row to quarantine; the message is the reason, without file and line, and secrets in it are hidden."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(masked(reason))
 
 
 class RefusedRow(Exception):
-    """A valid row that an experiment's template cannot render; the message is the reason."""
+    """A valid row that an experiment's template cannot render; the message is the reason, without secrets."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(masked(reason))

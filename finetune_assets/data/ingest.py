@@ -21,6 +21,7 @@ from finetune_assets.data.quality import Inspector, Quality, rows_by_number
 from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.readers import SourceFile, SourceRecord, Unreadable, kept, read_records
 from finetune_assets.data.rows import Row
+from finetune_assets.data.sensitive import Sensitive, SensitiveScan, masked, masked_values
 from finetune_assets.progress import ROWS, Progress
 
 PARQUET, QUARANTINE = "rows.parquet", "quarantine.jsonl"
@@ -57,6 +58,7 @@ class RawStatistics:
         ignored_files: Files of a source that never changes, such as a commit, which are not read.
         quality: Quality problems of good rows.
         shown: Rows that `quality` names, by row number.
+        sensitive: Secrets and personal data in good rows. In all other texts of the statistics they are hidden.
     """
 
     rows: int = 0
@@ -75,6 +77,7 @@ class RawStatistics:
     ignored_files: list[str] = field(default_factory=list)
     quality: Quality = field(default_factory=Quality)
     shown: dict[str, Row] = field(default_factory=dict)
+    sensitive: Sensitive = field(default_factory=Sensitive)
 
     @property
     def quarantine_share(self) -> float:
@@ -96,7 +99,7 @@ def write_raw(
         DataError: if a file as a whole cannot be read, no file contains a row, or no row has a column that the
             settings name.
     """
-    counts = RawStatistics()
+    counts, scan = RawStatistics(), SensitiveScan()
     categories: Counter[str] = Counter()
     inspector = Inspector(near_duplicate_threshold)
     source_columns = _SourceColumns()
@@ -111,6 +114,7 @@ def write_raw(
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
             for row in batch:
                 inspector.look(row)
+            scan.look(batch)
             categories.update(row["category"] for row in batch)
             _count(batch, counts)
             progress.reach(counts.rows + counts.quarantined)
@@ -121,6 +125,9 @@ def write_raw(
     counts.categories = dict(categories.most_common())
     counts.quality = inspector.sum_up()
     counts.shown = _shown(out / PARQUET, counts.quality)
+    counts.sensitive = scan.sum_up()
+    for name in vars(counts).keys() - {"quality", "sensitive"}:
+        setattr(counts, name, masked_values(getattr(counts, name)))
     return counts
 
 
@@ -160,7 +167,7 @@ class _Quarantine:
         reason = reason if reason in reasons or len(reasons) < REASONS else "other reasons"
         reasons[reason] = reasons.get(reason, 0) + 1
         if len(self._first) < SHOWN:
-            self._first.append({**entry, "text": bad.text[:500]})
+            self._first.append({**entry, "text": masked(bad.text)[:500]})
 
     def end_file(self, file: str, bad: int, good: int) -> None:
         """Count a file; those with the highest fraction of bad rows are kept."""

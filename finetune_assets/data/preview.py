@@ -1,10 +1,11 @@
-"""Previews of tokenized examples in Markdown."""
+"""Previews of tokenized examples in Markdown, in which secrets and personal data are hidden."""
 
 from pathlib import Path
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from finetune_assets.data.sensitive import masked
 from finetune_assets.data.tables import LINE_END
 from finetune_assets.data.tokenization import IGNORED
 
@@ -29,5 +30,6 @@ def _segments(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _marked(mark: str, text: str) -> str:
+    text = masked(text)
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
     return "\n".join(f"{mark} {line}" for line in LINE_END.split(shown))

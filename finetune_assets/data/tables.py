@@ -1,4 +1,4 @@
-"""Markdown tables of rows and conversations."""
+"""Markdown tables of rows and conversations, in which secrets and personal data are hidden."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from finetune_assets.data.rows import Row, Turn
+from finetune_assets.data.sensitive import masked
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -47,6 +48,7 @@ def _turn_lines(turn: Turn) -> Iterator[str]:
 
 
 def _short(text: str, longest: int = 160) -> str:
+    text = masked(text)  # first: of a key that is cut off, too little may be left to recognise it
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.rows import HoldoutRows
+from finetune_assets.data.sensitive import masked_values
 from finetune_assets.evaluation.contenders import Contender, LoadedModels
 from finetune_assets.evaluation.generation import answers, end_tokens, readable
 from finetune_assets.evaluation.harness import run_tasks
@@ -251,6 +252,7 @@ class Comparison:
         return groups
 
     def _samples(self, answered: list[int]) -> list[dict[str, Any]]:
+        """Prompts and answers to show, in which secrets and personal data are hidden."""
         first = next(iter(self.measured.values()))
         by_row = [
             {
@@ -268,7 +270,7 @@ class Comparison:
             }
             for index, prompt in enumerate(self.settings.prompts)
         ]
-        return by_row + own
+        return [masked_values(sample) for sample in by_row + own]
 
 
 class _Timer:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
+from planted import PLANTED
 
 from finetune_assets.data.prepare import EXAMPLE_SCHEMA
 from finetune_assets.data.preview import masked_tokens
@@ -43,8 +45,14 @@ def test_tools_calls_reasoning_and_weights_of_a_conversation_are_shown() -> None
 
 def test_masked_and_learned_tokens_stand_apart(tmp_path: Path) -> None:
     """Also where text holds fences or other line ends, which must not end the block."""
+    shown = shown_tokens(tmp_path, "```\rWhy?", "So.\n```")
+    assert shown == "```diff\n- ```\n- Why?\n+ So.\n+ ```\n- ```\n- Why?\n```"
+
+
+def shown_tokens(folder: Path, prompt: str, response: str) -> str:
+    """The preview of an example in which the response is learned, and the prompt before and after it is not."""
     tokenizer = load_tokenizer(str(PACKAGED["demo-base"]))
-    asked, said = (tokenizer.encode(text, add_special_tokens=False) for text in ("```\rWhy?", "So.\n```"))
+    asked, said = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, response))
     row = {
         "input_ids": [*asked, *said, *asked],
         "labels": [*[-100] * len(asked), *said, *[-100] * len(asked)],
@@ -52,7 +60,16 @@ def test_masked_and_learned_tokens_stand_apart(tmp_path: Path) -> None:
         "row": 0,
         "category": "",
     }
-    with pa.ipc.new_stream(str(tmp_path / "train.arrow"), EXAMPLE_SCHEMA) as writer:
+    with pa.ipc.new_stream(str(folder / "train.arrow"), EXAMPLE_SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist([row], schema=EXAMPLE_SCHEMA))
-    shown = masked_tokens(tmp_path / "train.arrow", tokenizer)
-    assert shown == "```diff\n- ```\n- Why?\n+ So.\n+ ```\n- ```\n- Why?\n```"
+    return masked_tokens(folder / "train.arrow", tokenizer)
+
+
+@pytest.mark.parametrize("at", [0, 560, 590])
+@pytest.mark.parametrize("kind", ["GitHub token", "e-mail address", "payment card", "assigned secret"])
+def test_secrets_are_hidden_in_previews_of_tokens(kind: str, at: int, tmp_path: Path) -> None:
+    """Also those that the preview would cut in two."""
+    _, text, secret = next(planted for planted in PLANTED if planted[0] == kind)
+    shown = shown_tokens(tmp_path, "Why " * (at // 4) + text, f"It is {text}")
+    assert not any(secret[start : start + 8] in shown for start in range(len(secret) - 7))
+    assert "+ It is " in shown

@@ -30,6 +30,7 @@ from finetune_assets.training.order import Examples
 from finetune_assets.training.recipe import LoraFinetune
 
 FOLDER = PACKAGED["demo-base"]
+PROMPTS = ["Is jane.roe@mailbox.org there?", "Where does Kelm lie?"]
 Finetune = Callable[..., LoraFinetune]
 
 
@@ -84,14 +85,14 @@ def test_each_model_is_read_once_and_what_is_done_told(
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "finetune_assets")
     new, old = trained(), trained("training.max_steps=1")
-    compared = comparison(new, generated_rows=4, samples=2, general_tokens=500, prompts=["Where does Kelm lie?"])
+    compared = comparison(new, generated_rows=4, samples=2, general_tokens=500, prompts=PROMPTS)
     read = compared.run(base_and(new, old), ALONE.device).read
     assert read == [FOLDER, new.job.output, old.job.output]
     found = compared.result()
     assert found["contenders"].keys() == {BASE, CHALLENGER, CHAMPION}
     for metrics in found["contenders"].values():
         assert metrics.keys() == {"loss", "perplexity", "general_loss", "exact_match", "rouge_l"}
-    assert [sample["prompt"] for sample in found["samples"]][-1] == "Where does Kelm lie?"
+    assert [sample["prompt"] for sample in found["samples"]][-2:] == ["Is j***@m***.org there?", PROMPTS[1]]
     assert all(isinstance(sample[who], str) for sample in found["samples"] for who in found["contenders"])
     assert sum(row["rows"] for row in found["categories"]) == found["rows"] == found["comparable_rows"]
     assert {*compared.table()} == {"row", "category", "tokens", "comparable", BASE, CHALLENGER, CHAMPION}

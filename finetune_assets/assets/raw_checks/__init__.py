@@ -7,6 +7,7 @@ from finetune_assets.assets.raw_checks.check import RawCheck
 from finetune_assets.assets.raw_checks.files import QUARANTINE, SCHEMA
 from finetune_assets.assets.raw_checks.history import DRIFT, ROW_COUNT
 from finetune_assets.assets.raw_checks.quality import DUPLICATES, LEAKAGE, NEAR_DUPLICATES
+from finetune_assets.assets.raw_checks.sensitive import SENSITIVE
 
 RAW_CHECKS: tuple[RawCheck, ...] = (
     SCHEMA,
@@ -14,6 +15,7 @@ RAW_CHECKS: tuple[RawCheck, ...] = (
     DUPLICATES,
     NEAR_DUPLICATES,
     LEAKAGE,
+    SENSITIVE,
     ROW_COUNT,
     DRIFT,
 )

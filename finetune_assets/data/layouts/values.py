@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.rows import Row, Turn
+from finetune_assets.data.sensitive import masked
 
 
 @dataclass(frozen=True)
@@ -143,5 +144,6 @@ def utf8(text: str, where: str) -> str:
 
 
 def shortened(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
+    """A value of the source as messages show it: as JSON, without secrets, and not too long."""
+    text = masked(json.dumps(value, ensure_ascii=True, default=str))
     return text if len(text) <= 60 else f"{text[:57]}..."
