@@ -213,7 +213,6 @@ def test_turns_as_prompt_and_completion() -> None:
         ({"message_tree_id": "a", "prompt": {"text": "t", "replies": []}}, ["'message_tree_id'", "messages"]),
         ({"parent_id": "b", "text": "t", "role": "assistant"}, ["'parent_id'", "OASST"]),
         ({**PLAIN, "images": ["a.png"]}, ["'images'", "columns.ignore"]),
-        ({**PLAIN, "tools": [{"name": "f"}]}, ["'tools'", "messages"]),
         ({"data": [{"instruction": "i"}]}, ["'instruction'", "'data' holds the rows"]),
         ({"instruction": {"0": "i"}, "response": {"0": "r"}}, ["'instruction'", '{"0": "i"}']),
     ],

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow
-from finetune_assets.data.layouts.conversation import CONVERSATION
+from finetune_assets.data.layouts.conversation import CONVERSATION, ignored_turn_keys
 from finetune_assets.data.layouts.instruction import INSTRUCTION
 from finetune_assets.data.layouts.joining import join_turns
 from finetune_assets.data.layouts.layout import Layout
@@ -104,8 +104,14 @@ class RowReader:
         good = layout.read(values, category, system)
         for key in self._unread(keys, LAYOUTS.index(layout)):
             if key in self._ignore or not is_empty(row[key]):
-                self.ignored[key if key in self.ignored or len(self.ignored) < NAMED else "other columns"] += 1
+                self._count_ignored(key)
+        if good["messages"]:
+            for key in ignored_turn_keys(values.row, values.names["messages"]):
+                self._count_ignored(f"{key} of turns")
         return good
+
+    def _count_ignored(self, name: str) -> None:
+        self.ignored[name if name in self.ignored or len(self.ignored) < NAMED else "other columns"] += 1
 
     def missing(self) -> dict[str, str]:
         """Columns that the settings name and no row has, each with its setting; empty if there was no row."""

@@ -1,9 +1,9 @@
 """Joins the columns of a row that together hold one conversation, or refuses the row where that is ambiguous."""
 
-import json
 from typing import Any
 
 from finetune_assets.data.errors import BadRow
+from finetune_assets.data.layouts.tools import from_json
 from finetune_assets.data.layouts.values import Values, is_empty, shortened
 
 USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
@@ -96,8 +96,8 @@ def _turns(value: Any) -> list[Any] | None:
         if not value.lstrip().startswith("["):
             return None
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = from_json(value, "turns")
+        except BadRow:  # of `messages`, the conversation's layout reports it
             return None
     is_turns = isinstance(value, list) and value and all(isinstance(turn, dict) and _role(turn) for turn in value)
     return value if is_turns else None
