@@ -49,7 +49,7 @@ class _Lines:
     """
 
     def __init__(self, file: TextIO, path: Path, quotes: Quotes) -> None:
-        self.file, self.path, self.quotes = file, path, quotes
+        self._read_line, self.path, self.quotes = file.readline, path, quotes
         self.number, self.seen = 0, list[str]()
         self._returned = deque[str]()
 
@@ -65,8 +65,9 @@ class _Lines:
 
     def take(self) -> str:
         """The next line; empty at the end of the file."""
-        line = self._returned.popleft() if self._returned else self.file.readline(MAX_ROW_BYTES + 1)
-        self.number += bool(line)
+        line = self._returned.popleft() if self._returned else self._read_line(MAX_ROW_BYTES + 1)
+        if line:
+            self.number += 1
         if len(line) > MAX_ROW_BYTES:
             raise DataError(f"{self.path}:{self.number}: line exceeds {MAX_ROW_BYTES:,} characters; split the row")
         return line

@@ -92,8 +92,8 @@ def _parsed(line: bytes, number: int, path: Path) -> SourceRecord | Unreadable:
 def refuse_duplicate_keys(text: str, value: Any) -> None:
     """Check that no object of a JSON text has a key twice, because `json` keeps only the last of its values.
 
-    The ends of keys in the text are counted first: a hook of `json` for each object takes twice the time of parsing.
-    A text inside of which such an end occurs (as in a call of a tool) is parsed again with that hook.
+    Colons, and then the ends of keys, are counted first: a hook of `json` for each object takes twice the time of
+    parsing. A text inside of which such an end occurs (as in a call of a tool) is parsed again with that hook.
 
     Args:
         text: The text of one JSON value.
@@ -102,15 +102,17 @@ def refuse_duplicate_keys(text: str, value: Any) -> None:
     Raises:
         DuplicateKey: naming the key.
     """
-    if len(END_OF_KEY.findall(text)) != _number_of_keys(value):
+    keys = _number_of_keys(value)
+    if text.count(":") != keys and len(END_OF_KEY.findall(text)) != keys:
         json.loads(text, object_pairs_hook=_object)
 
 
 def _number_of_keys(value: Any) -> int:
-    if isinstance(value, dict):
-        nested = (item for item in value.values() if isinstance(item, dict | list))
-        return len(value) + sum(map(_number_of_keys, nested))
-    return sum(map(_number_of_keys, value)) if isinstance(value, list) else 0
+    count, items = (len(value), value.values()) if isinstance(value, dict) else (0, value)
+    for item in items if isinstance(value, dict | list) else ():
+        if not isinstance(item, str):
+            count += _number_of_keys(item)
+    return count
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
