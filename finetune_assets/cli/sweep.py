@@ -8,6 +8,7 @@ from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import TRAINER_STATE
 from finetune_assets.cli.run import materialize
 from finetune_assets.cli.terminal import StoreCommand, new_table, open_store, out, plot
+from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import load_sweep
 from finetune_assets.config.sweeps import sweep_files
 from finetune_assets.resources import deployment
@@ -30,13 +31,21 @@ def sweep() -> None:
 
 
 @sweep.command("list", cls=StoreCommand)
-def list_sweeps() -> None:
-    """List the sweeps, and how many of their points are done."""
-    table = new_table("sweep", "points", "done")
+def list_sweeps() -> bool:
+    """List the sweeps, and how many of their points are done. Exit code 1 if a sweep's file is invalid."""
+    table, problems = new_table("sweep", "points", "done"), list[ConfigError]()
     for path in sweep_files(deployment.configs()):
-        names = [point.name for point in load_sweep(deployment.configs(), path.stem)]
+        try:
+            names = [point.name for point in load_sweep(deployment.configs(), path.stem)]
+        except ConfigError as e:
+            problems.append(e)
+            table.add_row(path.stem, "invalid", "")
+            continue
         table.add_row(path.stem, str(len(names)), str(sum(map(_is_done, names))))
     out.print(table)
+    for problem in problems:
+        click.echo(f"Error: {problem}", err=True)
+    return not problems
 
 
 @sweep.command("run")
