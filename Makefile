@@ -40,6 +40,7 @@ bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.data_prep
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.near_duplicates
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.evaluation

@@ -10,9 +10,9 @@ A row is compared in three ways. Any of them makes a training row a near-duplica
 * By similarity: instruction and context; of a conversation, all turns except the system turn.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,10 +167,14 @@ def _text(row: Row) -> list[str]:
     if not row["messages"]:
         return [row["instruction"], row["context"], row["response"]]
     turns = [turn for turn in row["messages"] if turn["role"] != "system"]
-    return [
-        *(" ".join(str(value) for key, value in turn.items() if key != "role" and value) for turn in turns),
-        row["context"],
-    ]
+    return [*map(_said, turns), row["context"]]
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """Text of a turn, with anything else that it holds except its role and numbers (a weight is no text)."""
+    return " ".join(
+        str(value) for key, value in turn.items() if key != "role" and value and not isinstance(value, int | float)
+    )
 
 
 def _keys(

@@ -27,6 +27,8 @@ UNSPACED = (
 """Code points of scripts that write no space between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 DASHES = ((0x2010, 0x2015), (0x2212, 0x2212))
 """Code points of hyphens, dashes and the minus sign, which count as `-`."""
+LONGEST_NUMBER = 20
+"""Maximum number of digits of a number with a factorial."""
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -152,11 +154,18 @@ def _count_punctuation(points: NDArray[np.uint32], classes: NDArray[np.uint8]) -
         return
     at = at[(at > 0) & (at < len(points) - 1)]
     mark, before, behind = points[at], classes[at - 1] == DIGIT, classes[at + 1] == DIGIT
-    equals = points[at + 1] == 0x3D
-    counts = (
-        (before & behind & (mark != 0x21)) | (before & (mark == 0x21)) | (equals & ((mark == 0x21) | (mark == 0x3A)))
-    )
-    classes[at[counts]] = OPERATOR
+    in_number = before & behind & (mark != 0x21)
+    in_operator = (points[at + 1] == 0x3D) & ((mark == 0x21) | (mark == 0x3A))
+    factorial = (mark == 0x21) & before
+    factorial[factorial] = _end_numbers(classes, at[factorial] - 1)
+    classes[at[in_number | in_operator | factorial]] = OPERATOR
+
+
+def _end_numbers(classes: NDArray[np.uint8], at: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the word that ends with the digit at each index consists of at most `LONGEST_NUMBER` digits."""
+    for _ in range(LONGEST_NUMBER):
+        at = at - (classes[at] == DIGIT)
+    return (classes[at] != LETTER) & (classes[at] != DIGIT)
 
 
 def _class_of(char: str) -> int:

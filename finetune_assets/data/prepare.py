@@ -233,7 +233,8 @@ def _describe_train(train: TrainExamples, drawn: Rows, statistics: Statistics) -
 
 def _check_not_empty(statistics: Statistics, data: Data) -> None:
     left = statistics.examples
-    counts = f"{statistics.rows_read} rows gave {dict(left)} examples, {statistics.without_label} without a label"
+    written = ", ".join(f"{count} {split}" for split, count in left.items())
+    counts = f"{statistics.rows_read} rows gave {written} examples, {statistics.without_label} without a label"
     if statistics.refused:
         counts += f", {statistics.refused} refused by the template ({statistics.first_refused})"
     if statistics.near_duplicates_left_out:
@@ -252,8 +253,8 @@ def _remedy(split: Split, statistics: Statistics) -> str:
     if same > FREQUENT * rows and same > 1:
         return (
             f"{same} of {rows} rows ({same / rows:.0%}) have the same prompt, {statistics.most_frequent_prompt!r}, and "
-            "all rows with the same prompt (of a conversation, system turn and first user turn) are in one split; add "
-            "rows with other prompts"
+            "rows with the same prompt (of a conversation: system turn and first user turn) are in one split; add rows "
+            "with other prompts"
         )
     if split is Split.TRAIN:
         return "use more rows or raise data.tokenization.cutoff_len"

@@ -85,6 +85,10 @@ def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
         ("training.processes_per_node=9", ["training.processes_per_node", "9", "macro_batch_size 8"]),
         ("data.val_fraction=1.5", ["data.val_fraction", "1.5"]),
         ("data.val_fraction=0.97", ["data.val_fraction", "0.97"]),
+        ("data.near_duplicate_threshold=0.5", ["data.near_duplicate_threshold", "0.5", "null"]),
+        ("data.near_duplicate_threshold=1.1", ["data.near_duplicate_threshold", "1.1"]),
+        ("data.near_duplicate_threshold=nan", ["data.near_duplicate_threshold", "nan"]),
+        ("data.checks.max_left_out_share=2", ["data.checks.max_left_out_share", "2.0"]),
         ("data.categories=[]", ["data.categories", "null"]),
         ("data.tokenization.packing_length=8", ["data.tokenization.packing_length", "8", "cutoff_len 192"]),
         ("data.tokenization.cutoff_len=1", ["data.tokenization.cutoff_len", "1"]),
@@ -312,6 +316,7 @@ def test_raw_data_unknown_setting(configs: Path) -> None:
     ("text", "facts"),
     [
         ("max_quarantine_share: 1.5", ["max_quarantine_share", "1.5"]),
+        ("checks: {near_duplicates: simhash}", ["checks.near_duplicates", "simhash", "minhash"]),
         ("columns: {instruction: text, response: text}", ["columns.instruction", "'text'"]),
         ("columns: {instruction: ' '}", ["columns.instruction", "' '"]),
         ("columns: {instruction: text, ignore: [text]}", ["columns.instruction", "'text'"]),

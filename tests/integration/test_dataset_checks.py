@@ -23,6 +23,26 @@ def evaluated(
     return {check.check_name: check for check in result.get_asset_check_evaluations()}
 
 
+@pytest.mark.parametrize(("how", "count"), [("minhash", 40), ("folded", 10)])
+def test_how_near_duplicate_rows_are_found_is_a_setting(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch, how: str, count: int
+) -> None:
+    texts = [" ".join(f"word{i * j}" for j in range(50)) for i in range(1, 31)]
+    rows = [{"instruction": text, "response": "So"} for text in [*texts, *(f"{text} please" for text in texts)]]
+    rows += [{"instruction": f"{text}!", "response": "so"} for text in texts[:10]]
+    settings = project.root / "configs" / "raw_data.yaml"
+    settings.write_text(
+        f"{settings.read_text(encoding='utf-8')}\nchecks: {{near_duplicates: {how}}}\n", encoding="utf-8"
+    )
+    (project.root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    monkeypatch.setenv("FINETUNE_RAW_DATA", "./rows.jsonl")
+    result = Graph().run(["dolly_raw"], None, []).result
+    (check,) = (one for one in result.get_asset_check_evaluations() if one.check_name == "near_duplicates")
+    assert check.metadata["rows"].value == count
+    assert not check.passed
+    assert "row 60 repeats row 0" in str(check.description) or how == "minhash"
+
+
 def test_the_sample_passes_every_check(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     checks = evaluated(project, monkeypatch, rows)
