@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from finetune_assets.data.chat.jinja import Jinja
 from finetune_assets.data.chat.messages import (
-    CALL,
     CONTENT,
     FORMS,
     NAME,
@@ -160,7 +159,7 @@ class FrameMaker:
             if shape.role == "assistant"
         )
         if self.jinja.marked:
-            _check_marks(text, marks, pieces, messages)
+            _check_marks(text, marks, messages)
         return Frame(pieces, form, speeches, omitted)
 
     def _speech(
@@ -264,19 +263,21 @@ def _loses(what: str) -> RefusedRow:
     )
 
 
-def _check_marks(text: str, marks: tuple[Span, ...], pieces: Pieces, messages: list[Message]) -> None:
-    """Check that generation marks include everything that the assistant says."""
+def _check_marks(text: str, marks: tuple[Span, ...], messages: list[Message]) -> None:
+    """Check that generation marks include all text of the assistant turns.
 
-    def inside(start: int, end: int) -> bool:
-        return any(first <= start and end <= last for first, last in marks)
+    Raises:
+        RefusedRow: naming the turn.
+    """
 
-    for found in STAND_INS.finditer(text):
-        field = Field(int(found[1]), found[2])
-        said = messages[field.turn]["role"] == "assistant" and field.name != NAME
-        if said and not field.name.startswith(CALL) and not inside(*found.span()):
-            raise RefusedRow(f"the chat template's generation marks do not include turn {field.turn + 1}")
+    def marked(part: str) -> bool:
+        return part not in text or any(part in text[first:last] for first, last in marks)
+
     for turn, message in enumerate(messages):
-        for number, _ in enumerate(message.get("tool_calls", ())):
-            said_here = (*probe_arguments(turn, number), f"\ue000{turn}.{CALL}{number}\ue001")
-            if not all(any(said in text[first:last] for first, last in marks) for said in said_here if said in text):
-                raise RefusedRow(f"the chat template's generation marks do not include the calls of turn {turn + 1}")
+        if message["role"] != "assistant":
+            continue
+        parts = [message[name] for name in (CONTENT, REASONING) if message.get(name)]
+        for number, call in enumerate(message.get("tool_calls", ())):
+            parts += [*probe_arguments(turn, number), call["function"]["name"]]
+        if not all(map(marked, parts)):
+            raise RefusedRow(f"the chat template's generation marks do not include all of turn {turn + 1}")
