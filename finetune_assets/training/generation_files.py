@@ -1,4 +1,4 @@
-"""Files that tell users' code how to generate with an adapter or merged model: tokenizer and generation settings."""
+"""Files that users' code generates with: tokenizer and generation settings of an adapter or merged model."""
 
 import json
 from pathlib import Path

@@ -116,6 +116,9 @@ REPR_AND_NAME = REPR.replace("{{ c.function }}", "{{ c.function.name }}{{ c.func
 FIRST_ONLY = QWEN25.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
 NO_ARGUMENTS = QWEN25.replace("{{ c.function.arguments | tojson }}", "{}")
 NAMES_ONLY = QWEN25.replace("(t | tojson)", "t.function.name")
+NO_BLANKS = (
+    "{% for m in messages %}{% if m.content == '' %}{{ raise_exception('no blanks') }}{% endif %}{% endfor %}" + QWEN25
+)
 NO_RESULTS = QWEN25.replace("{{ m.content }}\n</tool_response>", "</tool_response>")
 NO_REASONING = QWEN3.replace("{{ thought.strip('\\n') }}", "")
 TWO_CALLS = {**CALLED, "tool_calls": json.dumps([*CALLS, {**CALLS[0], "function": {"name": "add", "arguments": {}}}])}
@@ -136,6 +139,8 @@ THOUGHT = {**SAID, "reasoning_content": "Clouds."}
         (NO_REASONING, [ASKED, THOUGHT], None, ["reasoning of turn 2"]),
         (CHATML, [ASKED, THOUGHT], None, ["reasoning of turn 2"]),
         (LLAMA3, [ASKED, TWO_CALLS], None, ["one call only"]),
+        (DEEPSEEK, [ASKED, CALLED, RESULT, SAID], TOOLS, ["'tools'"]),
+        (NO_BLANKS, [ASKED, CALLED], None, ["no blanks"]),
         (
             TOOL_FAMILIES["Mistral"].template,
             [ASKED, {**CALLED, "tool_calls": json.dumps([{**CALLS[0], "id": "1"}])}],
@@ -207,6 +212,26 @@ def test_a_mark_that_only_begins_like_the_next_one_is_not_learned() -> None:
     """After the last turn this structure writes a further mark, which begins like the user's."""
     template = template_of(TOOL_FAMILIES["Phi"].template)
     assert learned(template.render([ASKED, SAID, ASKED, SAID])) == ["It rains.<|end|>", "It rains.<|end|></s>"]
+
+
+RETURNS = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' and not add_generation_prompt else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"), [(RETURNS, ["<|end|>", "<|end|>", "<|return|>"]), (NO_END, ["", "", "</s>"])]
+)
+def test_turns_that_end_differently_than_the_last(template: str, ends: list[str]) -> None:
+    """As in gpt-oss; and the header of the user's turn is never an end mark."""
+    rendered = template_of(template).render([ASKED, SAID] * 3)
+    assert learned(rendered) == ["It rains." + end for end in ends]
 
 
 def test_older_rows_without_the_new_keys_are_rendered() -> None:

@@ -1,20 +1,23 @@
 """Masking, end token and cut-off, against a slow reference by character spans."""
 
+import hashlib
 import math
 from itertools import islice
 from pathlib import Path
 
 import pytest
-from raw import rows_of
+from data.chats import CHATML
+from raw import ingest, rows_of
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.schema import Data, PromptTemplate, Tokenization
 from finetune_assets.data.errors import DataError
+from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.prompts import render_prompt
 from finetune_assets.data.rows import Row
-from finetune_assets.data.tokenization import IGNORED, Encoder
+from finetune_assets.data.tokenization import IGNORED, Encoder, load_tokenizer
 from finetune_assets.sample.world import instruction_rows, make_world
 from finetune_assets.sources.base_models import PACKAGED
 
@@ -201,3 +204,28 @@ def test_tokenizer_without_end_token_says_so() -> None:
     endless.eos_token = None
     with pytest.raises(DataError, match="add_eos_token"):
         Encoder(endless, Data())
+
+
+PREPARED = {
+    "prompts": "39fa59aeffa9a29671a3f45fd418a28f47855fdfb6b46fa7723ef375d0e9ad78",
+    "chat template": "fb8aa08e2c911098044319069ff1d66ccba4da0b1a662145f9b6ed0c110de4ce",
+}
+"""SHA-256 of the datasets of all real rows, before conversations could call tools."""
+
+
+@pytest.mark.real_data
+@pytest.mark.soak
+@pytest.mark.parametrize("name", PREPARED)
+def test_datasets_of_instructions_stay_as_they_were(name: str, dolly: Path, stories260k: Path, tmp_path: Path) -> None:
+    chat = name == "chat template"
+    tokenizer = load_tokenizer(str(stories260k), ["<|im_start|>", "<|im_end|>"] if chat else ())
+    tokenizer.chat_template = CHATML
+    data = Data(prompt_template=PromptTemplate(chat_template=chat), tokenization=Tokenization(cutoff_len=512))
+    out = tmp_path / "out"
+    out.mkdir()
+    statistics = prepare_dataset(ingest(tmp_path / "raw", dolly), tokenizer, data, "finetune-assets", out)
+    assert (statistics.rows_read, statistics.refused) == (15_011, 0)
+    digest = hashlib.sha256()
+    for path in sorted(out.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    assert digest.hexdigest() == PREPARED[name]

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from finetune_assets.data.chat.jinja import Jinja
 from finetune_assets.data.chat.messages import (
-    CALL,
     CONTENT,
     FORMS,
     NAME,
@@ -119,6 +118,20 @@ def _same_side(ours: str, other: str, edge: Edge) -> bool:
     return ours[len(ours) - edge.right :] == other[len(other) - edge.right :]
 
 
+class OmittedContent(RefusedRow):
+    """A row of which the template omits a part.
+
+    Args:
+        message: The reason.
+        stage: How much the template renders: 1 if texts are missing, 2 if arguments are, 3 if tool definitions are. Of
+            several forms of tool calls, the problem of the one that the template renders best is reported.
+    """
+
+    def __init__(self, message: str, stage: int) -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
 class FrameMaker:
     """Makes the frames of a template.
 
@@ -147,11 +160,13 @@ class FrameMaker:
                 return self._frame(shapes, with_tools, prompt, form)
             except RefusedRow as e:
                 problems.append(e)
-        raise problems[0]
+        raise max(problems, key=lambda problem: problem.stage if isinstance(problem, OmittedContent) else 0)
 
     def _frame(self, shapes: tuple[Shape, ...], with_tools: bool, prompt: bool, form: Form) -> Frame:
         messages, tools = probes(shapes), probe_tools() if with_tools else None
         text, marks = self.jinja.render(formed(messages, form), tools, prompt)
+        if form.no_content is None and "None" in text and "None" not in self.jinja.template:
+            raise RefusedRow("the tokenizer's chat template writes 'None' for a turn without content")
         pieces = pieces_of(text)
         omitted = tuple(dict.fromkeys(_omitted(text, pieces, messages, with_tools, prompt)))
         speeches = tuple(
@@ -160,7 +175,7 @@ class FrameMaker:
             if shape.role == "assistant"
         )
         if self.jinja.marked:
-            _check_marks(text, marks, pieces, messages)
+            _check_marks(text, marks, messages)
         return Frame(pieces, form, speeches, omitted)
 
     def _speech(
@@ -179,6 +194,14 @@ class FrameMaker:
             raise RefusedRow(f"the tokenizer's chat template writes turn {turn + 1} in parts, so it cannot be located")
         following, tail = pieces.texts[last + 1], own.texts[-1]
         shared = self.shared(tail, following)
+        if shared < len(tail):  # the template ends the last turn differently
+            asked, prompted, answered = (
+                rendered(messages[:until], prompt).texts[-1]
+                for until, prompt in ((turn, False), (turn, True), (turn + 1, True))
+            )
+            header = prompted.removeprefix(asked)
+            if asked != prompted and answered.endswith(header):
+                shared = max(shared, self.shared(answered.removesuffix(header), following))
         if any(found.end() > shared for found in PROBES.finditer(tail)):
             raise RefusedRow(f"the tokenizer's chat template rewrites the tool calls of turn {turn + 1}")
         end = _edge(last + 1, following, shared)
@@ -242,41 +265,42 @@ def _omitted(text: str, pieces: Pieces, messages: list[Message], with_tools: boo
             yield "reasoning of earlier turns"
         else:
             kind = {CONTENT: "content", REASONING: "reasoning"}.get(field.name, "tool calls")
-            raise _loses(f"the {kind} of turn {field.turn + 1} ({messages[field.turn]['role']})")
+            raise _loses(f"the {kind} of turn {field.turn + 1} ({messages[field.turn]['role']})", 1)
     for turn, message in enumerate(messages):
         for number, call in enumerate(message.get("tool_calls", ())):
             key, value = probe_arguments(turn, number)
             if str({key: value}) in text:
-                raise RefusedRow(
+                raise OmittedContent(
                     f"the tokenizer's chat template writes the arguments of the tool calls of turn {turn + 1} in "
-                    "Python's notation instead of JSON"
+                    "Python's notation instead of JSON; use a model with another chat template",
+                    2,
                 )
             if call["function"]["arguments"] and not (key in text and value in text):
-                raise _loses(f"the arguments of the tool calls of turn {turn + 1}")
+                raise _loses(f"the arguments of the tool calls of turn {turn + 1}", 2)
     if with_tools and any(probe not in text for probe in TOOL_PROBES):
-        raise _loses("the tool definitions ('tools')")
+        raise _loses("the tool definitions ('tools')", 3)
 
 
-def _loses(what: str) -> RefusedRow:
-    return RefusedRow(
-        f"the tokenizer's chat template omits {what}; use a model whose chat template renders it, or remove it from "
-        "the source"
-    )
+def _loses(what: str, stage: int) -> OmittedContent:
+    advice = "use a model whose chat template renders it, or remove it from the source"
+    return OmittedContent(f"the tokenizer's chat template omits {what}; {advice}", stage)
 
 
-def _check_marks(text: str, marks: tuple[Span, ...], pieces: Pieces, messages: list[Message]) -> None:
-    """Check that generation marks include everything that the assistant says."""
+def _check_marks(text: str, marks: tuple[Span, ...], messages: list[Message]) -> None:
+    """Check that generation marks include all text of the assistant turns.
 
-    def inside(start: int, end: int) -> bool:
-        return any(first <= start and end <= last for first, last in marks)
+    Raises:
+        RefusedRow: naming the turn.
+    """
 
-    for found in STAND_INS.finditer(text):
-        field = Field(int(found[1]), found[2])
-        said = messages[field.turn]["role"] == "assistant" and field.name != NAME
-        if said and not field.name.startswith(CALL) and not inside(*found.span()):
-            raise RefusedRow(f"the chat template's generation marks do not include turn {field.turn + 1}")
+    def marked(part: str) -> bool:
+        return part not in text or any(part in text[first:last] for first, last in marks)
+
     for turn, message in enumerate(messages):
-        for number, _ in enumerate(message.get("tool_calls", ())):
-            said_here = (*probe_arguments(turn, number), f"\ue000{turn}.{CALL}{number}\ue001")
-            if not all(any(said in text[first:last] for first, last in marks) for said in said_here if said in text):
-                raise RefusedRow(f"the chat template's generation marks do not include the calls of turn {turn + 1}")
+        if message["role"] != "assistant":
+            continue
+        parts = [message[name] for name in (CONTENT, REASONING) if message.get(name)]
+        for number, call in enumerate(message.get("tool_calls", ())):
+            parts += [*probe_arguments(turn, number), call["function"]["name"]]
+        if not all(map(marked, parts)):
+            raise RefusedRow(f"the chat template's generation marks do not include all of turn {turn + 1}")
