@@ -69,5 +69,5 @@ def test_a_page(page: Path, reader_of: Callable[[Path], Reader]) -> None:
 def test_no_command_goes_untested_in_silence(page: Path) -> None:
     bare = [b.where for b in blocks(page) if b.language in MUST_BE_MARKED and not (b.mark or b.file)]
     assert not bare, f"say `<!-- run -->` or `<!-- not run: reason -->` above; see tests/docs/blocks.py: {bare}"
-    assert {b.mark for b in blocks(page)} <= {"", "run", "output", "not run"}
+    assert {b.mark for b in blocks(page)} <= {"", "run", "output", "not run", "accepted", "becomes", "refused"}
     assert all(b.option for b in blocks(page) if b.mark == "not run"), "a reason is needed"

@@ -23,8 +23,7 @@ class Finding(NamedTuple):
         start: Position of the first character.
         end: Position after the last character.
         shown: The span with its essential part hidden.
-        is_example: Whether it is a placeholder that identifies nobody and opens nothing, such as an address at
-            example.com.
+        is_example: Whether it is a placeholder, such as an address at example.com.
     """
 
     kind: str

@@ -12,9 +12,9 @@ FILE_ENDINGS = frozenset(
 RESERVED = re.compile(
     r"(?i)(?:^|[.])(?:example(?:\.(?:com|net|org|edu))?|test|invalid|localhost|local|localdomain|internal|lan)$"
 )
-"""Domains that belong to nobody (RFC 2606, RFC 6762)."""
+"""Reserved domains, which have no mailboxes (RFC 2606, RFC 6762)."""
 SERVICE = frozenset({"git", "noreply", "no-reply", "donotreply", "do-not-reply", "hg", "svn"})
-"""Names before `@` that are of a service rather than of a person."""
+"""Names before `@` that are of services."""
 
 CARDS: tuple[tuple[int, str], ...] = (
     (16, r"4|5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720|6011|64[4-9]|65|352[89]|35[3-8]|30[0-5]|36|3[89]|62|81"),
@@ -53,7 +53,7 @@ def _has_mailbox_domain(address: str) -> bool:
     return address.rpartition(".")[2] not in FILE_ENDINGS
 
 
-def _is_nobody(address: str) -> bool:
+def _is_reserved(address: str) -> bool:
     name, _, domain = address.rpartition("@")
     return bool(RESERVED.search(domain)) or name.lower() in SERVICE
 
@@ -137,7 +137,7 @@ PERSONAL: tuple[Kind, ...] = (
         ("@",),
         _has_mailbox_domain,
         _hide_email,
-        _is_nobody,
+        _is_reserved,
     ),
     Kind(
         "payment card",
