@@ -213,14 +213,14 @@ class _SourceColumns:
         for column, files in self.missing.items():
             setting = self.settings[column]
             if len(files) == self.files:
-                found = ", ".join(map(str, self.keys))[:500]
+                found = masked(", ".join(map(str, self.keys)))[:500]
                 raise DataError(f"raw_data.yaml: {setting} names '{column}', which no row has; found {found}")
             logger.warning("%s names '%s', which no row of %s has", setting, column, ", ".join(files[:SHOWN]))
         counts.files_without_column = {column: files[:NAMED] for column, files in self.missing.items()}
-        counts.ignored_columns = dict(self.ignored.most_common(NAMED))
+        counts.ignored_columns = {masked(name): rows for name, rows in self.ignored.most_common(NAMED)}
         if counts.ignored_columns:
             listed = ", ".join(f"{column} ({rows:,} rows)" for column, rows in counts.ignored_columns.items())
-            logger.info("Columns that are not read: %s", listed)
+            logger.info("Columns that are not read: %s", masked(listed))
 
 
 def _good_rows(

@@ -67,7 +67,7 @@ class Values:
         """
         names, value = self.names.get(column) or (column,), self.pick(column)
         if value is None and required and not any(key in self.row for key in names):
-            keys = ", ".join(map(str, self.row))[:200] or "no keys"
+            keys = masked(", ".join(map(str, self.row)))[:200] or "no keys"
             objects = next((key for key, value in self.row.items() if _holds_objects(value)), "")
             rows = f"; if '{objects}' holds the rows, write that array alone" if objects else ""
             raise BadRow(

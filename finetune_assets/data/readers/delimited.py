@@ -16,6 +16,7 @@ from finetune_assets.data.errors import DataError
 from finetune_assets.data.readers.opening import open_text, read_start
 from finetune_assets.data.readers.quotes import Quotes
 from finetune_assets.data.readers.records import MAX_ROW_BYTES, Records, SourceRecord, Unreadable, kept
+from finetune_assets.data.sensitive import masked
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 MARGINS = "\ufeff \t"
@@ -219,7 +220,7 @@ def _header(reader: Iterator[list[str]], path: Path, delimiter: str) -> list[str
     others = "".join(SEPARATORS.keys() - {delimiter})
     if len(header) == 1 and re.search(f"[{others}]", header[0]):
         raise DataError(
-            f"{path}:1: the header has a single column, {header[0][:80]!r}; separate columns by {SEPARATORS[delimiter]}"
+            f"{path}:1: the header has a single column, {masked(header[0])[:80]!r}; separate columns by {SEPARATORS[delimiter]}"
         )
     if twice := next((name for name in header if header.count(name) > 1), None):
         raise DataError(f"{path}:1: duplicate column '{twice}' in the header; give each column a unique name")
