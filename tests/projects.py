@@ -19,6 +19,7 @@ class TestProject:
 
     __test__ = False
     root: Path
+    namespace: str = "tests"
 
     @classmethod
     def create(cls, root: Path) -> "TestProject":
@@ -33,7 +34,7 @@ class TestProject:
         """What makes a process work on this project."""
         return {
             "FINETUNE_CONFIGS": str(self.configs),
-            "FINETUNE_NAMESPACE": "tests",
+            "FINETUNE_NAMESPACE": self.namespace,
             "DAGSTER_HOME": str(self.root / "dagster_home"),
         }
 
@@ -47,11 +48,11 @@ class TestProject:
 
     @property
     def store(self) -> ArtifactStore:
-        return open_store(f"file://{self.root}/.finetune/store", "tests", self.cache)
+        return open_store(f"file://{self.root}/.finetune/store", self.namespace, self.cache)
 
     def published(self, kind: str) -> list[str]:
         """Names of the artifacts of a kind in the store."""
-        return sorted(path.parent.name for path in self.store_root.glob(f"tests/{kind}/*/manifest.json"))
+        return sorted(path.parent.name for path in self.store_root.glob(f"{self.namespace}/{kind}/*/manifest.json"))
 
     @property
     def store_root(self) -> Path:
@@ -60,7 +61,7 @@ class TestProject:
     def leftovers(self) -> list[Path]:
         """Files that belong to no artifact: half-written ones, and those of builds and jobs that ended."""
         whole = {path.parent for path in self.store_root.rglob("manifest.json")}
-        stored = [path for path in self.store_root.rglob("*") if path.is_file()]
+        stored = [path for path in self.store_root.rglob("*") if path.is_file() and "streams" not in path.parts]
         return [path for path in stored if not whole & {*path.parents}] + self.leftovers_of_builds()
 
     def leftovers_of_builds(self) -> list[Path]:

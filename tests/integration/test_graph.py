@@ -52,6 +52,8 @@ def test_the_demo_runs_the_whole_graph_from_the_command_line(
     for word in ("step 2/2 ", "grad_norm", "tokens/s", "ETA", "2 x cpu"):
         assert word in run.stdout
     assert not wandb_was_imported.exists()
+    assert project.published("adapters") == [], "the demo has a namespace of its own"
+    project = TestProject(project.root, "tests-demo")
     (page,) = project.published("reports")
     (adapter,) = project.published("adapters")
     report = project.store.fetch(project.store.resolve("reports", page, "experiment_report")) / "report.json"

@@ -16,7 +16,7 @@ from finetune_assets import progress as progress_module
 from finetune_assets.assets.materialization import asset_step
 from finetune_assets.config.schema import Data, PromptTemplate
 from finetune_assets.data import ingest as ingest_module
-from finetune_assets.data import prepare as prepare_module
+from finetune_assets.data import selection as selection_module
 from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.launch.engines import Launcher
@@ -102,7 +102,7 @@ def test_short_work_is_not_told_of(caplog: pytest.LogCaptureFixture, monkeypatch
 def test_reading_and_tokenizing_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (ingest_module, prepare_module):
+    for module in (ingest_module, selection_module):
         monkeypatch.setattr(module, "ROWS_PER_BATCH", 300)
     monkeypatch.setattr(progress_module, "EVERY_SECONDS", 0.0)
     rows = ingest(tmp_path, SAMPLE)

@@ -219,8 +219,9 @@ def _header(reader: Iterator[list[str]], path: Path, delimiter: str) -> list[str
         raise DataError(f"{path}:1: the header is not CSV: {e}") from e
     others = "".join(SEPARATORS.keys() - {delimiter})
     if len(header) == 1 and re.search(f"[{others}]", header[0]):
+        shown = masked(header[0])[:80]
         raise DataError(
-            f"{path}:1: the header has a single column, {masked(header[0])[:80]!r}; separate columns by {SEPARATORS[delimiter]}"
+            f"{path}:1: the header has a single column, {shown!r}; separate columns by {SEPARATORS[delimiter]}"
         )
     if twice := next((name for name in header if header.count(name) > 1), None):
         raise DataError(f"{path}:1: duplicate column '{twice}' in the header; give each column a unique name")
