@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, KIND_OF, MERGED, STACKS, TOKENIZED, ArtifactKind
+from finetune_assets.artifacts.raw_lineage import name_of_single
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import Experiment, experiment_files, load_experiment, load_raw_data_config
@@ -105,14 +106,19 @@ None if the experiment does not configure the asset."""
 
 
 def settings_hashes(asset: str) -> dict[str, str]:
-    """Hash of an asset's settings by subscribed experiment, without experiments that cannot be loaded."""
+    """Hash of an asset's settings by subscribed experiment.
+
+    Experiments that cannot be loaded are left out, and those that use a source that is not configured.
+    """
     configs = deployment.configs()
-    salt = _choice_of_rows(configs, deployment.raw_data(), _stamp(configs / "raw_data.yaml"))
+    salt, sources = _choice_of_rows(configs, deployment.raw_data(), _stamp(configs / "raw_data.yaml"))
     base = _stamp(configs / "base.yaml")
     hashes = {}
     for name in experiment_files(configs):  # experiments of a sweep are never subscribed
         experiment = _loaded(configs, name, base, _stamp(configs / "experiments" / f"{name}.yaml"))
-        if experiment and experiment.config.subscribed and (settings := _settings(asset, experiment, salt)):
+        if not experiment or not experiment.config.subscribed or not sources.issuperset(_sources(experiment)):
+            continue
+        if settings := _settings(asset, experiment, salt):
             hashes[name] = settings
     return hashes
 
@@ -132,16 +138,24 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @lru_cache
-def _choice_of_rows(configs: Path, source: str | None, stamp: tuple[int, int]) -> str:
+def _choice_of_rows(configs: Path, source: str | None, stamp: tuple[int, int]) -> tuple[str, frozenset[str]]:
     """Raw data settings that choose rows: the split salt, hashed with weights and limits of sources if there are any.
 
     Cached for a file stamp, because each evaluation needs it many times.
+
+    Returns:
+        The salt or hash, and the names of the sources.
     """
     config = load_raw_data_config(configs, source)
+    names = frozenset(config.sources or [name_of_single(config)])
     mixture = {name: [part.weight, part.max_rows] for name, part in config.sources.items()}
     if not any(value for values in mixture.values() for value in values):
-        return config.split_salt
-    return fingerprint(salt=config.split_salt, mixture=mixture)
+        return config.split_salt, names
+    return fingerprint(salt=config.split_salt, mixture=mixture), names
+
+
+def _sources(experiment: Experiment) -> list[str]:
+    return experiment.config.data.sources or []
 
 
 @lru_cache(maxsize=10_000)

@@ -665,3 +665,10 @@ def test_every_order_ends_with_the_newest_good_version(trained: World, seed: int
     trained.new_data(good[-1])  # becomes current again, and is trained if it was not
     trained.settle()
     assert {trained.trained_on("lora_adapter", name) for name in ("a", "b")} == {good[-1]}
+
+
+def test_an_experiment_of_a_source_that_is_not_configured_is_left_alone(trained: World) -> None:
+    trained.write("c", "data: {sources: [elsewhere]}\n")
+    assert trained.settle() == []
+    trained.write("c", "data: {sources: [sample]}\n")
+    assert trained.settle() == [{"c": ALL}]
