@@ -199,7 +199,7 @@ def _mix(
             statistics.sources[parts[index].name] = {
                 "train_examples": int((own & kept).sum()),
                 "train_tokens": tokens,
-                "token_share": tokens / total if total else 0.0,
+                "token_share": float(tokens / total) if total else 0.0,
                 "left_out_rows": int((own & ~kept).sum()),
                 "left_out_tokens": int(train.lengths[own & ~kept].sum()),
             }

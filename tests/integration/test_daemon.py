@@ -7,9 +7,11 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
+from integration import cli
 from integration.daemon import JOB, RANK, WORKERS, Daemon, first_steps, process_of_run, processes_of, ranks_of, running
 from processes import kill
 from projects import TestProject
@@ -242,3 +244,47 @@ def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
                 project.write_experiment("long", LONG + f"lora: {{rank: {number + 2}}}\n")
             daemon.wait_for("a checkpoint", lambda: checkpoints(project) - of_earlier_rounds)  # noqa: B023
             terminate_and_see_it_end(daemon, of_earlier_rounds)
+
+
+@pytest.mark.system
+@pytest.mark.real_data
+def test_neither_a_bad_file_nor_another_source_costs_the_good_rows(
+    project: TestProject, inbox: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good rows, a bad file before they are trained, another source by hand, and the bad file removed."""
+    project.write_experiment("one", QUICK)
+    with running(project) as daemon:
+        drop(inbox, "a.jsonl", rows[:100])
+        (good,) = daemon.wait_for("the good version", lambda: daemon.made("dolly_raw"))
+        drop(inbox, "b.jsonl", broken(rows[100:150], 1.0))
+        (adapter,) = daemon.wait_for("an adapter of the good rows", lambda: daemon.made("lora_adapter"))
+        is_set_aside_later = daemon.wait_for("the bad version", lambda: daemon.made("dolly_raw")[1:])
+        assert len(is_set_aside_later) == 1
+        daemon.wait_for("its evaluation", lambda: daemon.made("adapter_evaluation"))
+        assert made_from_raw(project, adapter) == version_of(good)
+
+        with monkeypatch.context() as by_hand:
+            by_hand.setenv("FINETUNE_RAW_DATA", "sample")
+            assert cli.materialize("dolly_raw", None).returncode == 0
+        daemon.wait_for("no run", daemon.quiet)
+        runs = len(daemon.runs())
+        daemon.wait_for_ticks("experiments_sensor", 3)
+        assert len(daemon.runs()) == runs, "rows of another source started something"
+
+        (inbox / "b.jsonl").unlink()
+        daemon.wait_for("the good version again", lambda: daemon.made("dolly_raw")[3:])
+        daemon.wait_for("no run", daemon.quiet)
+        daemon.wait_for_ticks("experiments_sensor", 2)
+        assert daemon.quiet()
+        assert [version_of(record) for record in daemon.made("lora_adapter")] == [version_of(adapter)], "trained again"
+
+
+def version_of(record: Any) -> str:
+    version: str = record.asset_materialization.tags["dagster/data_version"]
+    return version
+
+
+def made_from_raw(project: TestProject, adapter: Any) -> str:
+    manifest = project.store.manifest("adapters", version_of(adapter))
+    assert manifest
+    return str(manifest.made_from["dolly_raw"])

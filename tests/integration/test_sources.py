@@ -7,6 +7,7 @@ import pytest
 from integration.graph import Graph
 from projects import SHORT, TestProject
 
+from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.streams import earlier_versions
 from finetune_assets.resources.project import Project
 
@@ -158,3 +159,26 @@ def test_losses_are_by_source(project: TestProject, sources: tuple[Path, Path]) 
     evaluation = json.loads((project.store.fetch(lineage.evaluation()) / "evaluation.json").read_text())
     assert {row["source"] for row in evaluation["sources"]} == {"one", "two"}
     assert all(row["base"] is not None for row in evaluation["sources"])
+
+
+def test_the_gate_refuses_an_adapter_of_another_source(
+    project: TestProject, sources: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On gate rows of its own, an adapter of other data would win without being better at the champion's task."""
+    project.write_experiment("mine", QUICK.replace("val_fraction", "gate_fraction: 0.3\n  val_fraction"))
+    monkeypatch.setenv("FINETUNE_RAW_DATA", "./one")
+    graph = Graph()
+    assert graph.run("*", "mine", SHORT).success
+    lineage = Project(overrides=[*SHORT]).lineage("mine")
+    champion = lineage.expected(ADAPTERS)
+    lineage.champions.promote_by_hand(champion, "a test", "tests")
+    monkeypatch.setenv("FINETUNE_RAW_DATA", "./two")
+    run = graph.run("*", "mine", SHORT)
+    (check,) = [one for one in run.result.get_asset_check_evaluations() if one.check_name == "gate"]
+    assert not check.passed
+    assert "two" in check.description
+    assert "one" in check.description
+    assert lineage.champions.champion() == champion
+    lineage = Project(overrides=[*SHORT]).lineage("mine")
+    assert lineage.sources_of(lineage.expected(ADAPTERS)) == {"two"}
+    assert lineage.sources_of(champion) == {"one"}
