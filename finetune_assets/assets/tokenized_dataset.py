@@ -80,6 +80,8 @@ def tokenized_dataset(
             (folder / STATISTICS).write_text(json.dumps(statistics.to_dict()), encoding="utf-8")
             (folder / PREVIEW).write_text(masked_tokens(folder / "train.arrow", tokenizer), encoding="utf-8")
             made_from.update(_same_as(lineage, folder, dolly_raw, cached_base_model))
+            if replayed := lineage.replayed(lineage.selected_sources(dolly_raw)):
+                made_from["replayed"] = [ref.fingerprint for ref in replayed]
 
         def make() -> ArtifactRef:
             return publish_built(project, TOKENIZED, fingerprint, fingerprint, made_from, build)
