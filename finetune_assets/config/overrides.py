@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from finetune_assets.config.errors import ConfigError, suggest
+from finetune_assets.config.errors import ConfigError, shown, suggest
 from finetune_assets.config.typed_yaml import NULLS, PLAIN, TypedReader, compose, hints_of, is_text, required_type
 
 QUOTES = ("'", '"')
@@ -32,8 +32,14 @@ class Place:
         return tree
 
 
-def place(schema: type, setting: str, where: str) -> Place:
+def place(schema: type, setting: str, where: str, value: str | None = None) -> Place:
     """Find a dotted setting.
+
+    Args:
+        schema: Dataclass of the settings.
+        setting: The dotted name.
+        where: File or override, for errors.
+        value: The value as text, for errors.
 
     Raises:
         ConfigError: if the schema has no such setting.
@@ -47,7 +53,8 @@ def place(schema: type, setting: str, where: str) -> Place:
             hints = hints_of(required)  # type: ignore[arg-type]
             if name not in hints:
                 path = ".".join(names[: index + 1])
-                raise ConfigError(where, path, f"unknown setting; {suggest(name, hints)}")
+                given = "" if value is None else f" (value {shown(value)})"
+                raise ConfigError(where, path, f"unknown setting{given}; {suggest(name, hints)}")
             hint = hints[name]
         elif get_origin(required) is dict and get_args(required)[1] is not Any:
             return Place((*keys, _unquoted(".".join(names[index:]))), get_args(required)[1])
@@ -76,7 +83,7 @@ def read_override(schema: type, override: str, where: str) -> dict[str, Any]:
     setting, text = setting.strip(), text.strip()
     if not equals or not setting:
         raise ConfigError(where, "", "expected key=value, such as training.learning_rate=1e-4")
-    found = place(schema, setting, where)
+    found = place(schema, setting, where, text)
     optional = required_type(found.hint)[1]
     if not is_text(found.hint) or text.startswith(QUOTES) or (optional and text in NULLS):
         node = _node(text, setting, where, quoted=is_text(found.hint) and text.startswith(QUOTES))
