@@ -30,7 +30,7 @@ from finetune_assets.store.artifacts import ArtifactRef
             blocking=False,
         )
     ],
-    automation_condition=auto_materialize("adapter_evaluation"),
+    automation_condition=auto_materialize("adapter_evaluation", always_made=False),
 )
 def champion_adapter(
     context: dg.AssetExecutionContext, lora_adapter: ArtifactRef, adapter_evaluation: ArtifactRef, project: Project

@@ -38,7 +38,7 @@ OF_INT8 = 0.02
     "pytorch",
     dagster_type=ARTIFACT,
     output_required=False,
-    automation_condition=auto_materialize("champion_adapter"),
+    automation_condition=auto_materialize("champion_adapter", always_made=False),
     check_specs=[
         check_of_each(
             "merged_model",

@@ -41,7 +41,9 @@ from finetune_assets.store.artifacts import ArtifactRef
             blocking=False,
         )
     ],
-    automation_condition=auto_materialize("tokenized_dataset", "cached_base_model", apart=["champion_adapter"]),
+    automation_condition=auto_materialize(
+        "tokenized_dataset", "cached_base_model", apart=["champion_adapter"], always_made=False
+    ),
 )
 def stacked_adapter(
     context: dg.AssetExecutionContext,

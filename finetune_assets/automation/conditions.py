@@ -41,10 +41,12 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
 
     Args:
         inputs: Names of the upstream assets to compare by data version.
+        always_made: Whether a successful run always materializes the asset, so that a request without a materialization
+            has failed.
     """
 
-    def __init__(self, *inputs: str) -> None:
-        self.inputs = inputs
+    def __init__(self, *inputs: str, always_made: bool = True) -> None:
+        self.inputs, self.always_made = inputs, always_made
 
     @property
     def description(self) -> str:
@@ -61,7 +63,8 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
         known = _partitions(context.candidate_subset) & hashes.keys()
         memory.seen = {name: memory.inputs_of(name, hashes[name], self.inputs, source) for name in known}
         changed = {name for name, inputs in memory.seen.items() if memory.asked.get(name) != inputs}
-        subset = context.candidate_subset.compute_intersection_with_partition_keys(changed | (memory.again & known))
+        changed |= memory.again & known if self.always_made else set()
+        subset = context.candidate_subset.compute_intersection_with_partition_keys(changed)
         heartbeat.beat("experiments_sensor")
         return dg.AutomationResult(context, subset, cursor=memory.write())
 
@@ -234,6 +237,7 @@ def auto_materialize(
     *inputs: str,
     only_while: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
     apart: Sequence[str] = (),
+    always_made: bool = True,
 ) -> dg.AutomationCondition:  # type: ignore[type-arg]
     """Condition of an asset: inputs changed, or will change in the same run, and its dependencies are ready.
 
@@ -244,11 +248,14 @@ def auto_materialize(
         inputs: Names of the upstream assets to compare by data version.
         only_while: Additional condition that must hold.
         apart: Names of upstream assets that belong to other experiments; not all of their partitions need to exist.
+        always_made: Whether a successful run always materializes the asset.
     """
     condition = dg.AutomationCondition
     counted, others = dg.AssetSelection.assets(*inputs), dg.AssetSelection.assets(*apart)
     unchecked = dg.AssetSelection.assets(*apart, DOLLY_RAW)
-    asked = InputsChanged(*inputs) | condition.any_deps_match(condition.will_be_requested()).allow(counted)
+    asked = InputsChanged(*inputs, always_made=always_made) | condition.any_deps_match(
+        condition.will_be_requested()
+    ).allow(counted)
     ready = (
         ~condition.any_deps_missing().ignore(others)
         & ~condition.any_deps_in_progress().ignore(others)

@@ -263,6 +263,7 @@ def test_neither_a_bad_file_nor_another_source_costs_the_good_rows(
         daemon.wait_for("its evaluation", lambda: daemon.made("adapter_evaluation"))
         assert made_from_raw(project, adapter) == version_of(good)
 
+        daemon.wait_for("the page about it", lambda: is_told(daemon))
         with monkeypatch.context() as by_hand:
             by_hand.setenv("FINETUNE_RAW_DATA", "sample")
             assert cli.materialize("dolly_raw", None).returncode == 0
