@@ -38,6 +38,8 @@ SHAPE = ("data.tokenization.cutoff_len=256", "data.gate_fraction=0.1", "training
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
+    if not (DOLLY.exists() and STORIES.exists()):
+        raise SystemExit(f"{DOLLY} and {STORIES} are needed")
     seeds, steps = (1, 20) if args.quick else (3, 60)
     gains: dict[float, list[float]] = {share: [] for share in SHARES[1:]}
     rows: list[tuple[str, str]] = []
