@@ -147,15 +147,22 @@ def _classified(points: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[
     return classes, first
 
 
+_PUNCTUATION = np.array([0x21, 0x27, 0x2C, 0x2E, 0x3A], np.uint32)
+"""Exclamation mark, apostrophe, comma, point and colon."""
+
+
 def _count_punctuation(points: NDArray[np.uint32], classes: NDArray[np.uint8]) -> None:
-    """Count punctuation that is part of a number or an operator: `3.5`, `1,000`, `12:30`, `5!`, `!=`, `:=`."""
-    at = np.flatnonzero((points == 0x21) | (points == 0x2C) | (points == 0x2E) | (points == 0x3A))
+    """Count punctuation of numbers and operators: `3.5`, `.5`, `1,000`, `12:30`, `5!`, `!=`, `:=`, `!x`, `f'(x)`."""
+    at = np.flatnonzero(np.isin(points, _PUNCTUATION))
     if not len(at):
         return
     at = at[(at > 0) & (at < len(points) - 1)]
     mark, before, behind = points[at], classes[at - 1] == DIGIT, classes[at + 1] == DIGIT
-    in_number = before & behind & (mark != 0x21)
-    in_operator = (points[at + 1] == 0x3D) & ((mark == 0x21) | (mark == 0x3A))
+    after_word = before | (classes[at - 1] == LETTER)
+    in_number = behind & ((before & (mark != 0x21) & (mark != 0x27)) | (~after_word & (mark == 0x2E)))
+    in_operator = (mark == 0x21) & ~after_word & (classes[at + 1] == LETTER)
+    in_operator |= (mark == 0x27) & after_word & (points[at + 1] == 0x28)
+    in_operator |= (points[at + 1] == 0x3D) & ((mark == 0x21) | (mark == 0x3A))
     factorial = (mark == 0x21) & before
     factorial[factorial] = _end_numbers(classes, at[factorial] - 1)
     classes[at[in_number | in_operator | factorial]] = OPERATOR

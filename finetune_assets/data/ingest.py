@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,8 @@ from finetune_assets.data.sensitive import Sensitive, SensitiveScan, masked, mas
 from finetune_assets.progress import ROWS, Progress
 
 PARQUET, QUARANTINE = "rows.parquet", "quarantine.jsonl"
-ROWS_PER_BATCH = 5_000
+ROWS_PER_BATCH, BATCH_CHARACTERS = 5_000, 64 << 20
+"""Maximum size of a batch, in rows and in characters, after which it is written."""
 SHOWN = 5
 """Maximum number of rows in each preview of good and bad rows."""
 REASONS = 50
@@ -110,7 +111,7 @@ def write_raw(
     ):
         quarantine = _Quarantine(bad, counts)
         rows = (row for file in files for row in _good_rows(file, columns, quarantine, source_columns))
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
+        for batch in _batches(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
             for row in batch:
                 inspector.look(row)
@@ -148,6 +149,22 @@ def _count(batch: list[Row], counts: RawStatistics) -> None:
     plain = (row for row in batch if not row["messages"])
     counts.preview += islice(plain, SHOWN - len(counts.preview))
     counts.conversation_preview += conversations[: SHOWN - len(counts.conversation_preview)]
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Batches of at most `ROWS_PER_BATCH` rows, and not much more than `BATCH_CHARACTERS` of text."""
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        turns = row["messages"] or ()
+        size += len(row["instruction"]) + len(row["context"]) + len(row["response"])
+        size += sum(len(turn["content"]) + len(turn.get("tool_calls") or "") for turn in turns)
+        if len(batch) == ROWS_PER_BATCH or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class _Quarantine:

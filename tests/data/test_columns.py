@@ -152,7 +152,6 @@ def test_columns_that_repeat_the_messages_add_nothing() -> None:
     messages = [{"role": "system", "content": "Paris is in France."}, ASKED, SAID, AGAIN, LATER]
     extra = {"prompt": "Hi ", "prompt_id": "x", "response": "In 1702.", "context": "Paris is in France."}
     assert read({"messages": messages, **extra})["messages"] == messages
-    assert read({"messages": messages, "answer": "1702"})["messages"] == messages
 
 
 def test_texts_that_are_json_stay_texts() -> None:
@@ -167,6 +166,7 @@ def test_texts_that_are_json_stay_texts() -> None:
     [
         ({"response": "No."}, "response"),
         ({"response": "Hello"}, "response"),
+        ({"response": "1702"}, "response"),
         ({"completion": [SAID]}, "completion"),
         ({"instruction": "Other"}, "instruction"),
         ({"prompt": [AGAIN]}, "prompt"),

@@ -1,10 +1,8 @@
 """Files of every format: what is read, what is set aside by line, and what is refused whole."""
 
-import bz2
 import csv
 import gzip
 import json
-import lzma
 import re
 from collections.abc import Callable
 from datetime import datetime
@@ -49,8 +47,6 @@ def zstd(content: bytes) -> bytes:
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
     ".zst": zstd,
 }
 
@@ -237,7 +233,6 @@ def test_parquet_with_a_column_twice_is_refused(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"a": "b"}\n' * 99, mtime=0)[:-9], "truncated"),
         ("a.csv.zst", zstd(b"instruction,response\n")[:-3], "cannot be read"),
-        ("a.jsonl.xz", lzma.compress(b"{}")[:-9], "truncated"),
         ("a.arrow", b"ARROW1 and so on", "Arrow"),
         ("a.arrow", b"", "Arrow"),
         ("a.json", b'{\n "version": 1,\n "data": [\n {"instruction": "i"}]}', "'data'"),

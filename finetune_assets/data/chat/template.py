@@ -66,11 +66,14 @@ class ChatTemplate:
         learned = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("weight") != 0]
         turns = turns[: learned[-1] + 1]
         messages, definitions = parsed(turns), json.loads(tools) if tools else None
-        plain = definitions is None and all(message.keys() <= {"role", CONTENT} for message in messages)
-        if self.jinja.marked and plain and not any(turn.get("weight") == 0 for turn in turns):
-            text, marks = self.jinja.render(messages)
-            return Rendered(text, self._with_ends(text, marks))
-        frame = self.frame(shapes(messages), definitions is not None)
+        try:
+            frame = self.frame(shapes(messages), definitions is not None)
+        except RefusedRow:
+            plain = definitions is None and all(message.keys() <= {"role", CONTENT} for message in messages)
+            all_learned = len(learned) == sum(turn["role"] == "assistant" for turn in turns)
+            if not (self.jinja.marked and plain and all_learned):
+                raise
+            return self._rewritten_as_marked(messages)
         text, marks = self.jinja.render(formed(messages, frame.form), definitions)
         located = self._locate(text, messages, definitions, frame) or self._rewritten(text, messages, definitions)
         if self.jinja.marked:
@@ -78,6 +81,26 @@ class ChatTemplate:
         pairs = list(zip(located.turns, located.spans, strict=True))
         spans = tuple(span for turn, span in pairs if turn in learned)
         return Rendered(text, spans, tuple(span for turn, span in pairs if turn not in learned), frame.omitted)
+
+    def _rewritten_as_marked(self, messages: list[Message]) -> Rendered:
+        """A conversation whose words the template rewrites, such as in upper case, with its own generation marks.
+
+        Raises:
+            RefusedRow: if it omits a turn, or does not mark an answer.
+        """
+        text, marks = self.jinja.render(messages)
+        lower, at = text.lower(), 0
+        for turn, message in enumerate(messages, 1):
+            content = message[CONTENT].strip().lower()
+            start = lower.find(content, at)
+            at = start + len(content)
+            inside = message["role"] != "assistant" or any(first <= start and at <= last for first, last in marks)
+            if start < 0 or not inside:
+                raise RefusedRow(
+                    f"the tokenizer's chat template omits or rewrites turn {turn}, or does not mark it; use a model "
+                    "whose chat template renders it, or remove the row"
+                )
+        return Rendered(text, self._with_ends(text, marks))
 
     def frame(self, shapes: tuple[Shape, ...], with_tools: bool, prompt: bool = False) -> Frame:
         """The frame of conversations with these shapes.
@@ -117,7 +140,8 @@ class ChatTemplate:
             if not frame.fits(pieces):
                 return None
         values = dict(fields(messages))
-        gaps = _matched(text, pieces.texts, [values[field] for field in pieces.fields])
+        forms = [_forms(values[field], messages[field.turn]["role"] == "tool") for field in pieces.fields]
+        gaps = _matched(text, pieces.texts, forms)
         if gaps is None:
             return None
         starts, ends = [0, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(text)]
@@ -142,16 +166,20 @@ class ChatTemplate:
         return Located((*located.turns, len(earlier)), (*located.spans, (len(before), len(text))))
 
 
-def _matched(text: str, pieces: Sequence[str], values: Sequence[str]) -> list[Span] | None:
-    """Spans of values between pieces of a text; None if they do not fit. A template may strip white space."""
+def _forms(value: str, is_of_tool: bool) -> list[str]:
+    """Forms in which a template may write a value: without white space around it, and a tool's answer also as JSON."""
+    strips = [strip(characters) for characters in (None, "\n") for strip in (value.strip, value.lstrip, value.rstrip)]
+    escaped = [json.dumps(value, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True)] if is_of_tool else []
+    return [value, *strips, *escaped]
+
+
+def _matched(text: str, pieces: Sequence[str], values: Sequence[Sequence[str]]) -> list[Span] | None:
+    """Spans of values, each in one of its forms, between pieces of a text; None if they do not fit."""
     if not text.startswith(pieces[0]):
         return None
     at, spans = len(pieces[0]), []
-    for value, following in zip(values, pieces[1:], strict=True):
-        forms = [
-            strip(characters) for characters in (None, "\n") for strip in (value.strip, value.lstrip, value.rstrip)
-        ]
-        written = next((form for form in (value, *forms) if text.startswith(form + following, at)), None)
+    for forms, following in zip(values, pieces[1:], strict=True):
+        written = next((form for form in forms if text.startswith(form + following, at)), None)
         if written is None:
             return None
         spans.append((at, at + len(written)))

@@ -19,6 +19,7 @@ from finetune_assets.data.layouts.instruction import INSTRUCTION
 from finetune_assets.data.layouts.joining import join_turns
 from finetune_assets.data.layouts.layout import Layout
 from finetune_assets.data.layouts.objectives import MARKS, refuse_other_objectives
+from finetune_assets.data.layouts.turn_keys import WEIGHT_KEYS
 from finetune_assets.data.layouts.values import Values, is_empty, shortened
 from finetune_assets.data.rows import Row
 
@@ -49,11 +50,13 @@ class _Study(NamedTuple):
         names: Of each column's accepted names, those among the keys.
         misspelt: Unknown keys, each with the known key that it resembles and the column of that key.
         has_marks: Whether the row may have another objective.
+        weight: Key that may exclude the row from the loss; empty without one.
     """
 
     names: Mapping[str, tuple[str, ...]]
     misspelt: list[tuple[str, str, str]]
     has_marks: bool
+    weight: str
 
 
 class RowReader:
@@ -98,6 +101,11 @@ class RowReader:
                 raise BadRow(f"unknown key '{key}' would be lost; did you mean '{meant}'?")
         if study.has_marks:
             refuse_other_objectives(row)
+        if study.weight and row.get(study.weight) in (0, False) and not isinstance(row[study.weight], str):
+            raise BadRow(
+                f"'{study.weight}' is {shortened(row[study.weight])}, so the row is not to be learned; remove it, or "
+                "list the column in raw_data.yaml: columns.ignore to learn it"
+            )
         values = join_turns(Values(row, study.names))
         system, category = values.text("system"), _category(values)
         layout = next((layout for layout in LAYOUTS if values.pick(layout.marker)), LAYOUTS[-1])
@@ -105,7 +113,7 @@ class RowReader:
         for key in self._unread(keys, LAYOUTS.index(layout)):
             if key in self._ignore or not is_empty(row[key]):
                 self._count_ignored(key)
-        if good["messages"]:
+        if layout is CONVERSATION:
             for key in ignored_turn_keys(values.row, values.names["messages"]):
                 self._count_ignored(f"{key} of turns")
         return good
@@ -129,7 +137,8 @@ class RowReader:
             column: tuple(name for name in group if name in keys) or group[:1] for column, group in self._names.items()
         }
         misspelt = [(key, matches[0], known[matches[0]]) for key, matches in near if matches]
-        return _Study(names, misspelt, not MARKS.isdisjoint(keys))
+        weight = next((key for key in keys if key in WEIGHT_KEYS and key not in known), "")
+        return _Study(names, misspelt, not MARKS.isdisjoint(keys), weight)
 
     def _unread_keys(self, keys: tuple[str, ...], number: int) -> list[str]:
         """The keys that a layout does not read."""

@@ -1,11 +1,10 @@
 """Dolly's and Alpaca's layout: an instruction, its context, and the response; earlier turns in `history`."""
 
-import json
 from typing import Any
 
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.layouts.layout import Layout
-from finetune_assets.data.layouts.tools import tool_definitions
+from finetune_assets.data.layouts.tools import from_json, tool_definitions
 from finetune_assets.data.layouts.values import Values, conversation_row, is_empty, plain_row, shortened, utf8
 from finetune_assets.data.rows import Row, Turn
 
@@ -32,10 +31,7 @@ def conversation(instruction: str, context: str, response: str) -> list[Turn]:
 def _earlier_turns(history: Any) -> list[Turn]:
     """The turns of Alpaca's `history`: pairs of question and answer."""
     if isinstance(history, str) and history.lstrip().startswith("["):  # a list in a CSV field
-        try:
-            history = json.loads(history)
-        except ValueError as e:
-            raise BadRow(f"'history' is not a JSON list: {e}") from e
+        history = from_json(history, "'history'")
     if is_empty(history):
         return []
     if not isinstance(history, list):

@@ -1,12 +1,15 @@
 """Joins the columns of a row that together hold one conversation, or refuses the row where that is ambiguous."""
 
+import re
 from typing import Any
 
 from finetune_assets.data.errors import BadRow
+from finetune_assets.data.layouts.conversation import CALL_ROLES, ROLES
 from finetune_assets.data.layouts.tools import from_json
 from finetune_assets.data.layouts.values import Values, is_empty, shortened
 
-USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
+LOOKS_LIKE_TURNS = re.compile(r"\s*\[\s*\{\s*['\"](role|from)['\"]\s*:")
+"""Pattern of the beginning of turns as text, also in Python's notation, as pandas writes them to CSV."""
 
 
 def join_turns(values: Values) -> Values:
@@ -33,7 +36,12 @@ def join_turns(values: Values) -> Values:
     (prompt_name, prompt), (answer_name, answer) = values.find("instruction"), values.find("response")
     turns = [_turns(prompt), _turns(answer)]
     are_texts = isinstance(prompt, str) and isinstance(answer, str)
-    if turns == [None, None] or (are_texts and None in turns):  # a text may be JSON, but not a chat and its answer
+    if are_texts and LOOKS_LIKE_TURNS.match(prompt) and None in turns:  # an answer alone may well be JSON
+        raise BadRow(
+            f"'{prompt_name}' and '{answer_name}' look like turns, but are not both JSON lists of turns; write them as "
+            "JSON, or all turns in 'messages'"
+        )
+    if None in turns and (are_texts or turns == [None, None]):
         return values
     if prompt_name is None or answer_name is None:
         missing = "'response' is missing: rows without an answer are for reinforcement learning, such as GRPO"
@@ -56,28 +64,28 @@ def _add_columns(values: Values, name: str, turns: list[Any]) -> list[Any]:
     prompt_name, prompt = values.find("instruction")
     if prompt_name is not None:
         begin = _turns(prompt)
-        is_in = turns[: len(begin)] == begin if begin else _is_in(prompt, contents)
+        is_in = turns[: len(begin)] == begin if begin else _is_part(prompt, contents)
         if not is_in:
             _refuse(values, "instruction", name)
-    if not _is_in(values.find("context")[1], contents):
+    if not _is_part(values.find("context")[1], contents):
         _refuse(values, "context", name)
     _refuse(values, "history", name)
     answer_name, answer = values.find("response")
     if answer_name is None or not turns:
         return turns
-    if _role(turns[-1]) in USER:
+    if _speaker(turns[-1]) == "user":
         return [*turns, *_as_turns(answer, "assistant", answer_name)]
     end = _turns(answer)
-    is_in = turns[-len(end) :] == end if end else _is_in(answer, contents[-1:])
+    is_in = turns[-len(end) :] == end if end else _stripped(answer) == contents[-1]
     if not is_in:
         _refuse(values, "response", name)
     return turns
 
 
-def _is_in(value: Any, contents: list[str]) -> bool:
-    """Whether a text is part of a turn, so that it is not lost."""
+def _is_part(value: Any, contents: list[str]) -> bool:
+    """Whether a text is a turn, or whole lines of one, so that it is not lost."""
     text = _stripped(value)
-    return text is not None and any(text in content for content in contents)
+    return text is not None and any(f"\n{text}\n" in f"\n{content}\n" for content in contents)
 
 
 def _refuse(values: Values, column: str, other: str) -> None:
@@ -115,15 +123,23 @@ def _as_turns(value: Any, role: str, name: str) -> list[Any]:
 
 def _unlearned(turn: Any) -> Any:
     """A turn of a prompt; a weight of 0 excludes the assistant's from the loss."""
-    return {**turn, "weight": 0} if _role(turn) in ASSISTANT else turn
+    return {**turn, "weight": 0} if _speaker(turn) == "assistant" else turn
 
 
 def _role(turn: Any) -> Any:
-    return turn.get("role", turn.get("from"))
+    return turn.get("from") if turn.get("role") is None else turn["role"]
+
+
+def _speaker(turn: Any) -> str | None:
+    """Role of a turn in the names of `RAW_SCHEMA`; None if it is unknown."""
+    role = _role(turn)
+    if not isinstance(role, str):
+        return None
+    return "assistant" if role in CALL_ROLES else ROLES.get(role)
 
 
 def _content(turn: Any) -> str | None:
-    content = turn.get("content", turn.get("value"))
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         content = "".join(part for part in parts if isinstance(part, str))

@@ -6,8 +6,10 @@ from typing import Any, NoReturn
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.layouts.values import shortened, utf8
 
-CALL_KEYS = {"type", "function", "id", "index", "name", "arguments", "parameters"}
-"""Keys of a tool call whose content is kept, or that only number it (`index`)."""
+OUTER_KEYS, INNER_KEYS = {"type", "function", "id", "index"}, {"name", "arguments", "parameters"}
+"""Keys of a tool call and of its `function` whose content is kept, or that only number it (`index`)."""
+CALL_KEYS = OUTER_KEYS | INNER_KEYS
+"""Keys of a call without `function`."""
 NULLABLE = ("default", "const")
 """Keys of a JSON schema for which null is a value."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -79,9 +81,11 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     kind, function = call.get("type"), call if call.get("function") is None else call["function"]
     if kind not in (*EMPTY, "function") or not isinstance(function, dict):
         raise BadRow(f"{where}: a call must be of type 'function', found {shortened(call)}")
-    for key, value in {**call, **function}.items():
-        if key not in CALL_KEYS and value not in EMPTY:
-            raise BadRow(f"{where}: '{key}' of a call would be lost; found {shortened(value)}")
+    wrapped = function is not call
+    for part, known in ((call, OUTER_KEYS if wrapped else CALL_KEYS), (function, INNER_KEYS if wrapped else CALL_KEYS)):
+        for key, value in part.items():
+            if key not in known and value not in EMPTY:
+                raise BadRow(f"{where}: '{key}' of a call would be lost; found {shortened(value)}")
     name, identifier = function.get("name"), call.get("id")
     if not isinstance(name, str) or not name.strip():
         raise BadRow(f"{where}: a call has no name; found {shortened(call)}")

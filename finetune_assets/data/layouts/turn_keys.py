@@ -106,5 +106,8 @@ def ignored_keys(turn: Mapping[str, Any]) -> list[str]:
     return [
         str(key)
         for key, value in turn.items()
-        if METADATA.fullmatch(str(key)) and not MEDIA.fullmatch(str(key)) and value not in EMPTY
+        if METADATA.fullmatch(str(key))
+        and not MEDIA.fullmatch(str(key))
+        and key not in NAME_KEYS
+        and value not in EMPTY
     ]

@@ -47,9 +47,9 @@ class Values:
             return (None, None) if is_empty(value) else (names[0], value)
         values = [(name, self.row.get(name)) for name in names]
         values = [(name, value) for name, value in values if not is_empty(value)]
-        if len(values) > 1 and values[0][1] != values[1][1]:
+        if other := next((name for name, value in values if value != values[0][1]), None):
             raise BadRow(
-                f"'{values[0][0]}' and '{values[1][0]}' both have a value, and one would be lost; choose one in "
+                f"'{values[0][0]}' and '{other}' both have a value, and one would be lost; choose one in "
                 f"raw_data.yaml: columns.{column}"
             )
         return values[0] if values else (None, None)

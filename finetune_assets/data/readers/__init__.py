@@ -4,7 +4,6 @@ A row that cannot be read is returned as `Unreadable`, and reading continues aft
 separated any more, the whole file is refused, so that no row is lost silently.
 """
 
-import lzma
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -72,7 +71,7 @@ def read_records(path: Path) -> Records:
     """
     try:
         yield from READERS[suffix_of(path)](path)
-    except (EOFError, zlib.error, lzma.LZMAError) as e:
+    except (EOFError, zlib.error) as e:
         raise DataError(f"{path}: not a compressed file, or a truncated one: {e}; copy it again") from e
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e

@@ -74,16 +74,29 @@ def _in_parts(batches: Iterable["pa.RecordBatch"]) -> Iterable["pa.RecordBatch"]
 def _records(batches: Iterable["pa.RecordBatch"]) -> Records:
     number = 0
     for batch in batches:
+        nested = [field.name for field in batch.schema if field.type.num_fields]
         for row in _rows(batch):
             number += 1
-            yield Unreadable(number, row, "") if isinstance(row, str) else SourceRecord(number, row)
+            if isinstance(row, str):
+                yield Unreadable(number, row, "")
+            else:
+                yield SourceRecord(number, row | {name: _without_nulls(row[name]) for name in nested})
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without keys that are null: the objects of a column have the same keys, also those they lack."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _rows(batch: "pa.RecordBatch") -> list[dict[str, Any] | str]:
     """The rows of a batch; for a row with a value that Python cannot hold, the reason instead."""
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError) as e:
+    except (ValueError, OverflowError, LookupError) as e:  # LookupError: an unknown time zone
         if len(batch) == 1:
             bad_text = isinstance(e, UnicodeDecodeError)
             return [f"not UTF-8 at byte {e.start} of a text" if bad_text else f"cannot be read: {e}"]  # type: ignore[union-attr]

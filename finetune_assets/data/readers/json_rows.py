@@ -180,6 +180,8 @@ class _ArrayText:
             except (json.JSONDecodeError, RecursionError) as e:
                 if self.ended:
                     raise self._at_error(e) from e
+            except ValueError as e:  # a number with too many digits
+                raise self.broken(str(e).partition(";")[0]) from e
             if len(self.text) - self.position > MAX_ROW_BYTES:
                 raise self.broken(f"no end of the row within {MAX_ROW_BYTES:,} characters")
             self._read()

@@ -1,9 +1,7 @@
 """Opens files of rows: decompresses them, and refuses what their first bytes show to be something else."""
 
-import bz2
 import gzip
 import io
-import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -18,8 +16,8 @@ NOT_TEXT = {
     b"\xfe\xff": "UTF-16; save it as UTF-8",
     b"\x1f\x8b": "compressed (gzip); rename it to end in .gz, as in rows.jsonl.gz",
     b"\x28\xb5\x2f\xfd": "compressed (Zstandard); rename it to end in .zst, as in rows.jsonl.zst",
-    b"BZh": "compressed (bzip2); rename it to end in .bz2, as in rows.jsonl.bz2",
-    b"\xfd7zXZ": "compressed (xz); rename it to end in .xz, as in rows.jsonl.xz",
+    b"BZh": "compressed (bzip2); unpack it, or compress it with gzip or Zstandard",
+    b"\xfd7zXZ": "compressed (xz); unpack it, or compress it with gzip or Zstandard",
     b"PK": "a zip archive or spreadsheet; unpack it, or export it as CSV",
     b"PAR1": "a Parquet file; rename it to end in .parquet",
     b"ARROW1": "an Arrow file; rename it to end in .arrow",
@@ -38,11 +36,10 @@ def _open_zstd(path: Path) -> BinaryIO:
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.GzipFile,
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
     ".zst": _open_zstd,
 }
-"""How a compressed file is opened, by file extension."""
+"""How a compressed file is opened, by file extension. Python's readers of .bz2 and .xz ignore what follows a damaged or
+foreign byte after the first stream, so rows would be lost."""
 
 
 def open_bytes(path: Path) -> BinaryIO:

@@ -3,6 +3,7 @@
 A kind of your own is an entry in TOKENS, KEYS or PERSONAL.
 """
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -143,6 +144,11 @@ def _hide_cut(match: re.Match[str]) -> str:
     return HIDDEN if is_random(match[0]) and not is_from_documentation(match[0]) else match[0]
 
 
+def _free(name: Any, taken: dict[Any, Any]) -> str:
+    """A name for a second value whose own name is hidden in the same way as that of the first."""
+    return next(f"{name} {number}" for number in itertools.count(2) if f"{name} {number}" not in taken)
+
+
 def masked_values(value: Any) -> Any:
     """Lists and dictionaries of texts as they are shown, such as rows. A text of JSON, as of tool calls, stays JSON."""
     if isinstance(value, str):
@@ -152,6 +158,8 @@ def masked_values(value: Any) -> Any:
         shown: dict[Any, Any] = {}
         for name, part in value.items():
             name, part = masked_values(name), masked_values(part)
-            shown[name] = shown[name] + part if isinstance(shown.get(name), int) else part  # counts of hidden names
+            if name in shown and type(shown[name]) is type(part) is int:  # counts of hidden names
+                part += shown[name]
+            shown[_free(name, shown) if name in shown and type(part) is not int else name] = part
         return shown
     return [masked_values(part) for part in value] if isinstance(value, list) else value
