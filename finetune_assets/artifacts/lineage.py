@@ -150,7 +150,7 @@ class Lineage:
         if not self.experiment.config.data.replay:
             return []
         versions = (
-            earlier_versions(self.store, self.raw.sources[name].source_name, ref.fingerprint)
+            earlier_versions(self.store, self.raw.sources[name].stream, ref.fingerprint)
             for name, ref in selected.items()
         )
         return [ref for refs in versions for ref in refs]
@@ -158,7 +158,12 @@ class Lineage:
     def mixture(self, selected: Mapping[str, ArtifactRef]) -> dict[str, dict[str, float | int | None]]:
         """Weight and maximum number of rows of the selected sources, by name; empty if all rows are used."""
         parts = {name: self.raw.config.sources.get(name) for name in selected}
-        mix = {name: {"weight": part.weight, "max_rows": part.max_rows} for name, part in parts.items() if part}
+        total = sum(part.weight or 0 for part in parts.values() if part)
+        mix = {
+            name: {"weight": part.weight / total if part.weight and len(parts) > 1 else None, "max_rows": part.max_rows}
+            for name, part in parts.items()
+            if part
+        }
         return mix if any(value is not None for part in mix.values() for value in part.values()) else {}
 
     def tokenizer(self, base_model: ArtifactRef) -> dict[str, str]:

@@ -11,8 +11,9 @@ from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.artifacts.streams import newest_version
 from finetune_assets.config.fingerprint import fingerprint, identity
-from finetune_assets.config.raw_data_schema import RawDataConfig, RawSource
+from finetune_assets.config.raw_data_schema import Columns, HubDataset, RawDataConfig, RawSource
 from finetune_assets.data.errors import DataError, Unreachable
+from finetune_assets.errors import UserError
 from finetune_assets.sources.local import count_rows
 from finetune_assets.sources.names import SAMPLE, UNNAMED, source_name
 from finetune_assets.sources.pins import Pins
@@ -44,6 +45,15 @@ class SourceLineage:
     def source_name(self) -> str:
         """Where the rows come from, equal for all versions."""
         return source_name(self.config.source, self.context.root)
+
+    @property
+    def stream(self) -> str:
+        """Identifies the history of the source: where and how its rows are read."""
+        config = self.config
+        part = {"columns": identity(config.columns), "hub": asdict(config.hub), "source": config.source}
+        default = {"columns": identity(Columns()), "hub": asdict(HubDataset()), "source": config.source}
+        whole = part == default and "@" not in config.source
+        return self.source_name if whole else f"{self.source_name} {fingerprint(**part)}"
 
     @cached_property
     def source(self) -> Source:
@@ -159,15 +169,15 @@ class RawLineage:
         A source that cannot be read and has no good version in the store is left out.
 
         Raises:
-            DataError: if no source is left.
+            UserError: if no source is left.
         """
         parts, errors = {}, []
         for name, source in self.sources.items():
             try:
                 parts[name] = self.known(source)
-            except DataError as e:
+            except UserError as e:  # also a Hub dataset whose commit is not recorded yet
                 errors.append(e)
-                if last := newest_version(self.store, source.source_name):
+                if last := newest_version(self.store, source.stream):
                     parts[name] = last.fingerprint
         if not parts:
             raise errors[0]
@@ -184,8 +194,11 @@ class RawLineage:
     def parts(self, raw: ArtifactRef) -> dict[str, str]:
         """Fingerprint of each source's version in a version of the raw data, by name."""
         manifest = self.store.manifest(raw.kind, raw.name)
-        parts = manifest.made_from.get(PARTS) if manifest else None
-        return dict(parts) if parts else {name_of_single(self.config): raw.fingerprint}
+        if parts := manifest.made_from.get(PARTS) if manifest else None:
+            return dict(parts)
+        if len(self.sources) == 1:
+            return {name_of_single(self.config): raw.fingerprint}
+        return {name: part for name, part in self.current_parts().items() if part == raw.fingerprint}
 
 
 def combined(parts: Mapping[str, str]) -> str:

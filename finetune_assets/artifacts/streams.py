@@ -1,7 +1,7 @@
 """The history of a source of raw data: which of its versions passed their blocking checks, and since when.
 
-Each version has one small file in the store, which is written when its checks pass for the first time. Experiments with
-`data.replay` train on rows of earlier versions.
+A small file in the store records each time that a version became the newest good one. Experiments with `data.replay`
+train on rows of earlier versions, and a source that is not available is replaced by its newest one.
 """
 
 import json
@@ -16,30 +16,31 @@ FOLDER = "streams"
 
 
 def record_good(store: ArtifactStore, source: str, version: str) -> None:
-    """Record that a version of a source passed its blocking checks, unless it is recorded already."""
-    content = {"source": source, "version": version, "at": datetime.now(UTC).isoformat()}
-    store.objects.create(f"{_prefix(store, source)}{version}.json", json.dumps(content).encode())
+    """Record that a version of a source passed its blocking checks, unless it was the newest such version already."""
+    if any(record["version"] == version for record in _records(store, source)[-1:]):
+        return
+    at = datetime.now(UTC).isoformat()
+    content = {"source": source, "version": version, "at": at}
+    store.objects.create(f"{_prefix(store, source)}{at}-{version}.json", json.dumps(content).encode())
 
 
 def earlier_versions(store: ArtifactStore, source: str, version: str) -> list[ArtifactRef]:
     """Good versions of a source before a version, oldest first, as far as the store still has them."""
-    records = sorted(_records(store, source), key=lambda record: (record["at"], record["version"]))
-    own = next((record["at"] for record in records if record["version"] == version), None)
-    names = [record["version"] for record in records if own is None or record["at"] < own]
-    refs = (store.find(RAW.folder, name) for name in names if name != version)
-    return [ref for ref in refs if ref]
+    names = list(dict.fromkeys(record["version"] for record in _records(store, source)))
+    before = names[: names.index(version)] if version in names else names
+    return [ref for ref in (store.find(RAW.folder, name) for name in before) if ref]
 
 
 def newest_version(store: ArtifactStore, source: str) -> ArtifactRef | None:
     """The version of a source that became good last, of those that the store still has."""
-    records = sorted(_records(store, source), key=lambda record: record["at"], reverse=True)
-    refs = (store.find(RAW.folder, record["version"]) for record in records)
+    refs = (store.find(RAW.folder, record["version"]) for record in reversed(_records(store, source)))
     return next(filter(None, refs), None)
 
 
 def _records(store: ArtifactStore, source: str) -> list[dict[str, Any]]:
-    listed = store.objects.listing(_prefix(store, source))
-    return [json.loads(store.objects.get(stored.key)) for stored in listed if stored.key.endswith(".json")]
+    """All records, oldest first."""
+    keys = sorted(stored.key for stored in store.objects.listing(_prefix(store, source)))
+    return [json.loads(store.objects.get(key)) for key in keys if key.endswith(".json")]
 
 
 def _prefix(store: ArtifactStore, source: str) -> str:

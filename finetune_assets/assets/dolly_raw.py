@@ -16,7 +16,7 @@ from finetune_assets.assets.raw_checks.profile import PROFILE, VERSIONS
 from finetune_assets.assets.raw_sources import FILES, ReadSource, evaluate_checks, publish_version, read_sources
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.resources.project import Project
-from finetune_assets.resources.raw_versions import GOOD_TAG, SOURCE_TAG, source_tag
+from finetune_assets.resources.raw_versions import AWAY, GOOD_TAG, SOURCE_TAG, source_tag
 
 STALE_AFTER = timedelta(days=30)
 """Age at which Dagster's UI shows the raw data as stale; it stops nothing."""
@@ -75,11 +75,13 @@ def _describe_several(sources: Mapping[str, ReadSource], config: RawDataConfig) 
         for name in config.sources
         if name not in sources
     ]
+    away = sorted({name for name, source in sources.items() if source.away} | (config.sources.keys() - sources.keys()))
     of_each = {name: _describe(source.statistics) for name, source in sources.items()}
     return {
         "dagster/row_count": sum(source.statistics["rows"] for source in sources.values()),
         "dagster/column_schema": column_schema(RAW_SCHEMA),
         "sources": dg.MetadataValue.md(rows_table(rows, columns)),
+        **({AWAY: dg.MetadataValue.json(away)} if away else {}),
         VERSIONS: dg.MetadataValue.json({name: source.ref.fingerprint for name, source in sources.items()}),
         **{
             f"{name}: {key}": value

@@ -12,7 +12,7 @@ from finetune_assets.artifacts.aliases import SAME_AS
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.artifacts.raw_lineage import PARTS, RawLineage, SourceLineage, combined
 from finetune_assets.artifacts.streams import newest_version, record_good
-from finetune_assets.assets.materialization import Outcome, materialize_or_reuse, publish_built
+from finetune_assets.assets.materialization import RETRIES, Outcome, materialize_or_reuse, publish_built
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
 from finetune_assets.assets.raw_checks.check import Version
 from finetune_assets.assets.raw_checks.profile import Profile, last_good
@@ -47,8 +47,8 @@ class ReadSource:
 def read_sources(context: dg.AssetExecutionContext, project: Project, raw: RawLineage) -> dict[str, ReadSource]:
     """Read all sources.
 
-    Of several sources, one that is not available is replaced by its last good version, if the store has one, and left
-    out otherwise; the error is logged. Files that are available but cannot be read fail the step.
+    Of several sources, one that is not available, after retries, is replaced by its last good version, if the store has
+    one, and left out otherwise; the error is logged. Files that are available but cannot be read fail the step.
 
     Raises:
         UserError: if no source is available, or a file cannot be read.
@@ -59,17 +59,26 @@ def read_sources(context: dg.AssetExecutionContext, project: Project, raw: RawLi
         try:
             _ = lineage.fingerprint
         except UserError as e:
+            if not lineage.several or not is_away(lineage, e) or (e.retriable and context.retry_number < RETRIES):
+                raise
             errors.append(e)
-            ref = newest_version(project.store(), lineage.source_name) if lineage.several else None
+            ref = newest_version(project.store(), lineage.stream)
             if ref:
                 sources[name] = ReadSource(lineage, ref, True, statistics_of(project, ref), str(e))
             state = f"using its version {ref.fingerprint[:12]}" if ref else "experiments that use it will fail"
             context.log.warning(f"Source {name} is not available ({e}); {state}")
         else:
             sources[name] = _read(context, project, raw, lineage)
-    if not sources:
+    if all(source.away for source in sources.values()):
         raise errors[0]
     return sources
+
+
+def is_away(source: SourceLineage, error: UserError) -> bool:
+    """Whether an error means that a source is not available, rather than that it cannot be read."""
+    if error.retriable or source.config.source.startswith("hf://"):
+        return True
+    return "://" not in source.config.source and not Path(source.context.root, source.source_name).exists()
 
 
 def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, source: SourceLineage) -> ReadSource:
@@ -143,7 +152,7 @@ def evaluate_checks(
         by_source[name] = [check.evaluate(version) for check in RAW_CHECKS]
         profiles[name] = version.profile
         if all(result.passed for result in by_source[name] if result.check_name in BLOCKING):
-            record_good(project.store(), source.lineage.source_name, source.ref.fingerprint)
+            record_good(project.store(), source.lineage.stream, source.ref.fingerprint)
     if len(raw.sources) == 1:
         return next(iter(by_source.values())), profiles
     of_check = zip(*by_source.values(), strict=True)

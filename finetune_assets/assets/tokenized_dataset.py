@@ -94,7 +94,7 @@ def tokenized_dataset(
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
         outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))
-        return result(outcome, checks, lineage_tags(lineage), **metadata)
+        return result(outcome, checks, lineage_tags(lineage), dolly_raw=dolly_raw.fingerprint, **metadata)
 
 
 def _raw_parts(lineage: Lineage, raw: ArtifactRef) -> list["RawPart"]:

@@ -1,11 +1,16 @@
 """The error for invalid settings, with a uniform message format."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
 from finetune_assets.errors import UserError
 
+SECRET = re.compile(
+    r"(^|[._])(secrets?|passw(or)?d|pass|api_?keys?|access_?keys?|tokens?|auth)($|[._=])", re.IGNORECASE
+)
+"""Pattern of names whose values are not shown."""
 MOST_SHOWN = 200
 """Maximum number of characters of a value in an error."""
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune_assets.config.errors import MOST_SHOWN, ConfigError, suggest
+from finetune_assets.config.errors import MOST_SHOWN, SECRET, ConfigError, suggest
 from finetune_assets.config.overrides import read_override
 from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
 from finetune_assets.config.raw_validation import impossible_raw_settings
@@ -204,7 +204,7 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
         config.sources = {}
     elif config.sources:
         for key in ("source", "columns", "hub"):
-            if layers[0].tree.get(key) is not None:
+            if layers[0].tree.get(key) not in (None, {}):
                 raise ConfigError(str(path), key, "cannot be set together with `sources`; set it for each source")
     for key, problem in impossible_raw_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
@@ -271,7 +271,9 @@ def _layer(where: str, tree: dict[str, Any]) -> Layer:
 
 
 def _override_layer(override: str) -> Layer:
-    where = f"{OVERRIDE} '{override if len(override) <= MOST_SHOWN else f'{override[:MOST_SHOWN]}...'}'"
+    setting = override.partition("=")[0]
+    given = f"{setting}=..." if SECRET.search(setting) else override
+    where = f"{OVERRIDE} '{given if len(given) <= MOST_SHOWN else f'{given[:MOST_SHOWN]}...'}'"
     return _layer(where, read_override(ExperimentConfig, override, where))
 
 

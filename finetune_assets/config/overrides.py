@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from finetune_assets.config.errors import ConfigError, shown, suggest
+from finetune_assets.config.errors import SECRET, ConfigError, shown, suggest
 from finetune_assets.config.typed_yaml import NULLS, PLAIN, TypedReader, compose, hints_of, is_text, required_type
 
 QUOTES = ("'", '"')
@@ -53,7 +53,7 @@ def place(schema: type, setting: str, where: str, value: str | None = None) -> P
             hints = hints_of(required)  # type: ignore[arg-type]
             if name not in hints:
                 path = ".".join(names[: index + 1])
-                given = "" if value is None else f" (value {shown(value)})"
+                given = "" if value is None else f" (value {'hidden' if SECRET.search(name) else shown(value)})"
                 raise ConfigError(where, path, f"unknown setting{given}; {suggest(name, hints)}")
             hint = hints[name]
         elif get_origin(required) is dict and get_args(required)[1] is not Any:

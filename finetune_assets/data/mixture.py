@@ -11,8 +11,9 @@ def choose(
 ) -> NDArray[np.bool_]:
     """Choose as many examples as possible with the sources' tokens in the proportion of the weights.
 
-    The source with the fewest tokens for its weight is used whole. Of each other source, examples are chosen in the
-    order of their ranks, which depend on content alone, so new rows displace only those of higher rank.
+    The source with the fewest tokens for its weight is used whole; sources without any do not count. Of each other
+    source, examples are chosen in the order of their ranks, which depend on content alone, so new rows displace only
+    those of higher rank.
 
     Args:
         tokens: Number of tokens of each example; shape (n,).
@@ -24,7 +25,7 @@ def choose(
         Mask of the chosen examples; shape (n,).
     """
     totals = np.bincount(sources, tokens, len(weights))
-    scale = min(total / weight for total, weight in zip(totals, weights, strict=True))
+    scale = min((total / weight for total, weight in zip(totals, weights, strict=True) if total), default=0.0)
     chosen = np.zeros(len(tokens), np.bool_)
     for source, weight in enumerate(weights):
         members = np.flatnonzero(sources == source)

@@ -4,6 +4,7 @@ The output folder contains `train.arrow`, `val.arrow` and `gate.arrow` (Arrow st
 can open too) and, with packing, `packs.arrow`: the train examples of each packed sequence.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,8 +29,10 @@ from finetune_assets.data.tokenization import IGNORED, Encoder, TokenizedRows
 from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
+logger = logging.getLogger(__name__)
 FREQUENT = 0.2
-"""A prompt with more than this fraction of the rows explains an empty split."""
+"""A prompt with more than this fraction of the rows explains an empty split. It is logged if more rows of a source than
+this are left out."""
 EXAMPLE_SCHEMA = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.int32()), metadata={"doc": "tokens of prompt, response and end"}),
@@ -203,6 +206,13 @@ def _mix(
                 "left_out_rows": int((own & ~kept).sum()),
                 "left_out_tokens": int(train.lengths[own & ~kept].sum()),
             }
+            if (own & ~kept).sum() > FREQUENT * own.sum():
+                logger.warning(
+                    "Source %s: %s of %s training rows are left out so that each source has its weight of the tokens",
+                    parts[index].name,
+                    int((own & ~kept).sum()),
+                    int(own.sum()),
+                )
     return train.take(kept)
 
 

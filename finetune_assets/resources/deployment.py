@@ -13,19 +13,19 @@ FINETUNE_RAW_DATA: overrides `source` in `configs/raw_data.yaml`.
 
 import getpass
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from finetune_assets.store.artifacts import ArtifactStore, open_store
 from finetune_assets.store.errors import StoreError
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-DEMO = "-demo"
-"""End of the demo's namespace."""
+IS_DEMO = "FINETUNE_DEMO"
+"""Set by `use_demo`, so that a process that it starts does not switch again."""
 
 
 def configs() -> Path:
@@ -84,9 +84,16 @@ def use_demo() -> None:
     """
     home = root() / ".finetune" / "demo"
     home.mkdir(parents=True, exist_ok=True)
-    settings = Path(os.environ.get("DAGSTER_HOME", "")) / "dagster.yaml"
-    if settings.is_file() and settings.parent != home:
-        shutil.copyfile(settings, home / "dagster.yaml")
-    if not namespace().endswith(DEMO):
-        os.environ["FINETUNE_NAMESPACE"] = namespace() + DEMO
-    os.environ |= {"FINETUNE_RAW_DATA": "sample", "DAGSTER_HOME": str(home)}
+    if IS_DEMO in os.environ:
+        return
+    settings = Path(os.environ["DAGSTER_HOME"]) / "dagster.yaml" if os.environ.get("DAGSTER_HOME") else None
+    if settings and settings.is_file():
+        tree = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}
+        kept = {name: value for name, value in tree.items() if "storage" not in name}  # its runs are in its own folder
+        (home / "dagster.yaml").write_text(yaml.safe_dump(kept), encoding="utf-8")
+    os.environ |= {
+        IS_DEMO: "1",
+        "FINETUNE_NAMESPACE": f"{namespace()}-demo",
+        "FINETUNE_RAW_DATA": "sample",
+        "DAGSTER_HOME": str(home),
+    }

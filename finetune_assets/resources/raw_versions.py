@@ -25,6 +25,10 @@ GOOD_TAG = "finetune/good"
 """Tag of a `dolly_raw` materialization that passed its blocking checks. Later versions are compared with it."""
 SOURCE_TAG = "finetune/source"
 """Tag of a materialization: hash of the name of the raw data source. Automation ignores those of other sources."""
+RAW_VERSION = "dolly_raw"
+"""Metadata key of `tokenized_dataset`: fingerprint of the raw data that its run read."""
+AWAY = "not_available"
+"""Metadata key of `dolly_raw`: names of the sources of which an earlier version is used, or none."""
 SOURCE = "source"
 """Metadata key of `dolly_raw`: name of the source."""
 PAGE = 20
@@ -92,6 +96,8 @@ def requested_version(
             tags = materialization.tags or {}
             if OVERRIDES_TAG in tags or not is_of_source(materialization, source):
                 continue
+            if RAW_VERSION in materialization.metadata:
+                return str(materialization.metadata[RAW_VERSION].value)
             manifest = store.manifest(TOKENIZED.folder, tags.get(DATA_VERSION_TAG, ""))
             if manifest and manifest.made_from.get("dolly_raw"):
                 return str(manifest.made_from["dolly_raw"])

@@ -1,5 +1,6 @@
 """Names of raw data sources, by which versions of one source are recognized."""
 
+import os
 from pathlib import Path
 
 SAMPLE, UNNAMED = "sample", "default"
@@ -21,5 +22,5 @@ def source_name(setting: str, root: Path) -> str:
         return setting
     if "://" in setting:
         return (setting.partition("@")[0] if setting.startswith("hf://") else setting).rstrip("/")
-    path = (root / Path(setting).expanduser()).resolve()
+    path = Path(os.path.normpath(root / Path(setting).expanduser()))  # not `resolve`: a link may point elsewhere later
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

@@ -28,7 +28,7 @@ class Pins:
 
     def __init__(self, store: ArtifactStore, repo_type: hub.RepoType, made_by: str, asks_hub: bool = False) -> None:
         self.store, self.repo_type, self.made_by, self.asks_hub = store, repo_type, made_by, asks_hub
-        self._answer: tuple[str, str, str] | None = None
+        self._answers: dict[tuple[str, str], str] = {}
 
     def commit_of(self, repo: str, revision: str) -> str:
         """The commit of a revision; a full commit hash is returned unchanged.
@@ -57,17 +57,15 @@ class Pins:
                 raise
             logger.warning("Hub unreachable (%s); using %s@%s from the last request", e, repo, recorded)
             return recorded
-        self._answer = repo, revision, commit
+        self._answers[repo, revision] = commit
         return commit
 
     def record(self) -> None:
-        """Record the commit of the last request, if any. Call this once the store has the artifact of that commit."""
-        if self._answer is None:
-            return
-        repo, revision, commit = self._answer
-        if commit != self._read(repo, revision):
-            record = {"commit": commit, "asked": datetime.now(UTC).isoformat(timespec="seconds")}
-            self.store.objects.put(self._key(repo, revision), json.dumps(record).encode())
+        """Record the commits of all requests. Call this once the store has the artifacts of these commits."""
+        for (repo, revision), commit in self._answers.items():
+            if commit != self._read(repo, revision):
+                record = {"commit": commit, "asked": datetime.now(UTC).isoformat(timespec="seconds")}
+                self.store.objects.put(self._key(repo, revision), json.dumps(record).encode())
 
     def _read(self, repo: str, revision: str) -> str | None:
         try:

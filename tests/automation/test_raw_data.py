@@ -1,5 +1,6 @@
 """The sensor on real folders and a real S3 server: what starts, what does not, and what the tick says."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from projects import TestProject
 from servers import ceph as ceph_server
 from servers.s3 import Bucket
 
-from finetune_assets.automation import change_detection, raw_data
+from finetune_assets.automation import raw_data
 from finetune_assets.automation.raw_data import raw_data_sensor
 
 ROW = '{{"instruction": "Question {0}?", "response": "Answer {0}."}}\n'
@@ -145,7 +146,7 @@ def test_drip_fed_rows_wait_for_more(project: TestProject, inbox: Path, sensor: 
 def test_restart_forgets_nothing(inbox: Path, sensor: Sensor) -> None:
     (inbox / "a.jsonl").write_text(rows(1))
     assert len(sensor.starts()) == 1
-    assert change_detection.SensorCursor.read(sensor.cursor).number == 1
+    assert json.loads(sensor.cursor or "")["started"] == 1
     from finetune_assets.sources import local
 
     local._known_content.cache_clear()
@@ -245,3 +246,21 @@ def test_a_second_source_is_added(project: TestProject, inbox: Path, sensor: Sen
     )
     assert len(sensor.starts()) == 1
     assert sensor.starts() == []
+
+
+def test_sources_that_are_added_removed_or_moved_are_read_again(
+    project: TestProject, two_sources: tuple[Path, Path], sensor: Sensor
+) -> None:
+    """Each time under a key of its own: Dagster never runs a key twice."""
+    settings = project.configs / "raw_data.yaml"
+    keys = sensor.starts()
+    both = settings.read_text()
+    for text in ("sources: {one: {source: ./one}}", both, "source: ./one", both):
+        settings.write_text(text)
+        started = sensor.starts(4)
+        assert len(started) == 1, text
+        keys += started
+    (project.root / "one").rename(project.root / "moved")
+    settings.write_text(both.replace("./one", "./moved"))
+    keys += sensor.starts(4)
+    assert len(keys) == len({*keys}) == 6

@@ -174,7 +174,10 @@ def test_the_gate_refuses_an_adapter_of_another_source(
     lineage.champions.promote_by_hand(champion, "a test", "tests")
     monkeypatch.setenv("FINETUNE_RAW_DATA", "./two")
     run = graph.run("*", "mine", SHORT)
-    (check,) = [one for one in run.result.get_asset_check_evaluations() if one.check_name == "gate"]
+    checks = run.result.get_asset_check_evaluations()
+    (check,) = [
+        one for one in checks if (one.asset_key.to_user_string(), one.check_name) == ("champion_adapter", "gate")
+    ]
     assert not check.passed
     assert "two" in check.description
     assert "one" in check.description

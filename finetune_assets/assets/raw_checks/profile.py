@@ -49,7 +49,7 @@ def last_good(instance: dg.DagsterInstance, version: str, sources: str, name: st
     for materialization in _good(instance, sources):
         if _parts(materialization, name) != version:
             profiles: Any = materialization.metadata[PROFILE].value
-            profile = profiles if "rows" in profiles else profiles.get(name)
+            profile = profiles.get(name) if VERSIONS in materialization.metadata else profiles
             if profile:
                 return Profile(**profile)
     return None
