@@ -14,6 +14,7 @@ from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import Experiment, experiment_files, load_experiment, load_raw_data_config
 from finetune_assets.resources import deployment
+from finetune_assets.sources.names import SAMPLE
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,11 @@ def settings_hashes(asset: str) -> dict[str, str]:
     hashes = {}
     for name in experiment_files(configs):  # experiments of a sweep are never subscribed
         experiment = _loaded(configs, name, base, _stamp(configs / "experiments" / f"{name}.yaml"))
-        if not experiment or not experiment.config.subscribed or not sources.issuperset(_sources(experiment)):
+        if not experiment or not experiment.config.subscribed:
+            continue
+        if unknown := sorted({*_sources(experiment)} - sources - {SAMPLE}):
+            _warn(name, tuple(unknown), tuple(sorted(sources)))
+        if not sources.issuperset(_sources(experiment)):
             continue
         if settings := _settings(asset, experiment, salt):
             hashes[name] = settings
@@ -152,6 +157,17 @@ def _choice_of_rows(configs: Path, source: str | None, stamp: tuple[int, int]) -
     if not any(value for values in mixture.values() for value in values):
         return config.split_salt, names
     return fingerprint(salt=config.split_salt, mixture=mixture), names
+
+
+@lru_cache
+def _warn(experiment: str, unknown: tuple[str, ...], sources: tuple[str, ...]) -> None:
+    """Log once that an experiment is not trained because its sources are not configured."""
+    logger.warning(
+        "experiment %s is not trained automatically: data.sources names %s; sources in raw_data.yaml: %s",
+        experiment,
+        ", ".join(unknown),
+        ", ".join(sources),
+    )
 
 
 def _sources(experiment: Experiment) -> list[str]:

@@ -49,3 +49,8 @@ def test_replayed_tokens_have_their_share(share: float) -> None:
 def test_too_few_replayed_tokens_are_all_used() -> None:
     tokens, sources, ranks = drawn(6, 1000, 10)
     assert choose_replayed(tokens, sources == 1, ranks, 0.5).all()
+
+
+def test_a_source_without_tokens_takes_none_from_the_others() -> None:
+    tokens, sources, ranks = drawn(7, 500, 0)
+    assert choose(tokens, sources, ranks, [0.8, 0.2]).all()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from integration.graph import Graph
 from projects import SHORT, TestProject
@@ -10,6 +11,7 @@ from projects import SHORT, TestProject
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.streams import earlier_versions
 from finetune_assets.resources.project import Project
+from finetune_assets.resources.raw_versions import configured_source, requested_version
 
 QUICK = """
 model: {base_model: demo-base, dtype: float32}
@@ -185,3 +187,65 @@ def test_the_gate_refuses_an_adapter_of_another_source(
     lineage = Project(overrides=[*SHORT]).lineage("mine")
     assert lineage.sources_of(lineage.expected(ADAPTERS)) == {"two"}
     assert lineage.sources_of(champion) == {"one"}
+
+
+def test_a_version_that_was_reverted_does_not_come_back_in_an_outage(
+    project: TestProject, sources: tuple[Path, Path]
+) -> None:
+    _, two = sources
+    graph = Graph()
+    graph.run("dolly_raw", partition=None)
+    first = Project().raw().current_parts()["two"]
+    write_rows(two, "b.jsonl", range(200, 220), "wrong")
+    graph.run("dolly_raw", partition=None)
+    (two / "b.jsonl").unlink()
+    graph.run("dolly_raw", partition=None)
+    two.rename(two.with_name("away"))
+    assert Project().raw().current_parts()["two"] == first
+
+
+def test_a_source_may_have_any_name(project: TestProject, sources: tuple[Path, Path]) -> None:
+    """Also that of a statistic."""
+    settings = project.configs / "raw_data.yaml"
+    settings.write_text(settings.read_text().replace("  one:", "  rows:"))
+    graph = Graph()
+    assert graph.run("dolly_raw", partition=None).success
+    write_rows(sources[0], "b.jsonl", range(70, 80), "apple")
+    assert graph.run("dolly_raw", partition=None).success
+
+
+def test_sources_of_one_location_have_histories_of_their_own(project: TestProject, sources: tuple[Path, Path]) -> None:
+    swapped = "columns: {instruction: response, response: instruction}"
+XX    project.write_experiment("other", QUICK + "  sources: [other]\n  replay: 0.3\n")
+    Graph().run("dolly_raw", partition=None)
+    lineage = Project().lineage("other")
+    assert lineage.replayed(lineage.selected_sources()) == []
+    parts = lineage.raw.current_parts()
+    sources[0].rename(sources[0].with_name("away"))
+    assert Project().raw().current_parts() == parts
+
+
+def test_a_cached_dataset_is_trained_with_the_version_that_its_run_read(
+    project: TestProject, sources: tuple[Path, Path]
+) -> None:
+    """The dataset was made of a single source, of which the name is new since."""
+    graph = Graph()
+    project.write_experiment("ones", QUICK)
+    (project.configs / "raw_data.yaml").write_text("source: ./one")
+    graph.run("dolly_raw", partition=None)
+    assert graph.run(["cached_base_model", "tokenized_dataset"], "ones").success
+    project.write_experiment("ones", QUICK + "  sources: [one]\n")
+    configure(project)
+    graph.run("dolly_raw", partition=None)
+    assert graph.run("tokenized_dataset", "ones").reused == {"tokenized_dataset"}
+    selected = frozenset({dg.AssetKey("lora_adapter")})
+    run = dg.DagsterRun(job_name="automatic", tags={"dagster/partition": "ones"}, asset_selection=selected)
+    version = requested_version(graph.instance, run, configured_source(), project.store)
+    assert version == Project().raw().fingerprint
+
+
+def test_a_broken_link_is_no_outage(project: TestProject, sources: tuple[Path, Path]) -> None:
+    graph = Graph()
+    graph.run("dolly_raw", partition=None)
+    (sources[1] / "c.jsonl").symlink_to("/nowhere/c.jsonl")
+    assert not graph.run("dolly_raw", partition=None).success
