@@ -216,7 +216,9 @@ def test_a_source_may_have_any_name(project: TestProject, sources: tuple[Path, P
 
 def test_sources_of_one_location_have_histories_of_their_own(project: TestProject, sources: tuple[Path, Path]) -> None:
     swapped = "columns: {instruction: response, response: instruction}"
-XX    project.write_experiment("other", QUICK + "  sources: [other]\n  replay: 0.3\n")
+    settings = f"sources: {{one: {{source: ./one}}, other: {{source: ./one, {swapped}}}}}"
+    (project.configs / "raw_data.yaml").write_text(settings)
+    project.write_experiment("other", QUICK + "  sources: [other]\n  replay: 0.3\n")
     Graph().run("dolly_raw", partition=None)
     lineage = Project().lineage("other")
     assert lineage.replayed(lineage.selected_sources()) == []
