@@ -52,10 +52,10 @@ def main() -> None:
         gate = held_out(first, "gate", configured(*SHAPE).data).examples
         for seed in range(seeds):
             settings = configured(*SHAPE, f"training.seed={seed}", f"training.max_steps={steps}")
-            begun = train(first, settings, folder / f"{seed}-first")
-            losses = {"before": measured(begun, gate)}
+            first_run = train(first, settings, folder / f"{seed}-first")
+            losses = {"before": measured(first_run, gate)}
             for share, dataset in later.items():
-                run = train(dataset, settings, folder / f"{seed}-{share}", begun.job.output)
+                run = train(dataset, settings, folder / f"{seed}-{share}", first_run.job.output)
                 losses[str(share)] = measured(run, gate)
             for share in SHARES[1:]:
                 gain = paired_gain(losses["0.0"], losses[str(share)], gate.learned, 0.95, seed)
@@ -92,10 +92,10 @@ def prepared(folder: Path, parts: Sequence[RawPart], share: float) -> Path:
     return folder
 
 
-def train(dataset: Path, config: ExperimentConfig, folder: Path, begun: Path | None = None) -> LoraFinetune:
+def train(dataset: Path, config: ExperimentConfig, folder: Path, first_run: Path | None = None) -> LoraFinetune:
     output = folder / "output"
     output.mkdir(parents=True)
-    job = TrainingPaths(STORIES, dataset, output, folder / "scratch", MADE_FROM, begun)
+    job = TrainingPaths(STORIES, dataset, output, folder / "scratch", MADE_FROM, first_run)
     run = LoraFinetune(job, config, ALONE, Reporter(lambda line: None))
     run.run()
     return run
