@@ -1,6 +1,5 @@
 """The base model that an adapter was trained on, as recorded with the adapter."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts.imports import Import
 from finetune_assets.artifacts.kinds import BASE_MODELS
-from finetune_assets.artifacts.layout import NOT_ON_THE_HUB, PROVENANCE
+from finetune_assets.artifacts.layout import NOT_ON_THE_HUB, PROVENANCE, read_object
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import StoreError
 
@@ -45,10 +44,10 @@ class RecordedBase:
     @staticmethod
     def in_folder(folder: Path) -> "RecordedBase":
         """Read an adapter's folder: its provenance if this project trained it, otherwise PEFT's config."""
-        recorded = RecordedBase.of(_read(folder / PROVENANCE))
+        recorded = RecordedBase.of(read_object(folder / PROVENANCE))
         if recorded.fingerprint:
             return recorded
-        name, revision = (_read(folder / PEFT_CONFIG).get(key) for key in ("base_model_name_or_path", "revision"))
+        name, revision = (read_object(folder / PEFT_CONFIG).get(key) for key in ("base_model_name_or_path", "revision"))
         known = isinstance(name, str) and HUB_ID.fullmatch(name) and not (folder / name).exists()
         return RecordedBase(None, name if known else None, revision if known and isinstance(revision, str) else None)
 
@@ -104,11 +103,3 @@ def check_warm_start(lineage: "Lineage", base_model: ArtifactRef) -> None:
 def _weights(store: ArtifactStore, name: str) -> dict[str, str]:
     manifest = store.manifest(BASE_MODELS.folder, name)
     return {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")} if manifest else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

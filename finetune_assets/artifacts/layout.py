@@ -1,6 +1,8 @@
 """File names of adapters, evaluations, merged models and reports, shared by writers and readers."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from finetune_assets.store.hashing import sha256
 
@@ -37,3 +39,12 @@ def write_sums(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
     lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object in a folder from elsewhere; empty if the file is missing or contains something else."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}

@@ -4,7 +4,6 @@ Nothing here depends on past materializations: the same configuration and data l
 in CI on an empty instance, and in production. Only `import_external_inputs` publishes artifacts.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from finetune_assets.artifacts.kinds import (
     RAW,
     ArtifactKind,
 )
-from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE, SOURCES
+from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE, SOURCES, read_object
 from finetune_assets.artifacts.raw_lineage import RawLineage
 from finetune_assets.artifacts.streams import earlier_versions
 from finetune_assets.config.fingerprint import fingerprint
@@ -92,13 +91,11 @@ class Lineage:
             kind: Artifact kind.
             known: Upstream artifacts that need no lookup, by asset.
         """
-        inputs = {name: self._input(name, known) for name in kind.inputs}
-        return kind.fingerprint(self.experiment.config, **inputs)
+        return kind.fingerprint(self.experiment.config, **self._inputs(kind, known))
 
     def earlier_fingerprints(self, kind: ArtifactKind, **known: ArtifactRef) -> list[str]:
         """Fingerprints of the same artifact under earlier code versions."""
-        inputs = {name: self._input(name, known) for name in kind.inputs}
-        return kind.earlier_fingerprints(self.experiment.config, **inputs)
+        return kind.earlier_fingerprints(self.experiment.config, **self._inputs(kind, known))
 
     def expected(self, kind: ArtifactKind) -> ArtifactRef:
         """The experiment's artifact of a kind."""
@@ -108,6 +105,9 @@ class Lineage:
             return self.champion()
         name = self.base_name() if kind is BASE_MODELS else self.fingerprint(kind)
         return canonical(self.store, self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder))
+
+    def _inputs(self, kind: ArtifactKind, known: Mapping[str, ArtifactRef]) -> dict[str, Any]:
+        return {name: self._input(name, known) for name in kind.inputs}
 
     def _input(self, name: str, known: Mapping[str, ArtifactRef]) -> Any:
         """The value of one fingerprint input: an asset's fingerprint, or a value from outside the graph."""
@@ -377,8 +377,5 @@ LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
 
 def _held_back_of(adapter: Path) -> dict[str, Any] | None:
     """Held-out rows from the provenance in an adapter's folder; None if it has no such record."""
-    try:
-        holdout = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")).get(HELD_BACK)
-    except (OSError, ValueError, AttributeError):
-        return None
+    holdout = read_object(adapter / PROVENANCE).get(HELD_BACK)
     return holdout if isinstance(holdout, dict) and holdout.keys() == {"salt", "gate", "val"} else None

@@ -35,7 +35,7 @@ class SourceLineage:
         name: Name of the source in the settings.
         config: The deployment's raw data settings, with `source`, `columns` and `hub` of this source.
         context: What sources are opened with, except the settings.
-        pins: Commits of Hub datasets.
+        several: Whether there are other sources, so that errors name this one.
     """
 
     def __init__(self, name: str, config: RawDataConfig, context: SourceContext, several: bool = False) -> None:

@@ -56,7 +56,7 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
         memory, instance, source = RequestMemory.read(context.cursor), context.asset_graph_view.instance, _source()
         memory.count_requested(_partitions(context.get_previous_requested_subset(context.root_context.key)))
         memory.count_raw(instance, source, context.key)
-        for name in self.inputs:
+        for name in {*self.inputs} - {DOLLY_RAW}:
             memory.count_made(name, source, context.key, instance)
         memory.count_own(context.key.to_user_string(), instance)
         hashes = settings_hashes(context.key.to_user_string())
@@ -130,14 +130,13 @@ class RequestMemory:
                 continue
             versions[tag] = version
             self.arrivals += tag == source and last is not None and last != version
-            experiment = _experiment_of_run(instance, record.run_id, asset)
+            run = _run_of(instance, record.run_id, asset)
+            experiment = run.tags.get(PARTITION_TAG, "") if run else ""
             if experiment in self.asked and tag == source:
                 self.asked[experiment][DOLLY_RAW] = version
 
     def count_made(self, upstream: str, source: str, asset: dg.AssetKey, instance: dg.DagsterInstance) -> None:
         """Read the materializations of `upstream` since the last evaluation."""
-        if upstream == DOLLY_RAW:
-            return
         versions = self.versions.setdefault(upstream, {})
         together: dict[str, bool] = {}
         for record, materialization in self._new(instance, upstream):
@@ -146,7 +145,7 @@ class RequestMemory:
             name, version = record.partition_key or "", (materialization.tags or {}).get(DATA_VERSION_TAG, "")
             versions[name] = version
             if record.run_id not in together:
-                together[record.run_id] = _run_selects(instance, record.run_id, asset)
+                together[record.run_id] = _run_of(instance, record.run_id, asset) is not None
             if together[record.run_id] and name in self.asked:
                 self.asked[name][upstream] = version
 
@@ -183,15 +182,10 @@ def _materializations(instance: dg.DagsterInstance, asset: str, after: int | Non
         cursor = page.cursor
 
 
-def _run_selects(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) -> bool:
+def _run_of(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) -> dg.DagsterRun | None:
+    """A run, if it also materializes the asset."""
     run = instance.get_run_by_id(run_id)
-    return run is not None and (not run.asset_selection or asset in run.asset_selection)
-
-
-def _experiment_of_run(instance: dg.DagsterInstance, run_id: str, asset: dg.AssetKey) -> str:
-    """The experiment for which a run also materializes the asset; empty if it does not."""
-    run = instance.get_run_by_id(run_id)
-    return run.tags.get(PARTITION_TAG, "") if run and _run_selects(instance, run_id, asset) else ""
+    return run if run and (not run.asset_selection or asset in run.asset_selection) else None
 
 
 def _partitions(subset: Any) -> Set[str]:

@@ -112,11 +112,11 @@ def settings_hashes(asset: str) -> dict[str, str]:
     Experiments that cannot be loaded are left out, and those that use a source that is not configured.
     """
     configs = deployment.configs()
-    salt, sources = _choice_of_rows(configs, deployment.raw_data(), _stamp(configs / "raw_data.yaml"))
-    base = _stamp(configs / "base.yaml")
+    salt, sources = _choice_of_rows(configs, deployment.raw_data(), deployment.file_stamp(configs / "raw_data.yaml"))
+    base = deployment.file_stamp(configs / "base.yaml")
     hashes = {}
     for name in experiment_files(configs):  # experiments of a sweep are never subscribed
-        experiment = _loaded(configs, name, base, _stamp(configs / "experiments" / f"{name}.yaml"))
+        experiment = _loaded(configs, name, base, deployment.file_stamp(configs / "experiments" / f"{name}.yaml"))
         if not experiment or not experiment.config.subscribed:
             continue
         if unknown := sorted({*_sources(experiment)} - sources - {SAMPLE}):
@@ -131,15 +131,6 @@ def settings_hashes(asset: str) -> dict[str, str]:
 def _settings(asset: str, experiment: Experiment, split_salt: str) -> str | None:
     read = SETTINGS.get(asset)
     return read(experiment, split_salt) if read else _identity(KIND_OF[asset], experiment, split_salt=split_salt)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Modification time in ns and size in bytes of a file, which indicate a change; zeros if it cannot be read."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
 
 
 @lru_cache

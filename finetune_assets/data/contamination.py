@@ -17,7 +17,7 @@ from finetune_assets.data.folding import words_of
 from finetune_assets.data.near_duplicates import word_sequences
 from finetune_assets.data.quality import SHOWN
 from finetune_assets.data.raw_files import raw_batches
-from finetune_assets.data.rows import Row
+from finetune_assets.data.rows import Row, texts_of
 
 WORDS = 13
 """Words in a row, up to case, spaces and punctuation, that make a row contaminated (as for GPT-3, arXiv:2005.14165)."""
@@ -82,8 +82,7 @@ def _batches(rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[NDArray[np.int64
     """Parts of rows, each with the number of its row; a row is in one batch."""
     numbers, parts = list[int](), list[str]()
     for number, row in rows:
-        turns = [str(value) for turn in row["messages"] or () for value in turn.values() if value]
-        own = turns or [row["instruction"], row["context"], row["response"]]
+        own = texts_of(row)
         numbers += [number] * len(own)
         parts += own
         if len(parts) >= ROWS_PER_BATCH:

@@ -17,7 +17,8 @@ from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.layouts import RowReader
 from finetune_assets.data.near_duplicates import THRESHOLD
-from finetune_assets.data.quality import Inspector, Quality, rows_by_number
+from finetune_assets.data.quality import Inspector, Quality
+from finetune_assets.data.raw_files import rows_at
 from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.readers import SourceFile, SourceRecord, Unreadable, kept, read_records
 from finetune_assets.data.rows import Row
@@ -137,8 +138,9 @@ def _shown(parquet: Path, quality: Quality) -> dict[str, Row]:
     numbers = {number for pair in pairs for number in pair} | {*quality.first_leaked}
     if not numbers:
         return {}
-    rows = rows_by_number(pq.ParquetFile(parquet).iter_batches(ROWS_PER_BATCH), numbers)
-    return {str(number): {**row, "messages": None} for number, row in rows.items()}
+    named = sorted(numbers)
+    rows = rows_at([parquet], named)
+    return {str(number): {**row, "messages": None} for number, row in zip(named, rows, strict=True)}
 
 
 def _count(batch: list[Row], counts: RawStatistics) -> None:
@@ -234,7 +236,7 @@ class _SourceColumns:
                 raise DataError(f"raw_data.yaml: {setting} names '{column}', which no row has; found {found}")
             logger.warning("%s names '%s', which no row of %s has", setting, column, ", ".join(files[:SHOWN]))
         counts.files_without_column = {column: files[:NAMED] for column, files in self.missing.items()}
-        counts.ignored_columns = {masked(name): rows for name, rows in self.ignored.most_common(NAMED)}
+        counts.ignored_columns = dict(self.ignored.most_common(NAMED))
         if counts.ignored_columns:
             listed = ", ".join(f"{column} ({rows:,} rows)" for column, rows in counts.ignored_columns.items())
             logger.info("Columns that are not read: %s", masked(listed))

@@ -6,14 +6,13 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_assets.data.folding import folded, sequence_hashes, words_of
 from finetune_assets.data.near_duplicates import THRESHOLD, GrowingSignatures, earlier_near_duplicates, sign
-from finetune_assets.data.rows import Row
+from finetune_assets.data.rows import Row, texts_of
 
 SHOWN = 5
 """Maximum number of rows to name for each problem."""
@@ -69,11 +68,10 @@ class Inspector:
         self._quality = Quality(near_duplicate_threshold=threshold)
 
     def look(self, row: Row) -> None:
-        parts = [row["instruction"], row["context"], row["response"]]
-        turns = [str(value) for turn in row["messages"] or () for value in turn.values() if value]
-        self._exact.append(hashed(*parts, *turns))
-        self._lengths[sum(map(len, turns or parts)).bit_length()] += 1
-        self._waiting.append((row, turns or parts))
+        parts, texts = [row["instruction"], row["context"], row["response"]], texts_of(row)
+        self._exact.append(hashed(*parts, *(texts if row["messages"] else ())))
+        self._lengths[sum(map(len, texts)).bit_length()] += 1
+        self._waiting.append((row, texts))
         if len(self._waiting) == ROWS_PER_BATCH:
             self._inspect()
 
@@ -141,21 +139,3 @@ def distance(ours: Mapping[str, int], others: Mapping[str, int]) -> float:
         return 0.0 if totals[0] == totals[1] else 1.0
     names = ours.keys() | others.keys()
     return math.fsum(abs(ours.get(name, 0) / totals[0] - others.get(name, 0) / totals[1]) for name in names) / 2
-
-
-def rows_by_number(batches: Any, numbers: set[int]) -> dict[int, Row]:
-    """Read rows of a Parquet file by number.
-
-    Args:
-        batches: Record batches, in order.
-        numbers: Numbers of the rows to read, from 0; reading stops after the last of them.
-    """
-    rows: dict[int, Row] = {}
-    start = 0
-    for batch in batches:
-        here = sorted(number - start for number in numbers if start <= number < start + len(batch))
-        rows |= {start + index: batch.slice(index, 1).to_pylist()[0] for index in here}
-        start += len(batch)
-        if len(rows) == len(numbers):
-            break
-    return rows

@@ -67,7 +67,7 @@ def _column(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
 
 
 def rows_at(files: Sequence[Path], numbers: Sequence[int], columns: Sequence[str] | None = None) -> list[Row]:
-    """Rows of several raw data artifacts by number.
+    """Rows of several raw data artifacts by number; reading stops after the last of them.
 
     Args:
         files: Parquet files of the artifacts.
@@ -80,6 +80,8 @@ def rows_at(files: Sequence[Path], numbers: Sequence[int], columns: Sequence[str
         taken = batch.take(pa.array(here - start)).to_pylist()
         rows |= dict(zip(here.tolist(), taken, strict=True))
         start += len(batch)
+        if start > wanted.max(initial=-1):
+            break
     return [rows[int(number)] for number in wanted]
 
 

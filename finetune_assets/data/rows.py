@@ -26,6 +26,12 @@ A turn may also have these keys; one that is missing or None has no value:
 """
 
 
+def texts_of(row: Row) -> list[str]:
+    """All texts of a row: every value of its turns, or instruction, context and response."""
+    turns = [str(value) for turn in row["messages"] or () for value in turn.values() if value]
+    return turns or [row["instruction"], row["context"], row["response"]]
+
+
 class Split(StrEnum):
     """A split of the rows."""
 

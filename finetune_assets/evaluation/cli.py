@@ -45,10 +45,7 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
 
 def main() -> None:
     args, rest = parser().parse_known_args()
-    # one flag per source: --raw-0 DIR --raw-1 DIR ...
-    raw = [
-        Path(folder) / PARQUET for flag, folder in zip(rest[::2], rest[1::2], strict=True) if flag.startswith("--raw-")
-    ]
+    raw = [folder / PARQUET for folder in arguments.numbered(rest, "raw")]  # one per source
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     holdout = HoldoutRows(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None

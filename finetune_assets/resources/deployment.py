@@ -77,6 +77,15 @@ def raw_data() -> str | None:
     return os.environ.get("FINETUNE_RAW_DATA")
 
 
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Modification time in ns and size in bytes of a file, which indicate a change; zeros if it cannot be read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
 def use_demo() -> None:
     """Switch this process to the demo's deployment: packaged rows, with a namespace and a Dagster home of its own.
 

@@ -5,6 +5,8 @@ person starts reads the source as it is now.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 
 import dagster as dg
 
@@ -36,7 +38,14 @@ PAGE = 20
 
 def configured_source() -> str:
     """Name of the source that this deployment is configured for."""
-    return all_sources(load_raw_data_config(deployment.configs(), deployment.raw_data()), deployment.root())
+    configs = deployment.configs()
+    return _named(configs, deployment.raw_data(), deployment.file_stamp(configs / "raw_data.yaml"))
+
+
+@lru_cache
+def _named(configs: Path, source: str | None, stamp: tuple[int, int]) -> str:
+    """Cached for a file stamp, because each evaluation needs it for each asset."""
+    return all_sources(load_raw_data_config(configs, source), configs.parent)
 
 
 def source_tag(source: str) -> str:

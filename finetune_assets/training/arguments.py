@@ -1,6 +1,7 @@
 """Command-line arguments shared by all workers."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -18,3 +19,14 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--base-model", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--output", type=Path, required=True, help="empty folder for the output artifact")
     return parser
+
+
+def numbered(rest: Sequence[str], name: str) -> list[Path]:
+    """Folders of a numbered flag, in order: `--NAME-0 DIR --NAME-1 DIR ...`.
+
+    Args:
+        rest: The arguments that the parser does not know.
+        name: Name of the flag, without number.
+    """
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    return [Path(folder) for flag, folder in pairs if flag.startswith(f"--{name}-")]

@@ -22,10 +22,7 @@ from finetune_assets.training.state import TrainerState
 
 def main() -> None:
     args, rest = arguments.parser("finetune_assets.merging.stacking", __doc__).parse_known_args()
-    # one flag per adapter, in the order of `stack.adapters`: --adapter-0 DIR --adapter-1 DIR ...
-    folders = [
-        Path(folder) for flag, folder in zip(rest[::2], rest[1::2], strict=True) if flag.startswith("--adapter-")
-    ]
+    folders = arguments.numbered(rest, "adapter")  # in the order of `stack.adapters`
 
     config = load_resolved(args.config)
     config.wandb = None
