@@ -40,9 +40,13 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestProject:
-    """A project of this test alone, which the environment points to."""
+def project(tmp_path: Path, for_all_workers: Path, monkeypatch: pytest.MonkeyPatch) -> TestProject:
+    """A project of this test alone, which the environment points to. Only simulated memory is shared by all projects,
+    as it is by all experiments on a machine: it depends on code and settings alone."""
     created = TestProject.create(tmp_path)
+    created.cache.mkdir(parents=True)
+    (simulations := for_all_workers / "simulations").mkdir(exist_ok=True)
+    (created.cache / "simulations").symlink_to(simulations)
     for name, value in created.environment.items():
         monkeypatch.setenv(name, value)
     return created

@@ -17,7 +17,7 @@ from servers.s3 import Bucket
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.store.artifacts import open_store
 
-PROCESSES = 8 if os.environ.get("SOAK") else 4
+PROCESSES = 8 if os.environ.get("SOAK") else 3
 FILES = 5
 """Of the model, those that training reads."""
 WEIGHTS = r"/resolve/.*model\.safetensors"
@@ -57,6 +57,7 @@ def same_as_packaged(folder: Path) -> bool:
     return same and len(names) == FILES
 
 
+@pytest.mark.system
 def test_processes_of_one_machine_share_one_download(
     commit: str, hub: Hub, ceph: Bucket, proxied: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ def a_server_elsewhere() -> Iterator[tuple[int, dict[str, str]]]:
 
 @pytest.mark.parametrize(
     "victim",
-    ["fork server", *(pytest.param(name, marks=pytest.mark.system) for name in ("rank", "job", "agent", RUN, PARENT))],
+    ["job", *(pytest.param(name, marks=pytest.mark.system) for name in ("rank", "fork server", "agent", RUN, PARENT))],
 )
 def test_nothing_is_left_and_the_next_run_ends_bit_equal(
     machine: Callable[..., Machine],
