@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.kinds import RAW
-from finetune_assets.artifacts.streams import newest_version
+from finetune_assets.artifacts.streams import is_good, newest_version
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.raw_data_schema import Columns, HubDataset, RawDataConfig, RawSource
 from finetune_assets.data.errors import DataError, Unreachable
@@ -164,24 +164,35 @@ class RawLineage:
         return combined(self.current_parts())
 
     def current_parts(self) -> dict[str, str]:
-        """Fingerprint of each source's version, by name: of a source that cannot be read, its last good version.
+        """Fingerprint of each source's version, by name.
 
-        A source that cannot be read and has no good version in the store is left out.
+        A source that cannot be read, or whose version failed its blocking checks, has its last good version, and is
+        left out if it has none. If none is good, each has its own version.
 
         Raises:
             UserError: if no source is left.
         """
-        parts, errors = {}, []
+        parts, bad, errors = {}, {}, []
         for name, source in self.sources.items():
             try:
-                parts[name] = self.known(source)
+                version = self.known(source)
             except UserError as e:  # also a Hub dataset whose commit is not recorded yet
                 errors.append(e)
-                if last := newest_version(self.store, source.stream):
-                    parts[name] = last.fingerprint
-        if not parts:
+            else:
+                if not self._is_bad(source, version):
+                    parts[name] = version
+                    continue
+                bad[name] = version
+            if last := newest_version(self.store, source.stream):
+                parts[name] = last.fingerprint
+        if not parts and not bad:
             raise errors[0]
-        return parts
+        return parts or bad
+
+    def _is_bad(self, source: SourceLineage, version: str) -> bool:
+        """Whether a version was read and has not passed its blocking checks."""
+        is_read = self.store.find(RAW.folder, version) is not None
+        return is_read and not is_good(self.store, source.stream, version)
 
     def known(self, source: SourceLineage) -> str:
         """Fingerprint of a source's version: of an earlier code version's artifact, if it has exactly the same rows."""

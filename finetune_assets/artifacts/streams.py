@@ -1,7 +1,8 @@
 """The history of a source of raw data: which of its versions passed their blocking checks, and since when.
 
 A small file in the store records each time that a version became the newest good one. Experiments with `data.replay`
-train on rows of earlier versions, and a source that is not available is replaced by its newest one.
+train on rows of earlier versions, and of several sources, one that is not available or whose newest version is bad is
+replaced by its newest good one.
 """
 
 import json
@@ -35,6 +36,11 @@ def newest_version(store: ArtifactStore, source: str) -> ArtifactRef | None:
     """The version of a source that became good last, of those that the store still has."""
     refs = (store.find(RAW.folder, record["version"]) for record in reversed(_records(store, source)))
     return next(filter(None, refs), None)
+
+
+def is_good(store: ArtifactStore, source: str, version: str) -> bool:
+    """Whether a version of a source has ever passed its blocking checks."""
+    return any(record["version"] == version for record in _records(store, source))
 
 
 def _records(store: ArtifactStore, source: str) -> list[dict[str, Any]]:

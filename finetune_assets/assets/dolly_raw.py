@@ -1,7 +1,6 @@
 """Asset `dolly_raw`: raw instruction data as one Parquet file with a documented schema."""
 
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -11,9 +10,15 @@ from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.assets.materialization import ARTIFACT, asset_step, column_schema, result
 from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_rows
-from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
+from finetune_assets.assets.raw_checks import RAW_CHECKS
 from finetune_assets.assets.raw_checks.profile import PROFILE, VERSIONS
-from finetune_assets.assets.raw_sources import FILES, ReadSource, evaluate_checks, publish_version, read_sources
+from finetune_assets.assets.raw_sources import (
+    FILES,
+    CheckedSources,
+    evaluate_checks,
+    publish_version,
+    read_sources,
+)
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.resources.project import Project
 from finetune_assets.resources.raw_versions import AWAY, GOOD_TAG, SOURCE_TAG, source_tag
@@ -39,24 +44,29 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
         began = time.monotonic()
         raw = project.raw(asks_hub=True)
         sources = read_sources(context, project, raw)
-        outcome = publish_version(project, raw, sources, time.monotonic() - began)
+        seconds = time.monotonic() - began
         raw.pins.record()
-        checks, profiles = evaluate_checks(context, project, raw, sources)
-        passed = all(check.passed for check in checks if check.check_name in BLOCKING)
-        tags = {SOURCE_TAG: source_tag(raw.source_name), **({GOOD_TAG: "true"} if passed else {})}
-        by_source = {name: profile.to_dict() for name, profile in profiles.items()}
+        checked = evaluate_checks(context, project, raw, sources)
+        outcome = publish_version(project, raw, checked.used, seconds)
+        tags = {SOURCE_TAG: source_tag(raw.source_name), **({GOOD_TAG: "true"} if checked.good else {})}
+        by_source = {name: profile.to_dict() for name, profile in checked.profiles.items()}
         if len(raw.sources) == 1:
             (source,) = sources.values()
             metadata = {**_describe(source.statistics), PROFILE: dg.MetadataValue.json(next(iter(by_source.values())))}
         else:
-            metadata = {**_describe_several(sources, raw.config), PROFILE: dg.MetadataValue.json(by_source)}
-        return result(outcome, checks, tags, source=raw.source_name, **metadata)
+            away = (name for name in raw.sources if name not in sources or sources[name].away)
+            metadata = {
+                **_describe_several(checked, raw.config, sorted(away)),
+                PROFILE: dg.MetadataValue.json(by_source),
+            }
+        return result(outcome, checked.results, tags, source=raw.source_name, **metadata)
 
 
-def _describe_several(sources: Mapping[str, ReadSource], config: RawDataConfig) -> dict[str, object]:
+def _describe_several(checked: CheckedSources, config: RawDataConfig, away: list[str]) -> dict[str, object]:
     from finetune_assets.data.raw_schema import RAW_SCHEMA
     from finetune_assets.data.tables import rows_table
 
+    sources = checked.used
     columns = ("source", "rows", "quarantined", "weight", "license", "state", "from")
     rows = [
         {
@@ -65,17 +75,24 @@ def _describe_several(sources: Mapping[str, ReadSource], config: RawDataConfig) 
             "quarantined": source.statistics["quarantined"],
             "weight": config.sources[name].weight or "",
             "license": config.sources[name].license,
-            "state": f"not read, earlier version: {source.away}" if source.away else "read",
+            "state": f"not read, earlier version: {source.away}"
+            if source.away
+            else f"earlier version, failed {checked.held_back[name]}"
+            if name in checked.held_back
+            else "read",
             "from": source.lineage.source_name,
         }
         for name, source in sources.items()
     ]
     rows += [
-        {**dict.fromkeys(columns, ""), "source": name, "state": "missing"}
+        {
+            **dict.fromkeys(columns, ""),
+            "source": name,
+            "state": f"left out, failed {checked.held_back[name]}" if name in checked.held_back else "missing",
+        }
         for name in config.sources
         if name not in sources
     ]
-    away = sorted({name for name, source in sources.items() if source.away} | (config.sources.keys() - sources.keys()))
     of_each = {name: _describe(source.statistics) for name, source in sources.items()}
     return {
         "dagster/row_count": sum(source.statistics["rows"] for source in sources.values()),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,9 @@ def read_sources(context: dg.AssetExecutionContext, project: Project, raw: RawLi
             if not lineage.several or not is_away(lineage, e) or (e.retriable and context.retry_number < RETRIES):
                 raise
             errors.append(e)
-            ref = newest_version(project.store(), lineage.stream)
-            if ref:
+            if ref := newest_version(project.store(), lineage.stream):
                 sources[name] = ReadSource(lineage, ref, True, statistics_of(project, ref), str(e))
-            state = f"using its version {ref.fingerprint[:12]}" if ref else "experiments that use it will fail"
-            context.log.warning(f"Source {name} is not available ({e}); {state}")
+            context.log.warning(f"Source {name} is not available ({e}); {_state(sources.get(name))}")
         else:
             sources[name] = _read(context, project, raw, lineage)
     if all(source.away for source in sources.values()):
@@ -137,37 +135,83 @@ def publish_version(project: Project, raw: RawLineage, sources: Mapping[str, Rea
     return Outcome(ref, hit, seconds)
 
 
+@dataclass(frozen=True)
+class CheckedSources:
+    """Results of the checks, and what they leave to be used.
+
+    Attributes:
+        results: One result for each check.
+        used: The sources whose versions are used.
+        held_back: Sources whose newest version failed blocking checks, with the names of these checks. An earlier
+            version of them is used, or none.
+        good: Whether all versions that are used have passed their blocking checks.
+    """
+
+    results: list[dg.AssetCheckResult]
+    used: dict[str, ReadSource]
+    held_back: dict[str, str] = field(default_factory=dict)
+    good: bool = True
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        return {name: Profile.of(source.statistics) for name, source in self.used.items()}
+
+
 def evaluate_checks(
     context: dg.AssetExecutionContext, project: Project, raw: RawLineage, sources: Mapping[str, ReadSource]
-) -> tuple[list[dg.AssetCheckResult], dict[str, Profile]]:
+) -> CheckedSources:
     """Evaluate all checks for each source, and record the good versions of sources.
 
-    Returns:
-        One result for each check, and the profile of each source.
+    Of several sources, one whose version fails a blocking check is replaced by its last good version, and left out
+    without one, so that it holds back no other source.
     """
-    by_source, profiles = {}, {}
+    by_source, used, held_back = {}, {}, {}
     for name, source in sources.items():
         previous = last_good(context.instance, source.ref.fingerprint, raw.source_name, name)
         version = Version(context, source.statistics, source.lineage.config, previous)
         by_source[name] = [check.evaluate(version) for check in RAW_CHECKS]
-        profiles[name] = version.profile
-        if all(result.passed for result in by_source[name] if result.check_name in BLOCKING):
+        failed = [result.check_name or "" for result in by_source[name] if not result.passed]
+        if failed := [check for check in failed if check in BLOCKING]:
+            held_back[name] = ", ".join(failed)
+            if good := newest_version(project.store(), source.lineage.stream):
+                used[name] = replace(source, ref=good, hit=True, statistics=statistics_of(project, good))
+        else:
             record_good(project.store(), source.lineage.stream, source.ref.fingerprint)
+            used[name] = source
     if len(raw.sources) == 1:
-        return next(iter(by_source.values())), profiles
+        return CheckedSources(next(iter(by_source.values())), dict(sources), good=not held_back)
+    if not used:
+        used, held_back, good = dict(sources), {}, False
+    else:
+        good = True
+    states = {name: _state(used.get(name)) for name in held_back}
+    for name, state in states.items():
+        context.log.warning(f"Source {name} failed {held_back[name]}; {state}")
     of_check = zip(*by_source.values(), strict=True)
-    return [_combined(dict(zip(sources, results, strict=True))) for results in of_check], profiles
+    results = [_combined(dict(zip(sources, each, strict=True)), states) for each in of_check]
+    return CheckedSources(results, used, held_back, good)
 
 
-def _combined(results: Mapping[str, dg.AssetCheckResult]) -> dg.AssetCheckResult:
-    """One result of the same check for all sources: it passes if it passes for each of them."""
+def _state(used: ReadSource | None) -> str:
+    """What is used of a source that is not available, or whose newest version is bad."""
+    return f"using its version {used.ref.fingerprint[:12]}" if used else "experiments that use it will fail"
+
+
+def _combined(results: Mapping[str, dg.AssetCheckResult], states: Mapping[str, str]) -> dg.AssetCheckResult:
+    """One result of the same check for all sources: it passes if it passes for each of them.
+
+    Args:
+        results: The result of each source.
+        states: What is used of the sources that are held back.
+    """
     failed = {name: result for name, result in results.items() if not result.passed}
     first = next(iter((failed or results).values()))
+    held_back = [f"{name}: {states[name]}" for name in failed if name in states and first.check_name in BLOCKING]
     return dg.AssetCheckResult(
         passed=not failed,
         check_name=first.check_name,
         severity=first.severity,
-        description="; ".join(f"{name}: {result.description}" for name, result in results.items()),
+        description="; ".join([*(f"{name}: {result.description}" for name, result in results.items()), *held_back]),
         metadata={
             f"{name}: {key}": value
             for name, result in results.items()

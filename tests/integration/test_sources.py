@@ -11,7 +11,7 @@ from projects import SHORT, TestProject
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.streams import earlier_versions
 from finetune_assets.resources.project import Project
-from finetune_assets.resources.raw_versions import configured_source, requested_version
+from finetune_assets.resources.raw_versions import configured_source, newest_good, requested_version
 
 QUICK = """
 model: {base_model: demo-base, dtype: float32}
@@ -115,6 +115,62 @@ def test_checks_are_of_each_source(project: TestProject, sources: tuple[Path, Pa
     (check,) = [one for one in fallen.result.get_asset_check_evaluations() if one.check_name == "row_count"]
     assert check.metadata["one: row_drop_fraction"].value > 0.9
     assert check.metadata["two: row_drop_fraction"].value == 0
+
+
+def test_a_bad_version_of_a_source_holds_back_no_other(project: TestProject, sources: tuple[Path, Path]) -> None:
+    """Its last good version stays in use, the run fails, and automation continues with what is good."""
+    one, two = sources
+    graph = Graph()
+    graph.run("dolly_raw", partition=None)
+    first = Project().raw().current_parts()
+    (two / "bad.jsonl").write_text("{}\n" * 30)
+    write_rows(one, "b.jsonl", range(60, 70), "apple")
+    bad = graph.run("dolly_raw", partition=None)
+    assert not bad.success
+    (check,) = [each for each in bad.result.get_asset_check_evaluations() if each.check_name == "quarantine"]
+    assert first["two"][:12] in (check.description or "")
+    metadata = bad.metadata("dolly_raw")
+    assert metadata["dagster/row_count"] == 130
+    assert metadata["one: quarantined"] == metadata["two: quarantined"] == 0
+    assert "not_available" not in metadata, "the sensor would wait for it to be available"
+    parts = Project().raw().current_parts()
+    assert parts["two"] == first["two"]
+    assert parts["one"] != first["one"]
+    assert newest_good(graph.instance, configured_source()) == Project().raw().fingerprint
+    both = graph.run(["cached_base_model", "tokenized_dataset"], "both")
+    assert both.metadata("tokenized_dataset")["dagster/row_count"] == 130
+
+    (two / "bad.jsonl").unlink()
+    write_rows(two, "b.jsonl", range(160, 170), "pear")
+    assert graph.run("dolly_raw", partition=None).success
+    assert graph.run("tokenized_dataset", "both").metadata("tokenized_dataset")["dagster/row_count"] == 140
+
+
+def test_a_source_without_a_good_version_is_left_out(project: TestProject, sources: tuple[Path, Path]) -> None:
+    (sources[1] / "bad.jsonl").write_text("{}\n" * 30)
+    graph = Graph()
+    raw = graph.run("dolly_raw", partition=None)
+    assert not raw.success
+    assert raw.metadata("dolly_raw")["dagster/row_count"] == 60
+    assert newest_good(graph.instance, configured_source()) == Project().raw().fingerprint
+    assert graph.run(["cached_base_model", "tokenized_dataset"], "ones").success
+    failed = graph.run(["cached_base_model", "tokenized_dataset"], "both")
+    assert "'two'" in failed.failures["tokenized_dataset"]
+    (sources[0] / "bad.jsonl").write_text("{}\n" * 30)
+    (sources[0] / "a.jsonl").unlink()
+    none = graph.run("dolly_raw", partition=None)
+    assert not none.success
+    assert none.metadata("dolly_raw")["dagster/row_count"] == 60, "the last good version of the other one"
+
+
+def test_no_version_is_good_if_no_source_is(project: TestProject, sources: tuple[Path, Path]) -> None:
+    for source in sources:
+        (source / "bad.jsonl").write_text("{}\n" * 30)
+    graph = Graph()
+    raw = graph.run("dolly_raw", partition=None)
+    assert not raw.success
+    assert raw.metadata("dolly_raw")["dagster/row_count"] == 120
+    assert newest_good(graph.instance, configured_source()) is None
 
 
 def test_weights_are_shares_of_the_training_tokens(project: TestProject, sources: tuple[Path, Path]) -> None:
