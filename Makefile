@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 JOBS ?= 3
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Each of the many processes of a run would compile all modules anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-ui test test-system soak lint ui bench docs screenshots clean
 
