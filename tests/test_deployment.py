@@ -49,7 +49,8 @@ def test_instance_is_one_that_dagster_knows(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("kubernetes/launcher.yaml")), ids=lambda path: path.name)
 def test_manifests_are_what_kubernetes_knows(path: Path) -> None:
     trees = [tree for tree in yaml.safe_load_all(path.read_text()) if tree]
-    assert [tree["kind"] for tree in trees] == ["ServiceAccount", "Role", "RoleBinding"]
+    kinds = ["ServiceAccount", "Role", "RoleBinding", "ServiceAccount", "NetworkPolicy"]
+    assert [tree["kind"] for tree in trees] == kinds
     for tree in trees:
         kubernetes_validate.validate(tree, VERSION, strict=True)
 

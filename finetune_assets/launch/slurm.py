@@ -254,7 +254,7 @@ def script(spec: JobSpec, remote: RemoteJob) -> str:
         # Since Slurm 22.05, srun does not inherit it from sbatch
         flags.append(f"--cpus-per-task={spec.settings.cpus_per_node}")
     python = shlex.quote(spec.settings.slurm.python or sys.executable)
-    location = shlex.join((remote.store, remote.namespace, remote.id))
+    location = shlex.join(remote.arguments)
     return SCRIPT.format(flags=" ".join(flags), python=python, arguments=location)
 
 
