@@ -97,7 +97,7 @@ def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
     found = set()
     for pid in pids:
         try:
-            files = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+            files = [_target(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
             tables = {name: Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6", "udp", "udp6")}
         except OSError:  # it has ended
             continue
@@ -109,6 +109,13 @@ def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
                     address, _, port = fields[1].partition(":")
                     found.add((_address(address), int(port, 16)))
     return found
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:  # it was closed
+        return ""
 
 
 def _address(words: str) -> str:

@@ -4,8 +4,6 @@ import json
 import os
 import socket
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from processes import AGENT, RANK, family, is_loopback, listening
 from training.conftest import dataset
 from training.test_resume import Machine, machine
 
+from finetune_assets.worker import warm
 from finetune_assets.worker.process import FORKSERVER, OFF
 from finetune_assets.worker.rendezvous import RANKS_FILE, Place, loopback
 
@@ -62,7 +61,7 @@ def test_training_listens_on_loopback_only(machine: Callable[..., Machine], rank
             time.sleep(0.02)
     finally:
         process.kill()
-        out, err = process.communicate()
+        _, err = process.communicate()
     assert process.returncode == 0, err[-2000:]
     assert {AGENT, RANK} <= parts, "it was seen while it trained"
     assert [address for address, _ in seen if not is_loopback(address)] == []
@@ -123,10 +122,12 @@ with joined() as process:
 def said(folder: Path, ranks: int) -> list[dict[str, object]]:
     """What the ranks of one machine hear from each other, without pickles."""
     folder.mkdir()
+    (folder / "collectives.py").write_text(COLLECTIVES)
     place = {"WORLD_SIZE": str(ranks), RANKS_FILE: str(folder / "ranks"), "GLOO_SOCKET_IFNAME": loopback()}
-    command = [sys.executable, "-c", COLLECTIVES, str(folder)]
+    environment = {**os.environ, **place, "PYTHONPATH": f"{folder}:{ROOT}"}
     processes = [
-        subprocess.Popen(command, env={**os.environ, **place, "RANK": str(rank)}, cwd=ROOT) for rank in range(ranks)
+        warm.start("collectives", [str(folder)], {**environment, "RANK": str(rank)}, binds=True)
+        for rank in range(ranks)
     ]
     assert [process.wait(120) for process in processes] == [0] * ranks
     return [json.loads((folder / f"said-{rank}").read_text()) for rank in range(ranks)]
