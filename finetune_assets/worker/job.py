@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from finetune_assets.artifacts.kinds import KINDS
@@ -135,7 +135,9 @@ def from_json(text: str) -> JobSpec:
         tree = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise JobInvalid(f"job.json: not JSON ({e}); {AGAIN}") from e
-    valid = of_fields(JobSpec, tree, _VALID, "job.json")
+    valid = _validated(tree, _VALID, "job.json")
+    if unknown := next((name for name in valid["inputs"] if not INPUT.fullmatch(name)), None):
+        raise JobInvalid(f"job.json: inputs: no worker has an input {shown(unknown)}; {AGAIN}")
     inputs = {name: ref_of(ref, f"job.json: inputs.{name}") for name, ref in valid["inputs"].items()}
     return JobSpec(**{**valid, "inputs": inputs, "nodes": tuple(valid["nodes"])})
 
@@ -150,25 +152,24 @@ def ref_of(tree: Any, where: str) -> ArtifactRef:
     Raises:
         JobInvalid: If the reference is incomplete, or has an unknown key or an invalid value.
     """
-    return ArtifactRef(**of_fields(ArtifactRef, tree, _VALID_REF, where))
+    return ArtifactRef(**_validated(tree, _VALID_REF, where))
 
 
-def of_fields(kind: type[Any], tree: Any, valid: Mapping[str, Callable[[Any], bool]], where: str) -> dict[str, Any]:
-    """Validate a JSON object whose keys are the names of the fields of a dataclass.
+def _validated(tree: Any, valid: Mapping[str, Callable[[Any], bool]], where: str) -> dict[str, Any]:
+    """Return a JSON object that has exactly the keys of `valid`, each with a valid value.
 
     Raises:
-        JobInvalid: If a key is missing or unknown, or a value is invalid.
+        JobInvalid: If it is no object, a key is missing or unknown, or a value is invalid.
     """
     if not isinstance(tree, dict):
         raise JobInvalid(f"{where}: {shown(tree)} is not a JSON object; {AGAIN}")
     if unknown := next((key for key in tree if key not in valid), None):
         raise JobInvalid(f"{where}: unknown key {shown(unknown)}; {AGAIN}")
-    required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
-    if missing := sorted(required - tree.keys()):
-        raise JobInvalid(f"{where}: key '{missing[0]}' is missing; {AGAIN}")
-    for key, value in tree.items():
-        if not valid[key](value):
-            raise JobInvalid(f"{where}: {key}: {shown(value)} is not valid; {REMEDIES.get(key, AGAIN)}")
+    for key, is_valid in valid.items():
+        if key not in tree:
+            raise JobInvalid(f"{where}: key '{key}' is missing; {AGAIN}")
+        if not is_valid(tree[key]):
+            raise JobInvalid(f"{where}: {key}: {shown(tree[key])} is not valid; {REMEDIES.get(key, AGAIN)}")
     return tree
 
 
@@ -202,18 +203,18 @@ def _is_range(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value)) and value[0] <= value[1]
 
 
-def _are_inputs(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_matches(INPUT), value))
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 _KINDS = {kind.folder for kind in KINDS}
 _VALID: dict[str, Callable[[Any], bool]] = {
-    "module": lambda value: isinstance(value, str) and value in modules(),
+    "module": lambda value: _is_text(value) and value in modules(),
     "config": _is_text,
-    "inputs": _are_inputs,
-    "kind": lambda value: isinstance(value, str) and value in _KINDS,
+    "inputs": _is_object,
+    "kind": lambda value: _is_text(value) and value in _KINDS,
     "fingerprint": _matches(FINGERPRINT),
-    "made_from": lambda value: isinstance(value, dict),
+    "made_from": _is_object,
     "store": _matches(STORE),
     "namespace": _matches(re.compile(NAME)),
     "cache": lambda value: _is_text(value) and bool(value),
@@ -228,7 +229,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
 }
 _VALID_REF: dict[str, Callable[[Any], bool]] = {
     "kind": _VALID["kind"],
-    "name": lambda value: isinstance(value, str) and is_plain(value),
+    "name": lambda value: _is_text(value) and is_plain(value),
     "fingerprint": _is_text,
     "uri": lambda value: _is_text(value) and bool(ATTEMPT.fullmatch(value.rpartition("/")[2])),
     "files": _is_count,
