@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune_assets.config.best_step import selection_identity
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, Model
@@ -90,7 +91,7 @@ def _tokenized_4(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
 def _adapter(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
     return {
         "model": _without_source(config.model),
-        "training": {**identity(config.training), "warm_start": inputs["warm_start"]},
+        "training": {**identity(config.training), **selection_identity(config), "warm_start": inputs["warm_start"]},
         "lora": identity(config.lora),
         "tokenized": inputs["tokenized_dataset"],
         "base_model": inputs["cached_base_model"],

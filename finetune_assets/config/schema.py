@@ -80,8 +80,16 @@ class Training:
     same base model, and `lora` must have its values, except for `dropout`."""
     seed: int = 42
     """Seed of the initial adapter weights, dropout and row order."""
-    eval_steps: int | None = field(default=None, metadata=NOT_IDENTITY)
-    """Steps between measurements of the held-out loss; `null` measures only before and after training."""
+    eval_steps: Any = field(default=None, metadata=NOT_IDENTITY)
+    """Steps between measurements of the held-out loss on the validation split. `auto` chooses a number at which they
+    take at most 5% of the training's time; `null` measures only before and after training."""
+    keep: Literal["best", "last"] | None = field(default=None, metadata=NOT_IDENTITY)
+    """Step whose adapter is published: that with the lowest held-out loss, or the last one. `null` is `best` with
+    `eval_steps` and a validation split, otherwise `last`."""
+    patience: int | None = field(default=None, metadata=NOT_IDENTITY)
+    """Stop after this number of consecutive measurements without improvement; `null` never stops early."""
+    min_improvement: float = not_identity(0.0)
+    """Decrease of the held-out loss, in nats per token, that counts as an improvement for `patience`."""
     logging_steps: int = not_identity(10)
     """Steps between log lines with loss, gradient norm, learning rate and tokens per second."""
     save_steps: int | None = field(default=200, metadata=NOT_IDENTITY)

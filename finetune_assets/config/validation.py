@@ -43,6 +43,7 @@ WANDB_MOST_CHARACTERS = 128
 
 def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     """All problems of an experiment's complete settings, most basic first."""
+    yield from _evaluations(config)
     yield from _ranges(config)
     yield from _split(config.data)
     yield from _added_tokens(config.data.tokenization)
@@ -131,6 +132,25 @@ def impossible_store_settings(config: StoreConfig) -> Iterator[Problem]:
         yield "keep_days", f"{config.keep_days} must be a number of days"
 
 
+def _evaluations(config: ExperimentConfig) -> Iterator[Problem]:
+    training = config.training
+    every = training.eval_steps
+    if not (every is None or every == AUTO or (isinstance(every, int) and not isinstance(every, bool))):
+        yield "training.eval_steps", f"{shown(every)} is not a number of steps, auto or null"
+        training.eval_steps = None  # so that its range is not checked
+    for name in ("keep", "patience"):
+        value = getattr(training, name)
+        if value in (None, "last") or (every is not None and config.data.val_fraction > 0):
+            continue
+        yield (
+            f"training.{name}",
+            (
+                f"{value} needs measurements of the held-out loss; set training.eval_steps (such as auto) and "
+                "data.val_fraction"
+            ),
+        )
+
+
 def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
     tokens, training, lora = config.data.tokenization, config.training, config.lora
     at_least_one = {
@@ -139,7 +159,8 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
         "training.max_steps": training.max_steps,
         "training.macro_batch_size": training.macro_batch_size,
         "training.micro_batch_size": training.micro_batch_size,
-        "training.eval_steps": training.eval_steps,
+        "training.eval_steps": None if training.eval_steps == AUTO else training.eval_steps,
+        "training.patience": training.patience,
         "training.logging_steps": training.logging_steps,
         "training.save_steps": training.save_steps,
         "training.save_total_limit": training.save_total_limit,
@@ -165,6 +186,7 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
             yield key, f"{value} must be above 0 and finite"
     not_negative = {
         "merge.max_difference": (config.merge and config.merge.max_difference) or 0.0,
+        "training.min_improvement": training.min_improvement,
         "training.warmup_steps": training.warmup_steps,
         "training.weight_decay": training.weight_decay,
         "training.max_grad_norm": training.max_grad_norm,

@@ -30,6 +30,11 @@ def curves(state: Mapping[str, Any]) -> Any:
         between = "-" if len(held_out) > 2 else ""
         style = {"color": COLOURS[1], "marker": "o", "markersize": 4, "linestyle": between}
         above.plot(*zip(*held_out, strict=True), **style, label="held-out loss")
+    best = state.get("best") or {}
+    if best.get("is_published"):
+        above.axvline(
+            best["step"], color=COLOURS[1], linestyle="--", linewidth=1, label=f"published: step {best['step']}"
+        )
     losses(above, [entry["loss"] for entry in history], "loss, nats per token")
     rate = above.twinx()
     dress(rate)
@@ -54,7 +59,8 @@ def _held_out(state: Mapping[str, Any]) -> list[tuple[int, float]]:
     ends = state["held_out_loss"]
     during = [(entry["step"], entry["held_out_loss"]) for entry in state["history"] if "held_out_loss" in entry]
     before = [] if ends["before"] is None else [(0, ends["before"])]
-    after = [] if ends["after"] is None else [(state["step"], ends["after"])]
+    is_last = not (state.get("best") or {}).get("is_published")
+    after = [(state["step"], ends["after"])] if is_last and ends["after"] is not None else []
     return [*before, *during, *after]
 
 

@@ -77,6 +77,7 @@ class Plan:
             "summary": self.summary(),
             "advice": self.advice,
             "work": work,
+            "evaluations": self.work and {"count": self.work.evaluations, "time_share": self.work.evaluation_share},
             "hours": self.hours,
             "known_from": self.known_from,
             "cost": self.cost,

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.training.best_step import FORWARD_SHARE, Selection
 from finetune_assets.training.order import Examples, GlobalBatchSampler, read_packs
 
 
@@ -18,12 +19,16 @@ class TrainingWork:
         tokens: Number of tokens read by all processes, excluding padding.
         lengths: Lengths of the examples of the largest micro-batch, in tokens.
         learned: Number of learned tokens in the largest micro-batch.
+        evaluations: Number of evaluations during the training, if it does not stop early.
+        evaluation_share: Estimated time of these evaluations as a fraction of the training's.
     """
 
     steps: int
     tokens: int
     lengths: list[int]
     learned: int
+    evaluations: int = 0
+    evaluation_share: float = 0.0
 
 
 def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> TrainingWork:
@@ -42,7 +47,17 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Trai
             for batch in order.micro_batches(step, rank):
                 largest = max(largest, (int(lengths[batch].sum()), batch))
     members = [example for sequence in largest[1] for example in sequences[sequence]]
-    return TrainingWork(order.steps, read, train.lengths[members].tolist(), int(train.learned[members].sum()))
+    validation = int(Examples.read(dataset / "val.arrow").lengths.sum())
+    per_step = float(lengths.sum()) / len(lengths) * training.macro_batch_size
+    evaluations = Selection.of(training, validation, per_step).evaluations(order.steps)
+    return TrainingWork(
+        order.steps,
+        read,
+        train.lengths[members].tolist(),
+        int(train.learned[members].sum()),
+        evaluations,
+        FORWARD_SHARE * evaluations * validation / read,
+    )
 
 
 def full_batch(experiment: ExperimentConfig) -> tuple[list[int], int]:

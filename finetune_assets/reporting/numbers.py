@@ -18,7 +18,7 @@ def of_training(state: Mapping[str, Any]) -> Numbers:
     seconds, last = state["seconds"], history[-1]
     held_out = {f"held_out_loss_{when}": loss for when, loss in state["held_out_loss"].items() if loss is not None}
     return {
-        "steps": state["steps"],
+        "steps": state["step"],
         "tokens": state["tokens"],
         "training_seconds": round(seconds, 1),
         "training_hours": round(seconds / 3600, 4),
@@ -30,7 +30,18 @@ def of_training(state: Mapping[str, Any]) -> Numbers:
         "train_loss": round(last["loss"], 4),
         "grad_norm": round(last["grad_norm"], 4),
         **{name: round(loss, 4) for name, loss in held_out.items()},
+        **_of_best(state),
     }
+
+
+def _of_best(state: Mapping[str, Any]) -> Numbers:
+    """Step of the published adapter, and what stopping early saved; empty without evaluations."""
+    best = state.get("best")
+    if not best:
+        return {}
+    hours = state["seconds"] / state["step"] * best["saved_steps"] * state["active"]["processes"] / 3600
+    saved = {"saved_steps": best["saved_steps"], "saved_device_hours": round(hours, 4)} if best["saved_steps"] else {}
+    return {"published_step": best["step"] if best["is_published"] else state["step"], **saved}
 
 
 def of_evaluation(evaluation: Mapping[str, Any]) -> Numbers:
@@ -47,4 +58,6 @@ def with_cost(numbers: Numbers, price_per_hour: float | None) -> Numbers:
     hours = numbers.get("device_hours")
     if price_per_hour is None or hours is None:
         return numbers
-    return numbers | {"cost": round(price_per_hour * hours, 4)}
+    saved = numbers.get("saved_device_hours")
+    costs = {"cost": hours, **({} if saved is None else {"saved_cost": saved})}
+    return numbers | {name: round(price_per_hour * spent, 4) for name, spent in costs.items()}

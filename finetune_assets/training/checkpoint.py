@@ -1,13 +1,14 @@
 """Training checkpoints, from which an interrupted training resumes.
 
-The data order and the dropout of a step are functions of seed and step, so a checkpoint contains only the adapter, the
-optimizer, the learning rate schedule and the step.
+The data order and the dropout of a step are functions of seed and step, so a checkpoint contains only the adapter, that
+of the best step so far, the optimizer, the learning rate schedule and the step.
 """
 
 import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,10 +24,18 @@ from torch import Tensor
 from finetune_assets.training.distributed import DistributedContext
 
 WEIGHTS, STATE, LOG = "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"
+BEST = "best_adapter.safetensors"
 logger = logging.getLogger(__name__)
 
 
-def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, Any], keep: int) -> None:
+def save(
+    folder: Path,
+    model: PeftModel,
+    parts: dict[str, Any],
+    log: dict[str, Any],
+    keep: int,
+    best: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write `folder/step-N` atomically, and remove all but the newest checkpoints.
 
     Args:
@@ -35,17 +44,26 @@ def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, A
         parts: Objects with a `state_dict`, by name.
         log: JSON-serializable training log; `log["step"]` is the number of completed steps.
         keep: Number of checkpoints to keep.
+        best: Adapter of the best step so far, if the training keeps one.
     """
     target = folder / f"step-{log['step']:08d}"
     partial = folder / f".{target.name}.{os.getpid()}"
     partial.mkdir(parents=True)
-    save_file(get_peft_model_state_dict(model, save_embedding_layers=False), partial / WEIGHTS)
+    save_file(weights_of(model), partial / WEIGHTS)
+    if best:
+        save_file(dict(best), partial / BEST)
     torch.save({name: part.state_dict() for name, part in parts.items()}, partial / STATE)
     (partial / LOG).write_text(json.dumps(log), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
+
+
+def weights_of(model: PeftModel) -> dict[str, Tensor]:
+    """Weights of the adapter by name, as PEFT saves them."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
 
 
 @dataclass(frozen=True)
@@ -55,26 +73,28 @@ class Checkpoint:
     Attributes:
         folder: Folder of the checkpoint; None if another process sent it.
         weights: Weights of the adapter by name.
+        best: Weights of the adapter of the best step; empty without one.
         parts: State dictionaries by name.
         log: Training log.
     """
 
     folder: Path | None
     weights: dict[str, Tensor]
+    best: dict[str, Tensor]
     parts: dict[str, Any]
     log: dict[str, Any]
 
 
 def load_newest(
     folder: Path, model: PeftModel, parts: dict[str, Any], process: DistributedContext
-) -> dict[str, Any] | None:
+) -> Checkpoint | None:
     """Restore the newest checkpoint that any process can read into `model` and `parts`.
 
     Machines that were started at different times may have different checkpoints. Processes without the newest one
     receive it from a process that has it.
 
     Returns:
-        The log of the restored checkpoint, or None if no process has a checkpoint.
+        The restored checkpoint, or None if no process has one.
     """
     restored = _newest(folder)
     steps = process.everyones(restored.log["step"] if restored else -1)
@@ -84,20 +104,27 @@ def load_newest(
         newest = steps.index(max(steps))
         restored = _shared(restored if process.rank == newest else None, process, newest)
     assert restored
-    set_peft_model_state_dict(model, {name: weight.to(process.device) for name, weight in restored.weights.items()})
+    set_weights(model, restored.weights, process.device)
     for name, part in parts.items():
         part.load_state_dict(restored.parts[name])
-    return restored.log
+    return restored
+
+
+def set_weights(model: PeftModel, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the weights of the adapter."""
+    set_peft_model_state_dict(model, {name: weight.to(device) for name, weight in weights.items()})
 
 
 def _shared(checkpoint: Checkpoint | None, process: DistributedContext, of: int) -> Checkpoint:
     """Send the files of a checkpoint of rank `of` to all processes, which read them like files of their own."""
     folder = checkpoint.folder if checkpoint else None
-    weights, state, log = (
-        process.share_bytes((folder / name).read_bytes() if folder else b"", of) for name in (WEIGHTS, STATE, LOG)
+    files = {name: folder / name for name in (WEIGHTS, BEST, STATE, LOG)} if folder else {}
+    weights, best, state, log = (
+        process.share_bytes(files[name].read_bytes() if name in files and files[name].exists() else b"", of)
+        for name in (WEIGHTS, BEST, STATE, LOG)
     )
     parts = torch.load(BytesIO(state), map_location="cpu", weights_only=True)
-    return Checkpoint(folder, load(weights), parts, json.loads(log))
+    return Checkpoint(folder, load(weights), load(best) if best else {}, parts, json.loads(log))
 
 
 def _newest(folder: Path) -> Checkpoint | None:
@@ -106,6 +133,7 @@ def _newest(folder: Path) -> Checkpoint | None:
             return Checkpoint(
                 checkpoint,
                 load_file(checkpoint / WEIGHTS),
+                load_file(checkpoint / BEST) if (checkpoint / BEST).exists() else {},
                 torch.load(checkpoint / STATE, map_location="cpu", weights_only=True),
                 json.loads((checkpoint / LOG).read_text(encoding="utf-8")),
             )

@@ -192,7 +192,18 @@ def _trained(config: ExperimentConfig, state: dict[str, Any]) -> dict[str, str]:
         "rank, alpha, targets": f"{config.lora.rank}, {config.lora.alpha:g}, {config.lora.target_modules}",
         "trainable parameters": f"{state['trainable_parameters']:,}",
         "steps, tokens": f"{state['step']:,}, {state['tokens']:,}",
+        "published step": _published_step(state),
     }
+
+
+def _published_step(state: dict[str, Any]) -> str:
+    """Step of the published adapter; empty if it is the last one of all planned steps."""
+    best = state.get("best") or {}
+    if not best:
+        return ""
+    step = best["step"] if best["is_published"] else state["step"]
+    stopped = f", stopped early ({best['saved_steps']:,} steps saved)" if best["saved_steps"] else ""
+    return "" if step == state["steps"] else f"{step:,} of {state['steps']:,}{stopped}"
 
 
 def _combined(champions: dict[str, str]) -> str:

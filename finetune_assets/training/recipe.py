@@ -16,6 +16,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
 from finetune_assets.training import checkpoint, divergence, memory, output
 from finetune_assets.training.batches import collate
+from finetune_assets.training.best_step import BestStep, KeptWeights, Selection
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.order import GlobalBatchSampler, evaluation_batches
@@ -62,8 +63,12 @@ class LoraFinetune(TrainingSetup):
         with memory.explained(self.config, self.process.device, lambda: self.estimate):
             if self.log.held_out_loss["before"] is None:
                 self.log.held_out_loss["before"] = self.held_out_loss()
-            self._train()
-            self.log.held_out_loss["after"] = self.held_out_loss()
+            if not self.has_stopped:
+                self._train()
+            if self.selection.keeps_best and self.best:
+                self._restore_best(self.best)
+            else:
+                self.log.held_out_loss["after"] = self.held_out_loss()
         divergence.check_finite(self.log.held_out_loss["after"], self.parameters, self.training)
         self._write_output()
 
@@ -76,6 +81,10 @@ class LoraFinetune(TrainingSetup):
         self.log.steps = self.order.steps
         self.optimizer = make_optimizer(self.parameters, self.training, self.process.device)
         self.scheduler = make_scheduler(self.optimizer, self.training, self.order.steps)
+        validation_tokens, tokens = int(self.val.lengths.sum()), float(self.lengths.sum())
+        per_step = tokens / len(self.lengths) * self.training.macro_batch_size
+        self.selection = Selection.of(self.training, validation_tokens, per_step)
+        self.kept = KeptWeights({})
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=self.precision == "fp16")
 
     @property
@@ -83,9 +92,10 @@ class LoraFinetune(TrainingSetup):
         return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
 
     def _resume(self) -> None:
-        saved_log = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process)
-        if saved_log:
-            self.log = TrainerState(**{**saved_log, "active": self.log.active})
+        restored = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process)
+        if restored:
+            self.log = TrainerState(**{**restored.log, "active": self.log.active})
+            self.kept = KeptWeights(restored.best)
             self.reporter.write_line(f"Resuming from checkpoint at step {self.log.step}")
 
     def _describe(self) -> None:
@@ -118,9 +128,36 @@ class LoraFinetune(TrainingSetup):
                     progress.reach(step + 1)
                     self._account(step + 1, done)
                     self._save_checkpoint_if_due()
+                    if self.has_stopped:
+                        break
         finally:
             if previous_handler is not None:
                 signal.signal(signal.SIGTERM, previous_handler)
+
+    @property
+    def best(self) -> BestStep | None:
+        """The best evaluation so far."""
+        return BestStep(**self.log.best) if self.log.best else None
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the training has stopped early."""
+        return bool(self.best and self.best.saved_steps)
+
+    def _count_evaluation(self, step: int, loss: float) -> None:
+        """Keep the adapter if its held-out loss is the lowest so far, and stop if patience is exhausted."""
+        best = self.selection.counted(self.best, step, loss)
+        if best.step == step and self.selection.keeps_best and self.process.writes:
+            self.kept.keep(checkpoint.weights_of(self.model))
+        if self.selection.stops(best):
+            best.saved_steps = self.order.steps - step
+        self.log.best = vars(best)
+
+    def _restore_best(self, best: BestStep) -> None:
+        """Replace the adapter by that of the best step."""
+        self.log.held_out_loss["after"] = best.held_out_loss
+        if self.process.writes and best.step != self.log.step:
+            checkpoint.set_weights(self.model, self.kept.weights, self.process.device)
 
     def _work(self) -> Iterator[tuple[int, StepBatches]]:
         """Iterate over the remaining steps; each is prepared while the previous one is computed."""
@@ -188,6 +225,15 @@ class LoraFinetune(TrainingSetup):
 
     # ---- reporting and output
 
+    def _selection_line(self, best: BestStep) -> str:
+        line = f"Publishing the adapter of step {best.step} of {self.log.step}: lowest held-out loss"
+        if best.saved_steps:
+            line += (
+                f". Stopped early: no improvement in {best.without_improvement} measurements; "
+                f"{best.saved_steps} of {self.order.steps} steps saved"
+            )
+        return line
+
     def _open_window(self) -> None:
         self.window = MetricWindow(torch.zeros((), device=self.process.device))
 
@@ -198,8 +244,7 @@ class LoraFinetune(TrainingSetup):
         self.window.tokens += step.tokens
         self.window.steps += 1
         self.stalled = (self.stalled + 1) * (step.grad_norm == 0)
-        last, every = done == self.order.steps, self.training.eval_steps
-        evaluate = every is not None and done % every == 0 and not last
+        last, evaluate = done == self.order.steps, self.selection.is_due(done, self.order.steps)
         self.stopping = self.process.any(self.stop_requested.is_set()) and not last
         # report before a checkpoint, because it contains the counts up to its step
         due = done == 1 or done % self.training.logging_steps == 0 or self._saves_at(done)
@@ -231,6 +276,8 @@ class LoraFinetune(TrainingSetup):
         )
         self.log.history.append(report.to_dict())
         self.reporter.step(report)
+        if report.held_out_loss is not None:
+            self._count_evaluation(done, report.held_out_loss)
 
     def _saves_at(self, done: int) -> bool:
         every = self.training.save_steps
@@ -241,7 +288,8 @@ class LoraFinetune(TrainingSetup):
             return
         if self.process.writes:
             keep = self.training.save_total_limit
-            checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log), keep)
+            best = self.kept.weights
+            checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log), keep, best)
         self.process.barrier()
         if self.stopping:
             step = f"{self.log.step}/{self.order.steps}"
@@ -251,6 +299,8 @@ class LoraFinetune(TrainingSetup):
         before, after = self.log.held_out_loss.values()
         if before is not None and after is not None:
             self.reporter.write_line(f"held-out loss {before:.4f} before, {after:.4f} after")
+        if self.selection.keeps_best and self.best:
+            self.reporter.write_line(self._selection_line(self.best))
         self.log.peak_memory_mib = peak_memory_mib(self.process.device)
         links = {name: link for name, tracker in self.reporter.trackers.items() if (link := tracker.link())}
         state = {**vars(self.log), **self.process.share(links)}
@@ -267,6 +317,8 @@ class LoraFinetune(TrainingSetup):
                 self.new_tokens.rows,
             )
         numbers = {name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}
+        if self.best:
+            numbers["published_step"] = self.best.step if self.best.is_published else self.log.step
         losses = {f"held_out_loss_{when}": loss for when, loss in self.log.held_out_loss.items()}
         for tracker in self.reporter.trackers.values():
             tracker.summarize({**numbers, **losses})

@@ -33,7 +33,10 @@ class TrainingPaths:
 
 @dataclass
 class TrainerState:
-    """Training log, stored in `trainer_state.json` and in every checkpoint."""
+    """Training log, stored in `trainer_state.json` and in every checkpoint.
+
+    `best` has the fields of `BestStep`, if the training evaluates.
+    """
 
     step: int = 0
     steps: int = 0
@@ -42,6 +45,7 @@ class TrainerState:
     held_out_loss: dict[str, float | None] = field(default_factory=lambda: {"before": None, "after": None})
     trainable_parameters: int = 0
     peak_memory_mib: int = 0
+    best: dict[str, Any] | None = None
     active: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -1,0 +1,116 @@
+"""Choice of the step whose adapter is published: the last one, or the one with the lowest held-out loss.
+
+The held-out loss is that of the validation split. The gate's rows have no part in it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune_assets.config.schema import Training
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EVALUATION_SHARE = 0.05
+"""Maximum share of the training's time for evaluations with `eval_steps: auto`."""
+FORWARD_SHARE = 0.5
+"""Operations for a token of an evaluation over those for a trained token: with a frozen base, 2N of about 4N."""
+
+
+@dataclass
+class BestStep:
+    """The best evaluation so far, stored in the training log and in every checkpoint.
+
+    Attributes:
+        step: Number of completed steps at the lowest held-out loss.
+        held_out_loss: The lowest held-out loss, in nats per token.
+        reference: Held-out loss that an evaluation must improve on, by more than `min_improvement`.
+        without_improvement: Number of consecutive evaluations that did not.
+        saved_steps: Number of steps that stopping early saved; 0 if training has not stopped early.
+        is_published: Whether the adapter of this step is published, instead of that of the last one.
+    """
+
+    step: int
+    held_out_loss: float
+    reference: float
+    without_improvement: int = 0
+    saved_steps: int = 0
+    is_published: bool = True
+
+
+@dataclass(frozen=True)
+class Selection:
+    """When a training evaluates, what it keeps, and when it stops.
+
+    Attributes:
+        every: Number of steps between evaluations; None if there are none.
+        keeps_best: Whether the adapter with the lowest held-out loss is published.
+        patience: Number of evaluations without improvement after which training stops; None to never stop early.
+        min_improvement: Decrease of the held-out loss, in nats per token, that counts as an improvement.
+    """
+
+    every: int | None
+    keeps_best: bool
+    patience: int | None
+    min_improvement: float
+
+    @staticmethod
+    def of(training: Training, validation_tokens: int, tokens_per_step: float) -> "Selection":
+        """Resolve the settings for a dataset; without validation tokens, nothing is evaluated.
+
+        Args:
+            training: Settings of the training.
+            validation_tokens: Number of tokens in the validation split.
+            tokens_per_step: Mean number of tokens in an optimizer step.
+        """
+        every = training.eval_steps
+        if every is None or not validation_tokens:
+            return Selection(None, False, None, 0.0)
+        if every == "auto":
+            cost = FORWARD_SHARE * validation_tokens / tokens_per_step
+            every = max(1, math.ceil(cost / EVALUATION_SHARE))
+        return Selection(int(every), training.keep != "last", training.patience, training.min_improvement)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to evaluate after `step` of `steps` steps. The last step is a candidate for the best one too."""
+        if self.every is None:
+            return False
+        return self.keeps_best if step == steps else step % self.every == 0
+
+    def counted(self, best: BestStep | None, step: int, loss: float) -> BestStep:
+        """Add an evaluation; a loss that is not finite is no improvement."""
+        if best is None or not math.isfinite(best.held_out_loss):
+            return BestStep(step, loss, loss, is_published=self.keeps_best)
+        improved = loss < best.reference - self.min_improvement
+        lower = loss < best.held_out_loss
+        return BestStep(
+            step if lower else best.step,
+            loss if lower else best.held_out_loss,
+            loss if improved else best.reference,
+            0 if improved else best.without_improvement + 1,
+            is_published=self.keeps_best,
+        )
+
+    def stops(self, best: BestStep | None) -> bool:
+        """Whether patience is exhausted."""
+        return self.patience is not None and best is not None and best.without_improvement >= self.patience
+
+    def evaluations(self, steps: int) -> int:
+        """Number of evaluations during `steps` steps, if training does not stop early."""
+        return sum(self.is_due(step, steps) for step in range(1, steps + 1))
+
+
+@dataclass
+class KeptWeights:
+    """The adapter of the best step, on the CPU.
+
+    Attributes:
+        weights: Its weights by name, as PEFT saves them; empty before the first evaluation.
+    """
+
+    weights: "dict[str, Tensor]"
+
+    def keep(self, weights: "dict[str, Tensor]") -> None:
+        """Copy the current weights."""
+        self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
