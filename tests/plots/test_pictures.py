@@ -87,6 +87,15 @@ def test_held_out_loss_within_a_training_is_a_line() -> None:
     assert held_out.get_linestyle() == "-"
 
 
+def test_the_published_step_is_marked() -> None:
+    history = [{**entry, "held_out_loss": 3.0} if entry["step"] == 10 else entry for entry in HISTORY]
+    best = {"step": 10, "held_out_loss": 3.0, "saved_steps": 0, "is_published": True}
+    above = training.curves({**STATE, "history": history, "best": best}).axes[0]
+    _, held_out, marked, *_ = above.get_lines()
+    assert [*zip(*held_out.get_data(), strict=True)] == [(0, 14.5), (10, 3.0)], "none after the last step"
+    assert [*marked.get_xdata()] == [10, 10]
+
+
 def test_utilisation_is_a_line_a_gpu(tmp_path: Path) -> None:
     busy, memory = training.utilisation(sampled(tmp_path)).axes  # type: ignore[union-attr]
     assert [line.get_label() for line in busy.get_lines()] == ["GPU 0", "GPU 1"]
