@@ -15,6 +15,8 @@ from finetune_assets.resources import deployment
 
 ALL = "*"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+SUPERSEDED = "ignore:Function `asset_materialize_command`"
+"""Filter of Dagster's advice to use `dg launch` instead."""
 
 
 @click.command()
@@ -62,7 +64,9 @@ def materialize(
     """
     command = materialize_command(experiment, select, overrides, force, log_level)
     out.print(f"[bold]$ {shlex.join(command)}[/bold]")
-    return subprocess.call([sys.executable, "-m", *command], env={**os.environ, **(environment or {})})
+    filters = [filter for filter in (os.environ.get("PYTHONWARNINGS"), SUPERSEDED) if filter]
+    variables = {**os.environ, "PYTHONWARNINGS": ",".join(filters), **(environment or {})}
+    return subprocess.call([sys.executable, "-m", *command], env=variables)
 
 
 def materialize_command(
