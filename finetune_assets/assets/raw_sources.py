@@ -173,17 +173,16 @@ def evaluate_checks(
         failed = [result.check_name or "" for result in by_source[name] if not result.passed]
         if failed := [check for check in failed if check in BLOCKING]:
             held_back[name] = ", ".join(failed)
-            if good := newest_version(project.store(), source.lineage.stream):
-                used[name] = replace(source, ref=good, hit=True, statistics=statistics_of(project, good))
+            if last := newest_version(project.store(), source.lineage.stream):
+                used[name] = replace(source, ref=last, hit=True, statistics=statistics_of(project, last))
         else:
             record_good(project.store(), source.lineage.stream, source.ref.fingerprint)
             used[name] = source
     if len(raw.sources) == 1:
         return CheckedSources(next(iter(by_source.values())), dict(sources), good=not held_back)
-    if not used:
-        used, held_back, good = dict(sources), {}, False
-    else:
-        good = True
+    good = bool(used)
+    if not good:
+        used, held_back = dict(sources), {}
     states = {name: _state(used.get(name)) for name in held_back}
     for name, state in states.items():
         context.log.warning(f"Source {name} failed {held_back[name]}; {state}")
