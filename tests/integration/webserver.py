@@ -80,7 +80,7 @@ def serving(folder: Path, *options: str, module: Sequence[str] = GUARDED) -> Ite
     (folder / "definitions.py").write_text(DEFINITIONS)
     home, log = folder / "webserver_home", folder / "webserver.log"
     home.mkdir()
-    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
     server = Webserver(free_port(), home, log)
     command = [sys.executable, *module, *options, "-f", "definitions.py", "-p", str(server.port)]
     environment = {**os.environ, "DAGSTER_HOME": str(home), "PYTHONPATH": str(ROOT)}
