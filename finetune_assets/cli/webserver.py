@@ -23,8 +23,8 @@ from finetune_assets.cli.ui import allow_host
 from finetune_assets.config.hosts import is_loopback
 
 EXPOSED = """\
-Warning: the UI listens on {host}, and Dagster has no login: whoever reaches this address can start runs, change
-schedules and read logs. Put a reverse proxy with a login before it, or let a firewall close its port to others."""
+Warning: the UI listens on {host}, and Dagster has no login: everyone who reaches this address can start runs,
+change schedules and read logs. Put a reverse proxy with a login before it, or close its port to others."""
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})

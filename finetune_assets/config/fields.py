@@ -9,7 +9,7 @@ IN_FILE_ONLY = {"in_file_only": True}
 """Metadata of a setting that names code to run, or decides as whom and beside which secrets a job runs.
 
 It must be written in a file of the configuration, which is reviewed as code is, and is refused as an override of one
-run: whoever reaches Dagster's UI may launch runs with overrides.
+run: everyone who reaches Dagster's UI may launch runs with overrides.
 """
 
 

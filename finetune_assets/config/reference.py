@@ -23,8 +23,8 @@ Generated from `finetune_assets/config/` by `python -m finetune_assets.config.re
 
 A setting marked † cannot change an artifact's bytes, so changing it re-runs nothing. Overrides of one run apply to all
 its assets and are given as dotted strings. A setting marked ‡ names code to run, or decides as whom and beside which
-secrets a job runs: it must be written in a file, and is refused as an override, because whoever reaches Dagster's UI
-can launch runs with overrides.
+secrets a job runs: it must be written in a file, and is refused as an override, because everyone who reaches Dagster's
+UI can launch runs with overrides.
 
 <!-- run -->
 ```sh
