@@ -1,7 +1,8 @@
 """`finetune ui`: Dagster's webserver, and its daemon, which runs the sensors, until Ctrl-C.
 
 Each has a code server of its own, as in production. `dagster dev` shares one between both, which is reloaded only in
-the UI: new files in `configs/experiments/` would not be trained automatically.
+the UI: new files in `configs/experiments/` would not be trained automatically. The webserver refuses requests of other
+sites' pages (`webserver.py`).
 """
 
 import os

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message as MessageHandler
@@ -19,8 +20,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from projects import TestProject
 
-from finetune_assets.automation import alerts
+from finetune_assets.automation import alert_sensors, alerts
 from finetune_assets.automation.alerts import AlertError, problems, send_alert, slack_text
 
 HOST, OTHER = "mail.example.org", "elsewhere.example.org"
@@ -247,6 +249,17 @@ def test_wrong_webhook_is_refused_without_its_secret(url: str, monkeypatch: pyte
     assert problem in str(error.value)
     assert "FINETUNE_ALERT_WEBHOOK: must be an https URL" in problem
     assert HOOK_SECRET.lower() not in str(error.value).lower()
+
+
+def test_wrong_webhook_is_in_the_log_before_an_alert_is_due(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FINETUNE_ALERT_WEBHOOK", f"http://hooks.example.org/{HOOK_SECRET}")
+    with dg.DagsterInstance.ephemeral() as instance:
+        alert_sensors.alert_on_standstill(dg.build_sensor_context(instance=instance))
+    printed = capfd.readouterr()
+    assert "FINETUNE_ALERT_WEBHOOK: must be an https URL" in printed.out + printed.err
+    assert HOOK_SECRET not in printed.out + printed.err
 
 
 @pytest.mark.parametrize("url", ["https://hooks.slack.com/services/T/B/x", "http://localhost:1/x", "http://[::1]/x"])
