@@ -17,6 +17,8 @@ from paths import ROOT
 from projects import TestProject
 from servers.kubernetes import VERSION
 
+from finetune_assets.cli import webserver
+
 DEPLOY = ROOT / "deploy"
 
 
@@ -61,6 +63,8 @@ def test_services_agree_with_one_another() -> None:
     (location,) = yaml.safe_load((DEPLOY / "compose-workspace.yaml").read_text())["load_from"]
     assert location["grpc_server"]["host"] in services
     assert services["webserver"]["ports"] == ["127.0.0.1:3000:3000"]
+    assert services["webserver"]["command"][:3] == ["python", "-m", webserver.__name__]
+    assert "FINETUNE_UI_HOSTS" in (DEPLOY / "env.example").read_text()
     read = set(re.findall(r"env: (\w+)", (DEPLOY / "dagster.yaml").read_text()))
     given = {*services["code"]["environment"], *re.findall(r"^(\w+)=", (DEPLOY / "env.example").read_text(), re.M)}
     assert read <= given

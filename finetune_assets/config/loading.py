@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune_assets.config.errors import MOST_SHOWN, SECRET, ConfigError, suggest
+from finetune_assets.config.errors import MOST_SHOWN, ConfigError, names_secret, suggest
 from finetune_assets.config.overrides import read_override
 from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
 from finetune_assets.config.raw_validation import impossible_raw_settings
@@ -272,7 +272,7 @@ def _layer(where: str, tree: dict[str, Any]) -> Layer:
 
 def _override_layer(override: str) -> Layer:
     setting = override.partition("=")[0]
-    given = f"{setting}=..." if SECRET.search(setting) else override
+    given = f"{setting}=..." if names_secret(override) else override
     where = f"{OVERRIDE} '{given if len(given) <= MOST_SHOWN else f'{given[:MOST_SHOWN]}...'}'"
     return _layer(where, read_override(ExperimentConfig, override, where))
 

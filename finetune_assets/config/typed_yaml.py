@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from finetune_assets.config.errors import SECRET, ConfigError, shown, suggest
+from finetune_assets.config.errors import ConfigError, is_secret, shown, suggest
 
 NULLS = ("", "~", "null", "Null", "NULL")
 BOOLS = {
@@ -187,7 +187,7 @@ class TypedReader:
         for name, child in self._pairs(node, key):
             path = f"{key}.{name}" if key else name
             if name not in hints:
-                found = "hidden" if SECRET.search(name) else self._found(child)
+                found = "hidden" if is_secret(name) else self._found(child)
                 self.refuse(path, f"unknown setting (value {found}); {suggest(name, hints)}")
             if not (_is_unset(child) and get_origin(hints[name]) in (list, dict)):
                 tree[name] = self.value(child, hints[name], path)

@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator
 
 from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
-from finetune_assets.config.errors import shown, suggest
+from finetune_assets.config.errors import is_secret, shown, suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
 from finetune_assets.config.raw_validation import Problem, named, shares
 from finetune_assets.config.schema import (
@@ -24,6 +24,10 @@ from finetune_assets.config.schema import (
     Wandb,
 )
 
+SECRET_VALUE = re.compile(
+    r"://[^/?#\s]*:[^/?#\s]*@|-----BEGIN [A-Z ]*PRIVATE KEY|\b(?:gh[opsur]|github_pat|hf|glpat|xox[abeprs])[_-]\w{16}"
+)
+"""A URL with a password, a private key, or a token of a well-known form."""
 PLACEHOLDERS = ("instruction", "context")
 COMPUTED_AS_STORED = {"fp32": "float32", "full_bf16": "bfloat16", "full_fp16": "float16"}
 """Required data type of the base model's weights, if mixed precision does not cast them."""
@@ -101,7 +105,7 @@ def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
     for name in launcher.environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield "launcher.environment", f"{name!r} is not a valid name of an environment variable"
-        elif re.search(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_?KEY", name, re.IGNORECASE):
+        elif is_secret(name) or SECRET_VALUE.search(launcher.environment[name]):
             yield (
                 "launcher.environment",
                 f"{name} looks like a secret, and settings are stored with artifacts; set it in the environment, or "
