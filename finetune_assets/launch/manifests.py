@@ -144,7 +144,7 @@ def headless_service(spec: JobSpec, remote: RemoteJob, owner: Mapping[str, Any] 
 def network_policy(spec: JobSpec, remote: RemoteJob) -> dict[str, Any]:
     """Build the policy that lets only the pods of a Job connect to one another.
 
-    torchrun's store and the ranks do not authenticate whoever connects, and torchrun unpickles what is in its store.
+    torchrun's store and the ranks do not authenticate connections, and torchrun unpickles what is in its store.
     The ports of the ranks are chosen when they start, so the policy names none.
     """
     pods = {"podSelector": {"matchLabels": {JOB: remote.id}}}

@@ -125,8 +125,8 @@ class JobSpec:
 def from_json(text: str) -> JobSpec:
     """Parse and validate the JSON written by `JobSpec.to_json`.
 
-    Whoever may write to the store may replace a job's specification, so nothing in it is trusted: a job runs a worker
-    of this project, and its names lead neither out of the store nor out of the cache.
+    Everyone with write access to the store can replace a job's specification, so nothing in it is trusted: a job runs a
+    worker of this project, and its names lead neither out of the store nor out of the cache.
 
     Raises:
         JobInvalid: If the specification is incomplete, or has an unknown key or an invalid value.
