@@ -1,7 +1,10 @@
 """Processes of this machine, as `ps` shows them."""
 
+import ipaddress
 import os
 import signal
+import socket
+import sys
 from collections.abc import Iterable, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,3 +86,45 @@ def of_project(root: Path, *words: str) -> list[Process]:
         return any(str(root) in text for text in (one.command, one.environment)) or belongs(there.get(one.parent))
 
     return [one for one in there.values() if any(word in one.command for word in words) and belongs(one)]
+
+
+TCP_LISTENS, UDP_BOUND = "0A", "07"
+"""States in /proc/net."""
+
+
+def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
+    """Addresses and ports at which processes take connections or datagrams, from their own network's tables."""
+    found = set()
+    for pid in pids:
+        try:
+            files = [_target(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+            tables = {name: Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6", "udp", "udp6")}
+        except OSError:  # it has ended
+            continue
+        sockets = {file[len("socket:[") : -1] for file in files if file.startswith("socket:[")}
+        for name, table in tables.items():
+            waits = TCP_LISTENS if name.startswith("tcp") else UDP_BOUND
+            for fields in map(str.split, table.splitlines()[1:]):
+                if fields[3] == waits and fields[9] in sockets:
+                    address, _, port = fields[1].partition(":")
+                    found.add((_address(address), int(port, 16)))
+    return found
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:  # it was closed
+        return ""
+
+
+def _address(words: str) -> str:
+    """An address as /proc/net shows it: 32-bit words in the byte order of the machine."""
+    raw = b"".join(int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8))
+    return str(ipaddress.ip_address(socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)))
+
+
+def is_loopback(address: str) -> bool:
+    one = ipaddress.ip_address(address)
+    mapped = one.ipv4_mapped if isinstance(one, ipaddress.IPv6Address) else None
+    return (mapped or one).is_loopback

@@ -16,7 +16,17 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from finetune_assets.errors import UserError
-from finetune_assets.launch.manifests import ARTIFACT, JOB, headless_service, indexed_job, job_name, labels, pod_spec
+from finetune_assets.launch.manifests import (
+    ARTIFACT,
+    JOB,
+    headless_service,
+    indexed_job,
+    job_name,
+    labels,
+    network_policy,
+    pod_spec,
+)
+from finetune_assets.launch.pods import completion_index, deadline_exceeded, described, failure_of
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.worker.job import JobFailed, JobSpec
 from finetune_assets.worker.remote import RemoteJob
@@ -28,13 +38,6 @@ DELETE_SECONDS = 150
 """Time for deleted pods to terminate, in seconds: their grace period plus a margin."""
 NOTICE_SECONDS = 30
 """Time for the Pipes client to notice that a pod has failed, in seconds."""
-HOPELESS = ("ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError", "RunContainerError")
-"""Waiting reasons from which a container does not recover. `ErrImagePull` precedes the first and may be transient."""
-ADVICE = {
-    "ImagePullBackOff": "check launcher.kubernetes.image and the cluster's permission to pull it",
-    "InvalidImageName": "check launcher.kubernetes.image",
-    "CreateContainerConfigError": "check launcher.kubernetes.secrets",
-}
 logger = logging.getLogger(__name__)
 
 
@@ -55,11 +58,8 @@ class KubernetesEngine:
             UserError: if Kubernetes does not take it.
         """
         with _remote_job(spec) as (cluster, remote):
-            job = indexed_job(spec, remote, environment)
             try:
-                uid = cluster.batch.create_namespaced_job(cluster.namespace, job).metadata.uid
-                owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job_name(remote), "uid": uid}
-                cluster.core.create_namespaced_service(cluster.namespace, headless_service(spec, remote, owner))
+                cluster.create(spec, remote, indexed_job(spec, remote, environment))
             except Exception as e:
                 raise _api_failure(e) from e
             with cluster.output(remote):
@@ -186,8 +186,22 @@ class Cluster:
             raise UserError(f"launcher.engine: 'kubernetes' has no cluster configuration ({e}); set KUBECONFIG") from e
         self.namespace = namespace
         self.core, self.batch = kubernetes.client.CoreV1Api(), kubernetes.client.BatchV1Api()
+        self.networking = kubernetes.client.NetworkingV1Api()
         self._api_errors = (kubernetes.client.ApiException, urllib3.exceptions.HTTPError)
         self._logged_states: dict[str, str] = {}
+
+    def create(self, spec: JobSpec, remote: RemoteJob, job: Mapping[str, Any]) -> None:
+        """Create a Job, and the network policy and the service that it owns.
+
+        The policy comes first: no pod runs without it.
+        """
+        name = job_name(remote)
+        self.networking.create_namespaced_network_policy(self.namespace, network_policy(spec, remote))
+        uid = self.batch.create_namespaced_job(self.namespace, job).metadata.uid
+        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid}
+        owned = {"metadata": {"ownerReferences": [owner]}}
+        self.networking.patch_namespaced_network_policy(name, self.namespace, owned)
+        self.core.create_namespaced_service(self.namespace, headless_service(spec, remote, owner))
 
     def pods(self, selector: str) -> list[Any]:
         """Return the pods that match a label selector."""
@@ -208,7 +222,7 @@ class Cluster:
 
     def leads(self, remote: RemoteJob) -> bool:
         """Return whether the first pod of a Job has not failed."""
-        first = [pod for pod in self.pods(f"{JOB}={remote.id}") if _completion_index(pod) == "0"]
+        first = [pod for pod in self.pods(f"{JOB}={remote.id}") if completion_index(pod) == "0"]
         return not any(pod.status.phase == "Failed" for pod in first)
 
     def goes_on(self, remote: RemoteJob) -> bool:
@@ -245,7 +259,7 @@ class Cluster:
                     return None
                 if condition.status == "True" and condition.type == "Failed":
                     if condition.reason == "DeadlineExceeded":
-                        return _deadline_exceeded(name)
+                        return deadline_exceeded(name)
                     return failure or JobFailed(f"Kubernetes job {name} failed: {condition.reason}", retriable=True)
             if failure and failure.specificity and not (elastic and failure.retriable and self.leads(remote)):
                 return failure
@@ -285,7 +299,7 @@ class Cluster:
             read: Callable[..., Any] = self.core.read_namespaced_pod_log
             stream = read(pod.metadata.name, self.namespace, follow=True, _preload_content=False)
             for line in stream:
-                sys.stderr.write(f"[{_completion_index(pod)}] {line.decode(errors='replace')}")
+                sys.stderr.write(f"[{completion_index(pod)}] {line.decode(errors='replace')}")
 
     def end_former(self, artifact: str) -> None:
         """Delete pods left by a killed run, so that they do not compete with this run to publish the artifact."""
@@ -294,13 +308,36 @@ class Cluster:
             self.delete(f"{ARTIFACT}={artifact}")
 
     def delete(self, selector: str) -> None:
-        """Delete Jobs, services and pods that match a label selector, and wait until no such pod is left."""
+        """Delete the objects that match a label selector, and wait until no such pod is left.
+
+        Network policies are deleted last. Until then they do not belong to their Job, with which Kubernetes would
+        delete them while its pods still save a checkpoint.
+        """
+        policies = [policy.metadata.name for policy in self._policies(selector)]
+        for name in policies:
+            disowned = {"metadata": {"ownerReferences": None}}
+            self._try(self.networking.patch_namespaced_network_policy, name, body=disowned)
         for job in self._call(self.batch.list_namespaced_job, self.namespace, label_selector=selector).items:
-            self._try_delete(self.batch.delete_namespaced_job, job.metadata.name, propagation_policy="Background")
+            self._try(self.batch.delete_namespaced_job, job.metadata.name, propagation_policy="Background")
         for service in self._call(self.core.list_namespaced_service, self.namespace, label_selector=selector).items:
-            self._try_delete(self.core.delete_namespaced_service, service.metadata.name)
+            self._try(self.core.delete_namespaced_service, service.metadata.name)
         for pod in self.pods(selector):
-            self._try_delete(self.core.delete_namespaced_pod, pod.metadata.name)
+            self._try(self.core.delete_namespaced_pod, pod.metadata.name)
+        self._wait_for_pods(selector)
+        for name in policies:
+            self._try(self.networking.delete_namespaced_network_policy, name)
+
+    def _policies(self, selector: str) -> list[Any]:
+        """Return the network policies that match a selector; none if the Role, of an earlier version, knows none."""
+        list_policies = self.networking.list_namespaced_network_policy
+        try:
+            return list(self._call(list_policies, self.namespace, label_selector=selector).items)
+        except JobFailed as e:
+            if getattr(e.__cause__, "status", None) != 403:
+                raise
+            return []
+
+    def _wait_for_pods(self, selector: str) -> None:
         deadline = time.monotonic() + DELETE_SECONDS
         while self.pods(selector):
             if time.monotonic() > deadline:
@@ -308,60 +345,10 @@ class Cluster:
                 return
             time.sleep(1)
 
-    def _try_delete(self, delete: Callable[..., Any], name: str, **options: str) -> None:
+    def _try(self, change: Callable[..., Any], name: str, **options: Any) -> None:
+        """Change or delete an object, unless it no longer exists."""
         try:
-            self._call(delete, name, self.namespace, **options)
+            self._call(change, name, self.namespace, **options)
         except JobFailed as e:
             if getattr(e.__cause__, "status", None) != 404:
                 raise
-
-
-def _completion_index(pod: Any) -> str:
-    """Return the completion index of a Job's pod."""
-    return str((pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index", "?"))
-
-
-def described(pod: Any) -> str:
-    """Describe the state of a pod, and the reason if it is waiting."""
-    status = pod.status
-    states = [container.state for container in status.container_statuses or []]
-    waiting = [state.waiting for state in states if state and state.waiting]
-    if waiting and waiting[0].reason:
-        return f"{waiting[0].reason} {waiting[0].message or ''}".strip()
-    conditions = [condition for condition in status.conditions or [] if condition.type == "PodScheduled"]
-    unscheduled = [condition for condition in conditions if condition.status == "False"]
-    if status.phase == "Pending" and unscheduled:
-        return f"Pending ({unscheduled[0].reason}): {unscheduled[0].message or ''}"
-    return f"{status.phase} on {pod.spec.node_name}" if pod.spec.node_name else str(status.phase)
-
-
-def failure_of(pod: Any) -> JobFailed | None:
-    """Return the failure of a pod, or None; `specificity` is 1 if Kubernetes reports the cause."""
-    name, status = pod.metadata.name, pod.status
-    for container in status.container_statuses or []:
-        state = container.state
-        if state and state.waiting and state.waiting.reason in HOPELESS:
-            reason = state.waiting.reason
-            advice = ADVICE.get(reason, "check the events of the pod")
-            return JobFailed(f"pod {name} cannot start ({reason}: {state.waiting.message}); {advice}", specificity=1)
-        if state and state.terminated and state.terminated.reason == "OOMKilled":
-            return JobFailed(f"pod {name} ran out of memory (OOMKilled): raise launcher.memory", specificity=1)
-    if status.phase != "Failed":
-        return None
-    if status.reason == "DeadlineExceeded":
-        return _deadline_exceeded(f"pod {name}")
-    if status.reason:
-        return JobFailed(
-            f"pod {name} was terminated ({status.reason}): {status.message}", retriable=True, specificity=1
-        )
-    states = [container.state for container in status.container_statuses or []]
-    codes = [state.terminated.exit_code for state in states if state.terminated]
-    code = codes[0] if codes else "unknown"
-    return JobFailed(f"pod {name} failed with exit code {code}; check its output", retriable=True)
-
-
-def _deadline_exceeded(name: str) -> JobFailed:
-    return JobFailed(
-        f"{name} reached its time limit: raise launcher.time_limit; the next run resumes from its last checkpoint",
-        specificity=1,
-    )

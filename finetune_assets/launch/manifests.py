@@ -1,4 +1,4 @@
-"""Kubernetes manifests: a pod, or an Indexed Job with a headless service for several machines."""
+"""Kubernetes manifests: a pod, or for several machines an Indexed Job with a headless service and a network policy."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,14 @@ GRACE_SECONDS = 120
 """Time that a terminated pod gets to save a last checkpoint, in seconds."""
 KEEP_SECONDS = 3600
 """Time after which Kubernetes deletes a finished Job that the launcher did not delete, in seconds."""
-PASSED_ON = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION", "FINETUNE_GPUS_PER_JOB")
+PASSED_ON = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+    "FINETUNE_GPUS_PER_JOB",
+    "FINETUNE_WORKER_MODULES",
+)
 """Environment variables that are copied to the pod. Credentials are passed through secrets or a service account."""
 
 
@@ -50,7 +57,7 @@ def pod_spec(spec: JobSpec, remote: RemoteJob, **environment: Any) -> dict[str, 
     container = {
         "name": "worker",
         "image": image,
-        "command": ["python", "-m", "finetune_assets.worker.node", remote.store, remote.namespace, remote.id],
+        "command": ["python", "-m", "finetune_assets.worker.node", *remote.arguments],
         "env": [_variable(name, value) for name, value in variables.items()],
         "envFrom": [{"secretRef": {"name": name}} for name in settings.kubernetes.secrets],
         "resources": _resources(settings),
@@ -65,6 +72,8 @@ def pod_spec(spec: JobSpec, remote: RemoteJob, **environment: Any) -> dict[str, 
         "nodeSelector": dict(settings.kubernetes.node_selector),
         "tolerations": [dict(toleration) for toleration in settings.kubernetes.tolerations],
         "serviceAccountName": settings.kubernetes.service_account or os.environ.get("FINETUNE_SERVICE_ACCOUNT"),
+        # A job needs no access to the API server, and runs the code of models. Roles of clouds bring their own token
+        "automountServiceAccountToken": False,
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
         "volumes": [
             {"name": "cache", "emptyDir": {}},
@@ -132,8 +141,23 @@ def headless_service(spec: JobSpec, remote: RemoteJob, owner: Mapping[str, Any] 
     }
 
 
+def network_policy(spec: JobSpec, remote: RemoteJob) -> dict[str, Any]:
+    """Build the policy that lets only the pods of a Job connect to one another.
+
+    torchrun's store and the ranks do not authenticate connections, and torchrun unpickles what is in its store.
+    The ports of the ranks are chosen when they start, so the policy names none.
+    """
+    pods = {"podSelector": {"matchLabels": {JOB: remote.id}}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": job_name(remote), "labels": labels(spec, remote)},
+        "spec": {**pods, "policyTypes": ["Ingress"], "ingress": [{"from": [pods]}]},
+    }
+
+
 def job_name(remote: RemoteJob) -> str:
-    """Return the name of the Job and of its headless service."""
+    """Return the name of the Job, of its headless service and of its network policy."""
     return f"finetune-{remote.id}"
 
 

@@ -263,7 +263,7 @@ def script(spec: JobSpec, remote: RemoteJob, kept: Container[str] = ()) -> str:
         # Since Slurm 22.05, srun does not inherit it from sbatch
         flags.append(f"--cpus-per-task={spec.settings.cpus_per_node}")
     python = shlex.quote(spec.settings.slurm.python or sys.executable)
-    location = shlex.join((remote.store, remote.namespace, remote.id))
+    location = shlex.join(remote.arguments)
     own = {name: value for name, value in spec.settings.environment.items() if name not in kept}
     variables = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in own.items())
     return SCRIPT.format(variables=variables, flags=" ".join(flags), python=python, arguments=location)

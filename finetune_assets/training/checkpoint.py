@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from finetune_assets.training.distributed import DistributedContext
@@ -49,8 +50,16 @@ def save(folder: Path, model: PeftModel, parts: dict[str, Any], log: dict[str, A
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Contents of a checkpoint, on the CPU."""
+    """Contents of a checkpoint, on the CPU.
 
+    Attributes:
+        folder: Folder of the checkpoint; None if another process sent it.
+        weights: Weights of the adapter by name.
+        parts: State dictionaries by name.
+        log: Training log.
+    """
+
+    folder: Path | None
     weights: dict[str, Tensor]
     parts: dict[str, Any]
     log: dict[str, Any]
@@ -73,7 +82,7 @@ def load_newest(
         return None
     if min(steps) < max(steps):
         newest = steps.index(max(steps))
-        restored = process.share(restored if process.rank == newest else None, of=newest)
+        restored = _shared(restored if process.rank == newest else None, process, newest)
     assert restored
     set_peft_model_state_dict(model, {name: weight.to(process.device) for name, weight in restored.weights.items()})
     for name, part in parts.items():
@@ -81,10 +90,21 @@ def load_newest(
     return restored.log
 
 
+def _shared(checkpoint: Checkpoint | None, process: DistributedContext, of: int) -> Checkpoint:
+    """Send the files of a checkpoint of rank `of` to all processes, which read them like files of their own."""
+    folder = checkpoint.folder if checkpoint else None
+    weights, state, log = (
+        process.share_bytes((folder / name).read_bytes() if folder else b"", of) for name in (WEIGHTS, STATE, LOG)
+    )
+    parts = torch.load(BytesIO(state), map_location="cpu", weights_only=True)
+    return Checkpoint(folder, load(weights), parts, json.loads(log))
+
+
 def _newest(folder: Path) -> Checkpoint | None:
     for checkpoint in reversed(_checkpoints(folder)):
         try:
             return Checkpoint(
+                checkpoint,
                 load_file(checkpoint / WEIGHTS),
                 torch.load(checkpoint / STATE, map_location="cpu", weights_only=True),
                 json.loads((checkpoint / LOG).read_text(encoding="utf-8")),

@@ -1,14 +1,17 @@
 """Process group of the processes started by torchrun, and collective operations on it."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from finetune_assets.worker.rendezvous import RANKS_FILE
 
 T = TypeVar("T")
 
@@ -66,19 +69,34 @@ class DistributedContext:
                 dist.broadcast(parameter.data, src=0)
 
     def everyones(self, here: T) -> list[T]:
-        """Gather a small picklable value from each process, in rank order."""
-        values: list[T] = [here] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, here)
-        return values
+        """Gather a small JSON-serializable value from each process, in rank order.
+
+        Values are sent as JSON, because PyTorch's collectives of objects unpickle what they receive.
+        """
+        content = _encoded(here)
+        if self.world == 1:
+            return [_decoded(content)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(content)]))
+        longest = max(int(size) for size in sizes)
+        received = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(received, _as_tensor(content.ljust(longest)))
+        return [_decoded(_as_bytes(values)[: int(size)]) for values, size in zip(received, sizes, strict=True)]
 
     def share(self, here: T, of: int = 0) -> T:
-        """Broadcast the value of rank `of` to all processes."""
+        """Broadcast a JSON-serializable value of rank `of` to all processes."""
+        value: T = _decoded(self.share_bytes(_encoded(here), of))
+        return value
+
+    def share_bytes(self, here: bytes, of: int = 0) -> bytes:
+        """Broadcast the bytes of rank `of` to all processes."""
         if self.world == 1:
             return here
-        shared = [here]
-        dist.broadcast_object_list(shared, src=of)
-        return shared[0]
+        size = torch.tensor([len(here)])
+        dist.broadcast(size, src=of)
+        content = _as_tensor(here) if self.rank == of else torch.zeros(int(size), dtype=torch.uint8)
+        dist.broadcast(content, src=of)
+        return _as_bytes(content)
 
     def any(self, here: bool) -> bool:
         """Whether the flag is true in any process; reduced on the CPU, so it does not wait for a GPU."""
@@ -93,6 +111,22 @@ class DistributedContext:
             dist.barrier()
 
 
+def _encoded(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _decoded(content: bytes) -> Any:
+    return json.loads(content)
+
+
+def _as_tensor(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.zeros(0, dtype=torch.uint8)
+
+
+def _as_bytes(values: Tensor) -> bytes:
+    return values.numpy().tobytes()
+
+
 @contextmanager
 def joined() -> Iterator[DistributedContext]:
     """Join the process group defined by torchrun (gloo on CPUs, NCCL on GPUs), and leave it on exit."""
@@ -104,7 +138,11 @@ def joined() -> Iterator[DistributedContext]:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if file := os.environ.get(RANKS_FILE):  # on one machine: no TCP store, which would listen on all interfaces
+            dist.init_process_group(backend, store=dist.FileStore(file, world), rank=rank, world_size=world)
+        else:
+            dist.init_process_group(backend)
     try:
         yield DistributedContext(rank, world, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank)
     finally:

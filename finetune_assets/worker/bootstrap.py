@@ -19,7 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -31,9 +31,9 @@ from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_sto
 from finetune_assets.store.checkpoints import Checkpoints, Superseded
 from finetune_assets.worker import gpus, warm
 from finetune_assets.worker.forkserver import TORCHRUN
-from finetune_assets.worker.job import JobFailed, JobSpec, from_json
+from finetune_assets.worker.job import JobFailed, JobInvalid, JobSpec, from_json
 from finetune_assets.worker.pipes_worker import in_dagster_run, in_terminal
-from finetune_assets.worker.rendezvous import ALONE, Place
+from finetune_assets.worker.rendezvous import ALONE, RANKS_FILE, Meeting, Place
 
 TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MEANWHILE_SECONDS = 2
@@ -81,8 +81,16 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
             **({"scratch": scratch} if spec.scratch else {}),
         }
         processes = _processes(spec, devices)
-        module, leading = _runner(spec, processes, place, folder)
-        worker = Worker(module, [*leading, *flags(arguments)], folder, Path(spec.cache), devices, processes)
+        module, meeting = _runner(spec, processes, place, folder)
+        worker = Worker(
+            module,
+            [*meeting.arguments, *flags(arguments)],
+            folder,
+            Path(spec.cache),
+            devices,
+            processes,
+            meeting.environment,
+        )
         if not place.leads:
             run_worker(worker)
             return None
@@ -141,6 +149,7 @@ class Worker:
         cache: Folder for files that outlive the job, such as W&B's.
         gpus: GPUs reserved for the worker; empty to compute on the CPU.
         processes: Number of processes that share this machine's cores.
+        environment: Environment variables that override those of this process.
     """
 
     module: str
@@ -149,6 +158,7 @@ class Worker:
     cache: Path
     gpus: list[str]
     processes: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def _processes(spec: JobSpec, gpus: list[str]) -> int:
@@ -163,19 +173,21 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> tuple[str, list[str]]:
-    """Return the module to start (torchrun or the worker itself) and its first arguments."""
+def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> tuple[str, Meeting]:
+    """Return the module to start (torchrun or the worker itself), and the first arguments and the environment of it."""
     if spec.processes is None:
-        return spec.module, []
+        return spec.module, Meeting([])
+    meeting = place.meeting(spec.nodes, spec.rendezvous_seconds, folder)
     torchrun = [
-        *place.meeting(spec.nodes, spec.rendezvous_seconds),
+        *meeting.arguments,
         f"--nproc-per-node={processes}",
         f"--log-dir={folder}",  # torchrun's own logs, which would otherwise stay in /tmp
     ]
     if not warm.was_forked():
-        return TORCHRUN, [*torchrun, "-m", spec.module]
+        return TORCHRUN, replace(meeting, arguments=[*torchrun, "-m", spec.module])
     # torchrun forks the ranks as well, and each runs the module's file in the existing interpreter
-    return TORCHRUN, [*torchrun, "--start-method=fork", "--run-path", _file_of(spec.module)]
+    forked = [*torchrun, "--start-method=fork", "--run-path", _file_of(spec.module)]
+    return TORCHRUN, replace(meeting, arguments=forked)
 
 
 def flags(arguments: Mapping[str, Path]) -> list[str]:
@@ -220,8 +232,9 @@ def run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> 
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", RANKS_FILE):
         environment.pop(name, None)  # set by an enclosing job
+    environment |= worker.environment
     if worker.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(worker.gpus)
     process = warm.start(worker.module, worker.arguments, environment, subprocess.PIPE, binds=True)
@@ -270,8 +283,16 @@ def _failure(user_error: Path, crash: Path, tail: deque[str], code: int) -> JobF
     return JobFailed(f"The worker exited with code {code}. Last lines of its stderr:\n{stderr}", retriable=True)
 
 
-def answer_of(spec: JobSpec, place: Place = ALONE) -> dict[str, Any]:
-    """Run a job, or one machine's part of it, and return its outcome as a JSON object."""
+def answer_of(read: Callable[[], JobSpec], place: Place = ALONE) -> dict[str, Any]:
+    """Read a job's specification, run the job or one machine's part of it, and return the outcome as a JSON object.
+
+    Raises:
+        FileNotFoundError: If there is no such job.
+    """
+    try:
+        spec = read()
+    except JobInvalid as e:
+        return {"error": str(e), "retriable": False, "specificity": 3}
     try:
         ref = run(spec, place)
         return {"ref": ref.to_dict() if ref else None}
@@ -291,7 +312,7 @@ def prepare() -> None:
 
 def main() -> None:
     prepare()
-    answer = answer_of(from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    answer = answer_of(lambda: from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
     Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
     sys.exit("error" in answer)
 

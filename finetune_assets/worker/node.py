@@ -1,4 +1,7 @@
-"""One machine's part of a cluster job: `python -m finetune_assets.worker.node STORE NAMESPACE JOB`.
+"""One machine's part of a cluster job: `python -m finetune_assets.worker.node STORE NAMESPACE JOB SHA256`.
+
+SHA256 is the hash of the job's specification when it was submitted. A specification that was changed in the store since
+then is rejected before anything in it is used.
 
 FINETUNE_NODE_CACHE: node-local folder for fetched artifacts and running jobs. Environment variables in it, such as
     `$TMPDIR/finetune`, are expanded on the node. Default: FINETUNE_CACHE of the machine that runs Dagster.
@@ -13,6 +16,7 @@ import sys
 from dataclasses import replace
 
 from finetune_assets.worker.bootstrap import answer_of, prepare
+from finetune_assets.worker.job import JobSpec
 from finetune_assets.worker.remote import TERMINATED, RemoteJob
 from finetune_assets.worker.rendezvous import Place
 
@@ -20,11 +24,15 @@ from finetune_assets.worker.rendezvous import Place
 def main() -> None:
     prepare()
     os.environ[FORKSERVER] = OFF  # a fork server of the submitting machine does not exist here
-    job, place = RemoteJob(sys.argv[1], sys.argv[2], sys.argv[3]), Place.from_environment()
-    spec = job.spec()
-    cache = os.path.expandvars(os.environ.get("FINETUNE_NODE_CACHE") or spec.cache)
+    store, namespace, job_id, digest = sys.argv[1:]
+    job, place = RemoteJob(store, namespace, job_id, digest), Place.from_environment()
+
+    def spec() -> JobSpec:
+        given = job.spec()
+        return replace(given, cache=os.path.expandvars(os.environ.get("FINETUNE_NODE_CACHE") or given.cache))
+
     try:
-        answer = answer_of(replace(spec, cache=cache), place)
+        answer = answer_of(spec, place)
     except SystemExit:
         answer = TERMINATED
     job.answer(place.node, answer)

@@ -19,7 +19,7 @@ run_worker("worker_body")
 LINGERS = 120
 """For how many seconds a worker's child outlives it."""
 BODIES = {
-    "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('data') + '/in.txt').read().upper())",
+    "good": "def main():\n    (out() / 'x.txt').write_text(open(arg('dataset') + '/in.txt').read().upper())",
     "slow": "def main():\n    import time\n    (out() / 'started').touch(); time.sleep(8); (out() / 'x.txt').touch()",
     "of_two": "def main():\n    import time\n    (out() / 'started').touch(); time.sleep(20)\n"
     "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': raise RuntimeError('the other is gone')\n"
@@ -54,7 +54,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpe
     modules = tmp_path / "modules"
     modules.mkdir()
     (modules / "worker_main.py").write_text(WORKER)
-    monkeypatch.setenv("PYTHONPATH", str(modules))
+    monkeypatch.setenv("PYTHONPATH", str(modules), prepend=os.pathsep)
+    monkeypatch.setenv("FINETUNE_WORKER_MODULES", "worker_main")
     store = open_store(os.environ.get("FINETUNE_STORE") or f"file://{tmp_path}/store", "me", tmp_path / "cache")
     data = tmp_path / "data"
     data.mkdir()
@@ -66,7 +67,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpe
         return JobSpec(
             module="worker_main",
             config="a: 1\n",
-            inputs={"data": ref},
+            inputs={"dataset": ref},
             kind="adapters",
             fingerprint="f1",
             made_from={"data": "d"},

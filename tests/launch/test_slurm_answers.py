@@ -274,7 +274,8 @@ def test_what_is_set_is_asked_for(job: Make) -> None:
         "--no-kill",
     }
     assert arguments[-1] == "--constraint=h100", "the last wins"
-    script = slurm.script(spec, RemoteJob(spec.store, "me", "abc"))
+    script = slurm.script(spec, RemoteJob(spec.store, "me", "abc", "0" * 64))
+    assert f"{spec.store} me abc {'0' * 64}" in script
     assert "--cpus-per-task=64" in script
     assert "/opt/python -m finetune_assets.worker.node" in script
     least = slurm.arguments(job("good"), "finetune-x", Path("/logs/x.log"))

@@ -1,8 +1,9 @@
 """An API server of Kubernetes for tests, on loopback, with a kubelet that runs containers as processes of this machine.
 
-It holds pods, jobs and services as the real one does, as far as this project and dagster-k8s's client ask; what it is
-given must pass the published schema strictly. What a real cluster has beyond that (networks, images, limits on memory)
-it has not: names of pods lead to loopback, and an image is there unless its name says `absent`.
+It holds pods, jobs, services and network policies as the real one does, as far as this project and dagster-k8s's client
+ask; what it is given must pass the published schema strictly. What a real cluster has beyond that (networks, policies
+that act, images, limits on memory) it has not: names of pods lead to loopback, and an image is there unless its name
+says `absent`.
 """
 
 import json
@@ -29,8 +30,17 @@ import yaml
 
 VERSION = "1.34"
 """Of the schemas."""
-KINDS = {"pods": ("v1", "Pod"), "services": ("v1", "Service"), "jobs": ("batch/v1", "Job"), "events": ("v1", "Event")}
-ROUTE = re.compile(r"/(?:api/v1|apis/batch/v1)/namespaces/([^/]+)/(pods|services|jobs|events)(?:/([^/]+))?(/log)?")
+KINDS = {
+    "pods": ("v1", "Pod"),
+    "services": ("v1", "Service"),
+    "jobs": ("batch/v1", "Job"),
+    "events": ("v1", "Event"),
+    "networkpolicies": ("networking.k8s.io/v1", "NetworkPolicy"),
+}
+ROUTE = re.compile(
+    r"/(?:api/v1|apis/batch/v1|apis/networking\.k8s\.io/v1)/namespaces/([^/]+)/"
+    r"(pods|services|jobs|events|networkpolicies)(?:/([^/]+))?(/log)?"
+)
 GPUS = 0
 """Of the only node."""
 
@@ -62,6 +72,8 @@ class Server:
     requests: list[str] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
     refuses: str = ""
+    refused_kinds: set[str] = field(default_factory=set)
+    """What the Role of its client does not name."""
     away: float = 0
     """Until when it answers 503, on the monotonic clock."""
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -221,6 +233,26 @@ class Server:
                 if pod.process and pod.process.poll() is None:
                     pod.process.terminate()
 
+    def patch(self, kind: str, name: str, change: dict[str, Any]) -> dict[str, Any] | None:
+        """Merge a change of an object's metadata, which is all that this project changes."""
+        with self.lock:
+            tree = self.objects.get((kind, name))
+            if tree:
+                assert change.keys() == {"metadata"}
+                metadata = {**tree["metadata"], **change["metadata"]}
+                changed = {**tree, "metadata": {key: value for key, value in metadata.items() if value is not None}}
+                kubernetes_validate.validate(changed, VERSION, strict=True)
+                self.objects[kind, name] = changed
+                return changed
+            return None
+
+    def _delete_owned(self, job: str) -> None:
+        """What a Job owns is deleted with it."""
+        for (kind, name), tree in list(self.objects.items()):
+            owners = tree["metadata"].get("ownerReferences", [])
+            if kind != "pods" and any(one["kind"] == "Job" and one["name"] == job for one in owners):
+                del self.objects[kind, name]
+
     def delete(self, kind: str, name: str) -> bool:
         with self.lock:
             if (kind, name) not in self.objects:
@@ -230,7 +262,7 @@ class Server:
             if kind == "jobs":
                 for pod in [pod for pod in self.running if pod.startswith(f"{name}-")]:
                     self.delete("pods", pod)
-                self.objects.pop(("services", name), None)
+                self._delete_owned(name)
             if kind == "pods":
                 pod = self.running[name]
                 pod.deleted = True
@@ -251,7 +283,7 @@ def running(folder: Path) -> Iterator[Server]:
         def do_GET(self) -> None:
             _answer(self, server)
 
-        do_POST = do_DELETE = do_GET
+        do_POST = do_DELETE = do_PATCH = do_GET
 
         def log_message(self, format: str, *args: Any) -> None:
             """Says nothing."""
@@ -285,6 +317,8 @@ def _answer(http: BaseHTTPRequestHandler, server: Server) -> None:
         return _send(http, 503, _status(503, "ServiceUnavailable", "the server is being upgraded"))
     if server.refuses and http.command == "POST":
         return _send(http, 403, _status(403, "Forbidden", server.refuses))
+    if kind in server.refused_kinds:
+        return _send(http, 403, _status(403, "Forbidden", f"{kind} is forbidden"))
     server.refresh()
     if log:
         return _log(http, server, name, query)
@@ -293,6 +327,10 @@ def _answer(http: BaseHTTPRequestHandler, server: Server) -> None:
             return _send(http, 201, server.create(kind, namespace, json.loads(body)))
         except kubernetes_validate.ValidationError as e:
             return _send(http, 422, _status(422, "Invalid", e.message))
+    if http.command == "PATCH":
+        assert "merge-patch+json" in http.headers["Content-Type"]
+        patched = server.patch(kind, name, json.loads(body))
+        return _send(http, 200 if patched else 404, patched or _status(404, "NotFound", name))
     if http.command == "DELETE":
         gone = server.delete(kind, name)
         return _send(http, 200 if gone else 404, _status(200 if gone else 404, "NotFound", name))
