@@ -70,7 +70,7 @@ audit: $(TOOLS)/installed  ## look for known vulnerabilities of what is locked; 
 pin:  ## print which commits and digests the tags of deploy/ have now; needs git, docker and the internet
 	deploy/pin.sh
 
-$(VENV)/installed: pyproject.toml $(wildcard requirements/*)
+$(VENV)/installed: pyproject.toml requirements/install.sh $(wildcard requirements/*.txt)
 	@echo "Installing into $(VENV); this takes a few minutes ..."
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)

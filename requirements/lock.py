@@ -101,7 +101,9 @@ def version(entry: str) -> str:
 
 def write(name: str, pins: Pins) -> None:
     """Write one lock file."""
-    header = "# Written by `make lock` (requirements/lock.py). Installed with --require-hashes by requirements/install.sh.\n"
+    header = (
+        "# Written by `make lock` (requirements/lock.py). Installed with --require-hashes by requirements/install.sh.\n"
+    )
     (FOLDER / name).write_text(header + "".join(entry for _, entry in sorted(pins.items())), "utf-8")
     print(f"requirements/{name}: {len(pins)} packages")
 

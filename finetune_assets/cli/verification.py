@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from finetune_assets.artifacts.kinds import ADAPTERS, STACKS
-from finetune_assets.artifacts.layout import CARD, PROVENANCE, SUMS
+from finetune_assets.artifacts.layout import CARD, PROVENANCE, SIGNATURE, SUMS
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.gc import Artifact, Inventory
 from finetune_assets.store.hashing import sha256
@@ -44,7 +44,7 @@ def _differences(folder: Path, wanted: dict[str, str], where: str) -> list[str]:
         elif sha256(path) != digest:
             problems.append(f"{name}: differs from {where}")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    ignored = {SUMS, ".gitattributes"}
+    ignored = {SUMS, SIGNATURE, ".gitattributes"}
     problems += [f"{name}: not in {where}" for name in sorted(there - wanted.keys() - ignored)]
     return problems
 
