@@ -83,8 +83,13 @@ def signature_problems(folder: Path, public_key: Path) -> list[str]:
         config.set_hashing_config(_hashing()).verify(folder, signature)
     except Exception as e:  # the file is a stranger's, and the library raises what its parsers raise
         reason = str(e) if "mismatch" in str(e).lower() else f"no signature by the key {key[:16]} of {public_key}"
-        return [f"{SIGNATURE}: {' '.join(reason.split())}"]
+        return [f"{SIGNATURE}: {_one_line(reason)}"]
     return []
+
+
+def _one_line(text: str) -> str:
+    """A message that quotes names of files, which are a stranger's too."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 def _hashing() -> object:

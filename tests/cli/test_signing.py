@@ -110,6 +110,13 @@ def test_a_signature_of_a_stranger_is_one_line(folder: Path, keys: tuple[Path, P
     assert "\n" not in problem
 
 
+def test_a_name_of_an_added_file_is_one_line(folder: Path, keys: tuple[Path, Path]) -> None:
+    sign(folder, keys[0])
+    (folder / "a\x1b[2J\nb").touch()
+    (problem,) = signature_problems(folder, keys[1])
+    assert problem.isprintable()
+
+
 def test_the_signature_of_another_adapter_is_refused(folder: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     alter(other / "adapter_model.safetensors")
