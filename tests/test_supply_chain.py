@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -180,6 +182,44 @@ def test_only_locked_files_are_installed_offline_too(python: Path, tmp_path: Pat
     assert unlocked.returncode == 1
     assert "torch-cu999.txt" in unlocked.stderr
     assert "torch" not in versions(python)
+
+
+FAKE_AUDIT = """
+import json, os, sys
+output = next(argument for argument in sys.argv if argument.startswith("--output=")).partition("=")[2]
+if os.environ["ANSWER"]:
+    open(output, "w").write(os.environ["ANSWER"])
+sys.exit("no connection")
+"""
+SAFE = {"name": "safe", "version": "1", "vulns": []}
+UNSAFE = {"name": "unsafe", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3"]}]}
+UNKNOWN = {"name": "unknown", "skip_reason": "not found on PyPI"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "strict_code"),
+    [([SAFE], 0, 0), ([SAFE, UNSAFE], 1, 1), ([UNKNOWN], 0, 1), ([SAFE, UNKNOWN], 0, 1), ([], 0, 1), (None, 0, 1)],
+    ids=["safe", "unsafe", "unknown", "partly", "nothing", "offline"],
+)
+def test_what_was_not_audited_is_no_success(
+    answer: list[dict[str, Any]] | None, code: int, strict_code: int, tmp_path: Path
+) -> None:
+    """pip-audit exits with 0 and reports no vulnerability where it could audit no package."""
+    (tmp_path / "pip_audit.py").write_text(FAKE_AUDIT)
+    text = "" if answer is None else json.dumps({"dependencies": answer})
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path), "ANSWER": text}
+    for arguments, expected in (((), code), (("--strict",), strict_code)):
+        command = [sys.executable, LOCKS / "audit.py", *arguments]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        assert done.returncode == expected, done.stdout + done.stderr
+        assert ("SKIPPED" in done.stdout) == (answer in ([UNKNOWN], [SAFE, UNKNOWN], [], None))
+        assert ("unsafe 2: PYSEC-1" in done.stdout) == (UNSAFE in (answer or []))
+
+
+def test_ci_audits_and_a_release_has_a_bill_of_materials() -> None:
+    jobs = yaml.safe_load((ROOT / "deploy/ci/supply-chain.yaml").read_text("utf-8"))["jobs"]
+    commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
+    assert commands == {"audit": ["make audit ARGS=--strict"], "sbom": ["make sbom"]}
 
 
 @pytest.mark.parametrize("workflow", sorted((ROOT / "deploy" / "ci").glob("*.yaml")), ids=lambda path: path.stem)
