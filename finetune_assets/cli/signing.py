@@ -7,6 +7,7 @@
 import hashlib
 import importlib
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,8 @@ PASSPHRASE = "FINETUNE_SIGNING_PASSPHRASE"
 """Variable with the passphrase of an encrypted private key; without it, a terminal is asked."""
 UNSIGNED = (SIGNATURE, ".gitattributes")
 """The signature itself, and what the Hub adds to each repository."""
+DIGESTS = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'")
+"""What the library's message says of a file besides its name."""
 MAX_SIGNATURE_BYTES = 8 * 2**20
 KEYS = "an elliptic curve key as PEM is needed (openssl: prime256v1, secp384r1 or secp521r1)"
 
@@ -83,7 +86,7 @@ def signature_problems(folder: Path, public_key: Path) -> list[str]:
         config.set_hashing_config(_hashing()).verify(folder, signature)
     except Exception as e:  # the file is a stranger's, and the library raises what its parsers raise
         reason = str(e) if "mismatch" in str(e).lower() else f"no signature by the key {key[:16]} of {public_key}"
-        return [f"{SIGNATURE}: {_one_line(reason)}"]
+        return [f"{SIGNATURE}: {_one_line(DIGESTS.sub('', reason))}"]
     return []
 
 
