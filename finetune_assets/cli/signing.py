@@ -4,24 +4,24 @@
 `model_signing verify key` reads too. No network is used.
 """
 
+import base64
 import hashlib
 import importlib
+import json
 import os
-import re
 from pathlib import Path
 from types import ModuleType
 
 import click
 
 from finetune_assets.artifacts.layout import SIGNATURE
+from finetune_assets.cli.verification import differences
 from finetune_assets.errors import UserError
 
 PASSPHRASE = "FINETUNE_SIGNING_PASSPHRASE"
 """Variable with the passphrase of an encrypted private key; without it, a terminal is asked."""
 UNSIGNED = (SIGNATURE, ".gitattributes")
 """The signature itself, and what the Hub adds to each repository."""
-DIGESTS = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'")
-"""What the library's message says of a file besides its name."""
 MAX_SIGNATURE_BYTES = 8 * 2**20
 KEYS = "an elliptic curve key as PEM is needed (openssl: prime256v1, secp384r1 or secp521r1)"
 
@@ -81,13 +81,26 @@ def signature_problems(folder: Path, public_key: Path) -> list[str]:
         return [f"{SIGNATURE}: missing; the folder is not signed"]
     if signature.stat().st_size > MAX_SIGNATURE_BYTES:
         return [f"{SIGNATURE}: {signature.stat().st_size} bytes; a signature has at most {MAX_SIGNATURE_BYTES}"]
+    links = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()]
+    if links:
+        return [_one_line(f"{link}: is a link, which no signature covers") for link in sorted(links)]
     config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     try:
         config.set_hashing_config(_hashing()).verify(folder, signature)
     except Exception as e:  # the file is a stranger's, and the library raises what its parsers raise
-        reason = str(e) if "mismatch" in str(e).lower() else f"no signature by the key {key[:16]} of {public_key}"
-        return [f"{SIGNATURE}: {_one_line(DIGESTS.sub('', reason))}"]
+        mismatch = str(e).startswith("Signature mismatch")  # the signature itself is the key's
+        changed = differences(folder, _signed_files(signature), SIGNATURE) if mismatch else []
+        return [_one_line(problem) for problem in changed] or [
+            f"{SIGNATURE}: no signature of these files by the key {key[:16]} ({public_key})"
+        ]
     return []
+
+
+def _signed_files(signature: Path) -> dict[str, str]:
+    """The sha256 of each file that a signature covers, once it is known to be the key's."""
+    bundle = json.loads(signature.read_bytes())
+    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    return {file["name"]: file["digest"] for file in statement["predicate"]["resources"]}
 
 
 def _one_line(text: str) -> str:

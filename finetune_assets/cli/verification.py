@@ -24,18 +24,19 @@ def against_sums(folder: Path) -> list[str]:
         raise StoreError(f"{folder}: has no {SUMS}, so it is not an adapter of this project, or is incomplete")
     lines = (re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in sums.read_text(encoding="utf-8").splitlines())
     wanted = {match[2]: match[1] for match in lines if match}
-    return _differences(folder, wanted, SUMS)
+    return differences(folder, wanted, SUMS)
 
 
 def against_manifest(folder: Path, artifact: Artifact) -> list[str]:
     """Differences between a folder and the manifest of its artifact, except in its card, which publishing extends."""
     wanted = {file.path: file.sha256 for file in artifact.manifest.files}
-    problems = _differences(folder, wanted, "the store's manifest")
+    problems = differences(folder, wanted, "the store's manifest")
     rewritten = (CARD, SUMS)  # `finetune adapter publish` adds the evaluation to the card
     return [problem for problem in problems if not problem.startswith(tuple(f"{name}: differs" for name in rewritten))]
 
 
-def _differences(folder: Path, wanted: dict[str, str], where: str) -> list[str]:
+def differences(folder: Path, wanted: dict[str, str], where: str) -> list[str]:
+    """Files of a folder that differ from their sha256, are missing or not wanted; one message each."""
     problems = []
     for name, digest in wanted.items():
         path = folder / name

@@ -76,9 +76,8 @@ def test_a_signature_covers_every_file(folder: Path, keys: tuple[Path, Path], na
     assert signature_problems(folder, public) == []
     CHANGES[name](folder)
     (problem,) = signature_problems(folder, public)
-    assert problem.startswith(f"{SIGNATURE}: ")
-    assert name in problem
-    assert "Digest" not in problem
+    assert problem.startswith(f"{name}: ")
+    assert SIGNATURE in problem
 
 
 def test_new_sums_do_not_hide_an_altered_file(folder: Path, keys: tuple[Path, Path]) -> None:
@@ -87,16 +86,16 @@ def test_new_sums_do_not_hide_an_altered_file(folder: Path, keys: tuple[Path, Pa
     (folder / SIGNATURE).rename(folder.parent / SIGNATURE)
     write_sums(folder)
     (folder.parent / SIGNATURE).rename(folder / SIGNATURE)
-    (problem,) = signature_problems(folder, keys[1])
-    assert "adapter_model.safetensors" in problem
-    assert "SHA256SUMS" in problem
+    problems = signature_problems(folder, keys[1])
+    assert [problem.partition(":")[0] for problem in problems] == ["SHA256SUMS", "adapter_model.safetensors"]
 
 
 def test_a_link_is_not_followed(folder: Path, keys: tuple[Path, Path]) -> None:
     sign(folder, keys[0])
     (folder / "sub/more.txt").rename(folder.parent / "more.txt")
     (folder / "sub/more.txt").symlink_to(folder.parent / "more.txt")
-    assert len(signature_problems(folder, keys[1])) == 1
+    (problem,) = signature_problems(folder, keys[1])
+    assert problem.startswith("sub/more.txt: ")
 
 
 @pytest.mark.parametrize(
