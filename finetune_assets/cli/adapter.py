@@ -12,8 +12,9 @@ from rich.tree import Tree
 
 from finetune_assets.artifacts.champions import Champions, Record
 from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, CHAMPIONS, EVALUATIONS, STACKS
-from finetune_assets.artifacts.layout import EVALUATION, NOT_ON_THE_HUB
+from finetune_assets.artifacts.layout import EVALUATION, NOT_ON_THE_HUB, SIGNATURE
 from finetune_assets.artifacts.update_spectrum import ENERGY, suggested
+from finetune_assets.cli.signing import key_fingerprint, sign, signature_problems
 from finetune_assets.cli.terminal import (
     EXPERIMENT,
     FOLDER,
@@ -41,6 +42,13 @@ from finetune_assets.store.gc import inventory
 from finetune_assets.worker.model_libraries import import_lean
 
 experiment_argument = click.argument("experiment", type=EXPERIMENT)
+signing_key = click.option(
+    "--sign",
+    "signing_key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="KEY",
+    help="Sign the files with this private key (PEM, elliptic curve); needs the extra `signing`.",
+)
 reason = click.option("--reason", required=True, help="Why; recorded in the history.")
 
 
@@ -142,7 +150,8 @@ def roll_back(experiment: str, to: int | None, reason: str) -> None:
 @adapter.command("fetch")
 @experiment_argument
 @click.argument("folder", type=FOLDER)
-def fetch_champion(experiment: str, folder: Path) -> None:
+@signing_key
+def fetch_champion(experiment: str, folder: Path, signing_key: Path | None) -> None:
     """Copy the champion's files into a new FOLDER.
 
     The files are verified; FOLDER must not exist, or be empty.
@@ -153,6 +162,8 @@ def fetch_champion(experiment: str, folder: Path) -> None:
         raise ArtifactMissing(f"{experiment} has no champion yet")
     copy_out(store, champion, folder)
     out.print(f"Champion {champion.fingerprint[:SHORT]} of {experiment} stored in {folder}")
+    if signing_key:
+        out.print(f"Signed with key {sign(folder, signing_key)}")
     manifest = store.manifest(champion.kind, champion.name)
     origin = manifest.made_from if manifest else {}
     if str(origin.get("base_model", "")).startswith(NOT_ON_THE_HUB):
@@ -164,7 +175,8 @@ def fetch_champion(experiment: str, folder: Path) -> None:
 @experiment_argument
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
-def publish(experiment: str, repo: str, private: bool) -> None:
+@signing_key
+def publish(experiment: str, repo: str, private: bool, signing_key: Path | None) -> None:
     """Upload the champion of EXPERIMENT to the Hub.
 
     Its evaluation is added to the model card. The repository is created if it does not exist. HF_TOKEN needs
@@ -180,7 +192,8 @@ def publish(experiment: str, repo: str, private: bool) -> None:
     measured = store.find(EVALUATIONS.folder, record.evaluation) if record.evaluation else None
     evaluation = json.loads((store.fetch(measured) / EVALUATION).read_text("utf-8")) if measured else None
     with store.cache.workspace("publish") as folder:
-        address = publishing.publish(store.fetch(champions.adapter(record)), evaluation, repo, private, folder)
+        files = store.fetch(champions.adapter(record))
+        address = publishing.publish(files, evaluation, repo, private, folder, signing_key)
     out.print(f"Champion {record.number} of {experiment}, {record.adapter[:SHORT]}: {address}")
 
 
@@ -213,18 +226,35 @@ def show_updates(adapter: str, plot: Path | None) -> None:
 
 @adapter.command()
 @click.argument("folder", type=FOLDER)
-def verify(folder: Path) -> bool:
+@click.option(
+    "--key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Public key (PEM) that must have signed the folder.",
+)
+def verify(folder: Path, key: Path | None) -> bool:
     """Verify an adapter's FOLDER, and show its provenance.
 
-    Compares it with its checksums and with the store. Exit code 1 if a file differs or the store does not have the
-    adapter.
+    Compares it with its checksums, with its signature if a key is given, and with the store. Exit code 1 if a file
+    differs, if the signature is missing or of another key, or if the store does not have the adapter (unless a
+    signature proves its origin).
     """
     problems = against_sums(folder)
+    if key:
+        unsigned = signature_problems(folder, key)
+        problems += unsigned
+        if not unsigned:
+            out.print(f"Signed with key {key_fingerprint(key)} ({key})")
+    elif (folder / SIGNATURE).exists():
+        out.print(f"Note: {SIGNATURE} was not checked; name the public key with --key")
     store = open_store()
     found = inventory(store.objects)
     artifact = published_artifact(found, folder)
     if artifact is None:
-        problems.append(f"{store.url} has no adapter with its fingerprint; only SHA256SUMS was compared")
+        missing = f"{store.url} has no adapter with its fingerprint; the files were not compared with it"
+        if key and not problems:
+            out.print(f"Note: {missing}")
+        else:
+            problems.append(missing)
     else:
         problems += against_manifest(folder, artifact)
         out.print(ancestors(found, artifact, Tree(f"{label(artifact)} of {local_time(artifact.created)}, made from")))

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from finetune_assets.artifacts.kinds import ADAPTERS, STACKS
-from finetune_assets.artifacts.layout import CARD, PROVENANCE, SUMS
+from finetune_assets.artifacts.layout import CARD, PROVENANCE, SIGNATURE, SUMS
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.gc import Artifact, Inventory
 from finetune_assets.store.hashing import sha256
@@ -24,18 +24,19 @@ def against_sums(folder: Path) -> list[str]:
         raise StoreError(f"{folder}: has no {SUMS}, so it is not an adapter of this project, or is incomplete")
     lines = (re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in sums.read_text(encoding="utf-8").splitlines())
     wanted = {match[2]: match[1] for match in lines if match}
-    return _differences(folder, wanted, SUMS)
+    return differences(folder, wanted, SUMS)
 
 
 def against_manifest(folder: Path, artifact: Artifact) -> list[str]:
     """Differences between a folder and the manifest of its artifact, except in its card, which publishing extends."""
     wanted = {file.path: file.sha256 for file in artifact.manifest.files}
-    problems = _differences(folder, wanted, "the store's manifest")
+    problems = differences(folder, wanted, "the store's manifest")
     rewritten = (CARD, SUMS)  # `finetune adapter publish` adds the evaluation to the card
     return [problem for problem in problems if not problem.startswith(tuple(f"{name}: differs" for name in rewritten))]
 
 
-def _differences(folder: Path, wanted: dict[str, str], where: str) -> list[str]:
+def differences(folder: Path, wanted: dict[str, str], where: str) -> list[str]:
+    """Files of a folder that differ from their sha256, are missing or not wanted; one message each."""
     problems = []
     for name, digest in wanted.items():
         path = folder / name
@@ -44,7 +45,7 @@ def _differences(folder: Path, wanted: dict[str, str], where: str) -> list[str]:
         elif sha256(path) != digest:
             problems.append(f"{name}: differs from {where}")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    ignored = {SUMS, ".gitattributes"}
+    ignored = {SUMS, SIGNATURE, ".gitattributes"}
     problems += [f"{name}: not in {where}" for name in sorted(there - wanted.keys() - ignored)]
     return problems
 
