@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from finetune_assets.display import message
 from finetune_assets.errors import UserError
 
 SECRET = re.compile(
@@ -25,7 +26,7 @@ class ConfigError(UserError):
     """
 
     def __init__(self, where: str, key: str, problem: str) -> None:
-        super().__init__(": ".join(_one_line(part) for part in (where, key, problem) if part))
+        super().__init__(": ".join(message(part) for part in (where, key, problem) if part))
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -40,6 +41,3 @@ def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
-
-def _one_line(text: str) -> str:
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -1,6 +1,7 @@
 """Tool definitions and tool calls of conversations, converted to JSON texts in OpenAI's form."""
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from finetune_assets.data.errors import BadRow
@@ -122,8 +123,8 @@ def from_json(value: Any, where: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' occurs twice")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key '{twice}' occurs twice")
     return values
 
 

@@ -7,7 +7,7 @@ that no closing quote is missing.
 
 import csv
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +15,7 @@ from typing import TextIO
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.readers.opening import open_text, read_start
 from finetune_assets.data.readers.quotes import Quotes
-from finetune_assets.data.readers.records import MAX_ROW_BYTES, Records, SourceRecord, Unreadable, kept
+from finetune_assets.data.readers.records import MAX_COLUMNS, MAX_ROW_BYTES, Records, SourceRecord, Unreadable, kept
 from finetune_assets.data.sensitive import masked
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
@@ -223,6 +223,8 @@ def _header(reader: Iterator[list[str]], path: Path, delimiter: str) -> list[str
         raise DataError(
             f"{path}:1: the header has a single column, {shown!r}; separate columns by {SEPARATORS[delimiter]}"
         )
-    if twice := next((name for name in header if header.count(name) > 1), None):
+    if len(header) > MAX_COLUMNS:
+        raise DataError(f"{path}:1: {len(header):,} columns; at most {MAX_COLUMNS:,} are supported")
+    if twice := next((name for name, count in Counter(header).items() if count > 1), None):
         raise DataError(f"{path}:1: duplicate column '{twice}' in the header; give each column a unique name")
     return header

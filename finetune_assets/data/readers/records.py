@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 
 MAX_ROW_BYTES = 16 << 20
 """Maximum size of a row; far beyond any context window, far below what would exhaust the memory."""
+MAX_COLUMNS = 10_000
+"""Maximum number of columns of a table, and of keys of a row."""
+MAX_SKIPPED_BYTES = 256 << 20
+"""Size of a row up to which only the row is quarantined; a file with a longer one is refused."""
 KEPT_CHARACTERS = 100_000
 """Maximum number of characters of a bad row's text kept in the quarantine."""
 
@@ -63,3 +67,8 @@ def kept(text: bytes | str) -> str:
         if isinstance(part, bytes)
         else part.encode(errors="backslashreplace").decode()
     )
+
+
+def too_long(size: int) -> str:
+    """Reason why a row of this size, in bytes, is not read."""
+    return f"row of {size:,} bytes exceeds the maximum of {MAX_ROW_BYTES:,}; split or remove it"
