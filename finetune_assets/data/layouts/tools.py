@@ -13,6 +13,8 @@ CALL_KEYS = OUTER_KEYS | INNER_KEYS
 """Keys of a call without `function`."""
 NULLABLE = ("default", "const")
 """Keys of a JSON schema for which null is a value."""
+MAX_LEVELS = 100
+"""Levels of lists and objects inside of each other in definitions and calls, which are read again in later steps."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that carry no content."""
 
@@ -133,8 +135,19 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _text(values: list[dict[str, Any]], where: str) -> str:
+    _check_levels(values, where)
     try:
         text = json.dumps(values, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as e:
         raise BadRow(f"{where} cannot be written as JSON: {e}") from e
     return utf8(text, where)
+
+
+def _check_levels(values: Any, where: str) -> None:
+    level = [values]
+    for _ in range(MAX_LEVELS):
+        parts = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for part in parts for item in part if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise BadRow(f"{where}: more than {MAX_LEVELS} levels of values")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS_PER_BATCH = 1_000
-BATCH_BYTES = 256 << 20
+BATCH_BYTES = 512 << 20
 """Size of the decoded texts of a batch, up to which it has `ROWS_PER_BATCH` rows."""
 MAX_PAGE_BYTES, MAX_PAGE_VALUES = 256 << 20, 10_000_000
 """Size of a decompressed page, and its number of values."""
