@@ -40,4 +40,3 @@ def shown(value: Any) -> str:
     """A value for an error: on one line, and shortened if it is long."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
-

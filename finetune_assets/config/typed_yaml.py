@@ -30,6 +30,9 @@ OCTAL = re.compile(r"[-+]?0[0-7_]+")
 REAL = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.?(?:inf|infinity|nan)", re.IGNORECASE)
 LARGEST = 2**63
+TOO_DEEP = "not valid YAML: values are nested too deeply"
+MOST_CHARACTERS = 1_000_000
+"""Maximum size of a file of settings; reading takes a second for each million characters."""
 MOST_LEVELS = 40
 MOST_VALUES = 100_000
 """Maximum number of values in a file, with aliases expanded."""
@@ -62,10 +65,15 @@ def read_document(schema: type, text: str, where: str, reader: "type[TypedReader
     Raises:
         ConfigError: naming `where`, the setting or line, and the value.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(where, "", f"{len(text):,} characters; a file of settings has at most {MOST_CHARACTERS:,}")
     node = compose(text, where)
     if node is None:
         return {}
-    tree: dict[str, Any] = (reader or TypedReader)(where).value(node, schema, "")
+    try:
+        tree: dict[str, Any] = (reader or TypedReader)(where).value(node, schema, "")
+    except RecursionError:
+        raise ConfigError(where, "", TOO_DEEP) from None
     return tree
 
 
@@ -83,7 +91,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
     except (yaml.YAMLError, ValueError) as e:  # ValueError: "\U00110000", an escape beyond Unicode
         raise ConfigError(where, "", f"not valid YAML: {str(e).partition(chr(10))[0]}") from e
     except RecursionError:
-        raise ConfigError(where, "", "not valid YAML: values are nested too deeply") from None
+        raise ConfigError(where, "", TOO_DEEP) from None
     return node
 
 

@@ -68,6 +68,8 @@ class Shape:
             OSError: if config.json does not exist.
         """
 
+        check_sizes(folder)
+
         def load() -> "PretrainedConfig":
             transformers = import_lean("transformers")
             config: PretrainedConfig = transformers.AutoConfig.from_pretrained(

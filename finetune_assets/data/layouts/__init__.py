@@ -145,7 +145,7 @@ class RowReader:
 
     def _study_keys(self, keys: tuple[str, ...]) -> _Study:
         named = {*self._given.values(), *self._ignore}
-        self.keys |= {key: None for key in (keys if len(self.keys) < NAMED else named.intersection(keys))}
+        self.keys |= dict.fromkeys(keys if len(self.keys) < NAMED else named.intersection(keys))
         known = {name: column for column, group in self._names.items() for name in group}
         unknown = [
             key

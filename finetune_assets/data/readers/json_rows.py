@@ -74,7 +74,7 @@ def _skip_line(file: BinaryIO, line: bytes, path: Path, number: int) -> int:
         skipped += len(line)
         if skipped > MAX_SKIPPED_BYTES:
             raise DataError(
-                f"{path}:{number}: no end of the line within {MAX_SKIPPED_BYTES:,} bytes, so the whole file is refused; "
+                f"{path}:{number}: no end of the line within {MAX_SKIPPED_BYTES:,} bytes, so the file is refused; "
                 "write one JSON object per line"
             )
     return skipped
