@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetune_assets.display import message, shown_url
+from finetune_assets.display import shown_url, without_credentials
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run
@@ -182,7 +182,7 @@ class WandbClient:
 
 def _text(error: Exception) -> str:
     key = os.environ.get("WANDB_API_KEY")
-    text = message(f"{type(error).__name__}: {error}")
+    text = without_credentials(f"{type(error).__name__}: {error}")
     return text.replace(key, "(WANDB_API_KEY)") if key else text
 
 

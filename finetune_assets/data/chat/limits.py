@@ -50,7 +50,7 @@ def check_template(name: str, template: str, special: dict[str, Any]) -> None:
     if not _stays_within_limits(template, json.dumps(special, sort_keys=True, default=str)):
         raise DataError(
             f"{name}: the chat template requires more than {trial.CPU_SECONDS} s or "
-            f"{trial.MEMORY_BYTES >> 20:,} MiB for a short conversation; repair chat_template.jinja or use another model"
+            f"{trial.MEMORY_BYTES >> 20:,} MiB for a short conversation; repair it, or use another model"
         )
 
 
