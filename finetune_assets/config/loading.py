@@ -20,7 +20,7 @@ from finetune_assets.config.sweeps import GridReader, Point, points, settings_tr
 from finetune_assets.config.typed_yaml import MOST_CHARACTERS, TOO_DEEP, TypedReader, read_document
 from finetune_assets.config.validation import impossible_settings, impossible_store_settings
 
-OVERRIDE = "override"
+OVERRIDE, ENVIRONMENT = "override", "launcher.environment"
 EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NAMES = "use letters, digits, '.', '_' and '-', ending in .yaml"
 logger = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ def _layer(where: str, tree: dict[str, Any]) -> Layer:
 
 def _override_layer(override: str) -> Layer:
     setting = override.partition("=")[0]
-    given = f"{setting}=..." if SECRET.search(setting) else override
+    given = f"{setting}=..." if SECRET.search(setting) or setting.startswith(ENVIRONMENT) else override
     where = f"{OVERRIDE} '{given if len(given) <= MOST_SHOWN else f'{given[:MOST_SHOWN]}...'}'"
     return _layer(where, read_override(ExperimentConfig, override, where))
 

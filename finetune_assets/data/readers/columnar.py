@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ARROW_FILE = b"ARROW1"
+FREE_BYTES, EXPANSION = 64 << 20, 500
+"""Size of all rows up to which a file may have any ratio, and the maximum ratio beyond; repeated values take no space."""
 
 
 def read_parquet(path: Path) -> Records:
@@ -39,7 +41,7 @@ def read_parquet(path: Path) -> Records:
         _check_columns(file.schema_arrow.names, path)
         if plan.dictionaries:
             file = pq.ParquetFile(path, read_dictionary=plan.dictionaries)
-        yield from _records(file.iter_batches(plan.rows))
+        yield from _records(file.iter_batches(plan.rows), path)
     except pa.ArrowException as e:
         raise DataError(f"{path}: not a Parquet file, or a truncated one: {str(e).splitlines()[0]}") from e
 
@@ -58,7 +60,7 @@ def read_arrow(path: Path) -> Records:
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             _check_columns(reader.schema.names, path)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches)) if is_file else reader
-            yield from _records(_in_parts(batches, path))
+            yield from _records(_in_parts(batches, path), path)
     except pa.ArrowException as e:
         raise DataError(f"{path}: not an Arrow file, or a truncated one: {str(e).splitlines()[0]}") from e
 
@@ -87,14 +89,21 @@ def _in_parts(batches: Iterable["pa.RecordBatch"], path: Path) -> Iterable["pa.R
             yield batch.slice(start, ROWS_PER_BATCH)
 
 
-def _records(batches: Iterable["pa.RecordBatch"]) -> Records:
-    number, schema = 0, None
+def _records(batches: Iterable["pa.RecordBatch"], path: Path) -> Records:
+    number, schema, decoded = 0, None, 0
+    most = max(FREE_BYTES, EXPANSION * path.stat().st_size)
     nested, is_shared = list[str](), False
     for batch in batches:
         if schema is None:
             schema = batch.schema
             nested = [field.name for field in schema if field.type.num_fields]
             is_shared = any(_is_shared(field.type) for field in schema)
+        decoded += _size_of(batch, is_shared)
+        if decoded > most:
+            raise DataError(
+                f"{path}: its rows have more than {most:,} bytes, {EXPANSION} times those of the file, so the whole file "
+                "is refused; write it without repeated values"
+            )
         for part in _small_parts(batch, is_shared):
             for row in [too_long(part)] if isinstance(part, int) else _rows(part):
                 number += 1
@@ -113,7 +122,7 @@ def _small_parts(batch: "pa.RecordBatch", is_shared: bool) -> Iterator["pa.Recor
         batch: The batch.
         is_shared: Whether its values may share memory.
     """
-    size = sum(_decoded_bytes(column) for column in batch.columns) if is_shared else batch.nbytes
+    size = _size_of(batch, is_shared)
     if size <= MAX_ROW_BYTES:
         yield batch
     elif len(batch) == 1:
@@ -122,6 +131,10 @@ def _small_parts(batch: "pa.RecordBatch", is_shared: bool) -> Iterator["pa.Recor
         middle = len(batch) // 2
         yield from _small_parts(batch.slice(0, middle), is_shared)
         yield from _small_parts(batch.slice(middle), is_shared)
+
+
+def _size_of(batch: "pa.RecordBatch", is_shared: bool) -> int:
+    return sum(_decoded_bytes(column) for column in batch.columns) if is_shared else int(batch.nbytes)
 
 
 def _decoded_bytes(column: "pa.Array") -> int:
