@@ -24,7 +24,8 @@ USUAL = (
 BOMBS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a long text": "{{ 'A' * 10**10 }}",
-    "a text that doubles": "{% set n = namespace(t='aa') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}",
+    "a text that doubles": "{% set n = namespace(t='a') %}"
+    "{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}",
     "a list that grows": "{{ ([1] * 10**9) | length }}",
     "loops over the messages": "{% for m in messages %}" + "{% for c in m.content %}" * 3 + "{% endfor %}" * 4,
 }
@@ -68,10 +69,13 @@ def test_invalid_templates_are_one_line(template: str) -> None:
     assert str(refused.value).isprintable()
 
 
-PIECES = ["{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{", "}}", "{%", "%}", "{% if x %}", "{% endif %}",
-          "{{ messages[0]['content'] * 99999999 }}", "{% for i in range(99999) %}", "{{ i }}", "{% macro f() %}", "{{ f() }}",
-          "{% endmacro %}", "\x1b", "{% generation %}", "{% endgeneration %}", "{{ 1/0 }}", "{{ ''.__class__ }}", "{# ",
-          "{{ range(10**9)|list }}", "{% set x = x + x %}", "{{ '%1000000000d' % 1 }}"]  # fmt: skip
+PIECES = [
+    "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{", "}}", "{%", "%}", "{% if x %}",
+    "{% endif %}", "{{ messages[0]['content'] * 99999999 }}", "{% for i in range(99999) %}", "{{ i }}",
+    "{% macro f() %}", "{{ f() }}", "{% endmacro %}", "\x1b", "{% generation %}", "{% endgeneration %}",
+    "{{ 1/0 }}", "{{ ''.__class__ }}", "{# ", "{{ range(10**9)|list }}", "{% set x = x + x %}",
+    "{{ '%1000000000d' % 1 }}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -131,7 +135,7 @@ def test_a_deep_configuration_is_one_error(model: Path) -> None:
     ],
 )  # fmt: skip
 def test_hostile_adapters_are_refused(key: str, value: object, tmp_path: Path) -> None:
-    set_in(tmp_path, "adapter_config.json", r=8, target_modules=["q_proj"], **{"rank_pattern": {}} | {})
+    set_in(tmp_path, "adapter_config.json", r=8, target_modules=["q_proj"], rank_pattern={})
     check_adapter(tmp_path)
     set_in(tmp_path, "adapter_config.json", **{key: value})
     with pytest.raises(AdapterConfigError, match=r"adapter_config\.json"):

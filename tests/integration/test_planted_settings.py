@@ -1,4 +1,4 @@
-"""Secrets in the environment and in URLs: no command and no run leaves one in a file, a log or an event, or shows it."""
+"""Secrets in the environment and in URLs: no command and no run leaves one in a file, a log or an event."""
 
 import os
 import shutil

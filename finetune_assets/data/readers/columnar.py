@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ARROW_FILE = b"ARROW1"
 FREE_BYTES, EXPANSION = 64 << 20, 500
-"""Size of all rows up to which a file may have any ratio, and the maximum ratio beyond; repeated values take no space."""
+"""Size of the rows up to which a file may have any ratio, and the maximum ratio beyond: repeated values need none."""
 
 
 def read_parquet(path: Path) -> Records:
@@ -101,8 +101,8 @@ def _records(batches: Iterable["pa.RecordBatch"], path: Path) -> Records:
         decoded += _size_of(batch, is_shared)
         if decoded > most:
             raise DataError(
-                f"{path}: its rows have more than {most:,} bytes, {EXPANSION} times those of the file, so the whole file "
-                "is refused; write it without repeated values"
+                f"{path}: its rows have more than {most:,} bytes, {EXPANSION} times those of the file, so the file is "
+                "refused; write it without repeated values"
             )
         for part in _small_parts(batch, is_shared):
             for row in [too_long(part)] if isinstance(part, int) else _rows(part):
