@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,11 +25,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
-from finetune_assets.display import shown_url
+from finetune_assets.display import PlainRecords, shown_url
 from finetune_assets.errors import UserError
 from finetune_assets.progress import Progress
 from finetune_assets.store.hashing import sha256
 
+for _handler in logging.getLogger("huggingface_hub").handlers:
+    _handler.addFilter(PlainRecords(lines=True))  # the client's warnings name the URLs of requests
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RepoType = Literal["model", "dataset"]
 

@@ -95,9 +95,11 @@ def test_sources_with_credentials_are_refused(source: str, project: TestProject)
         assert "source" in str(refused.value)
 
 
-PIECES = ["training:", "lora:", "  rank: ", "&a ", "*a", "<<: *a", "[", "]", "{", "}", "- ",
+PIECES = ["training:", "lora:", "  rank: ", "&a ", "*a", "<<: *a", "[", "]", "{", "}",
+          "- ",
           "!!python/object:os.x ",
-          "\n", "  ", "${oc.env:HOME}", "9" * 400, ".inf", "\x1b[2J", "\u202e", "0x", "'", '"', "? ", "| ", "> ", "%TAG",
+          "\n", "  ", "${oc.env:HOME}", "9" * 400, ".inf", "\x1b[2J", "\u202e", "0x",
+          "'", '"', "? ", "| ", "> ", "%TAG",
           "---", "description: ", "\t", "é", "rank_pattern: {(a+)+: 1}", "null", "~", ": "]  # fmt: skip
 
 

@@ -99,12 +99,12 @@ def test_a_store_with_a_secret_shows_it_in_no_command(
 
 @pytest.mark.parametrize("rows", BAD_ROWS)
 def test_rows_with_a_secret_show_it_in_no_run(
-    rows: str, project: TestProject, graph: Graph, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    rows: str, project: TestProject, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINETUNE_RAW_DATA", rows)
     monkeypatch.setattr("finetune_assets.assets.raw_sources.RETRIES", 0)
-    with dg.DagsterInstance.local_temp(str(project.root / "dagster_home" / "own")) as instance:
-        (project.root / "dagster_home" / "own").mkdir(exist_ok=True)
+    (home := project.root / "dagster_home" / "own").mkdir()
+    with dg.DagsterInstance.local_temp(str(home)) as instance:
         ended = Graph(instance).run("dolly_raw", partition=None)
         assert not ended.success
         assert shown(ended.log + str(ended.failures)) == []

@@ -14,6 +14,7 @@ from finetune_assets.data.readers.records import (
     Records,
     SourceRecord,
     Unreadable,
+    count_blank,
     kept,
     too_long,
 )
@@ -58,13 +59,16 @@ def _refuse_single_object(begins: bytes, path: Path) -> None:
 
 
 def _json_lines(file: BinaryIO, path: Path) -> Records:
-    number = 0
+    number = blank = 0
     while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
             yield Unreadable(number, too_long(len(line) + _skip_line(file, line, path, number)), kept(line))
         elif line.strip():
+            blank = 0
             yield _parsed(line, number, path)
+        else:
+            blank = count_blank(blank, path, number)
 
 
 def _skip_line(file: BinaryIO, line: bytes, path: Path, number: int) -> int:

@@ -29,7 +29,7 @@ NOT_TEXT = {
 """First bytes of files that are not text of rows, despite the file extension."""
 
 
-FREE_BYTES, EXPANSION = 64 << 20, 200
+FREE_BYTES, EXPANSION = 16 << 20, 200
 """Decompressed size up to which a file may have any ratio, and the maximum ratio beyond. Rows compress to a tenth."""
 
 
