@@ -147,7 +147,7 @@ class Conversation:
         return text
 
 
-class _PlainStreamer(TextStreamer):
+class _PlainStreamer(TextStreamer):  # type: ignore[misc]
     """Prints an answer without characters that control the terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
