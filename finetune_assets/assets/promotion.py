@@ -19,6 +19,8 @@ from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
+CATEGORIES = 100
+"""Maximum number of categories whose losses are shown."""
 GATE = "gate"
 """Name of the check that reports a promotion."""
 
@@ -95,7 +97,10 @@ def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     names = [*evaluation["contenders"]]
 
     def losses_by(column: str, groups: list[dict[str, Any]]) -> dg.MarkdownMetadataValue:
-        shown = [{**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}} for row in groups]
+        shown = [
+            {**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}}
+            for row in groups[:CATEGORIES]
+        ]
         return dg.MetadataValue.md(rows_table(shown, [column, "rows", *names]))
 
     sources = evaluation.get("sources")

@@ -16,6 +16,7 @@ from finetune_assets.assets.materialization import RETRIES, Outcome, materialize
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
 from finetune_assets.assets.raw_checks.check import Version
 from finetune_assets.assets.raw_checks.profile import Profile, last_good
+from finetune_assets.display import shown_url
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -85,7 +86,7 @@ def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, 
     from finetune_assets.data.near_duplicates import THRESHOLD
     from finetune_assets.data.raw_files import same_rows
 
-    store, made_from = project.store(), {"source": source.config.source, "content": source.content}
+    store, made_from = project.store(), {"source": shown_url(source.config.source), "content": source.content}
 
     def build(folder: Path) -> None:
         threshold = THRESHOLD if source.config.checks.near_duplicates == "minhash" else None

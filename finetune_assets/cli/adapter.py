@@ -30,6 +30,7 @@ from finetune_assets.cli.terminal import (
     open_store,
     out,
     plot,
+    styled,
 )
 from finetune_assets.cli.verification import against_manifest, against_sums, published_artifact
 from finetune_assets.config.errors import ConfigError, suggest
@@ -265,8 +266,8 @@ def verify(folder: Path, key: Path | None) -> bool:
                         f"Champion {record.number} of {name}: {record.action} {_time_of(record)}, {record.reason}"
                     )
     for problem in problems:
-        out.print(f"[red]{problem}[/red]")
-    out.print(f"{folder}: " + ("[red]not verified[/red]" if problems else "verified"))
+        out.print(styled(problem, "red"))
+    out.print(f"{folder}:", styled("not verified", "red") if problems else "verified")
     return not problems
 
 
@@ -311,4 +312,4 @@ def _time_of(record: Record) -> str:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value))

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
+from rich.text import Text
 from rich.tree import Tree
 
 from finetune_assets.artifacts.kinds import RETENTION
@@ -21,6 +22,7 @@ from finetune_assets.cli.terminal import (
     open_store,
     out,
     short,
+    styled,
 )
 from finetune_assets.config.loading import load_store_config
 from finetune_assets.progress import gigabytes
@@ -90,7 +92,7 @@ def show(artifact: str, as_json: bool) -> None:
 
 
 def _print_artifact(store: ArtifactStore, found: Inventory, artifact: Artifact) -> None:
-    out.print(f"[bold]{artifact.kind}/{artifact.name}[/bold]")
+    out.print(styled(f"{artifact.kind}/{artifact.name}", "bold"))
     facts = {
         "fingerprint": artifact.manifest.fingerprint,
         "uri": f"{store.url}/{artifact.prefix}/{artifact.manifest.folder}",
@@ -145,7 +147,7 @@ def verify_artifacts(artifacts: tuple[str, ...], cache: bool) -> bool:
     for artifact in wanted:
         bad = store.verify(artifact.kind, artifact.name)
         whole &= not bad
-        out.print(f"{'[red]damaged[/red]' if bad else 'whole  '} {label(artifact)} {', '.join(bad)}")
+        out.print(_state(bool(bad)), f"{label(artifact)} {', '.join(bad)}")
     _print_unreadable(found)
     if not whole:
         out.print("Materialize the asset of a damaged artifact again, with force, to replace it.")
@@ -159,9 +161,12 @@ def _verify_cache(store: ArtifactStore) -> bool:
         whole &= not bad
         removed = bool(bad) and cached.entry.remove()
         action = "evicted; fetched again when needed" if removed else "in use: end what uses it, then verify again"
-        state = "[red]damaged[/red]" if bad else "whole  "
-        out.print(f"{state} {cached.entry.label} {', '.join(bad)}" + (f" ({action})" if bad else ""))
+        out.print(_state(bool(bad)), f"{cached.entry.label} {', '.join(bad)}" + (f" ({action})" if bad else ""))
     return whole
+
+
+def _state(is_damaged: bool) -> Text:
+    return styled("damaged", "red") if is_damaged else Text("whole  ")
 
 
 @store.command("cache")
@@ -236,4 +241,4 @@ def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
 
 def _print_unreadable(found: Inventory) -> None:
     for problem in found.unreadable.values():
-        out.print(f"[red]{problem}[/red]")
+        out.print(styled(problem, "red"))

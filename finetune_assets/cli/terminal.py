@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from finetune_assets.config.loading import experiment_names
+from finetune_assets.display import PlainRecords, message
 from finetune_assets.errors import UserError
 from finetune_assets.progress.screen import drawn
 from finetune_assets.resources import deployment
@@ -28,7 +31,24 @@ SHORT = 12
 WIDE = 250
 """Columns where stdout is not a terminal, so that a file or a pipe gets whole lines."""
 FORMATS = (".png", ".svg", ".pdf")
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+
+
+class PlainConsole(Console):
+    """Prints texts as they are, without markup, and with control characters as escapes; `styled` sets a style."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        options |= {"markup": False, "emoji": False}
+        return super().render_str(message(text, lines=True), **options)
+
+
+def styled(text: object, style: str) -> Text:
+    """A text for `out` in a style of rich, such as `bold` or `red`."""
+    return Text(message(text, lines=True), style)
+
+
+out = PlainConsole(
+    highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE
+)
 
 
 class StoreCommand(click.Command):
@@ -89,6 +109,7 @@ def progress_shown() -> Iterator[None]:
     package.setLevel(logging.INFO)
     with drawn() as stderr:
         handler = logging.StreamHandler(stderr)
+        handler.addFilter(PlainRecords())
         package.addHandler(handler)
         try:
             yield

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
+from finetune_assets.display import message
 from finetune_assets.errors import UserError
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
@@ -50,7 +51,7 @@ class ConfigError(UserError):
     """
 
     def __init__(self, where: str, key: str, problem: str) -> None:
-        super().__init__(": ".join(_one_line(part) for part in (where, key, problem) if part))
+        super().__init__(": ".join(message(part) for part in (where, key, problem) if part))
 
 
 def is_secret(name: str) -> bool:
@@ -84,7 +85,3 @@ def shown(value: Any) -> str:
     """A value for an error: on one line, and shortened if it is long."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
-
-
-def _one_line(text: str) -> str:
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

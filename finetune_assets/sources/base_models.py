@@ -14,6 +14,7 @@ from finetune_assets.config.errors import suggest
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.errors import UserError
 from finetune_assets.sources import hub
+from finetune_assets.sources.model_sizes import check_sizes
 from finetune_assets.store.hashing import sha256
 
 PACKAGED = {"demo-base": Path(__file__).parent.parent / "sample" / "base_model"}
@@ -118,6 +119,7 @@ def collect(source: BaseModelSource, trusted: bool = False) -> dict[str, Path]:
             _check_weights(folder / name, source.repo)
     if source.folder:
         _check_code(folder, source, trusted)
+    check_sizes(folder, sum((folder / name).stat().st_size for name in names if name.endswith(".safetensors")))
     return {name: folder / name for name in names}
 
 
@@ -161,7 +163,7 @@ def _weights(folder: Path, names: Collection[str], where: str) -> set[str]:
 def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BaseModelError(f"{where}: {path.name} is not JSON ({e}); download or save the model again") from e
     if not isinstance(tree, dict):
         raise BaseModelError(f"{where}: {path.name} is not a JSON object; download or save the model again")

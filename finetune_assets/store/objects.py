@@ -21,6 +21,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore
 
+from finetune_assets.display import shown_url
 from finetune_assets.store.errors import StoreError
 
 MIB = 1 << 20
@@ -116,14 +117,14 @@ class ObjectStorage:
         scheme, _, rest = self.url.partition("://")
         if "@" in rest and scheme != "file":
             raise StoreError(
-                f"FINETUNE_STORE: the URL must not contain credentials ({scheme}://...@{rest.rpartition('@')[2]}); "
+                f"FINETUNE_STORE: the URL must not contain credentials ({shown_url(self.url)}); "
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         parts = urlsplit(self.url)
         self.is_local = scheme == "file" and rest.startswith("/")
         if not self.is_local and not (scheme == "s3" and parts.netloc and not parts.query and not parts.fragment):
             raise StoreError(
-                f"FINETUNE_STORE: invalid URL '{url}'; use file:///an/absolute/folder or s3://bucket/prefix"
+                f"FINETUNE_STORE: invalid URL '{shown_url(url)}'; use file:///an/absolute/folder or s3://bucket/prefix"
             )
         self.path = rest if self.is_local else parts.path.strip("/")
         self.bucket = "" if self.is_local else parts.netloc

@@ -13,6 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
+from finetune_assets.sources.model_sizes import check_sizes, weights_in
+from finetune_assets.training.adapter_config import check_adapter
 from finetune_assets.training.lora_names import linear_names, lora_problem
 from finetune_assets.training.warm_start import warm_start_problem
 from finetune_assets.training.weight_validation import explain, misfit, misquantized, stored_quantization
@@ -49,6 +51,7 @@ def load_base(folder: Path, model: Model, training: Training, device: torch.devi
         ModelError: if the model cannot be loaded, its weights do not match its config, or the device does not support
             it.
     """
+    check_sizes(folder, weights_in(folder))
     dtype = weights_dtype(model, training, device)
     quantization = _quantization(model, dtype)
     disable_progress_bar()
@@ -147,6 +150,7 @@ def _new(base: PreTrainedModel, lora: Lora, token_indices: dict[str, list[int]] 
 
 
 def _warm_started(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> PeftModel:
+    check_adapter(folder)
     try:
         adapter_config = PeftConfig.from_pretrained(str(folder))
         if problem := warm_start_problem(adapter_config, lora, peft_config(lora, base), base):
@@ -168,6 +172,7 @@ def with_adapter_of(base: PreTrainedModel, folder: Path, name: str = "default") 
     Raises:
         ModelError: if the adapter is incompatible with this base model.
     """
+    check_adapter(folder)
     try:
         return PeftModel.from_pretrained(base, folder, adapter_name=name).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:

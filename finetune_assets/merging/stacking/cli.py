@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training import arguments, output
+from finetune_assets.training.adapter_config import check_adapter
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.embeddings import experiment_tokenizer, resize_embeddings
 from finetune_assets.training.model import ModelError, load_base
@@ -56,6 +57,8 @@ def stacked(base: torch.nn.Module, config: ExperimentConfig, folders: list[Path]
     sparse = settings.method.startswith(("ties", "dare", "magnitude"))
     torch.manual_seed(config.training.seed)  # the dare methods drop values at random
     try:
+        for folder in folders:
+            check_adapter(folder)
         model = PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
         for name, folder in zip(names[1:], folders[1:], strict=True):
             model.load_adapter(str(folder), adapter_name=name)
