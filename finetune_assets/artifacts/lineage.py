@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.artifacts.aliases import canonical
+from finetune_assets.artifacts.base_check import find_base_model
 from finetune_assets.artifacts.champions import Champions, Record
 from finetune_assets.artifacts.imports import Import, import_external
 from finetune_assets.artifacts.kinds import (
@@ -80,9 +81,14 @@ class Lineage:
             )
         return source
 
-    def base_name(self) -> str:
-        source = self.base_source()
-        return f"{source.repo}/{source.revision}"
+    @property
+    def trusts_own_code(self) -> bool:
+        """Whether the settings trust the base model's own code; `base_source` compares its version."""
+        return self.experiment.config.model.trust_remote_code is not None
+
+    def find_base_model(self, name: str) -> ArtifactRef | None:
+        """A base model whose files were compared with what is known of them, or None; see `base_check`."""
+        return find_base_model(self.pins, name, self.experiment.config.model.trust_remote_code)
 
     def fingerprint(self, kind: ArtifactKind, **known: ArtifactRef) -> str:
         """Fingerprint of the experiment's artifact of a kind.
@@ -103,7 +109,13 @@ class Lineage:
             return self.raw.raw()
         if kind is CHAMPIONS:
             return self.champion()
-        name = self.base_name() if kind is BASE_MODELS else self.fingerprint(kind)
+        if kind is BASE_MODELS:
+            source = self.base_source()
+            name = f"{source.repo}/{source.revision}"
+            if ref := self.find_base_model(name):
+                return ref
+            raise self.store.missing(kind.folder, name, made_by=kind.asset or kind.folder)
+        name = self.fingerprint(kind)
         return canonical(self.store, self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder))
 
     def _inputs(self, kind: ArtifactKind, known: Mapping[str, ArtifactRef]) -> dict[str, Any]:
@@ -215,7 +227,8 @@ class Lineage:
             if not (folder / name).is_file():
                 raise StoreError(f"training.warm_start: {folder} contains no {name}")
         made_from = {"folder": setting, HELD_BACK: _held_back_of(folder)}
-        return Import(fingerprint(files=folder_hashes(folder)), folder, made_from)
+        hashes = folder_hashes(folder)
+        return Import(fingerprint(files=hashes), folder, made_from, hashes)
 
     def general_text(self) -> Import | None:
         """The text for measuring forgetting; None if the measurement is disabled.
@@ -232,7 +245,8 @@ class Lineage:
                 f"evaluation.general_text: '{setting}' is neither a packaged text ({', '.join(PACKAGED)}) nor a file "
                 f"({' or '.join(SUFFIXES)}): {path}"
             )
-        return Import(fingerprint(text=sha256(path)), {"text" + path.suffix: path}, {"text": setting})
+        name, digest = "text" + path.suffix, sha256(path)
+        return Import(fingerprint(text=digest), {name: path}, {"text": setting}, {name: digest})
 
     def lm_eval_tasks(self) -> Import | None:
         """The task folder of `evaluation.lm_eval`, if set.
@@ -246,7 +260,8 @@ class Lineage:
         folder = self.raw.root / Path(settings.folder).expanduser()
         if not folder.is_dir():
             raise StoreError(f"evaluation.lm_eval.folder: folder {folder} does not exist")
-        return Import(fingerprint(files=folder_hashes(folder)), folder, {"folder": settings.folder})
+        hashes = folder_hashes(folder)
+        return Import(fingerprint(files=hashes), folder, {"folder": settings.folder}, hashes)
 
     def held_back(self, *begun: ArtifactRef) -> HoldoutRows:
         """Rows not used for training, neither in this experiment nor for the adapters that it starts from.

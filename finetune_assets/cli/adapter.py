@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.tree import Tree
 
 from finetune_assets.artifacts.champions import Champions, Record
@@ -61,22 +62,31 @@ def adapter() -> None:
 @adapter.command()
 @click.argument("experiment", type=EXPERIMENT, required=False)
 @as_json
-def champions(experiment: str | None, as_json: bool) -> None:
+def champions(experiment: str | None, as_json: bool) -> bool:
     """List the champion of EXPERIMENT, or of each one."""
     store = open_store()
     names = [experiment] if experiment else experiments_with_champions(store)
-    records = {name: record for name in names if (record := Champions(store, name).current())}
+    records, problems = {}, []
+    for name in names:
+        try:
+            if record := Champions(store, name).current():
+                records[name] = record
+        except StoreError as e:  # of one experiment; others are shown
+            problems.append(str(e))
+    for problem in problems:
+        click.echo(problem, err=True)
     if as_json:
         _print_json([asdict(record) for record in records.values()])
-        return
+        return not problems
     if not records:
         out.print(f"No champion{f' of {experiment}' if experiment else ''} yet; materialize champion_adapter")
-        return
+        return not problems
     table = new_table("experiment", "champion", "adapter", "since", "why")
     for name, record in records.items():
         why = f"{record.action}: {record.reason}"
-        table.add_row(name, str(record.number), record.adapter[:SHORT], _time_of(record), why)
+        table.add_row(escape(name), str(record.number), record.adapter[:SHORT], _time_of(record), escape(why))
     out.print(table)
+    return not problems
 
 
 def experiments_with_champions(store: ArtifactStore) -> list[str]:
@@ -98,7 +108,8 @@ def history(experiment: str, as_json: bool) -> None:
     table = new_table("", "when", "what", "adapter", "by", "why")
     for record in records:
         number, fingerprint = str(record.number), record.adapter[:SHORT]
-        table.add_row(number, _time_of(record), record.action, fingerprint, record.by, record.reason)
+        texts = (escape(text) for text in (record.by, record.reason))
+        table.add_row(number, _time_of(record), escape(record.action), fingerprint, *texts)
     out.print(table)
 
 
@@ -213,31 +224,46 @@ def show_updates(adapter: str, plot: Path | None) -> None:
 
 @adapter.command()
 @click.argument("folder", type=FOLDER)
-def verify(folder: Path) -> bool:
+@click.option("--namespace", help="Compare with the adapters of this namespace instead of your own.")
+def verify(folder: Path, namespace: str | None) -> bool:
     """Verify an adapter's FOLDER, and show its provenance.
 
-    Compares it with its checksums and with the store. Exit code 1 if a file differs or the store does not have the
-    adapter.
+    Compares it with its checksums, and with the adapters of your namespace in the store: others may publish anything
+    under the same fingerprint in theirs. Exit code 1 if a file differs or the namespace does not have the adapter.
     """
     problems = against_sums(folder)
-    store = open_store()
+    own = open_store()
+    store = ArtifactStore(own.objects, namespace or own.namespace, own.cache)
     found = inventory(store.objects)
-    artifact = published_artifact(found, folder)
+    artifact = published_artifact(found, folder, store.namespace)
     if artifact is None:
-        problems.append(f"{store.url} has no adapter with its fingerprint; only SHA256SUMS was compared")
+        problems.append(
+            f"Namespace {store.namespace} of {store.url} has no adapter with its fingerprint; only SHA256SUMS was "
+            "compared. If a colleague trained it, name the colleague's namespace in --namespace"
+        )
     else:
         problems += against_manifest(folder, artifact)
-        out.print(ancestors(found, artifact, Tree(f"{label(artifact)} of {local_time(artifact.created)}, made from")))
-        for name in experiments_with_champions(store):
-            for record in Champions(store, name).history():
-                if record.adapter == artifact.manifest.fingerprint:
-                    out.print(
-                        f"Champion {record.number} of {name}: {record.action} {_time_of(record)}, {record.reason}"
-                    )
+        title = f"{label(artifact)} of namespace {store.namespace}, {local_time(artifact.created)}, made from"
+        out.print(ancestors(found, artifact, Tree(title)))
+        for record in _records_of(store, artifact.manifest.fingerprint, problems):
+            why = f"{record.action} {_time_of(record)}, {record.reason}"
+            out.print(f"Champion {record.number} of {escape(record.experiment)}: {escape(why)}")
     for problem in problems:
-        out.print(f"[red]{problem}[/red]")
-    out.print(f"{folder}: " + ("[red]not verified[/red]" if problems else "verified"))
+        out.print(f"[red]{escape(problem)}[/red]")
+    whose = "" if artifact is None or problems else f", as published in namespace {store.namespace}"
+    out.print(f"{folder}: " + ("[red]not verified[/red]" if problems else f"verified{whose}"))
     return not problems
+
+
+def _records_of(store: ArtifactStore, fingerprint: str, problems: list[str]) -> list[Record]:
+    """The promotions of an adapter; unreadable records are added to `problems`."""
+    records = []
+    for name in experiments_with_champions(store):
+        try:
+            records += [record for record in Champions(store, name).history() if record.adapter == fingerprint]
+        except StoreError as e:
+            problems.append(str(e))
+    return records
 
 
 def folder_of(store: ArtifactStore, name: str) -> Path:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.tree import Tree
 
 from finetune_assets.artifacts.kinds import RETENTION
@@ -62,13 +63,15 @@ def list_artifacts(kind: str | None, all_namespaces: bool, as_json: bool) -> Non
     if as_json:
         for artifact in shown:
             print(json.dumps(_as_json(store, artifact)))
+        for problem in found.problems:
+            click.echo(problem, err=True)
         return
     columns = ("kind", "name", "experiment", "files", "size", "created")
     table = new_table(*columns, *(["namespace"] if all_namespaces else []))
     for artifact in shown:
         files, size = str(len(artifact.manifest.files)), gigabytes(artifact.manifest.size)
         row = [artifact.kind, short(artifact), artifact.experiment, files, size, local_time(artifact.created)]
-        table.add_row(*row, *([artifact.namespace] if all_namespaces else []))
+        table.add_row(*map(escape, [*row, *([artifact.namespace] if all_namespaces else [])]))
     out.print(table)
     out.print(f"{len(shown)} artifacts, {gigabytes(sum(a.manifest.size for a in shown))} in {store.url}")
     _print_unreadable(found)
@@ -90,7 +93,7 @@ def show(artifact: str, as_json: bool) -> None:
 
 
 def _print_artifact(store: ArtifactStore, found: Inventory, artifact: Artifact) -> None:
-    out.print(f"[bold]{artifact.kind}/{artifact.name}[/bold]")
+    out.print(f"[bold]{escape(f'{artifact.kind}/{artifact.name}')}[/bold]")
     facts = {
         "fingerprint": artifact.manifest.fingerprint,
         "uri": f"{store.url}/{artifact.prefix}/{artifact.manifest.folder}",
@@ -100,11 +103,11 @@ def _print_artifact(store: ArtifactStore, found: Inventory, artifact: Artifact) 
     table = new_table("", "")
     table.show_header = False
     for name, value in facts.items():
-        table.add_row(name, value if isinstance(value, str) else json.dumps(value))
+        table.add_row(escape(name), escape(value if isinstance(value, str) else json.dumps(value)))
     out.print(table)
     files = new_table("file", "size", "sha256")
     for file in artifact.manifest.files:
-        files.add_row(file.path, gigabytes(file.size), file.sha256)
+        files.add_row(escape(file.path), gigabytes(file.size), file.sha256)
     out.print(files)
     out.print(ancestors(found, artifact, Tree("made from")))
     users = Tree("used by")
@@ -145,11 +148,11 @@ def verify_artifacts(artifacts: tuple[str, ...], cache: bool) -> bool:
     for artifact in wanted:
         bad = store.verify(artifact.kind, artifact.name)
         whole &= not bad
-        out.print(f"{'[red]damaged[/red]' if bad else 'whole  '} {label(artifact)} {', '.join(bad)}")
+        out.print(f"{'[red]damaged[/red]' if bad else 'whole  '} {label(artifact)} {escape(', '.join(bad))}")
     _print_unreadable(found)
     if not whole:
         out.print("Materialize the asset of a damaged artifact again, with force, to replace it.")
-    return whole and not found.unreadable
+    return whole and not found.problems
 
 
 def _verify_cache(store: ArtifactStore) -> bool:
@@ -198,7 +201,7 @@ def collect_garbage(delete: bool, older_than: float | None) -> None:
         if delete and not remove(store, removal):
             continue  # somebody has published there since
         what = removal.prefix if removal.whole else f"{removal.prefix}/{removal.attempt}"
-        table.add_row(what, gigabytes(removal.size), removal.why)
+        table.add_row(escape(what), gigabytes(removal.size), removal.why)
     if table.row_count:
         out.print(table)
     before = datetime.now(UTC) - timedelta(days=config.keep_days)
@@ -217,6 +220,11 @@ def collect_garbage(delete: bool, older_than: float | None) -> None:
     if not delete:
         out.print("Nothing was removed. Run again with --delete.")
     _print_unreadable(found)
+    if names := sorted(found.incomplete):
+        out.print(
+            f"[red]As long as these are in the store, no base model is removed, and no artifact of "
+            f"{escape(', '.join(names))}: they may refer to them.[/red]"
+        )
 
 
 def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
@@ -235,5 +243,5 @@ def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
 
 
 def _print_unreadable(found: Inventory) -> None:
-    for problem in found.unreadable.values():
-        out.print(f"[red]{problem}[/red]")
+    for problem in found.problems:
+        out.print(f"[red]{escape(problem)}[/red]")

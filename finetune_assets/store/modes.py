@@ -96,3 +96,8 @@ def write_file(path: Path, content: bytes) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(create_file(path), "wb") as file:
         file.write(content)
+
+
+def private(path: str, flags: int) -> int:
+    """Opener for `open`: a new file has this project's mode."""
+    return os.open(path, flags, file_mode())
