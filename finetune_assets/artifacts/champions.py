@@ -7,7 +7,7 @@ consistent. An interrupted promotion has no effect, and of two concurrent promot
 import json
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,6 +28,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "number": int,
 }
 """Types of a record's fields."""
+REQUIRED = ("experiment", "adapter", "action", "number", "at")
 
 
 class ChampionMoved(StoreError):
@@ -69,14 +70,6 @@ class Record:
     before: str | None = None
 
 
-DEFAULTS = {
-    field.name: field.default_factory() if field.default is MISSING else field.default  # type: ignore[misc]
-    for field in fields(Record)
-    if field.default is not MISSING or field.default_factory is not MISSING
-}
-"""Values of the fields that earlier records lack."""
-
-
 def parse_record(content: bytes, where: str) -> Record:
     """Parse the record stored at `where`, a key that ends in the record's number.
 
@@ -85,7 +78,7 @@ def parse_record(content: bytes, where: str) -> Record:
     """
     try:
         tree = parse_object(content)
-        check_types({**DEFAULTS, **tree}, TYPES)
+        check_types(tree, {name: types for name, types in TYPES.items() if name in tree or name in REQUIRED})
         if unknown := sorted(tree.keys() - TYPES.keys()):
             raise InvalidJson(f"unknown field '{unknown[0][:60]}'")
         record = Record(**tree)

@@ -6,11 +6,12 @@ in CI on an empty instance, and in production. Only `import_external_inputs` pub
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.base_check import find_base_model
 from finetune_assets.artifacts.champions import Champions, Record
@@ -273,7 +274,8 @@ class Lineage:
         for ref in begun:
             manifest = self.store.manifest(ref.kind, ref.name)
             if manifest and manifest.made_from.get(HELD_BACK):
-                holdout &= HoldoutRows(**manifest.made_from[HELD_BACK])
+                unseen = provenance.held_back(manifest.made_from)
+                holdout &= unseen or HoldoutRows(holdout.salt, 0.0, 0.0)
         return holdout
 
     # ---- after training
@@ -282,12 +284,14 @@ class Lineage:
         """Names of the raw data sources that an adapter is trained on; empty if they are not recorded any more."""
         manifest = self.store.manifest(adapter.kind, adapter.name)
         made_from = manifest.made_from if manifest else {}
-        if sources := made_from.get(SOURCES):
+        if sources := provenance.texts(made_from, SOURCES):
             return set(sources)
-        raw = made_from.get("dolly_raw")
+        raw = provenance.text(made_from, "dolly_raw")
         read = self.store.manifest(RAW.folder, raw) if raw else None
-        named = {source_name(read.made_from["source"], self.raw.root)} if read else set()
-        parts = [self.store.find(ADAPTERS.folder, part) for part in made_from.get("champions", {}).values()]
+        source = provenance.text(read.made_from, "source") if read else None
+        named = {source_name(source, self.raw.root)} if source else set()
+        champions = provenance.texts_by_name(made_from, "champions").values()
+        parts = [self.store.find(ADAPTERS.folder, part) for part in champions]
         return named.union(*(self.sources_of(part) for part in parts if part))
 
     @property
@@ -392,5 +396,5 @@ LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
 
 def _held_back_of(adapter: Path) -> dict[str, Any] | None:
     """Held-out rows from the provenance in an adapter's folder; None if it has no such record."""
-    holdout = read_object(adapter / PROVENANCE).get(HELD_BACK)
-    return holdout if isinstance(holdout, dict) and holdout.keys() == {"salt", "gate", "val"} else None
+    holdout = provenance.held_back(read_object(adapter / PROVENANCE))
+    return asdict(holdout) if holdout else None

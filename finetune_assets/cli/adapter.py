@@ -13,7 +13,7 @@ from rich.tree import Tree
 
 from finetune_assets.artifacts.champions import Champions, Record
 from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, CHAMPIONS, EVALUATIONS, STACKS
-from finetune_assets.artifacts.layout import EVALUATION, NOT_ON_THE_HUB
+from finetune_assets.artifacts.layout import NOT_ON_THE_HUB
 from finetune_assets.artifacts.update_spectrum import ENERGY, suggested
 from finetune_assets.cli.terminal import (
     EXPERIMENT,
@@ -34,6 +34,7 @@ from finetune_assets.cli.terminal import (
 from finetune_assets.cli.verification import against_manifest, against_sums, published_artifact
 from finetune_assets.config.errors import ConfigError, suggest
 from finetune_assets.config.loading import experiment_names, load_experiment
+from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
@@ -189,7 +190,7 @@ def publish(experiment: str, repo: str, private: bool) -> None:
     if record is None:
         raise ArtifactMissing(f"{experiment} has no champion yet")
     measured = store.find(EVALUATIONS.folder, record.evaluation) if record.evaluation else None
-    evaluation = json.loads((store.fetch(measured) / EVALUATION).read_text("utf-8")) if measured else None
+    evaluation = read_evaluation(store.fetch(measured)) if measured else None
     with store.cache.workspace("publish") as folder:
         address = publishing.publish(store.fetch(champions.adapter(record)), evaluation, repo, private, folder)
     out.print(f"Champion {record.number} of {experiment}, {record.adapter[:SHORT]}: {address}")

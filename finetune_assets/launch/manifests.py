@@ -18,7 +18,10 @@ GRACE_SECONDS = 120
 """Time that a terminated pod gets to save a last checkpoint, in seconds."""
 KEEP_SECONDS = 3600
 """Time after which Kubernetes deletes a finished Job that the launcher did not delete, in seconds."""
-PASSED_ON = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION", "FINETUNE_GPUS_PER_JOB")
+PASSED_ON = (
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION"),
+    *("FINETUNE_GPUS_PER_JOB", "FINETUNE_GROUP_ACCESS"),
+)
 """Environment variables that are copied to the pod. Credentials are passed through secrets or a service account."""
 
 

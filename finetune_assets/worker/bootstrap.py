@@ -134,7 +134,7 @@ def _scratch(spec: JobSpec, folder: Path) -> Iterator[Path]:
 
 
 def _created(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    modes.make_folders(folder)
     return folder
 
 

@@ -101,8 +101,8 @@ def _create_for_all_users(path: Path) -> None:
             return
         time.sleep(POLL_SECONDS)  # another user creates it at this moment
     raise UserError(
-        f"{path}: owned by another user, and not a folder of mode {FOLDER_MODE:o}, so that jobs of several users cannot "
-        "lock GPUs safely; ask its owner to remove it"
+        f"{path}: owned by another user, and not of mode {FOLDER_MODE:o}, so that jobs of several users cannot lock "
+        "GPUs safely; ask its owner to remove it"
     )
 
 
