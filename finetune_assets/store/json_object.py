@@ -34,7 +34,7 @@ def parse_object(raw: bytes, most: int = MOST_BYTES) -> dict[str, Any]:
     if len(raw) > most:
         raise InvalidJson(f"{len(raw):,} bytes, at most {most:,} are read")
     try:
-        tree = json.loads(raw)
+        tree = json.loads(raw.decode())  # not UTF-16, which json would detect
     except RecursionError:
         raise InvalidJson("nested too deeply") from None
     except ValueError as e:

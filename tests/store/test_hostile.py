@@ -2,13 +2,11 @@
 
 import json
 import random
-import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -115,7 +113,7 @@ MARKUP = {
 def test_a_hostile_manifest_is_one_clear_error(name: str, project: TestProject) -> None:
     raw = HOSTILE[name]()
     if not name.startswith("another"):
-        with pytest.raises(ManifestError, match="^where: ") as error:
+        with pytest.raises(ManifestError, match=r"^where: ") as error:
             parse(raw, "where")
         assert str(error.value).count("\n") == 0
         assert len(str(error.value)) < 400
@@ -161,7 +159,7 @@ COMMANDS = {
     "gc --delete": ("store", "gc", "--delete", "--older-than", "0"),
     "verify": ("store", "verify", "raw/" + "e" * 64),
     "show": ("store", "show", "raw/" + "e" * 64),
-    "report": ("report", "--html", "page.html"),
+    "report": ("report", "page.html"),
     "champions": ("adapter", "champions"),
 }
 
@@ -335,11 +333,10 @@ def test_many_artifacts_are_listed_as_fast_as_before(project: TestProject) -> No
     store = project.store
     for number in range(2000):
         fingerprint = f"{number:064x}"
-        manifest = Manifest("raw", fingerprint, "20260101T000000Z-00000000", (), GOOD["created"], {})
+        manifest = Manifest("raw", fingerprint, GOOD["folder"], (), GOOD["created"], {})
         path = Path(store.url.removeprefix("file://")) / "tests" / "raw" / fingerprint
         path.mkdir(parents=True)
-        (path / "manifest.json").write_bytes(replace(manifest).to_json())
+        (path / "manifest.json").write_bytes(manifest.to_json())
     began = time.process_time()
     assert len(inventory(store.objects).artifacts) == 2000
     assert time.process_time() - began < 10
-    assert re.fullmatch("[0-9a-f]{64}", fingerprint)
