@@ -1,10 +1,10 @@
 """File names of adapters, evaluations, merged models and reports, shared by writers and readers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.store.hashing import sha256
+from finetune_assets.store.json_object import InvalidJson, parse_object
 
 CARD = "README.md"
 CONFIG = "config.yaml"
@@ -46,7 +46,6 @@ def write_sums(folder: Path) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object in a folder from elsewhere; empty if the file is missing or contains something else."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_object(path.read_bytes())
+    except (OSError, InvalidJson):
         return {}
-    return tree if isinstance(tree, dict) else {}

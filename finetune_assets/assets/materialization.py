@@ -54,6 +54,7 @@ def materialize_or_reuse(
     make: Callable[[], ArtifactRef],
     called: str = "",
     force: bool = False,
+    find: Callable[[str], ArtifactRef | None] | None = None,
 ) -> Outcome:
     """Return the artifact with this name from the store, or create it.
 
@@ -67,16 +68,22 @@ def materialize_or_reuse(
         make: Creates and publishes the artifact.
         called: Name of the artifact in the log, for assets that create several.
         force: Create the artifact even if the store has it.
+        find: Finds the artifact by its name; by default, in the store without comparing its files.
 
     Returns:
         The artifact, whether it was a cache hit, and the duration.
     """
     began, store = time.monotonic(), project.store()
-    find = (lambda: None) if project.force or force else (lambda: store.find(kind.folder, name))
-    existing = find()
+
+    def existing_artifact() -> ArtifactRef | None:
+        if project.force or force:
+            return None
+        return find(name) if find else store.find(kind.folder, name)
+
+    existing = existing_artifact()
     if existing is None:
         with store.cache.exclusive(store.prefix(kind.folder, name), f"computing {kind.folder}/{name}"):
-            existing = find()
+            existing = existing_artifact()
             ref = existing or make()
     else:
         ref = existing

@@ -6,8 +6,9 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.base_identity import RecordedBase
 from finetune_assets.artifacts.champions import PROMOTED, Record
-from finetune_assets.artifacts.kinds import BASE_MODELS, EVALUATIONS
+from finetune_assets.artifacts.kinds import EVALUATIONS
 from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.materialization import Outcome, job, materialize_or_reuse
@@ -83,11 +84,10 @@ def evaluate(
 def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
     """The base model that an adapter was trained on, if it is still in the store."""
     manifest = lineage.store.manifest(adapter.kind, adapter.name)
-    if manifest is None or not manifest.made_from.get("base_model"):
+    recorded = RecordedBase.of(manifest.made_from if manifest else {})
+    if recorded.repo is None or recorded.revision is None:
         return None
-    return lineage.store.find(
-        BASE_MODELS.folder, f"{manifest.made_from['base_model']}/{manifest.made_from['revision']}"
-    )
+    return lineage.find_base_model(f"{recorded.repo}/{recorded.revision}")
 
 
 def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:

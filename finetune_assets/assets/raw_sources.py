@@ -20,6 +20,7 @@ from finetune_assets.display import shown_url
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.json_object import read_json
 
 STATISTICS, SOURCES = "statistics.json", "sources.json"
 FILES = 20
@@ -117,7 +118,7 @@ def statistics_of(project: Project, ref: ArtifactRef) -> dict[str, Any]:
     from finetune_assets.data.ingest import RawStatistics
 
     folder = project.store().fetch(ref, lambda path: path == STATISTICS)
-    return asdict(RawStatistics()) | json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    return asdict(RawStatistics()) | read_json(folder / STATISTICS, f"{ref.kind}/{ref.name}")
 
 
 def publish_version(project: Project, raw: RawLineage, sources: Mapping[str, ReadSource], seconds: float) -> Outcome:

@@ -19,7 +19,7 @@ from finetune_assets.evaluation.generation import end_tokens
 from finetune_assets.evaluation.rows import questions
 from finetune_assets.store.errors import ArtifactMissing
 from finetune_assets.training.embeddings import resize_embeddings
-from finetune_assets.training.model import load_base, with_adapter_of
+from finetune_assets.training.model import with_adapter_of
 
 ALL = "all"
 HELP = """\
@@ -46,8 +46,9 @@ def contenders(lineage: Lineage) -> list[Contender]:
         asset = "stacked_adapter" if lineage.experiment.config.stack else "lora_adapter"
         raise ArtifactMissing(f"{lineage.experiment.name} has no adapter yet: materialize {asset} first")
     base = lineage.store.fetch(lineage.expected(BASE_MODELS))
-    adapted = [Contender.of_folder(name, base, lineage.store.fetch(ref)) for name, ref in adapters.items()]
-    return [Contender(BASE, base, lineage.experiment.config), *adapted]
+    trusted = lineage.trusts_own_code
+    adapted = [Contender.of_folder(name, base, lineage.store.fetch(ref), trusted) for name, ref in adapters.items()]
+    return [Contender(BASE, base, lineage.experiment.config, own_code=trusted), *adapted]
 
 
 class LoadedModel:
@@ -59,7 +60,7 @@ class LoadedModel:
 
     def __init__(self, contender: Contender) -> None:
         config, device = contender.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.base = load_base(contender.base_model, config.model, config.training, device)
+        self.base = contender.load_base(device)
         resize_embeddings(self.base, contender.tokenizer(), config)
         self.adapted: PeftModel | None = None
 

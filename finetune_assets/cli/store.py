@@ -64,6 +64,8 @@ def list_artifacts(kind: str | None, all_namespaces: bool, as_json: bool) -> Non
     if as_json:
         for artifact in shown:
             print(json.dumps(_as_json(store, artifact)))
+        for problem in found.problems:
+            click.echo(problem, err=True)
         return
     columns = ("kind", "name", "experiment", "files", "size", "created")
     table = new_table(*columns, *(["namespace"] if all_namespaces else []))
@@ -151,7 +153,7 @@ def verify_artifacts(artifacts: tuple[str, ...], cache: bool) -> bool:
     _print_unreadable(found)
     if not whole:
         out.print("Materialize the asset of a damaged artifact again, with force, to replace it.")
-    return whole and not found.unreadable
+    return whole and not found.problems
 
 
 def _verify_cache(store: ArtifactStore) -> bool:
@@ -222,6 +224,14 @@ def collect_garbage(delete: bool, older_than: float | None) -> None:
     if not delete:
         out.print("Nothing was removed. Run again with --delete.")
     _print_unreadable(found)
+    if names := sorted(found.incomplete):
+        out.print(
+            styled(
+                "As long as these are in the store, no base model is removed, and no artifact of "
+                f"{', '.join(names)}: they may refer to them.",
+                "red",
+            )
+        )
 
 
 def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
@@ -240,5 +250,5 @@ def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
 
 
 def _print_unreadable(found: Inventory) -> None:
-    for problem in found.unreadable.values():
+    for problem in found.problems:
         out.print(styled(problem, "red"))

@@ -28,6 +28,8 @@ from finetune_assets.store.objects import boto3_client
 
 SHORT = 12
 """Digits of a fingerprint that are shown; any number of first ones may be given."""
+DEEPEST = 50
+"""Levels of provenance that are shown; rich draws a tree recursively."""
 WIDE = 250
 """Columns where stdout is not a terminal, so that a file or a pipe gets whole lines."""
 FORMATS = (".png", ".svg", ".pdf")
@@ -156,13 +158,24 @@ def find_artifact(store: ArtifactStore, found: Inventory, name: str, what: str =
 
 
 def ancestors(found: Inventory, artifact: Artifact, tree: Tree) -> Tree:
-    """Add to a tree what an artifact was made from, and what that was made from."""
-    for parent in made_from(found, artifact):
-        ancestors(found, parent, tree.add(label(parent)))
+    """Add to a tree what an artifact was made from, and what that was made from; each artifact once.
+
+    Manifests that others wrote may refer to each other in a circle, or so often that a full tree has no end.
+    """
+    seen, waiting = {artifact.prefix}, [(artifact, tree, 0)]
+    while waiting:
+        child, branch, depth = waiting.pop()
+        for parent in made_from(found, child):
+            if parent.prefix not in seen:
+                seen.add(parent.prefix)
+                node = branch.add(label(parent))
+                if depth < DEEPEST:
+                    waiting.append((parent, node, depth + 1))
     return tree
 
 
 def label(artifact: Artifact) -> str:
+    """An artifact's kind, name and experiment."""
     experiment = f" ({artifact.experiment})" if artifact.experiment else ""
     return f"{artifact.kind}/{short(artifact)}{experiment}"
 

@@ -1,6 +1,5 @@
 """Whether the files of an adapter's folder, wherever it was copied to, are those that were published."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from finetune_assets.artifacts.layout import CARD, PROVENANCE, SIGNATURE, SUMS
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.gc import Artifact, Inventory
 from finetune_assets.store.hashing import sha256
+from finetune_assets.store.json_object import InvalidJson, check_types, parse_object
 
 
 def against_sums(folder: Path) -> list[str]:
@@ -50,17 +50,27 @@ def differences(folder: Path, wanted: dict[str, str], where: str) -> list[str]:
     return problems
 
 
-def published_artifact(found: Inventory, folder: Path) -> Artifact | None:
-    """The adapter in the store that a folder was copied from, by the fingerprint in its provenance.
+def published_artifact(found: Inventory, folder: Path, namespace: str) -> Artifact | None:
+    """The adapter in a namespace that a folder was copied from, by the fingerprint in its provenance.
 
     Raises:
-        StoreError: if the folder names no fingerprint.
+        StoreError: if the folder names no fingerprint, or the namespace has several adapters of it.
     """
     try:
-        fingerprint = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        provenance = parse_object((folder / PROVENANCE).read_bytes())
+        check_types(provenance, {"fingerprint": str})
+    except (OSError, InvalidJson) as e:
         raise StoreError(
             f"{folder / PROVENANCE}: no fingerprint of the adapter; copy the whole folder again ({e})"
         ) from e
-    same = (artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS.folder, STACKS.folder))
-    return next((artifact for artifact in same if artifact.manifest.fingerprint == fingerprint), None)
+    same = [
+        artifact
+        for artifact in found.artifacts
+        if artifact.namespace == namespace
+        and artifact.kind in (ADAPTERS.folder, STACKS.folder)
+        and artifact.manifest.fingerprint == provenance["fingerprint"]
+    ]
+    if len(same) > 1:
+        places = ", ".join(sorted(artifact.prefix for artifact in same))
+        raise StoreError(f"{folder}: several adapters have its fingerprint ({places}); remove the wrong one")
+    return same[0] if same else None

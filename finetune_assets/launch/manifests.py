@@ -19,12 +19,8 @@ GRACE_SECONDS = 120
 KEEP_SECONDS = 3600
 """Time after which Kubernetes deletes a finished Job that the launcher did not delete, in seconds."""
 PASSED_ON = (
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL",
-    "AWS_DEFAULT_REGION",
-    "AWS_REGION",
-    "FINETUNE_GPUS_PER_JOB",
-    "FINETUNE_WORKER_MODULES",
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION"),
+    *("FINETUNE_GPUS_PER_JOB", "FINETUNE_WORKER_MODULES", "FINETUNE_GROUP_ACCESS"),
 )
 """Environment variables that are copied to the pod. Credentials are passed through secrets or a service account."""
 

@@ -20,6 +20,7 @@ from finetune_assets.config.cluster import seconds_of
 from finetune_assets.errors import UserError
 from finetune_assets.launch.log_tail import Followed
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.modes import make_folders
 from finetune_assets.worker.job import JobFailed, JobSpec
 from finetune_assets.worker.remote import RemoteJob
 
@@ -151,7 +152,7 @@ class SlurmEngine:
             remote.end()
 
     def _submit(self, spec: JobSpec, remote: RemoteJob, name: str, output: Path, environment: Mapping[str, str]) -> str:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(output.parent)
         given = {**os.environ, **environment}  # not the settings' own, such as PATH or LD_PRELOAD: for the job alone
         if "SLURM_JOB_ID" in given:  # Dagster itself runs in a job; srun would apply the options of that job
             given = {key: value for key, value in given.items() if not key.startswith("SLURM_") or key in OWN}

@@ -44,8 +44,17 @@ def _computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def load_base(folder: Path, model: Model, training: Training, device: torch.device) -> PreTrainedModel:
+def load_base(
+    folder: Path, model: Model, training: Training, device: torch.device, own_code: bool = False
+) -> PreTrainedModel:
     """Load the base model of a local folder onto `device`, quantized according to the settings.
+
+    Args:
+        folder: Folder of the base model.
+        model: Model settings. `trust_remote_code` is not read: they may be those of an artifact.
+        training: Training settings.
+        device: Device of the weights.
+        own_code: Run the Python code in the folder, because the experiment trusts this version; see `arguments.trusts`.
 
     Raises:
         ModelError: if the model cannot be loaded, its weights do not match its config, or the device does not support
@@ -65,7 +74,7 @@ def load_base(folder: Path, model: Model, training: Training, device: torch.devi
             device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=bool(model.trust_remote_code),  # None would prompt on stdin
+            trust_remote_code=own_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with their shapes
             # With None, transformers 5.23 ignores the quantization of the folder's own weights

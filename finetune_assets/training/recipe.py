@@ -265,6 +265,7 @@ class LoraFinetune(TrainingSetup):
                 state,
                 self.initial_adapter,
                 self.new_tokens.rows,
+                self.job.own_code,
             )
         numbers = {name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}
         losses = {f"held_out_loss_{when}": loss for when, loss in self.log.held_out_loss.items()}

@@ -29,12 +29,13 @@ def main() -> None:
     config.wandb = None
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     with joined() as process, reporter(process) as log:
-        base = load_base(args.base_model, config.model, config.training, process.device)
-        rows = resize_embeddings(base, experiment_tokenizer(args.base_model, config), config).rows
+        own_code = arguments.trusts(config, args.bases)
+        base = load_base(args.base_model, config.model, config.training, process.device, own_code)
+        rows = resize_embeddings(base, experiment_tokenizer(args.base_model, config, own_code), config).rows
         model = stacked(base, config, folders)
         assert config.stack is not None
         log.write_line(f"Combined {', '.join(config.stack.adapters)} with method {config.stack.method}")
-        output.save(args.output, model, args.base_model, config, made_from, vars(TrainerState()), None, rows)
+        output.save(args.output, model, args.base_model, config, made_from, vars(TrainerState()), None, rows, own_code)
 
 
 def stacked(base: torch.nn.Module, config: ExperimentConfig, folders: list[Path]) -> PeftModel:
