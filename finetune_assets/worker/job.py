@@ -15,7 +15,7 @@ from finetune_assets.artifacts.kinds import KINDS
 from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.errors import UserError
 from finetune_assets.store.artifacts import ATTEMPT, NAME, ArtifactRef
-from finetune_assets.store.manifest import is_plain
+from finetune_assets.store.manifest import SHA256, is_plain
 
 MODULES = (
     "finetune_assets.training",
@@ -234,4 +234,5 @@ _VALID_REF: dict[str, Callable[[Any], bool]] = {
     "uri": lambda value: _is_text(value) and bool(ATTEMPT.fullmatch(value.rpartition("/")[2])),
     "files": _is_count,
     "size": _is_size,
+    "content": lambda value: value == "" or _matches(SHA256)(value),
 }
