@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := build/tools
 JOBS ?= 3
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Each of the many processes of a run would compile all modules anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-ui test test-system soak lint ui bench docs screenshots clean
+.PHONY: demo demo-ui test test-system soak lint ui bench docs screenshots lock sbom audit pin clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/finetune demo
@@ -56,13 +57,30 @@ docs: $(VENV)/installed  ## write the generated parts of the documentation, and 
 screenshots: $(VENV)/installed  ## take the documentation's pictures of Dagster's UI; needs chromium
 	PYTHONPATH=tests $(BIN)/python -m docs.screenshots
 
-# torch first and exactly: a looser request, or one by another package, may take another build of it.
-$(VENV)/installed: pyproject.toml constraints.txt
-	@echo "Installing into $(VENV); this takes a minute or two ..."
+lock: $(TOOLS)/installed  ## write requirements/*.txt: every package with the sha256 of each file; TORCH=URL locks one more build
+	$(TOOLS)/bin/python requirements/lock.py --uv $(TOOLS)/bin/uv $(if $(TORCH),--torch $(TORCH))
+
+sbom: $(VENV)/installed $(TOOLS)/installed  ## a CycloneDX bill of materials of what is installed, in build/sbom.cdx.json
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
+		--output-file build/sbom.cdx.json $(BIN)/python
+
+audit: $(TOOLS)/installed  ## look for known vulnerabilities of what is locked; ARGS=--strict fails where it cannot
+	$(TOOLS)/bin/python requirements/audit.py $(ARGS)
+
+pin:  ## print which commits and digests the tags of deploy/ have now; needs git, docker and the internet
+	deploy/pin.sh
+
+$(VENV)/installed: pyproject.toml requirements/install.sh $(wildcard requirements/*.txt)
+	@echo "Installing into $(VENV); this takes a few minutes ..."
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	requirements/install.sh $(BIN)/python dev --editable .
+	@touch $@
+
+# uv, pip-audit and cyclonedx-bom need other versions of some packages than the project does
+$(TOOLS)/installed: requirements/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/tools.txt
 	@touch $@
 
 clean:  ## remove what was installed and made here

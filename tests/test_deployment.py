@@ -1,5 +1,6 @@
 """What lies in deploy/ is what the programs that read it know."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from integration.test_daemon import QUICK
 from paths import ROOT
 from projects import TestProject
 from servers.kubernetes import VERSION
+
+from finetune_assets.cli import webserver
 
 DEPLOY = ROOT / "deploy"
 
@@ -55,6 +58,37 @@ def test_manifests_are_what_kubernetes_knows(path: Path) -> None:
         kubernetes_validate.validate(tree, VERSION, strict=True)
 
 
+def test_jobs_have_an_account_without_a_role() -> None:
+    """They run the code of models, and need the store alone."""
+    trees = [*yaml.safe_load_all((DEPLOY / "kubernetes" / "launcher.yaml").read_text())]
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for tree in trees:
+        by_kind.setdefault(tree["kind"], []).append(tree)
+    values = yaml.safe_load((DEPLOY / "kubernetes" / "values.yaml").read_text())
+    (deployment,) = values["dagster-user-deployments"]["deployments"]
+    account = {one["name"]: one.get("value") for one in deployment["env"]}["FINETUNE_SERVICE_ACCOUNT"]
+    bound = {subject["name"] for binding in by_kind["RoleBinding"] for subject in binding["subjects"]}
+    (own,) = [one for one in by_kind["ServiceAccount"] if one["metadata"]["name"] == account]
+    assert own["automountServiceAccountToken"] is False
+    assert account not in bound
+    assert values["global"]["serviceAccountName"] in bound, "runs create the jobs"
+
+
+def test_role_allows_what_the_launcher_asks() -> None:
+    """Of the requests of the recorded clients, and of the policy of a job."""
+    trees = [*yaml.safe_load_all((DEPLOY / "kubernetes" / "launcher.yaml").read_text())]
+    (role,) = [tree for tree in trees if tree["kind"] == "Role"]
+    allowed = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+    recorded = json.loads((ROOT / "tests" / "launch" / "kubernetes_requests.json").read_text())["requests"]
+    verbs = {"POST": "create", "DELETE": "delete", "PATCH": "patch"}
+    for request in recorded:
+        method, path, *parameters = request.split()
+        resource = "pods/log" if path.endswith("/log") else path.partition("/")[0]
+        read = "get" if "/" in path else "list"
+        assert (resource, verbs.get(method, read)) in allowed, (request, parameters)
+    assert ("networkpolicies", "create") in allowed
+
+
 def test_services_agree_with_one_another() -> None:
     compose: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     services = compose["services"]
@@ -62,6 +96,8 @@ def test_services_agree_with_one_another() -> None:
     (location,) = yaml.safe_load((DEPLOY / "compose-workspace.yaml").read_text())["load_from"]
     assert location["grpc_server"]["host"] in services
     assert services["webserver"]["ports"] == ["127.0.0.1:3000:3000"]
+    assert services["webserver"]["command"][:3] == ["python", "-m", webserver.__name__]
+    assert "FINETUNE_UI_HOSTS" in (DEPLOY / "env.example").read_text()
     read = set(re.findall(r"env: (\w+)", (DEPLOY / "dagster.yaml").read_text()))
     given = {*services["code"]["environment"], *re.findall(r"^(\w+)=", (DEPLOY / "env.example").read_text(), re.M)}
     assert read <= given

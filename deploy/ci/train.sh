@@ -8,8 +8,7 @@ python=${PYTHON:-python3}
 if ! "$python" -c 'from importlib.util import find_spec as f; exit(not (f("dagster") and f("torch")))'; then
     "$python" -m venv .venv
     python=.venv/bin/python
-    "$python" -m pip install --quiet --constraint constraints.txt torch --index-url "${TORCH:-https://pypi.org/simple}"
-    "$python" -m pip install --quiet --constraint constraints.txt '.[kubernetes,postgres]'
+    requirements/install.sh "$python" runtime .
 fi
 
 names=${EXPERIMENT:-$(git diff --name-only --diff-filter=AM "${SINCE:?EXPERIMENT or SINCE must be set}" -- configs/experiments |

@@ -4,6 +4,8 @@ A new code version may change the content for some inputs only. Where it does no
 identity, so that nothing downstream is computed again.
 """
 
+import re
+
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 
 SAME_AS = "same_as"
@@ -14,4 +16,6 @@ def canonical(store: ArtifactStore, ref: ArtifactRef) -> ArtifactRef:
     """The earlier artifact with the same content, if there is one that the store still has; otherwise the artifact."""
     manifest = store.manifest(ref.kind, ref.name)
     earlier = manifest.made_from.get(SAME_AS) if manifest else None
-    return (store.find(ref.kind, earlier) or ref) if earlier else ref
+    if not isinstance(earlier, str) or not re.fullmatch("[0-9a-f]{64}", earlier):
+        return ref
+    return store.find(ref.kind, earlier) or ref

@@ -11,12 +11,24 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_assets.artifacts.kinds import ADAPTERS, CHAMPIONS
+from finetune_assets.artifacts.kinds import ADAPTERS, CHAMPIONS, STACKS
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing, StoreError
+from finetune_assets.store.json_object import MOST_BYTES, InvalidJson, check_time, check_types, parse_object
 
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back"
 RECORD = re.compile(r"(\d{8})\.json")
+FINGERPRINT = re.compile("[0-9a-f]{64}")
+KINDS = (ADAPTERS.folder, STACKS.folder)
+MAYBE = (str, type(None))
+TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("experiment", "adapter", "action", "kind", "reason", "by", "at"), str),
+    **dict.fromkeys(("against", "evaluation", "before"), MAYBE),
+    "numbers": dict,
+    "number": int,
+}
+"""Types of a record's fields."""
+REQUIRED = ("experiment", "adapter", "action", "number", "at")
 
 
 class ChampionMoved(StoreError):
@@ -65,11 +77,21 @@ def parse_record(content: bytes, where: str) -> Record:
         StoreError: if the record is invalid.
     """
     try:
-        record = Record(**json.loads(content))
+        tree = parse_object(content)
+        check_types(tree, {name: types for name, types in TYPES.items() if name in tree or name in REQUIRED})
+        if unknown := sorted(tree.keys() - TYPES.keys()):
+            raise InvalidJson(f"unknown field '{unknown[0][:60]}'")
+        record = Record(**tree)
         named = RECORD.fullmatch(where.rpartition("/")[2])
-        if not named or record.number != int(named[1]) or not re.fullmatch("[0-9a-f]{64}", record.adapter):
-            raise ValueError("its number differs from its key, or it names no adapter")
-    except (ValueError, TypeError) as e:
+        if not named or record.number != int(named[1]):
+            raise InvalidJson(f"number {record.number} differs from its key")
+        for value in (record.adapter, record.against, record.evaluation, record.before):
+            if value is not None and not FINGERPRINT.fullmatch(value):
+                raise InvalidJson(f"'{value[:60]}' is not a fingerprint")
+        if record.kind not in KINDS:
+            raise InvalidJson(f"kind '{record.kind[:60]}' is not one of {', '.join(KINDS)}")
+        check_time(record.at)
+    except InvalidJson as e:
         raise StoreError(f"{where}: invalid champion record ({e}); delete it") from e
     return record
 
@@ -230,7 +252,7 @@ class Champions:
 
     def _read(self, number: int) -> Record:
         key = self._key(number)
-        return parse_record(self.store.objects.get(key), f"{self.store.url}/{key}")
+        return parse_record(self.store.objects.get(key, MOST_BYTES), f"{self.store.url}/{key}")
 
     @property
     def _prefix(self) -> str:

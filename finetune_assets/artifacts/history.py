@@ -1,6 +1,5 @@
 """Measurements and plans of earlier trainings in the store."""
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -9,8 +8,19 @@ from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import PLAN, TRAINER_STATE
 from finetune_assets.errors import UserError
 from finetune_assets.store.artifacts import MANIFEST, ArtifactRef, ArtifactStore
+from finetune_assets.store.errors import StoreError
+from finetune_assets.store.json_object import MOST_FILE_BYTES, InvalidJson, check_types, parse_object, read_json
 
 LOOKED_BACK = 20
+NUMBER = (int, float, type(None))
+PLAN_TYPES: dict[str, type | tuple[type, ...]] = {
+    "fits": bool,
+    "summary": str,
+    "device": dict,
+    "work": (dict, type(None)),
+    **dict.fromkeys(("hours", "cost", "peak_memory_mib", "usable_mib"), NUMBER),
+}
+"""Fields of every plan, also of those that earlier versions made."""
 
 
 def trainer_states(store: ArtifactStore, newest: int = LOOKED_BACK) -> Iterator[dict[str, Any]]:
@@ -25,13 +35,23 @@ def trainer_states(store: ArtifactStore, newest: int = LOOKED_BACK) -> Iterator[
         name = stored.key.removeprefix(under).removesuffix(f"/{MANIFEST}")
         with suppress(UserError, OSError, ValueError):
             if manifest := store.manifest(ADAPTERS.folder, name):
-                yield json.loads(store.read(ADAPTERS.folder, name, manifest, TRAINER_STATE))
+                yield parse_object(store.read(ADAPTERS.folder, name, manifest, TRAINER_STATE), MOST_FILE_BYTES)
 
 
 def read_plan(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
-    """The plan of a training, as returned by `preflight.plan.Plan.to_dict`."""
-    plan = json.loads((store.fetch(ref) / PLAN).read_text(encoding="utf-8"))
+    """The plan of a training, as returned by `preflight.plan.Plan.to_dict`.
+
+    Raises:
+        StoreError: if the file is not a plan.
+    """
+    where = f"{ref.kind}/{ref.name}"
+    plan = read_json(store.fetch(ref) / PLAN, where)
     plan.setdefault("summary", plan.get("told"))  # older name
+    try:
+        check_types(plan, PLAN_TYPES)
+        check_types(plan["device"], {"processes": int})
+    except InvalidJson as e:
+        raise StoreError(f"{PLAN} of {where}: {e}; materialize training_plan again with force") from e
     return plan
 
 

@@ -20,14 +20,22 @@ class Import:
         fingerprint: Fingerprint of the content.
         files: The folder, or the files by their names in the store.
         made_from: Provenance.
+        hashes: sha256 of each file, by its name in the store.
     """
 
     fingerprint: str
     files: Path | Mapping[str, Path] = field(repr=False)
     made_from: Mapping[str, Any] = field(repr=False)
+    hashes: Mapping[str, str] = field(repr=False)
 
 
 def import_external(store: ArtifactStore, item: Import) -> ArtifactRef:
-    """Publish an import, unless the store already has it."""
+    """Publish an import, unless the store already has it.
+
+    Raises:
+        ForeignContent: If the store has other files under its name.
+    """
     name = item.fingerprint
-    return store.find(IMPORTS.folder, name) or store.publish(item.files, IMPORTS.folder, name, name, item.made_from)
+    return store.find(IMPORTS.folder, name, item.hashes) or store.publish(
+        item.files, IMPORTS.folder, name, name, item.made_from, expected=item.hashes
+    )

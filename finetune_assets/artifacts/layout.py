@@ -1,10 +1,10 @@
 """File names of adapters, evaluations, merged models and reports, shared by writers and readers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.store.hashing import sha256
+from finetune_assets.store.json_object import InvalidJson, parse_object
 
 CARD = "README.md"
 CONFIG = "config.yaml"
@@ -22,6 +22,8 @@ SOURCES = "sources"
 """Provenance key: names of the raw data sources that an adapter is trained on."""
 SUMS = "SHA256SUMS"
 """Checksums of all files, in the format of `sha256sum --check`."""
+SIGNATURE = "model.sig"
+"""Signature of all files, in the format of OpenSSF's model-signing; only of adapters that were signed."""
 EVALUATION = "evaluation.json"
 """Metrics of each contender, losses by category, and answers side by side."""
 ROWS = "rows.parquet"
@@ -44,7 +46,6 @@ def write_sums(folder: Path) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object in a folder from elsewhere; empty if the file is missing or contains something else."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_object(path.read_bytes())
+    except (OSError, InvalidJson):
         return {}
-    return tree if isinstance(tree, dict) else {}

@@ -6,12 +6,14 @@ in CI on an empty instance, and in production. Only `import_external_inputs` pub
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.aliases import canonical
+from finetune_assets.artifacts.base_check import find_base_model
 from finetune_assets.artifacts.champions import Champions, Record
 from finetune_assets.artifacts.imports import Import, import_external
 from finetune_assets.artifacts.kinds import (
@@ -80,9 +82,14 @@ class Lineage:
             )
         return source
 
-    def base_name(self) -> str:
-        source = self.base_source()
-        return f"{source.repo}/{source.revision}"
+    @property
+    def trusts_own_code(self) -> bool:
+        """Whether the settings trust the base model's own code; `base_source` compares its version."""
+        return self.experiment.config.model.trust_remote_code is not None
+
+    def find_base_model(self, name: str) -> ArtifactRef | None:
+        """A base model whose files were compared with what is known of them, or None; see `base_check`."""
+        return find_base_model(self.pins, name, self.experiment.config.model.trust_remote_code)
 
     def fingerprint(self, kind: ArtifactKind, **known: ArtifactRef) -> str:
         """Fingerprint of the experiment's artifact of a kind.
@@ -103,7 +110,13 @@ class Lineage:
             return self.raw.raw()
         if kind is CHAMPIONS:
             return self.champion()
-        name = self.base_name() if kind is BASE_MODELS else self.fingerprint(kind)
+        if kind is BASE_MODELS:
+            source = self.base_source()
+            name = f"{source.repo}/{source.revision}"
+            if ref := self.find_base_model(name):
+                return ref
+            raise self.store.missing(kind.folder, name, made_by=kind.asset or kind.folder)
+        name = self.fingerprint(kind)
         return canonical(self.store, self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder))
 
     def _inputs(self, kind: ArtifactKind, known: Mapping[str, ArtifactRef]) -> dict[str, Any]:
@@ -215,7 +228,8 @@ class Lineage:
             if not (folder / name).is_file():
                 raise StoreError(f"training.warm_start: {folder} contains no {name}")
         made_from = {"folder": setting, HELD_BACK: _held_back_of(folder)}
-        return Import(fingerprint(files=folder_hashes(folder)), folder, made_from)
+        hashes = folder_hashes(folder)
+        return Import(fingerprint(files=hashes), folder, made_from, hashes)
 
     def general_text(self) -> Import | None:
         """The text for measuring forgetting; None if the measurement is disabled.
@@ -232,7 +246,8 @@ class Lineage:
                 f"evaluation.general_text: '{setting}' is neither a packaged text ({', '.join(PACKAGED)}) nor a file "
                 f"({' or '.join(SUFFIXES)}): {path}"
             )
-        return Import(fingerprint(text=sha256(path)), {"text" + path.suffix: path}, {"text": setting})
+        name, digest = "text" + path.suffix, sha256(path)
+        return Import(fingerprint(text=digest), {name: path}, {"text": setting}, {name: digest})
 
     def lm_eval_tasks(self) -> Import | None:
         """The task folder of `evaluation.lm_eval`, if set.
@@ -246,7 +261,8 @@ class Lineage:
         folder = self.raw.root / Path(settings.folder).expanduser()
         if not folder.is_dir():
             raise StoreError(f"evaluation.lm_eval.folder: folder {folder} does not exist")
-        return Import(fingerprint(files=folder_hashes(folder)), folder, {"folder": settings.folder})
+        hashes = folder_hashes(folder)
+        return Import(fingerprint(files=hashes), folder, {"folder": settings.folder}, hashes)
 
     def held_back(self, *begun: ArtifactRef) -> HoldoutRows:
         """Rows not used for training, neither in this experiment nor for the adapters that it starts from.
@@ -258,7 +274,8 @@ class Lineage:
         for ref in begun:
             manifest = self.store.manifest(ref.kind, ref.name)
             if manifest and manifest.made_from.get(HELD_BACK):
-                holdout &= HoldoutRows(**manifest.made_from[HELD_BACK])
+                unseen = provenance.held_back(manifest.made_from)
+                holdout &= unseen or HoldoutRows(holdout.salt, 0.0, 0.0)
         return holdout
 
     # ---- after training
@@ -267,12 +284,14 @@ class Lineage:
         """Names of the raw data sources that an adapter is trained on; empty if they are not recorded any more."""
         manifest = self.store.manifest(adapter.kind, adapter.name)
         made_from = manifest.made_from if manifest else {}
-        if sources := made_from.get(SOURCES):
+        if sources := provenance.texts(made_from, SOURCES):
             return set(sources)
-        raw = made_from.get("dolly_raw")
+        raw = provenance.text(made_from, "dolly_raw")
         read = self.store.manifest(RAW.folder, raw) if raw else None
-        named = {source_name(read.made_from["source"], self.raw.root)} if read else set()
-        parts = [self.store.find(ADAPTERS.folder, part) for part in made_from.get("champions", {}).values()]
+        source = provenance.text(read.made_from, "source") if read else None
+        named = {source_name(source, self.raw.root)} if source else set()
+        champions = provenance.texts_by_name(made_from, "champions").values()
+        parts = [self.store.find(ADAPTERS.folder, part) for part in champions]
         return named.union(*(self.sources_of(part) for part in parts if part))
 
     @property
@@ -377,5 +396,5 @@ LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
 
 def _held_back_of(adapter: Path) -> dict[str, Any] | None:
     """Held-out rows from the provenance in an adapter's folder; None if it has no such record."""
-    holdout = read_object(adapter / PROVENANCE).get(HELD_BACK)
-    return holdout if isinstance(holdout, dict) and holdout.keys() == {"salt", "gate", "val"} else None
+    holdout = provenance.held_back(read_object(adapter / PROVENANCE))
+    return asdict(holdout) if holdout else None

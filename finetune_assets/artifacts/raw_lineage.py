@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.artifacts.streams import is_good, newest_version
@@ -205,8 +206,8 @@ class RawLineage:
     def parts(self, raw: ArtifactRef) -> dict[str, str]:
         """Fingerprint of each source's version in a version of the raw data, by name."""
         manifest = self.store.manifest(raw.kind, raw.name)
-        if parts := manifest.made_from.get(PARTS) if manifest else None:
-            return dict(parts)
+        if parts := provenance.texts_by_name(manifest.made_from if manifest else {}, PARTS):
+            return parts
         if len(self.sources) == 1:
             return {name_of_single(self.config): raw.fingerprint}
         return {name: part for name, part in self.current_parts().items() if part == raw.fingerprint}

@@ -6,13 +6,18 @@ replaced by its newest good one.
 """
 
 import json
+import logging
+import re
 from datetime import UTC, datetime
 from typing import Any
 
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
+from finetune_assets.store.errors import UnreadableObject
+from finetune_assets.store.json_object import MOST_BYTES, InvalidJson, check_types, parse_object
 
+logger = logging.getLogger(__name__)
 FOLDER = "streams"
 
 
@@ -44,9 +49,22 @@ def is_good(store: ArtifactStore, source: str, version: str) -> bool:
 
 
 def _records(store: ArtifactStore, source: str) -> list[dict[str, Any]]:
-    """All records, oldest first."""
+    """All records, oldest first. Unreadable ones are reported, and skipped."""
     keys = sorted(stored.key for stored in store.objects.listing(_prefix(store, source)))
-    return [json.loads(store.objects.get(key)) for key in keys if key.endswith(".json")]
+    records = (_record(store, key) for key in keys if key.endswith(".json"))
+    return [record for record in records if record]
+
+
+def _record(store: ArtifactStore, key: str) -> dict[str, Any] | None:
+    try:
+        record = parse_object(store.objects.get(key, MOST_BYTES))
+        check_types(record, {"version": str})
+        if not re.fullmatch("[0-9a-f]{64}", record["version"]):
+            raise InvalidJson(f"version '{record['version'][:60]}' is not a fingerprint")
+    except (InvalidJson, UnreadableObject) as e:
+        logger.warning("%s/%s: unreadable record ignored (%s); delete it", store.url, key, e)
+        return None
+    return record
 
 
 def _prefix(store: ArtifactStore, source: str) -> str:

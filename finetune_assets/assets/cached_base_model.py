@@ -30,16 +30,20 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
         name = f"{source.repo}/{source.revision}"
 
         def make() -> ArtifactRef:
-            return lineage.store.publish(
-                collect(source, trusted=lineage.experiment.config.model.trust_remote_code is not None),
+            files, hashes = collect(source, lineage.trusts_own_code)
+            ref = lineage.store.publish(
+                files,
                 BASE_MODELS.folder,
                 name,
                 BASE_MODELS.fingerprint(None, repo=source.repo, revision=source.revision),
                 made_from={"repo": source.repo, "revision": source.revision},
                 replace=project.force,
-                expected=source.hashes,
+                expected=hashes,
             )
+            if source.folder is None:
+                lineage.pins.record_hashes(source.repo, source.revision, hashes)
+            return ref
 
-        outcome = materialize_or_reuse(context, project, BASE_MODELS, name, make)
+        outcome = materialize_or_reuse(context, project, BASE_MODELS, name, make, find=lineage.find_base_model)
         lineage.pins.record()
         return result(outcome, tags=overridden(lineage.experiment), repo=source.repo, revision=source.revision)

@@ -2,6 +2,7 @@
 
 import time
 from datetime import timedelta
+from itertools import islice
 from typing import Any
 
 import dagster as dg
@@ -11,7 +12,7 @@ from finetune_assets.assets.materialization import ARTIFACT, asset_step, column_
 from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_rows
 from finetune_assets.assets.raw_checks import RAW_CHECKS
-from finetune_assets.assets.raw_checks.profile import PROFILE, VERSIONS
+from finetune_assets.assets.raw_checks.profile import CATEGORIES, PROFILE, VERSIONS
 from finetune_assets.assets.raw_sources import (
     FILES,
     CheckedSources,
@@ -113,7 +114,8 @@ def _describe(statistics: dict[str, Any]) -> dict[str, object]:
     from finetune_assets.data.raw_schema import RAW_SCHEMA
     from finetune_assets.data.tables import conversations_table, rows_table
 
-    counts = [{"category": name, "rows": rows} for name, rows in statistics["categories"].items()]
+    categories = statistics["categories"]
+    counts = [{"category": name, "rows": rows} for name, rows in islice(categories.items(), CATEGORIES)]
     conversations = statistics["conversation_preview"]
     return {
         "dagster/row_count": statistics["rows"],
@@ -122,6 +124,7 @@ def _describe(statistics: dict[str, Any]) -> dict[str, object]:
         "conversations": statistics["conversations"],
         "quarantined": statistics["quarantined"],
         **of_rows(statistics),
+        **({"category_count": len(categories)} if len(categories) > CATEGORIES else {}),
         "categories": dg.MetadataValue.md(rows_table(counts, ["category", "rows"])),
         "preview": dg.MetadataValue.md(
             rows_table(statistics["preview"], ["instruction", "context", "response", "category"])

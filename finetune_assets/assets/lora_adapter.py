@@ -1,11 +1,11 @@
 """Asset `lora_adapter`: trains the adapter."""
 
-import json
 from dataclasses import asdict, replace
 from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.base_identity import check_warm_start
 from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
 from finetune_assets.artifacts.kinds import ADAPTERS
@@ -29,6 +29,7 @@ from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import Numbers, of_training, with_cost
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.json_object import read_json
 from finetune_assets.worker.job import JobSpec
 
 
@@ -100,7 +101,7 @@ def training_job(
             "revision": revision,
             "cached_base_model": base_model.fingerprint,
             "tokenized_dataset": dataset.fingerprint,
-            "dolly_raw": raw.made_from["dolly_raw"] if raw else None,
+            "dolly_raw": provenance.text(raw.made_from, "dolly_raw") if raw else None,
             SOURCES: lineage.source_names(),
             "warm_start": warm_start.fingerprint if warm_start else None,
             HELD_BACK: asdict(lineage.held_back(*([warm_start] if warm_start else []))),
@@ -115,7 +116,7 @@ def training_job(
 
 def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str, Any]:
     folder = project.store().fetch(ref, lambda path: path == TRAINER_STATE or is_drawn(path))
-    state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    state = read_json(folder / TRAINER_STATE, f"{ref.kind}/{ref.name}")
     metrics = with_cost(of_training(state), lineage.experiment.config.hardware.price_per_hour)
     return {
         **metrics,

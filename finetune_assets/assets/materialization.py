@@ -15,6 +15,7 @@ from finetune_assets.artifacts.kinds import ArtifactKind
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import Experiment, dump
+from finetune_assets.display import PlainRecords, message
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 from finetune_assets.resources.raw_versions import OVERRIDES_TAG, SOURCE_TAG, source_tag
@@ -53,6 +54,7 @@ def materialize_or_reuse(
     make: Callable[[], ArtifactRef],
     called: str = "",
     force: bool = False,
+    find: Callable[[str], ArtifactRef | None] | None = None,
 ) -> Outcome:
     """Return the artifact with this name from the store, or create it.
 
@@ -66,16 +68,22 @@ def materialize_or_reuse(
         make: Creates and publishes the artifact.
         called: Name of the artifact in the log, for assets that create several.
         force: Create the artifact even if the store has it.
+        find: Finds the artifact by its name; by default, in the store without comparing its files.
 
     Returns:
         The artifact, whether it was a cache hit, and the duration.
     """
     began, store = time.monotonic(), project.store()
-    find = (lambda: None) if project.force or force else (lambda: store.find(kind.folder, name))
-    existing = find()
+
+    def existing_artifact() -> ArtifactRef | None:
+        if project.force or force:
+            return None
+        return find(name) if find else store.find(kind.folder, name)
+
+    existing = existing_artifact()
     if existing is None:
         with store.cache.exclusive(store.prefix(kind.folder, name), f"computing {kind.folder}/{name}"):
-            existing = find()
+            existing = existing_artifact()
             ref = existing or make()
     else:
         ref = existing
@@ -208,15 +216,15 @@ def fraction_check(
         metadata: Additional metadata of the check result.
     """
     share = count / total if total else 0.0
-    message = f"{count:,} of {total:,} rows ({share:.2%}) {problem}" if count else "No such rows"
+    text = message(f"{count:,} of {total:,} rows ({share:.2%}) {problem}") if count else "No such rows"
     if share > most:
         log = context.log.error if severity is dg.AssetCheckSeverity.ERROR else context.log.warning
-        log(f"Check {name} failed: {message}")
+        log(f"Check {name} failed: {text}")
     return dg.AssetCheckResult(
         passed=share <= most,
         check_name=name,
         severity=severity,
-        description=message,
+        description=text,
         metadata={"rows": count, "fraction": share, "threshold": most, **metadata},
     )
 
@@ -227,6 +235,7 @@ class _RunLog(logging.Handler):
     def __init__(self, context: dg.AssetExecutionContext) -> None:
         super().__init__(logging.INFO)
         self.log = context.log
+        self.addFilter(PlainRecords())
 
     def emit(self, record: logging.LogRecord) -> None:
         self.log.log(record.levelno, record.getMessage())
@@ -242,7 +251,8 @@ def asset_step(context: dg.AssetExecutionContext, retried: bool = False) -> Iter
             user must fix are not retried, and neither are terminated runs. Dagster's retry policy also restarts runs
             that a user terminated, so no asset uses one.
     """
-    package, handler = logging.getLogger("finetune_assets"), _RunLog(context)
+    package, handler, shown = logging.getLogger("finetune_assets"), _RunLog(context), PlainRecords(lines=True)
+    context.log.addFilter(shown)
     package.setLevel(logging.INFO)
     package.addHandler(handler)
     try:
@@ -263,6 +273,7 @@ def asset_step(context: dg.AssetExecutionContext, retried: bool = False) -> Iter
         raise failure from (None if isinstance(e, UserError) else e)
     finally:
         package.removeHandler(handler)
+        context.log.removeFilter(shown)
 
 
 def _as_failure(error: Exception) -> Exception:
@@ -271,8 +282,8 @@ def _as_failure(error: Exception) -> Exception:
         return dg.Failure(str(error), allow_retries=False)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror or error}{where}; check FINETUNE_STORE, FINETUNE_CACHE and the free disk space"
-        return dg.Failure(message, allow_retries=False)
+        problem = f"{error.strerror or error}{where}; check FINETUNE_STORE, FINETUNE_CACHE and the free disk space"
+        return dg.Failure(message(problem), allow_retries=False)
     return error
 
 

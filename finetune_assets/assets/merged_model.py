@@ -1,6 +1,5 @@
 """Asset `merged_model`: the champion merged into its base model, for serving without adapters."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.json_object import read_json
 
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.02}
 """Mean logit difference that rounding explains, as a fraction of the logits' spread. Measured on the packaged model:
@@ -87,7 +87,7 @@ def merged_model(
 
         outcome = materialize_or_reuse(context, project, MERGED, fingerprint, make)
         folder = project.store().fetch(outcome.ref, lambda path: path == MERGE)
-        comparison = json.loads((folder / MERGE).read_text(encoding="utf-8"))
+        comparison = read_json(folder / MERGE, f"{MERGED.folder}/{fingerprint}")
         check = _merge_check(context, comparison, settings)
         yield result(outcome, [check], lineage_tags(lineage), **comparison)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets.artifacts.base_identity import RecordedBase
 from finetune_assets.artifacts.champions import PROMOTED, Record
-from finetune_assets.artifacts.kinds import BASE_MODELS, EVALUATIONS
+from finetune_assets.artifacts.kinds import EVALUATIONS
 from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.materialization import Outcome, job, materialize_or_reuse
@@ -19,6 +20,8 @@ from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
+CATEGORIES = 100
+"""Maximum number of categories whose losses are shown."""
 GATE = "gate"
 """Name of the check that reports a promotion."""
 
@@ -81,11 +84,10 @@ def evaluate(
 def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
     """The base model that an adapter was trained on, if it is still in the store."""
     manifest = lineage.store.manifest(adapter.kind, adapter.name)
-    if manifest is None or not manifest.made_from.get("base_model"):
+    recorded = RecordedBase.of(manifest.made_from if manifest else {})
+    if recorded.repo is None or recorded.revision is None:
         return None
-    return lineage.store.find(
-        BASE_MODELS.folder, f"{manifest.made_from['base_model']}/{manifest.made_from['revision']}"
-    )
+    return lineage.find_base_model(f"{recorded.repo}/{recorded.revision}")
 
 
 def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +97,10 @@ def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     names = [*evaluation["contenders"]]
 
     def losses_by(column: str, groups: list[dict[str, Any]]) -> dg.MarkdownMetadataValue:
-        shown = [{**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}} for row in groups]
+        shown = [
+            {**row, **{name: "" if row[name] is None else f"{row[name]:.4f}" for name in names}}
+            for row in groups[:CATEGORIES]
+        ]
         return dg.MetadataValue.md(rows_table(shown, [column, "rows", *names]))
 
     sources = evaluation.get("sources")

@@ -16,9 +16,11 @@ from finetune_assets.assets.materialization import RETRIES, Outcome, materialize
 from finetune_assets.assets.raw_checks import BLOCKING, RAW_CHECKS
 from finetune_assets.assets.raw_checks.check import Version
 from finetune_assets.assets.raw_checks.profile import Profile, last_good
+from finetune_assets.display import shown_url
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.json_object import read_json
 
 STATISTICS, SOURCES = "statistics.json", "sources.json"
 FILES = 20
@@ -85,7 +87,7 @@ def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, 
     from finetune_assets.data.near_duplicates import THRESHOLD
     from finetune_assets.data.raw_files import same_rows
 
-    store, made_from = project.store(), {"source": source.config.source, "content": source.content}
+    store, made_from = project.store(), {"source": shown_url(source.config.source), "content": source.content}
 
     def build(folder: Path) -> None:
         threshold = THRESHOLD if source.config.checks.near_duplicates == "minhash" else None
@@ -116,7 +118,7 @@ def statistics_of(project: Project, ref: ArtifactRef) -> dict[str, Any]:
     from finetune_assets.data.ingest import RawStatistics
 
     folder = project.store().fetch(ref, lambda path: path == STATISTICS)
-    return asdict(RawStatistics()) | json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    return asdict(RawStatistics()) | read_json(folder / STATISTICS, f"{ref.kind}/{ref.name}")
 
 
 def publish_version(project: Project, raw: RawLineage, sources: Mapping[str, ReadSource], seconds: float) -> Outcome:
@@ -173,17 +175,16 @@ def evaluate_checks(
         failed = [result.check_name or "" for result in by_source[name] if not result.passed]
         if failed := [check for check in failed if check in BLOCKING]:
             held_back[name] = ", ".join(failed)
-            if good := newest_version(project.store(), source.lineage.stream):
-                used[name] = replace(source, ref=good, hit=True, statistics=statistics_of(project, good))
+            if last := newest_version(project.store(), source.lineage.stream):
+                used[name] = replace(source, ref=last, hit=True, statistics=statistics_of(project, last))
         else:
             record_good(project.store(), source.lineage.stream, source.ref.fingerprint)
             used[name] = source
     if len(raw.sources) == 1:
         return CheckedSources(next(iter(by_source.values())), dict(sources), good=not held_back)
-    if not used:
-        used, held_back, good = dict(sources), {}, False
-    else:
-        good = True
+    good = bool(used)
+    if not good:
+        used, held_back = dict(sources), {}
     states = {name: _state(used.get(name)) for name in held_back}
     for name, state in states.items():
         context.log.warning(f"Source {name} failed {held_back[name]}; {state}")

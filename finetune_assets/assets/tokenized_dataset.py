@@ -29,6 +29,7 @@ from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import is_tokenizer_file
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.json_object import read_json
 
 if TYPE_CHECKING:
     from finetune_assets.data.raw_files import RawPart
@@ -88,7 +89,7 @@ def tokenized_dataset(
 
         outcome = materialize_or_reuse(context, project, TOKENIZED, fingerprint, make)
         folder = project.store().fetch(outcome.ref, lambda path: path in (STATISTICS, PREVIEW))
-        statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+        statistics = read_json(folder / STATISTICS, f"{TOKENIZED.folder}/{fingerprint}")
         checks = dataset_checks(context, statistics, config.data)
         checks.append(contamination_check(context, lineage, dolly_raw, outcome.ref))
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))

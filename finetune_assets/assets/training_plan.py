@@ -22,6 +22,7 @@ from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.pictures import of_plan
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.config.loading import dump
+from finetune_assets.display import code
 from finetune_assets.launch.local import run_alone
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import is_shape_file
@@ -99,7 +100,7 @@ def _fit_check(context: dg.AssetExecutionContext, plan: dict[str, Any], trained:
         description=message,
         metadata={
             **numbers,
-            "advice": dg.MetadataValue.md("\n".join(f"- `{setting}`" for setting in plan["advice"]) or "none"),
+            "advice": dg.MetadataValue.md("\n".join(f"- {code(setting)}" for setting in plan["advice"]) or "none"),
         },
     )
 

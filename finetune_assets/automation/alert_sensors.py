@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.automation import budget, heartbeat
-from finetune_assets.automation.alerts import AlertError, configured, link, send_alert
+from finetune_assets.automation.alerts import AlertError, configured, link, problems, send_alert
 
 WILL_RETRY_TAG = "dagster/will_retry"
 """Dagster's tag on a failed run: whether the run will be retried."""
@@ -78,6 +78,8 @@ def _failed_checks(context: dg.RunFailureSensorContext) -> list[Any]:
     "five minutes. Starts automatically once an alert is configured.",
 )
 def alert_on_standstill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    for problem in problems():
+        context.log.error(problem)  # before the first alert is lost
     already_sent = set(json.loads(context.cursor or "[]"))
     active = {**_exhausted_budget(context.instance), **heartbeat.silent(time.time())}
     for title in active.keys() - already_sent:

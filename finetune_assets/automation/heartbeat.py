@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from finetune_assets.resources import deployment
+from finetune_assets.store.modes import make_folders
 
 SILENT_SECONDS = 300
 
@@ -15,7 +16,7 @@ def _folder() -> Path:
 def beat(sensor: str) -> None:
     """Record a successful tick of a sensor."""
     folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     (folder / sensor).touch()
 
 

@@ -12,8 +12,9 @@ from rich.tree import Tree
 
 from finetune_assets.artifacts.champions import Champions, Record
 from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, CHAMPIONS, EVALUATIONS, STACKS
-from finetune_assets.artifacts.layout import EVALUATION, NOT_ON_THE_HUB
+from finetune_assets.artifacts.layout import NOT_ON_THE_HUB, SIGNATURE
 from finetune_assets.artifacts.update_spectrum import ENERGY, suggested
+from finetune_assets.cli.signing import key_fingerprint, sign, signature_problems
 from finetune_assets.cli.terminal import (
     EXPERIMENT,
     FOLDER,
@@ -29,10 +30,12 @@ from finetune_assets.cli.terminal import (
     open_store,
     out,
     plot,
+    styled,
 )
 from finetune_assets.cli.verification import against_manifest, against_sums, published_artifact
 from finetune_assets.config.errors import ConfigError, suggest
 from finetune_assets.config.loading import experiment_names, load_experiment
+from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
@@ -41,6 +44,13 @@ from finetune_assets.store.gc import inventory
 from finetune_assets.worker.model_libraries import import_lean
 
 experiment_argument = click.argument("experiment", type=EXPERIMENT)
+signing_key = click.option(
+    "--sign",
+    "signing_key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="KEY",
+    help="Sign the files with this private key (PEM, elliptic curve); needs the extra `signing`.",
+)
 reason = click.option("--reason", required=True, help="Why; recorded in the history.")
 
 
@@ -61,22 +71,31 @@ def adapter() -> None:
 @adapter.command()
 @click.argument("experiment", type=EXPERIMENT, required=False)
 @as_json
-def champions(experiment: str | None, as_json: bool) -> None:
+def champions(experiment: str | None, as_json: bool) -> bool:
     """List the champion of EXPERIMENT, or of each one."""
     store = open_store()
     names = [experiment] if experiment else experiments_with_champions(store)
-    records = {name: record for name in names if (record := Champions(store, name).current())}
+    records, problems = {}, []
+    for name in names:
+        try:
+            if record := Champions(store, name).current():
+                records[name] = record
+        except StoreError as e:  # of one experiment; others are shown
+            problems.append(str(e))
+    for problem in problems:
+        click.echo(problem, err=True)
     if as_json:
         _print_json([asdict(record) for record in records.values()])
-        return
+        return not problems
     if not records:
         out.print(f"No champion{f' of {experiment}' if experiment else ''} yet; materialize champion_adapter")
-        return
+        return not problems
     table = new_table("experiment", "champion", "adapter", "since", "why")
     for name, record in records.items():
         why = f"{record.action}: {record.reason}"
         table.add_row(name, str(record.number), record.adapter[:SHORT], _time_of(record), why)
     out.print(table)
+    return not problems
 
 
 def experiments_with_champions(store: ArtifactStore) -> list[str]:
@@ -142,7 +161,8 @@ def roll_back(experiment: str, to: int | None, reason: str) -> None:
 @adapter.command("fetch")
 @experiment_argument
 @click.argument("folder", type=FOLDER)
-def fetch_champion(experiment: str, folder: Path) -> None:
+@signing_key
+def fetch_champion(experiment: str, folder: Path, signing_key: Path | None) -> None:
     """Copy the champion's files into a new FOLDER.
 
     The files are verified; FOLDER must not exist, or be empty.
@@ -153,6 +173,8 @@ def fetch_champion(experiment: str, folder: Path) -> None:
         raise ArtifactMissing(f"{experiment} has no champion yet")
     copy_out(store, champion, folder)
     out.print(f"Champion {champion.fingerprint[:SHORT]} of {experiment} stored in {folder}")
+    if signing_key:
+        out.print(f"Signed with key {sign(folder, signing_key)}")
     manifest = store.manifest(champion.kind, champion.name)
     origin = manifest.made_from if manifest else {}
     if str(origin.get("base_model", "")).startswith(NOT_ON_THE_HUB):
@@ -164,7 +186,8 @@ def fetch_champion(experiment: str, folder: Path) -> None:
 @experiment_argument
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
-def publish(experiment: str, repo: str, private: bool) -> None:
+@signing_key
+def publish(experiment: str, repo: str, private: bool, signing_key: Path | None) -> None:
     """Upload the champion of EXPERIMENT to the Hub.
 
     Its evaluation is added to the model card. The repository is created if it does not exist. HF_TOKEN needs
@@ -178,9 +201,10 @@ def publish(experiment: str, repo: str, private: bool) -> None:
     if record is None:
         raise ArtifactMissing(f"{experiment} has no champion yet")
     measured = store.find(EVALUATIONS.folder, record.evaluation) if record.evaluation else None
-    evaluation = json.loads((store.fetch(measured) / EVALUATION).read_text("utf-8")) if measured else None
+    evaluation = read_evaluation(store.fetch(measured)) if measured else None
     with store.cache.workspace("publish") as folder:
-        address = publishing.publish(store.fetch(champions.adapter(record)), evaluation, repo, private, folder)
+        files = store.fetch(champions.adapter(record))
+        address = publishing.publish(files, evaluation, repo, private, folder, signing_key)
     out.print(f"Champion {record.number} of {experiment}, {record.adapter[:SHORT]}: {address}")
 
 
@@ -213,31 +237,64 @@ def show_updates(adapter: str, plot: Path | None) -> None:
 
 @adapter.command()
 @click.argument("folder", type=FOLDER)
-def verify(folder: Path) -> bool:
+@click.option("--namespace", help="Compare with the adapters of this namespace instead of your own.")
+@click.option(
+    "--key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Public key (PEM) that must have signed the folder.",
+)
+def verify(folder: Path, namespace: str | None, key: Path | None) -> bool:
     """Verify an adapter's FOLDER, and show its provenance.
 
-    Compares it with its checksums and with the store. Exit code 1 if a file differs or the store does not have the
-    adapter.
+    Compares it with its checksums, with its signature if a key is given, and with the adapters of your namespace in the
+    store: others may publish anything under the same fingerprint in theirs. Exit code 1 if a file differs, if the
+    signature is missing or of another key, or if the namespace does not have the adapter (unless a signature proves its
+    origin).
     """
     problems = against_sums(folder)
-    store = open_store()
+    if key:
+        unsigned = signature_problems(folder, key)
+        problems += unsigned
+        if not unsigned:
+            out.print(f"Signed with key {key_fingerprint(key)} ({key})")
+    elif (folder / SIGNATURE).exists():
+        out.print(f"Note: {SIGNATURE} was not checked; name the public key with --key")
+    own = open_store()
+    store = ArtifactStore(own.objects, namespace or own.namespace, own.cache)
     found = inventory(store.objects)
-    artifact = published_artifact(found, folder)
+    artifact = published_artifact(found, folder, store.namespace)
     if artifact is None:
-        problems.append(f"{store.url} has no adapter with its fingerprint; only SHA256SUMS was compared")
+        missing = (
+            f"Namespace {store.namespace} of {store.url} has no adapter with its fingerprint; the files were not "
+            "compared with it. If a colleague trained it, name the colleague's namespace in --namespace"
+        )
+        if key and not problems:
+            out.print(f"Note: {missing}")
+        else:
+            problems.append(missing)
     else:
         problems += against_manifest(folder, artifact)
-        out.print(ancestors(found, artifact, Tree(f"{label(artifact)} of {local_time(artifact.created)}, made from")))
-        for name in experiments_with_champions(store):
-            for record in Champions(store, name).history():
-                if record.adapter == artifact.manifest.fingerprint:
-                    out.print(
-                        f"Champion {record.number} of {name}: {record.action} {_time_of(record)}, {record.reason}"
-                    )
+        title = f"{label(artifact)} of namespace {store.namespace}, {local_time(artifact.created)}, made from"
+        out.print(ancestors(found, artifact, Tree(title)))
+        for record in _records_of(store, artifact.manifest.fingerprint, problems):
+            why = f"{record.action} {_time_of(record)}, {record.reason}"
+            out.print(f"Champion {record.number} of {record.experiment}: {why}")
     for problem in problems:
-        out.print(f"[red]{problem}[/red]")
-    out.print(f"{folder}: " + ("[red]not verified[/red]" if problems else "verified"))
+        out.print(styled(problem, "red"))
+    whose = "" if artifact is None or problems else f", as published in namespace {store.namespace}"
+    out.print(f"{folder}:", styled("not verified", "red") if problems else f"verified{whose}")
     return not problems
+
+
+def _records_of(store: ArtifactStore, fingerprint: str, problems: list[str]) -> list[Record]:
+    """The promotions of an adapter; unreadable records are added to `problems`."""
+    records = []
+    for name in experiments_with_champions(store):
+        try:
+            records += [record for record in Champions(store, name).history() if record.adapter == fingerprint]
+        except StoreError as e:
+            problems.append(str(e))
+    return records
 
 
 def folder_of(store: ArtifactStore, name: str) -> Path:
@@ -281,4 +338,4 @@ def _time_of(record: Record) -> str:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value))

@@ -13,12 +13,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.display import plain
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, leaves_traces
 from finetune_assets.evaluation.generation import end_tokens
 from finetune_assets.evaluation.rows import questions
 from finetune_assets.store.errors import ArtifactMissing
 from finetune_assets.training.embeddings import resize_embeddings
-from finetune_assets.training.model import load_base, with_adapter_of
+from finetune_assets.training.model import with_adapter_of
 
 ALL = "all"
 HELP = """\
@@ -45,8 +46,9 @@ def contenders(lineage: Lineage) -> list[Contender]:
         asset = "stacked_adapter" if lineage.experiment.config.stack else "lora_adapter"
         raise ArtifactMissing(f"{lineage.experiment.name} has no adapter yet: materialize {asset} first")
     base = lineage.store.fetch(lineage.expected(BASE_MODELS))
-    adapted = [Contender.of_folder(name, base, lineage.store.fetch(ref)) for name, ref in adapters.items()]
-    return [Contender(BASE, base, lineage.experiment.config), *adapted]
+    trusted = lineage.trusts_own_code
+    adapted = [Contender.of_folder(name, base, lineage.store.fetch(ref), trusted) for name, ref in adapters.items()]
+    return [Contender(BASE, base, lineage.experiment.config, own_code=trusted), *adapted]
 
 
 class LoadedModel:
@@ -58,7 +60,7 @@ class LoadedModel:
 
     def __init__(self, contender: Contender) -> None:
         config, device = contender.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.base = load_base(contender.base_model, config.model, config.training, device)
+        self.base = contender.load_base(device)
         resize_embeddings(self.base, contender.tokenizer(), config)
         self.adapted: PeftModel | None = None
 
@@ -139,11 +141,18 @@ class Conversation:
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 generation_config=settings,
-                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=_PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         text = str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
         self.history[name] = [*turns, {"role": "assistant", "content": text}]
         return text
+
+
+class _PlainStreamer(TextStreamer):  # type: ignore[misc]
+    """Prints an answer without characters that control the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(plain(text, lines=True), stream_end)
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig) -> list[int]:
@@ -171,7 +180,7 @@ def run(talk: Conversation, lines: Iterator[str]) -> None:
         elif command.startswith("/"):
             hint = "; the newest adapter is the champion" if command == f"/{CHALLENGER}" else ""
             known = ", ".join(f"/{name}" for name in talk.names)
-            print(f"(unknown or unavailable: {command}{hint}; available: {known}, /all, /help)")
+            print(f"(unknown or unavailable: {plain(command)}{hint}; available: {known}, /all, /help)")
         elif command:
             for name in talk.names if talk.active == ALL else [talk.active]:
                 if talk.active == ALL:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.cli.run import materialize
-from finetune_assets.cli.terminal import out
+from finetune_assets.cli.terminal import out, styled
 from finetune_assets.errors import UserError
 from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.evaluation.metrics import METRICS
@@ -61,9 +61,9 @@ def summarize(trained_before: bool, seconds: float) -> None:
     out.print(answers(evaluation["samples"]))
     out.print(measurements(evaluation))
     if champion:
-        out.print(f"[bold]Champion {champion.number}[/bold], {champion.action}: {champion.reason}")
+        out.print(styled(f"Champion {champion.number},", "bold"), f"{champion.action}: {champion.reason}")
     if trained_before:
-        out.print("[bold]Nothing was trained again[/bold]: same data, settings and code as in the last run.")
+        out.print(styled("Nothing was trained again:", "bold"), "same data, settings and code as in the last run.")
     uri = lineage.expected(ADAPTERS).uri
     shown = uri.removeprefix("file://").removeprefix(f"{Path.cwd()}/")
     out.print(f"Done in {seconds:.0f} s. Adapter stored in\n  {shown}")

@@ -5,6 +5,7 @@ from importlib import import_module
 import click
 
 from finetune_assets.config.errors import suggest
+from finetune_assets.display import message
 from finetune_assets.errors import UserError
 
 INTERRUPTED = 130
@@ -49,7 +50,7 @@ class LazyGroup(click.Group):
         except BrokenPipeError:
             raise  # `| head` has read enough; Click ends quietly
         except (UserError, OSError) as e:
-            raise click.ClickException(str(e)) from e
+            raise click.ClickException(message(e, lines=True)) from e
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
 

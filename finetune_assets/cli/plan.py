@@ -15,7 +15,7 @@ import click
 from finetune_assets.artifacts.history import trainer_states
 from finetune_assets.artifacts.kinds import BASE_MODELS, TOKENIZED
 from finetune_assets.artifacts.lineage import Lineage, RawLineage
-from finetune_assets.cli.terminal import EXPERIMENT, StoreCommand, as_json, new_table, out
+from finetune_assets.cli.terminal import EXPERIMENT, StoreCommand, as_json, new_table, out, styled
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.errors import UserError
 from finetune_assets.resources import deployment
@@ -54,7 +54,7 @@ def plan(experiment: str, overrides: tuple[str, ...], as_json: bool) -> bool:
         read_shape(folder, config, lineage.store.cache.simulations), config, dataset, trainer_states(lineage.store)
     )
     if as_json:
-        out.print_json(json.dumps(planned.to_dict()))
+        out.print_json(json.dumps(planned.to_dict()), ensure_ascii=True)
     else:
         show(experiment, planned)
     return planned.fits
@@ -71,7 +71,7 @@ def show(experiment: str, plan: "Plan") -> None:
         for name, size in plan.memory.parts.items():
             if size:
                 table.add_row(name, sized(size))
-        table.add_row("[bold]peak[/bold]", f"[bold]{sized(plan.memory.total)}[/bold]")
+        table.add_row(styled("peak", "bold"), styled(sized(plan.memory.total), "bold"))
         table.add_row("usable", sized(plan.device.usable))
         out.print(table)
     if plan.checkpointing:
@@ -83,7 +83,7 @@ def show(experiment: str, plan: "Plan") -> None:
     out.print(f"time      {estimate} {plan.known_from}")
     if plan.cost is not None:
         out.print(f"cost      {plan.cost:,.2f}")
-    out.print(f"\n{'' if plan.fits else '[red]'}{plan.summary()}")
+    out.print(styled(f"\n{plan.summary()}", "" if plan.fits else "red"))
 
 
 def shape_of(lineage: Lineage) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from finetune_assets.artifacts.layout import CARD, write_sums
+from finetune_assets.cli.signing import sign
 from finetune_assets.errors import UserError
 from finetune_assets.evaluation.metrics import METRICS, ROW_METRICS
 from finetune_assets.sources import hub
@@ -16,7 +17,14 @@ class PublishError(UserError):
     """The Hub rejected the upload."""
 
 
-def publish(adapter: Path, evaluation: dict[str, Any] | None, repo: str, private: bool, workspace: Path) -> str:
+def publish(
+    adapter: Path,
+    evaluation: dict[str, Any] | None,
+    repo: str,
+    private: bool,
+    workspace: Path,
+    signing_key: Path | None = None,
+) -> str:
     """Upload an adapter's folder as one commit, and return the commit's URL.
 
     Args:
@@ -25,15 +33,19 @@ def publish(adapter: Path, evaluation: dict[str, Any] | None, repo: str, private
         repo: `owner/name`; created if it does not exist.
         private: Create it as private.
         workspace: Empty folder for the files to upload.
+        signing_key: Private key that signs these files.
 
     Raises:
         PublishError: naming the repository and what to do.
+        SignatureError: if the key cannot be used; nothing is uploaded then.
     """
     folder = workspace / "upload"
     shutil.copytree(adapter, folder, copy_function=shutil.copyfile)
     if evaluation:
         with_results(folder / CARD, evaluation, repo)
         write_sums(folder)
+    if signing_key:
+        sign(folder, signing_key)
     where = f"publish to '{repo}'"
     with hub.explained(PublishError, where, repo, "The owner must be you, or an organization that you may write to"):
         client = hub.client()

@@ -4,11 +4,20 @@ import json
 from pathlib import Path
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from finetune_assets.artifacts.champions import Champions
-from finetune_assets.cli.terminal import FOLDER, SHORT, StoreCommand, as_json, find_artifact, new_table, open_store, out
+from finetune_assets.cli.terminal import (
+    FOLDER,
+    SHORT,
+    StoreCommand,
+    as_json,
+    find_artifact,
+    new_table,
+    open_store,
+    out,
+    styled,
+)
 from finetune_assets.config.comparing import SettingDifference
 from finetune_assets.reporting.collect import collect
 from finetune_assets.reporting.comparison import Pair, RunComparison
@@ -31,7 +40,7 @@ def report(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(as_html(page), encoding="utf-8")
     for problem in page.problems:
-        out.print(f"[red]{escape(problem)}[/red]")
+        out.print(styled(problem, "red"))
     out.print(f"{len(page.experiments)} experiments, {len(page.trained)} with a run: {file}")
 
 
@@ -48,12 +57,12 @@ def compare(first: str, second: str, as_json: bool) -> None:
     found = inventory(store.objects)
     compared = compare_adapters(store, found, *(_adapter_of(store, found, name) for name in (first, second)))
     if as_json:
-        print(json.dumps(compared.to_dict(), ensure_ascii=False))
+        print(json.dumps(compared.to_dict()))
         return
     titles = [f"{run.experiment} {run.fingerprint[:SHORT]}" for run in (compared.first, compared.second)]
     for title, run in zip(titles, (compared.first, compared.second), strict=True):
         alone = f", with {', '.join(run.overrides)}" if run.overrides else ""
-        out.print(escape(f"{title}, made {moment(run.created)} UTC{alone}"))
+        out.print(f"{title}, made {moment(run.created)} UTC{alone}")
     for what, differing in _parts(compared).items():
         out.print()
         out.print(_differing(what, differing, titles) if differing else f"{what}: no differences")
@@ -81,7 +90,7 @@ def _parts(compared: RunComparison) -> dict[str, list[SettingDifference]]:
 def _differing(what: str, differing: list[SettingDifference], titles: list[str]) -> Table:
     table = new_table(what, *titles)
     for difference in differing:
-        table.add_row(difference.setting, escape(difference.before), escape(difference.after))
+        table.add_row(difference.setting, difference.before, difference.after)
     return table
 
 

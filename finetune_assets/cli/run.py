@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import click
 
-from finetune_assets.cli.terminal import EXPERIMENT, out
+from finetune_assets.cli.terminal import EXPERIMENT, out, styled
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.resources import deployment
 
 ALL = "*"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+SUPERSEDED = "ignore:Function `asset_materialize_command`"
+"""Filter of Dagster's advice to use `dg launch` instead."""
 
 
 @click.command()
@@ -61,8 +63,10 @@ def materialize(
         Its exit code.
     """
     command = materialize_command(experiment, select, overrides, force, log_level)
-    out.print(f"[bold]$ {shlex.join(command)}[/bold]")
-    return subprocess.call([sys.executable, "-m", *command], env={**os.environ, **(environment or {})})
+    out.print(styled(f"$ {shlex.join(command)}", "bold"))
+    filters = [filter for filter in (os.environ.get("PYTHONWARNINGS"), SUPERSEDED) if filter]
+    variables = {**os.environ, "PYTHONWARNINGS": ",".join(filters), **(environment or {})}
+    return subprocess.call([sys.executable, "-m", *command], env=variables)
 
 
 def materialize_command(

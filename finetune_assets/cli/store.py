@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
+from rich.text import Text
 from rich.tree import Tree
 
 from finetune_assets.artifacts.kinds import RETENTION
@@ -21,6 +22,7 @@ from finetune_assets.cli.terminal import (
     open_store,
     out,
     short,
+    styled,
 )
 from finetune_assets.config.loading import load_store_config
 from finetune_assets.progress import gigabytes
@@ -62,6 +64,8 @@ def list_artifacts(kind: str | None, all_namespaces: bool, as_json: bool) -> Non
     if as_json:
         for artifact in shown:
             print(json.dumps(_as_json(store, artifact)))
+        for problem in found.problems:
+            click.echo(problem, err=True)
         return
     columns = ("kind", "name", "experiment", "files", "size", "created")
     table = new_table(*columns, *(["namespace"] if all_namespaces else []))
@@ -90,7 +94,7 @@ def show(artifact: str, as_json: bool) -> None:
 
 
 def _print_artifact(store: ArtifactStore, found: Inventory, artifact: Artifact) -> None:
-    out.print(f"[bold]{artifact.kind}/{artifact.name}[/bold]")
+    out.print(styled(f"{artifact.kind}/{artifact.name}", "bold"))
     facts = {
         "fingerprint": artifact.manifest.fingerprint,
         "uri": f"{store.url}/{artifact.prefix}/{artifact.manifest.folder}",
@@ -145,11 +149,11 @@ def verify_artifacts(artifacts: tuple[str, ...], cache: bool) -> bool:
     for artifact in wanted:
         bad = store.verify(artifact.kind, artifact.name)
         whole &= not bad
-        out.print(f"{'[red]damaged[/red]' if bad else 'whole  '} {label(artifact)} {', '.join(bad)}")
+        out.print(_state(bool(bad)), f"{label(artifact)} {', '.join(bad)}")
     _print_unreadable(found)
     if not whole:
         out.print("Materialize the asset of a damaged artifact again, with force, to replace it.")
-    return whole and not found.unreadable
+    return whole and not found.problems
 
 
 def _verify_cache(store: ArtifactStore) -> bool:
@@ -159,9 +163,12 @@ def _verify_cache(store: ArtifactStore) -> bool:
         whole &= not bad
         removed = bool(bad) and cached.entry.remove()
         action = "evicted; fetched again when needed" if removed else "in use: end what uses it, then verify again"
-        state = "[red]damaged[/red]" if bad else "whole  "
-        out.print(f"{state} {cached.entry.label} {', '.join(bad)}" + (f" ({action})" if bad else ""))
+        out.print(_state(bool(bad)), f"{cached.entry.label} {', '.join(bad)}" + (f" ({action})" if bad else ""))
     return whole
+
+
+def _state(is_damaged: bool) -> Text:
+    return styled("damaged", "red") if is_damaged else Text("whole  ")
 
 
 @store.command("cache")
@@ -217,6 +224,14 @@ def collect_garbage(delete: bool, older_than: float | None) -> None:
     if not delete:
         out.print("Nothing was removed. Run again with --delete.")
     _print_unreadable(found)
+    if names := sorted(found.incomplete):
+        out.print(
+            styled(
+                "As long as these are in the store, no base model is removed, and no artifact of "
+                f"{', '.join(names)}: they may refer to them.",
+                "red",
+            )
+        )
 
 
 def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
@@ -235,5 +250,5 @@ def _as_json(store: ArtifactStore, artifact: Artifact) -> dict[str, object]:
 
 
 def _print_unreadable(found: Inventory) -> None:
-    for problem in found.unreadable.values():
-        out.print(f"[red]{problem}[/red]")
+    for problem in found.problems:
+        out.print(styled(problem, "red"))

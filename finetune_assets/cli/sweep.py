@@ -7,7 +7,7 @@ import click
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import TRAINER_STATE
 from finetune_assets.cli.run import materialize
-from finetune_assets.cli.terminal import StoreCommand, new_table, open_store, out, plot
+from finetune_assets.cli.terminal import StoreCommand, new_table, open_store, out, plot, styled
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import load_sweep
 from finetune_assets.config.sweeps import sweep_files
@@ -66,7 +66,7 @@ def run(ctx: click.Context, name: str) -> None:
         if materialize(point.name, ASSETS) != 0:
             failed.append(point.name)
     if failed:
-        out.print(f"[red]Failed: {', '.join(failed)}[/red]")
+        out.print(styled(f"Failed: {', '.join(failed)}", "red"))
         ctx.exit(1)
 
 
@@ -103,7 +103,7 @@ def report(name: str, plot: Path | None) -> None:
         gain = behind[trained.name]
         marks = ["frontier"] if trained.name in on_frontier else []
         marks += ["best"] if trained is best else []
-        marks += ["[bold]smallest within noise[/bold]"] if trained is chosen else []
+        marks += ["smallest within noise"] if trained is chosen else []
         table.add_row(
             *(str(trained.settings[key]) for key in keys),
             f"{trained.parameters:,}",
@@ -112,7 +112,7 @@ def report(name: str, plot: Path | None) -> None:
             f"{trained.loss:.4f}",
             "" if trained is best else f"{gain.mean:.4f} (at least {gain.lower:.4f})",
             "" if trained.forgetting is None else f"{trained.forgetting:.3f}",
-            ", ".join(marks),
+            styled(", ".join(marks), "bold" if trained is chosen else ""),
         )
     out.print(table)
     noise = f"({CONFIDENCE:.0%}, {len(best.rows)} validation rows)"

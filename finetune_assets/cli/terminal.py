@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from finetune_assets.config.loading import experiment_names
+from finetune_assets.display import PlainRecords, message
 from finetune_assets.errors import UserError
 from finetune_assets.progress.screen import drawn
 from finetune_assets.resources import deployment
@@ -25,10 +28,29 @@ from finetune_assets.store.objects import boto3_client
 
 SHORT = 12
 """Digits of a fingerprint that are shown; any number of first ones may be given."""
+DEEPEST = 50
+"""Levels of provenance that are shown; rich draws a tree recursively."""
 WIDE = 250
 """Columns where stdout is not a terminal, so that a file or a pipe gets whole lines."""
 FORMATS = (".png", ".svg", ".pdf")
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+
+
+class PlainConsole(Console):
+    """Prints texts as they are, without markup, and with control characters as escapes; `styled` sets a style."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        options |= {"markup": False, "emoji": False}
+        return super().render_str(message(text, lines=True), **options)
+
+
+def styled(text: object, style: str) -> Text:
+    """A text for `out` in a style of rich, such as `bold` or `red`."""
+    return Text(message(text, lines=True), style)
+
+
+out = PlainConsole(
+    highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE
+)
 
 
 class StoreCommand(click.Command):
@@ -89,6 +111,7 @@ def progress_shown() -> Iterator[None]:
     package.setLevel(logging.INFO)
     with drawn() as stderr:
         handler = logging.StreamHandler(stderr)
+        handler.addFilter(PlainRecords())
         package.addHandler(handler)
         try:
             yield
@@ -135,13 +158,24 @@ def find_artifact(store: ArtifactStore, found: Inventory, name: str, what: str =
 
 
 def ancestors(found: Inventory, artifact: Artifact, tree: Tree) -> Tree:
-    """Add to a tree what an artifact was made from, and what that was made from."""
-    for parent in made_from(found, artifact):
-        ancestors(found, parent, tree.add(label(parent)))
+    """Add to a tree what an artifact was made from, and what that was made from; each artifact once.
+
+    Manifests that others wrote may refer to each other in a circle, or so often that a full tree has no end.
+    """
+    seen, waiting = {artifact.prefix}, [(artifact, tree, 0)]
+    while waiting:
+        child, branch, depth = waiting.pop()
+        for parent in made_from(found, child):
+            if parent.prefix not in seen:
+                seen.add(parent.prefix)
+                node = branch.add(label(parent))
+                if depth < DEEPEST:
+                    waiting.append((parent, node, depth + 1))
     return tree
 
 
 def label(artifact: Artifact) -> str:
+    """An artifact's kind, name and experiment."""
     experiment = f" ({artifact.experiment})" if artifact.experiment else ""
     return f"{artifact.kind}/{short(artifact)}{experiment}"
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from finetune_assets.config.fields import IN_FILE_ONLY
+
 ENGINES = {
     "local": "finetune_assets.launch.local:LocalEngine",
     "slurm": "finetune_assets.launch.slurm:SlurmEngine",
@@ -25,9 +27,9 @@ class SlurmJob:
     """Account to charge."""
     qos: str | None = None
     """Quality of service."""
-    python: str | None = None
+    python: str | None = field(default=None, metadata=IN_FILE_ONLY)
     """Path of a Python with this project on the nodes; `null` uses the path of the current one."""
-    extra_arguments: list[str] = field(default_factory=list)
+    extra_arguments: list[str] = field(default_factory=list, metadata=IN_FILE_ONLY)
     """Additional arguments of `sbatch`, such as `--constraint=h100`; they override the others."""
 
 
@@ -35,24 +37,24 @@ class SlurmJob:
 class KubernetesJob:
     """Settings for Kubernetes only."""
 
-    image: str | None = None
+    image: str | None = field(default=None, metadata=IN_FILE_ONLY)
     """Container image; `null` uses FINETUNE_IMAGE."""
-    namespace: str | None = None
+    namespace: str | None = field(default=None, metadata=IN_FILE_ONLY)
     """Namespace of the pods; `null` uses FINETUNE_KUBERNETES_NAMESPACE, or `default`."""
     node_selector: dict[str, str] = field(default_factory=dict)
     """Required node labels."""
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     """Tolerations, in Kubernetes' format."""
-    service_account: str | None = None
+    service_account: str | None = field(default=None, metadata=IN_FILE_ONLY)
     """Service account, for example with a role that may read and write the store; `null` uses
     FINETUNE_SERVICE_ACCOUNT."""
-    secrets: list[str] = field(default_factory=list)
+    secrets: list[str] = field(default_factory=list, metadata=IN_FILE_ONLY)
     """Names of secrets whose keys become environment variables of the job; their values are never read by Dagster."""
     shared_memory: str = "8Gi"
     """Size of `/dev/shm`, which the processes of a node use to exchange data."""
     queue: str | None = None
     """Kueue queue (label `kueue.x-k8s.io/queue-name`)."""
-    pod: dict[str, Any] = field(default_factory=dict)
+    pod: dict[str, Any] = field(default_factory=dict, metadata=IN_FILE_ONLY)
     """Additional pod specification, in Kubernetes' format; it overrides the other settings."""
 
 
@@ -75,9 +77,9 @@ class LauncherSettings:
     """Time limit of a job, as `hours:minutes:seconds` or `days-hours:minutes:seconds`."""
     rendezvous_seconds: int = 600
     """Time that the machines of a job wait for each other, in seconds."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Additional environment variables of the job, such as `NCCL_SOCKET_IFNAME: eth0`. Not for secrets: settings are
-    stored with artifacts."""
+    environment: dict[str, str] = field(default_factory=dict, metadata=IN_FILE_ONLY)
+    """Additional environment variables of the job on Slurm and Kubernetes, such as `NCCL_SOCKET_IFNAME: eth0`. They are
+    not set for `sbatch` on Dagster's machine. Not for secrets: settings are stored with artifacts."""
     slurm: SlurmJob = field(default_factory=SlurmJob)
     """Settings for Slurm only."""
     kubernetes: KubernetesJob = field(default_factory=KubernetesJob)

@@ -5,6 +5,12 @@ from typing import Any
 
 NOT_IDENTITY = {"identity": False}
 ADDED = {"added": True}
+IN_FILE_ONLY = {"in_file_only": True}
+"""Metadata of a setting that names code to run, or decides as whom and beside which secrets a job runs.
+
+It must be written in a file of the configuration, which is reviewed as code is, and is refused as an override of one
+run: everyone who reaches Dagster's UI may launch runs with overrides.
+"""
 
 
 def not_identity(default: Any) -> Any:

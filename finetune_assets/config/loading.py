@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune_assets.config.errors import MOST_SHOWN, SECRET, ConfigError, suggest
+from finetune_assets.config.errors import MOST_SHOWN, ConfigError, names_secret, suggest
 from finetune_assets.config.overrides import read_override
 from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
 from finetune_assets.config.raw_validation import impossible_raw_settings
 from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
 from finetune_assets.config.sweeps import GridReader, Point, points, settings_tree, sweep_files
-from finetune_assets.config.typed_yaml import TypedReader, read_document
+from finetune_assets.config.typed_yaml import MOST_CHARACTERS, TOO_DEEP, TypedReader, read_document
 from finetune_assets.config.validation import impossible_settings, impossible_store_settings
 
-OVERRIDE = "override"
+OVERRIDE, ENVIRONMENT = "override", "launcher.environment"
 EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NAMES = "use letters, digits, '.', '_' and '-', ending in .yaml"
 logger = logging.getLogger(__name__)
@@ -238,7 +238,10 @@ def load_resolved(path: Path) -> ExperimentConfig:
 
 def read_settings(text: str) -> dict[str, Any]:
     """Parse a settings tree written by `dump`, without validation, also of another version of this project."""
-    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+    except RecursionError as e:
+        raise ConfigError("config.yaml", "", TOO_DEEP) from e
 
 
 def dump(config: ExperimentConfig) -> str:
@@ -252,7 +255,8 @@ def _read_layer(path: Path, schema: type, reader: type[TypedReader] | None = Non
             raise ConfigError(str(path), "", "file not found; copy it from the project's repository")
         if not path.is_file():
             raise ConfigError(str(path), "", "not a file; settings are read from YAML files")
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MOST_CHARACTERS + 1)
     except UnicodeDecodeError as e:
         raise ConfigError(str(path), "", f"not UTF-8 at byte {e.start}; save it as UTF-8") from e
     except OSError as e:
@@ -272,7 +276,7 @@ def _layer(where: str, tree: dict[str, Any]) -> Layer:
 
 def _override_layer(override: str) -> Layer:
     setting = override.partition("=")[0]
-    given = f"{setting}=..." if SECRET.search(setting) else override
+    given = f"{setting}=..." if names_secret(override) or setting.startswith(ENVIRONMENT) else override
     where = f"{OVERRIDE} '{given if len(given) <= MOST_SHOWN else f'{given[:MOST_SHOWN]}...'}'"
     return _layer(where, read_override(ExperimentConfig, override, where))
 

@@ -1,14 +1,20 @@
 """Places dotted settings in the schema, and reads the overrides of one run, such as `training.learning_rate=1e-4`."""
 
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 import yaml
 
-from finetune_assets.config.errors import SECRET, ConfigError, shown, suggest
+from finetune_assets.config.errors import ConfigError, is_secret, shown, suggest
 from finetune_assets.config.typed_yaml import NULLS, PLAIN, TypedReader, compose, hints_of, is_text, required_type
 
 QUOTES = ("'", '"')
+REFUSED = (
+    "cannot be set for one run, because it decides what code runs or with which rights; write it in the experiment's "
+    "file, configs/experiments/NAME.yaml"
+)
+"""Error of an override of a setting that is marked `IN_FILE_ONLY`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def place(schema: type, setting: str, where: str, value: str | None = None) -> P
             hints = hints_of(required)  # type: ignore[arg-type]
             if name not in hints:
                 path = ".".join(names[: index + 1])
-                given = "" if value is None else f" (value {'hidden' if SECRET.search(name) else shown(value)})"
+                given = "" if value is None else f" (value {'hidden' if is_secret(name) else shown(value)})"
                 raise ConfigError(where, path, f"unknown setting{given}; {suggest(name, hints)}")
             hint = hints[name]
         elif get_origin(required) is dict and get_args(required)[1] is not Any:
@@ -77,7 +83,7 @@ def read_override(schema: type, override: str, where: str) -> dict[str, Any]:
     A text setting takes the text after `=` as it is, or in quotes as in YAML. Other values are YAML.
 
     Raises:
-        ConfigError: if the setting is unknown, or the value does not have its type.
+        ConfigError: if the setting is unknown or must be written in a file, or the value does not have its type.
     """
     setting, equals, text = override.partition("=")
     setting, text = setting.strip(), text.strip()
@@ -90,7 +96,27 @@ def read_override(schema: type, override: str, where: str) -> dict[str, Any]:
     else:
         tag = "tag:yaml.org,2002:str" if text not in NULLS or text == "" else PLAIN
         node = yaml.ScalarNode(tag, text)
-    return found.tree(TypedReader(where).value(node, found.hint, setting))
+    tree = found.tree(TypedReader(where).value(node, found.hint, setting))
+    for refused in _in_file_only(schema, tree):
+        raise ConfigError(where, refused, REFUSED)
+    return tree
+
+
+def _in_file_only(hint: Any, tree: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths of the settings in a tree that must be written in a file."""
+    required, _ = required_type(hint)
+    if not isinstance(tree, dict):
+        return
+    if is_dataclass(required):
+        hints = hints_of(required)  # type: ignore[arg-type]
+        for setting in fields(required):
+            if setting.name in tree and setting.metadata.get("in_file_only"):
+                yield f"{path}{setting.name}"
+            elif setting.name in tree:
+                yield from _in_file_only(hints[setting.name], tree[setting.name], f"{path}{setting.name}.")
+    elif get_origin(required) is dict:
+        for name, value in tree.items():
+            yield from _in_file_only(get_args(required)[1], value, f"{path}{name}.")
 
 
 def _node(text: str, setting: str, where: str, quoted: bool) -> yaml.Node:

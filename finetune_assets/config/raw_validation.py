@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune_assets.config.raw_data_schema import Columns, RawDataConfig, RawSource
+from finetune_assets.display import shown_url
 
 Problem = tuple[str, str]
 """Dotted path of the setting, and description of the problem."""
@@ -22,6 +23,7 @@ def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
     for key, number in arrivals.items():
         if number is not None and not 0 <= number < math.inf:
             yield key, f"{number} must be 0 or more"
+    yield from _address("source", config.source)
     yield from _columns("columns", config.columns)
     for name, source in config.sources.items():
         yield from _raw_source(f"sources.{name}", name, source)
@@ -36,11 +38,22 @@ def _raw_source(key: str, name: str, source: RawSource) -> Iterator[Problem]:
         yield key, f"{name!r} is not a name; use letters, digits, '_' and '-'"
     if not source.source.strip():
         yield f"{key}.source", "is blank; name a file, a folder, s3://bucket/prefix or hf://datasets/owner/name"
+    yield from _address(f"{key}.source", source.source)
     if source.weight is not None and not 0 < source.weight < math.inf:
         yield f"{key}.weight", f"{source.weight} must be more than 0; to leave the source out, use data.sources"
     if source.max_rows is not None and source.max_rows < 1:
         yield f"{key}.max_rows", f"{source.max_rows} must be at least 1"
     yield from _columns(f"{key}.columns", source.columns)
+
+
+def _address(key: str, source: str | None) -> Iterator[Problem]:
+    """A URL is stored with every version of the rows, so it must not contain credentials."""
+    if source and "://" in source and shown_url(source) != source:
+        yield (
+            key,
+            f"'{shown_url(source)}': a URL must contain no user, password, token, query or fragment; set credentials "
+            "in the environment (AWS_ACCESS_KEY_ID, HF_TOKEN)",
+        )
 
 
 def _columns(key: str, columns: Columns) -> Iterator[Problem]:
@@ -50,10 +63,11 @@ def _columns(key: str, columns: Columns) -> Iterator[Problem]:
         for name in (names if isinstance(names, list) else [names])
         if name is not None
     ]
+    counts = Counter(name for _, name in named)
     for field, name in named:
         if not name.strip():
             yield f"{key}.{field}", f"{name!r} is not a column name; use null for the default name"
-        elif Counter(name for _, name in named)[name] > 1:
+        elif counts[name] > 1:
             yield f"{key}.{field}", f"'{name}' is used more than once; each setting needs a different column"
 
 

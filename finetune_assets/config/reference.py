@@ -22,7 +22,9 @@ HEAD = """# Every setting
 Generated from `finetune_assets/config/` by `python -m finetune_assets.config.reference`; do not edit.
 
 A setting marked † cannot change an artifact's bytes, so changing it re-runs nothing. Overrides of one run apply to all
-its assets and are given as dotted strings:
+its assets and are given as dotted strings. A setting marked ‡ names code to run, or decides as whom and beside which
+secrets a job runs: it must be written in a file, and is refused as an override, because everyone who reaches Dagster's
+UI can launch runs with overrides.
 
 <!-- run -->
 ```sh
@@ -78,7 +80,7 @@ def _member(hint: Any) -> type | None:
 
 
 def _row(field: Field[Any], hint: Any, text: str) -> str:
-    mark = "" if field.metadata.get("identity", True) else " †"
+    mark = ("" if field.metadata.get("identity", True) else " †") + (" ‡" if field.metadata.get("in_file_only") else "")
     meaning = " ".join(text.split()).replace("|", "\\|")
     return f"| `{field.name}`{mark} | {_type(hint)} | {_default(field)} | {meaning} |"
 

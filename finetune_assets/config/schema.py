@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.config.data_schema import Data, DataChecks, PromptTemplate, Tokenization
-from finetune_assets.config.fields import NOT_IDENTITY, not_identity
+from finetune_assets.config.fields import IN_FILE_ONLY, NOT_IDENTITY, not_identity
 
 __all__ = ["Data", "DataChecks", "PromptTemplate", "Tokenization"]
 
@@ -24,7 +24,7 @@ class Model:
     """A packaged name (`demo-base`), a Hub id (`owner/name`), or a local folder (`./path` or `/path`)."""
     revision: str = "main"
     """Branch, tag or commit on the Hub, pinned to its commit. Not used for a folder."""
-    trust_remote_code: str | None = not_identity(None)
+    trust_remote_code: str | None = field(default=None, metadata={**NOT_IDENTITY, **IN_FILE_ONLY})
     """Allow the model's own Python code, for one version only: `owner/name@commit` with the 40-digit commit whose code
     you have read. Other versions are refused. With `null`, every model that requires its own code is refused."""
     quantization: Literal["none", "int8", "nf4"] = "none"
@@ -138,9 +138,9 @@ class LmEval:
 
     tasks: list[str] = field(default_factory=list)
     """Task names, such as `[arc_easy]`. Workers have no Hub access, so the data must be in the worker's cache."""
-    folder: str | None = None
+    folder: str | None = field(default=None, metadata=IN_FILE_ONLY)
     """Folder (`./path` or `/path`) with your own tasks: the harness's YAML files and their data, with paths relative
-    to the folder."""
+    to the folder. Its files run code: `!function` in a task's YAML calls a Python file of the folder."""
     limit: int | None = None
     """Maximum number of rows per task; `null` uses all."""
     batch_size: int = 8

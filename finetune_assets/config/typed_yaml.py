@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from finetune_assets.config.errors import SECRET, ConfigError, shown, suggest
+from finetune_assets.config.errors import ConfigError, is_secret, shown, suggest
 
 NULLS = ("", "~", "null", "Null", "NULL")
 BOOLS = {
@@ -30,7 +30,12 @@ OCTAL = re.compile(r"[-+]?0[0-7_]+")
 REAL = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.?(?:inf|infinity|nan)", re.IGNORECASE)
 LARGEST = 2**63
+TOO_DEEP = "not valid YAML: values are nested too deeply"
+MOST_CHARACTERS = 1_000_000
+"""Maximum size of a file of settings; reading takes a second for each million characters."""
 MOST_LEVELS = 40
+MOST_ITEMS = 10_000
+"""Maximum length of a list or group; merging takes 0.2 ms for each of its values."""
 MOST_VALUES = 100_000
 """Maximum number of values in a file, with aliases expanded."""
 PLAIN = "plain"
@@ -62,10 +67,15 @@ def read_document(schema: type, text: str, where: str, reader: "type[TypedReader
     Raises:
         ConfigError: naming `where`, the setting or line, and the value.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(where, "", f"{len(text):,} characters; a file of settings has at most {MOST_CHARACTERS:,}")
     node = compose(text, where)
     if node is None:
         return {}
-    tree: dict[str, Any] = (reader or TypedReader)(where).value(node, schema, "")
+    try:
+        tree: dict[str, Any] = (reader or TypedReader)(where).value(node, schema, "")
+    except RecursionError:
+        raise ConfigError(where, "", TOO_DEEP) from None
     return tree
 
 
@@ -83,7 +93,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
     except (yaml.YAMLError, ValueError) as e:  # ValueError: "\U00110000", an escape beyond Unicode
         raise ConfigError(where, "", f"not valid YAML: {str(e).partition(chr(10))[0]}") from e
     except RecursionError:
-        raise ConfigError(where, "", "not valid YAML: values are nested too deeply") from None
+        raise ConfigError(where, "", TOO_DEEP) from None
     return node
 
 
@@ -187,7 +197,7 @@ class TypedReader:
         for name, child in self._pairs(node, key):
             path = f"{key}.{name}" if key else name
             if name not in hints:
-                found = "hidden" if SECRET.search(name) else self._found(child)
+                found = "hidden" if is_secret(name) else self._found(child)
                 self.refuse(path, f"unknown setting (value {found}); {suggest(name, hints)}")
             if not (_is_unset(child) and get_origin(hints[name]) in (list, dict)):
                 tree[name] = self.value(child, hints[name], path)
@@ -196,13 +206,19 @@ class TypedReader:
     def _named(self, node: yaml.Node, hint: Any, key: str) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             self._wrong_type(node, dict, key)
+        self._check_length(node, key)
         pairs = ((name, child, f"{key}.{name}") for name, child in self._pairs(node, key))
         return {name: self.value(child, self.item_type(hint, key, name, child), path) for name, child, path in pairs}
 
     def _items(self, node: yaml.Node, key: str) -> list[yaml.Node]:
         if not isinstance(node, yaml.SequenceNode):
             self._wrong_type(node, list, key)
+        self._check_length(node, key)
         return list(node.value)
+
+    def _check_length(self, node: yaml.Node, key: str) -> None:
+        if len(node.value) > MOST_ITEMS:
+            self.refuse(key, f"{len(node.value):,} values; a list or group has at most {MOST_ITEMS:,}")
 
     def _pairs(self, node: yaml.MappingNode, key: str) -> Iterator[tuple[str, yaml.Node]]:
         """Names and values; names are text as written. Values of a merge key (`<<`) follow, unless they are set."""

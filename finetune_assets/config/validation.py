@@ -3,11 +3,13 @@
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator
 
 from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
-from finetune_assets.config.errors import shown, suggest
+from finetune_assets.config.errors import is_secret, shown, suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
+from finetune_assets.config.patterns import pattern_problem
 from finetune_assets.config.raw_validation import Problem, named, shares
 from finetune_assets.config.schema import (
     Data,
@@ -24,6 +26,10 @@ from finetune_assets.config.schema import (
     Wandb,
 )
 
+SECRET_VALUE = re.compile(
+    r"://[^/?#\s]*:[^/?#\s]*@|-----BEGIN [A-Z ]*PRIVATE KEY|\b(?:gh[opsur]|github_pat|hf|glpat|xox[abeprs])[_-]\w{16}"
+)
+"""A URL with a password, a private key, or a token of a well-known form."""
 PLACEHOLDERS = ("instruction", "context")
 COMPUTED_AS_STORED = {"fp32": "float32", "full_bf16": "bfloat16", "full_fp16": "float16"}
 """Required data type of the base model's weights, if mixed precision does not cast them."""
@@ -36,6 +42,7 @@ LEAST_SIMILARITY = 0.7
 PROCESSES = re.compile("[1-9][0-9]{0,5}")
 PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]*")
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
+MOST_LAYERS = 10_000
 WANDB_NOT_ALLOWED = "/\\#?%:"
 """Characters that Weights & Biases refuses in the name of a project."""
 WANDB_MOST_CHARACTERS = 128
@@ -102,7 +109,7 @@ def _launcher(config: ExperimentConfig) -> Iterator[Problem]:
     for name in launcher.environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield "launcher.environment", f"{name!r} is not a valid name of an environment variable"
-        elif re.search(r"SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_?KEY", name, re.IGNORECASE):
+        elif is_secret(name) or SECRET_VALUE.search(launcher.environment[name]):
             yield (
                 "launcher.environment",
                 f"{name} looks like a secret, and settings are stored with artifacts; set it in the environment, or "
@@ -254,10 +261,11 @@ def _stack(stack: Stack) -> Iterator[Problem]:
 
 
 def _added_tokens(tokenization: Tokenization) -> Iterator[Problem]:
+    counts = Counter(tokenization.added_tokens)
     for token in tokenization.added_tokens:
         if not token.strip() or token != token.strip():
             yield "data.tokenization.added_tokens", f"{token!r} is blank, or has leading or trailing white space"
-        elif tokenization.added_tokens.count(token) > 1:
+        elif counts[token] > 1:
             yield "data.tokenization.added_tokens", f"{token!r} is listed twice"
 
 
@@ -345,13 +353,16 @@ def _lora(lora: Lora) -> Iterator[Problem]:
     for layer in lora.layers_to_transform or ():
         if layer < 0:
             yield "lora.layers_to_transform", f"{layer} must be the index of a layer, from 0"
+    if len(lora.layers_to_transform or ()) > MOST_LAYERS:
+        yield (
+            "lora.layers_to_transform",
+            f"{len(lora.layers_to_transform or ()):,} layers; at most {MOST_LAYERS:,}",
+        )
     if lora.layers_to_transform == []:
         yield "lora.layers_to_transform", "an empty list selects no layers; use null to adapt all"
     for name in lora.rank_pattern:
-        try:
-            re.compile(rf"(.*\.)?({name})$")
-        except (re.error, OverflowError, RecursionError) as e:
-            yield f"lora.rank_pattern.{name}", f"{name!r} is not a valid regular expression: {e}"
+        if problem := pattern_problem(name):
+            yield f"lora.rank_pattern.{name}", f"{shown(name)}: {problem}"
     for name in lora.modules_to_save or ():
         if not name:
             yield "lora.modules_to_save", "'' is not the name of a module"

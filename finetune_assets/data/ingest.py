@@ -32,6 +32,8 @@ SHOWN = 5
 """Maximum number of rows in each preview of good and bad rows."""
 REASONS = 50
 """Maximum number of distinct reasons that are counted separately."""
+CATEGORIES, LONGEST_CATEGORY, OTHER_CATEGORIES = 10_000, 200, "other categories"
+"""Maximum number of categories that are counted separately, and characters of their names."""
 NAMED = 100
 """Maximum number of ignored columns, and of files with bad rows, that are named."""
 WHERE = re.compile(r" at column \d+")
@@ -117,7 +119,7 @@ def write_raw(
             for row in batch:
                 inspector.look(row)
             scan.look(batch)
-            categories.update(row["category"] for row in batch)
+            _count_categories(batch, categories)
             _count(batch, counts)
             progress.reach(counts.rows + counts.quarantined)
     if not counts.rows + counts.quarantined:
@@ -131,6 +133,14 @@ def write_raw(
     for name in vars(counts).keys() - {"quality", "sensitive"}:
         setattr(counts, name, masked_values(getattr(counts, name)))
     return counts
+
+
+def _count_categories(batch: list[Row], categories: Counter[str]) -> None:
+    """Count the rows of each category; of long names the beginning is kept, and of many names the first."""
+    for row in batch:
+        name = row["category"]
+        name = name if len(name) <= LONGEST_CATEGORY else f"{name[: LONGEST_CATEGORY - 1]}…"
+        categories[name if name in categories or len(categories) < CATEGORIES else OTHER_CATEGORIES] += 1
 
 
 def _shown(parquet: Path, quality: Quality) -> dict[str, Row]:
@@ -232,7 +242,7 @@ class _SourceColumns:
         for column, files in self.missing.items():
             setting = self.settings[column]
             if len(files) == self.files:
-                found = masked(", ".join(map(str, self.keys)))[:500]
+                found = masked(", ".join(islice(self.keys, NAMED))[:10_000])[:500]
                 raise DataError(f"raw_data.yaml: {setting} names '{column}', which no row has; found {found}")
             logger.warning("%s names '%s', which no row of %s has", setting, column, ", ".join(files[:SHOWN]))
         counts.files_without_column = {column: files[:NAMED] for column, files in self.missing.items()}
@@ -266,4 +276,7 @@ def _good_rows(
 def _source_text(record: SourceRecord) -> str:
     if record.text is not None:
         return kept(record.text)
-    return kept(json.dumps(record.row, ensure_ascii=False, default=str))
+    try:
+        return kept(json.dumps(record.row, ensure_ascii=False, default=str))
+    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
+        return ""

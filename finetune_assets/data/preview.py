@@ -6,8 +6,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.data.sensitive import masked
-from finetune_assets.data.tables import LINE_END
 from finetune_assets.data.tokenization import IGNORED
+from finetune_assets.display import LINE_END, plain
 
 SHOWN_CHARACTERS = 600
 
@@ -32,4 +32,4 @@ def _segments(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> 
 def _marked(mark: str, text: str) -> str:
     text = masked(text)
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
-    return "\n".join(f"{mark} {line}" for line in LINE_END.split(shown))
+    return "\n".join(f"{mark} {plain(line)}" for line in LINE_END.split(shown))

@@ -1,21 +1,22 @@
 """Markdown tables of rows and conversations, in which secrets and personal data are hidden."""
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from finetune_assets.data.rows import Row, Turn
 from finetune_assets.data.sensitive import masked
+from finetune_assets.display import markdown
 
-LINE_END = re.compile(r"\r\n|\r|\n")
+MOST_SEARCHED = 100_000
+"""Characters of a text that are searched for secrets."""
 
 
 def rows_table(rows: list[dict[str, Any]], columns: Iterable[str]) -> str:
     """A Markdown table; long cells are shortened."""
     names = list(columns)
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-    lines += [f"| {' | '.join(cell(_short(str(row[name]))) for name in names)} |" for row in rows]
+    lines += [f"| {' | '.join(markdown(_short(str(row[name]))) for name in names)} |" for row in rows]
     return "\n".join(lines)
 
 
@@ -26,7 +27,7 @@ def conversations_table(rows: list[Row]) -> str:
         parts = [f"tools: {_short(_tools(row['tools']))}"] if row.get("tools") else []
         parts += [line for turn in row["messages"] for line in _turn_lines(turn)]
         turns = "\n".join(parts)
-        lines.append(f"| {cell(row['category'])} | {cell(turns)} |")
+        lines.append(f"| {markdown(row['category'])} | {markdown(turns)} |")
     return "\n".join(lines)
 
 
@@ -48,11 +49,6 @@ def _turn_lines(turn: Turn) -> Iterator[str]:
 
 
 def _short(text: str, longest: int = 160) -> str:
-    text = masked(text)  # first: of a key that is cut off, too little may be left to recognise it
+    # First, and in more than is shown: of a key that is cut off, too little may be left to recognise it
+    text = masked(text[:MOST_SEARCHED])
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
-
-
-def cell(text: str) -> str:
-    """Escape text for a table cell, so that Markdown and HTML in it are shown literally."""
-    plain = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return LINE_END.sub("<br>", plain)

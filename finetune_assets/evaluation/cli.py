@@ -34,12 +34,16 @@ def parser() -> argparse.ArgumentParser:
 def contenders(args: argparse.Namespace) -> list[Contender]:
     """Return the base, the challenger and, if given, the champion."""
     config = load_resolved(args.config)
+    trusted = arguments.trusts(config, args.bases)
     models = [
-        Contender(BASE, args.base_model, config),
-        Contender(CHALLENGER, args.base_model, config, args.adapter),
+        Contender(BASE, args.base_model, config, own_code=trusted),
+        Contender(CHALLENGER, args.base_model, config, args.adapter, trusted),
     ]
     if args.champion:
-        models.append(Contender.of_folder(CHAMPION, args.champion_base_model or args.base_model, args.champion))
+        base_model = args.base_model
+        if args.champion_base_model:
+            base_model, trusted = args.champion_base_model, arguments.trusts(config, args.bases, "champion-base-model")
+        models.append(Contender.of_folder(CHAMPION, base_model, args.champion, trusted))
     return models
 
 

@@ -29,17 +29,22 @@ class Contender:
         base_model: Folder of the base model.
         config: Settings that the model was trained with.
         adapter: Folder of the adapter; None for the base model alone.
+        own_code: Run the base model's own Python code, because the experiment's settings trust its version. Settings
+            stored with an adapter trust nothing.
     """
 
     name: str
     base_model: Path
     config: ExperimentConfig
     adapter: Path | None = None
+    own_code: bool = False
 
     @staticmethod
-    def of_folder(name: str, base_model: Path, adapter: Path) -> "Contender":
+    def of_folder(name: str, base_model: Path, adapter: Path, own_code: bool = False) -> "Contender":
         """Create a contender from an adapter folder, with the settings stored in it."""
-        return Contender(name, base_model, load_resolved(adapter / CONFIG), adapter)
+        config = load_resolved(adapter / CONFIG)
+        config.model.trust_remote_code = None
+        return Contender(name, base_model, config, adapter, own_code)
 
     @property
     def base_key(self) -> str:
@@ -47,11 +52,16 @@ class Contender:
         config = self.config
         tokens, precision = config.data.tokenization.added_tokens, config.training.precision
         model = {**identity(config.model), "base_model": None, "revision": None}
-        return fingerprint(folder=str(self.base_model), model=model, tokens=list(tokens), precision=precision)
+        folder, own_code = str(self.base_model), self.own_code
+        return fingerprint(folder=folder, model=model, tokens=list(tokens), precision=precision, own_code=own_code)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer, including the tokens that the experiment adds."""
-        return experiment_tokenizer(self.base_model, self.config)
+        return experiment_tokenizer(self.base_model, self.config, self.own_code)
+
+    def load_base(self, device: torch.device) -> PreTrainedModel:
+        """Load the base model, in the settings' data type and quantization."""
+        return load_base(self.base_model, self.config.model, self.config.training, device, self.own_code)
 
 
 @dataclass
@@ -92,7 +102,7 @@ class LoadedModels:
     def _base_for(self, contender: Contender) -> PreTrainedModel:
         if self._base is None or self._taken != contender.base_key:
             self._base = None  # free the previous base first: two must never be in memory
-            self._base = load_base(contender.base_model, contender.config.model, contender.config.training, self.device)
+            self._base = contender.load_base(self.device)
             resize_embeddings(self._base, contender.tokenizer(), contender.config)
             self._taken = contender.base_key
             self.read.append(contender.base_model)

@@ -1,18 +1,31 @@
 """Read the files of an evaluation folder."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts.layout import EVALUATION, ROWS
+from finetune_assets.store.json_object import InvalidJson, check_types, read_json
 
 if TYPE_CHECKING:
     from finetune_assets.evaluation.gate import Gain
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    """Read the content of `evaluation.json`.
+
+    Raises:
+        InvalidJson: If it is not an evaluation.
+    """
+    where = f"the evaluation in {folder}"
+    evaluation = read_json(folder / EVALUATION, where)
+    try:
+        check_types(evaluation, {"rows": int, "contenders": dict})
+        for name in evaluation["contenders"]:
+            check_types(evaluation["contenders"], {name: dict})
+    except InvalidJson as e:
+        raise InvalidJson(f"{EVALUATION} of {where}: {e}; materialize adapter_evaluation again with force") from None
+    return evaluation
 
 
 def gain_of(folder: Path, confidence: float) -> tuple["Gain", str]:

@@ -1,6 +1,5 @@
 """Results of a sweep: held-out loss against cost, and the smallest adapter within noise of the best."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from finetune_assets.evaluation.files import forgetting_of, read_evaluation
 from finetune_assets.evaluation.gate import Gain, paired_gain
 from finetune_assets.plots.bars import Cost, losses_by_cost
 from finetune_assets.plots.style import save
+from finetune_assets.store.json_object import read_json
 
 COSTS = {
     "parameters": ("trainable parameters", 1.0),
@@ -57,7 +57,7 @@ class Found:
 
 def found(name: str, settings: dict[str, Any], adapter: Path, evaluation: Path) -> Found:
     """Read a point of a sweep from the folders of its adapter and evaluation."""
-    state = json.loads((adapter / TRAINER_STATE).read_text(encoding="utf-8"))
+    state = read_json(adapter / TRAINER_STATE, f"adapter of {name}")
     table = pq.read_table(evaluation / ROWS)
     return Found(
         name,

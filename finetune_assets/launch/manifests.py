@@ -19,12 +19,8 @@ GRACE_SECONDS = 120
 KEEP_SECONDS = 3600
 """Time after which Kubernetes deletes a finished Job that the launcher did not delete, in seconds."""
 PASSED_ON = (
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL",
-    "AWS_DEFAULT_REGION",
-    "AWS_REGION",
-    "FINETUNE_GPUS_PER_JOB",
-    "FINETUNE_WORKER_MODULES",
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION"),
+    *("FINETUNE_GPUS_PER_JOB", "FINETUNE_WORKER_MODULES", "FINETUNE_GROUP_ACCESS"),
 )
 """Environment variables that are copied to the pod. Credentials are passed through secrets or a service account."""
 
@@ -144,7 +140,7 @@ def headless_service(spec: JobSpec, remote: RemoteJob, owner: Mapping[str, Any] 
 def network_policy(spec: JobSpec, remote: RemoteJob) -> dict[str, Any]:
     """Build the policy that lets only the pods of a Job connect to one another.
 
-    torchrun's store and the ranks do not authenticate whoever connects, and torchrun unpickles what is in its store.
+    torchrun's store and the ranks do not authenticate connections, and torchrun unpickles what is in its store.
     The ports of the ranks are chosen when they start, so the policy names none.
     """
     pods = {"podSelector": {"matchLabels": {JOB: remote.id}}}

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from finetune_assets.config.cluster import seconds_of
 from finetune_assets.errors import UserError
 from finetune_assets.launch.log_tail import Followed
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.modes import make_folders
 from finetune_assets.worker.job import JobFailed, JobSpec
 from finetune_assets.worker.remote import RemoteJob
 
@@ -78,6 +79,7 @@ BUSY = (
 OWN = ("SLURM_CONF", "SLURM_JWT")
 """Slurm's environment variables that select the cluster and authenticate the user."""
 SCRIPT = """#!/bin/sh
+{variables}
 export FINETUNE_HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
 export FINETUNE_MEETING="$SLURM_JOB_ID"
 exec srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {flags} \\
@@ -150,12 +152,14 @@ class SlurmEngine:
             remote.end()
 
     def _submit(self, spec: JobSpec, remote: RemoteJob, name: str, output: Path, environment: Mapping[str, str]) -> str:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        given = {**os.environ, **spec.settings.environment, **environment}
+        make_folders(output.parent)
+        given = {**os.environ, **environment}  # not the settings' own, such as PATH or LD_PRELOAD: for the job alone
         if "SLURM_JOB_ID" in given:  # Dagster itself runs in a job; srun would apply the options of that job
             given = {key: value for key, value in given.items() if not key.startswith("SLURM_") or key in OWN}
         command = ["sbatch", "--parsable", *arguments(spec, name, output)]
-        done = subprocess.run(command, input=script(spec, remote), env=given, capture_output=True, text=True)
+        done = subprocess.run(
+            command, input=script(spec, remote, environment), env=given, capture_output=True, text=True
+        )
         if done.returncode == 0:
             return done.stdout.strip().split(";")[0]
         self._cancel_former(name)  # a controller that timed out may still have accepted the job
@@ -246,8 +250,14 @@ def arguments(spec: JobSpec, name: str, output: Path) -> list[str]:
     return [*flags, "--no-requeue", *elastic, *settings.slurm.extra_arguments]
 
 
-def script(spec: JobSpec, remote: RemoteJob) -> str:
-    """Build the batch script that Slurm runs on the first node."""
+def script(spec: JobSpec, remote: RemoteJob, kept: Container[str] = ()) -> str:
+    """Build the batch script that Slurm runs on the first node.
+
+    Args:
+        spec: The job. The script sets its `launcher.environment`, so that nothing on this machine does.
+        remote: Location of the job in the store.
+        kept: Names of variables that the job inherits from `sbatch`, and that `launcher.environment` does not replace.
+    """
     least, most = spec.nodes
     flags = ["--no-kill", "--kill-on-bad-exit=0"] if least < most else ["--kill-on-bad-exit=1"]
     if spec.settings.cpus_per_node:
@@ -255,7 +265,9 @@ def script(spec: JobSpec, remote: RemoteJob) -> str:
         flags.append(f"--cpus-per-task={spec.settings.cpus_per_node}")
     python = shlex.quote(spec.settings.slurm.python or sys.executable)
     location = shlex.join(remote.arguments)
-    return SCRIPT.format(flags=" ".join(flags), python=python, arguments=location)
+    own = {name: value for name, value in spec.settings.environment.items() if name not in kept}
+    variables = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in own.items())
+    return SCRIPT.format(variables=variables, flags=" ".join(flags), python=python, arguments=location)
 
 
 def state_of(number: str) -> JobState | None:

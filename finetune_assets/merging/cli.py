@@ -24,7 +24,7 @@ def main() -> None:
 
     config = load_resolved(args.config)
     assert config.merge is not None
-    contender = Contender.of_folder("adapter", args.base_model, args.adapter)
+    contender = Contender.of_folder("adapter", args.base_model, args.adapter, arguments.trusts(config, args.bases))
     with joined() as process, reporter(process) as log:
         held_out_rows = held_out(args.dataset, "val", config.data)
         rows = positions(held_out_rows, config.merge.compared_rows)
@@ -32,7 +32,7 @@ def main() -> None:
         expected = reference(contender, rows, process.device)
         log.write_line(f"Merging into the base model (onto: {config.merge.onto}) in {config.merge.dtype}")
         merged(contender, config.merge, args.output)
-        difference = compare(args.output, rows, expected, process.device)
+        difference = compare(args.output, rows, expected, process.device, contender.own_code)
         log.write_line(str(difference))
     result = {**difference.to_dict(), "onto": config.merge.onto, "dtype": config.merge.dtype}
     result["quantization"] = contender.config.model.quantization

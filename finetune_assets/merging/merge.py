@@ -13,7 +13,7 @@ from finetune_assets.evaluation.contenders import Contender, LoadedModels
 from finetune_assets.evaluation.rows import HeldOut
 from finetune_assets.training.embeddings import resize_embeddings
 from finetune_assets.training.generation_files import save_generation_files
-from finetune_assets.training.model import autocast, compute_precision, load_base, with_adapter_of
+from finetune_assets.training.model import autocast, compute_precision, with_adapter_of
 
 PLACES = 16
 """Positions per row at which logits are compared; all positions would take gigabytes with a large vocabulary."""
@@ -97,7 +97,7 @@ def merged(contender: Contender, settings: Merge, output: Path) -> None:
     if settings.onto == "published":
         config.model.quantization = "none"
     config.model.dtype, config.training.precision = "float32", "fp32"
-    base = load_base(contender.base_model, config.model, config.training, device)
+    base = contender.load_base(device)
     if config.model.quantization != "none":
         base = base.dequantize().float()
     config.model.quantization = quantization
@@ -109,10 +109,25 @@ def merged(contender: Contender, settings: Merge, output: Path) -> None:
     save_generation_files(output, contender.base_model, tokenizer, config)
 
 
-def compare(folder: Path, rows: list[Row], wanted: list[Tensor], device: torch.device) -> LogitDifference:
-    """Compare the logits of the merged model with the `wanted` logits of base plus adapter."""
+def compare(
+    folder: Path, rows: list[Row], wanted: list[Tensor], device: torch.device, own_code: bool = False
+) -> LogitDifference:
+    """Compare the logits of the merged model with the `wanted` logits of base plus adapter.
+
+    Args:
+        folder: Folder of the merged model.
+        rows: Rows to compare.
+        wanted: Logits of base plus adapter.
+        device: Device to compute on.
+        own_code: Run the Python code of the base model, which is saved with the merged model.
+    """
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map={"": device}, local_files_only=True, use_safetensors=True
+        folder,
+        dtype="auto",
+        device_map={"": device},
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=own_code,
     )
     merged_logits = _logits(model.eval(), rows, device, "as stored")
     differences = [(actual - expected).abs() for actual, expected in zip(merged_logits, wanted, strict=True)]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_assets.config.schema import ExperimentConfig, Lora
 from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.results import Results
+from finetune_assets.sources.model_sizes import check_sizes
 from finetune_assets.worker.model_libraries import import_lean
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Shape:
         Raises:
             OSError: if config.json does not exist.
         """
+
+        check_sizes(folder)
 
         def load() -> "PretrainedConfig":
             transformers = import_lean("transformers")

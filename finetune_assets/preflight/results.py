@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.store import modes
+
 
 @dataclass(frozen=True)
 class Results:
@@ -38,9 +40,9 @@ class Results:
         temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
         content = {"question": question, "result": result, "sum": _sum(question, result)}
         with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            modes.make_folders(file.parent)
             try:
-                temporary.write_text(json.dumps(content), encoding="utf-8")
+                modes.write_file(temporary, json.dumps(content).encode())
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)

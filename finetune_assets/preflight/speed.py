@@ -46,7 +46,14 @@ class Past:
 
     @staticmethod
     def of(state: dict[str, Any]) -> "Past | None":
-        """Create from a `trainer_state.json`; None if it lacks the required fields."""
+        """Create from a `trainer_state.json`; None if it lacks the required fields, or has them with other types."""
+        try:
+            return Past._of(state)
+        except (KeyError, TypeError, AttributeError, ArithmeticError):
+            return None
+
+    @staticmethod
+    def _of(state: dict[str, Any]) -> "Past | None":
         active = state.get("active", {})
         weights, seconds = active.get("multiplied_weights"), state.get("seconds")
         if not weights or not seconds or not active.get("hardware"):

@@ -94,6 +94,7 @@ class Collector:
 
     def collect(self) -> Report:
         listing, namespace = inventory(self.store.objects), self.store.namespace
+        self.problems += listing.problems
         records = self._records(listing)
         by_experiment: dict[str, list[Artifact]] = defaultdict(list)
         for adapter in adapters(listing, namespace):
@@ -155,7 +156,7 @@ class Collector:
         """Return the result of `read`; on an error record a problem and return None, so that the rest is still read."""
         try:
             return read()
-        except (UserError, OSError, ValueError, KeyError, TypeError) as e:
+        except (UserError, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as e:
             self.problems.append(str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
             return None
 

@@ -1,6 +1,5 @@
 """Compare two runs: settings, inputs, versions and measurements."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from finetune_assets.artifacts.layout import CONFIG, PROVENANCE
 from finetune_assets.config.comparing import SettingDifference, differences
 from finetune_assets.config.loading import read_settings
-from finetune_assets.reporting.runs import Run, evaluations, read, read_run
+from finetune_assets.reporting.runs import Run, evaluations, read, read_object, read_run
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory
 
@@ -75,7 +74,7 @@ def compare(store: ArtifactStore, inventory: Inventory, first: Artifact, second:
         read_run(store, adapter, newest_evaluations.get(adapter.manifest.fingerprint)) for adapter in (first, second)
     )
     settings = [read_settings(read(store, adapter, CONFIG)) for adapter in (first, second)]
-    versions = [_versions(json.loads(read(store, adapter, PROVENANCE))) for adapter in (first, second)]
+    versions = [_versions(read_object(store, adapter, PROVENANCE)) for adapter in (first, second)]
     names = dict.fromkeys([*run.numbers, *other_run.numbers])
     return RunComparison(
         run,

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from finetune_assets.artifacts.layout import PAGE, PAGE_MARKDOWN, PAGE_NUMBERS
-from finetune_assets.data.tables import cell
+from finetune_assets.display import markdown
 from finetune_assets.plots.style import ON_ANY_PAGE, as_address, as_markdown
 from finetune_assets.reporting.collect import Report, Reported
 from finetune_assets.reporting.columns import COLUMNS, EXPLAINED, pictures
@@ -52,7 +52,7 @@ def as_page(report: Report) -> str:
         f"{omitted} older experiments are on the HTML page." if omitted else "",
         EXPLAINED if trained else "",
         *(as_markdown(figure, what) for what, figure in pictures(report).items()),
-        "\n".join(f"- {cell(problem)}" for problem in [*broken, *report.problems]),
+        "\n".join(f"- {markdown(problem)}" for problem in [*broken, *report.problems]),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -67,7 +67,7 @@ def _experiment_row(experiment: Reported) -> str:
         if experiment.champion
         else ""
     )
-    name = f"**{cell(experiment.name)}**" + (f" ({status})" if status else "")
+    name = f"**{markdown(experiment.name)}**" + (f" ({status})" if status else "")
     return _table_row(
         [name, f"`{short(run.fingerprint)}`", moment(run.created), *(column.of(run) for column in COLUMNS)]
     )

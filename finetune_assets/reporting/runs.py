@@ -1,15 +1,16 @@
 """Read adapters from the store: provenance, training curves and measurements."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_assets.artifacts.kinds import ADAPTERS, CHAMPIONS, EVALUATIONS, STACKS
 from finetune_assets.artifacts.layout import EVALUATION, PROVENANCE, TRAINER_STATE
+from finetune_assets.artifacts.provenance import texts
 from finetune_assets.reporting.numbers import Numbers, of_evaluation, of_training
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory
+from finetune_assets.store.json_object import MOST_FILE_BYTES, parse_object
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,26 @@ def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | Non
     Raises:
         StoreError, OSError, ValueError, KeyError: if the files cannot be read, or have been changed.
     """
-    state, provenance = (json.loads(read(store, adapter, name)) for name in (TRAINER_STATE, PROVENANCE))
-    measured = json.loads(read(store, evaluation, EVALUATION)) if evaluation else None
+    state, provenance = (read_object(store, adapter, name) for name in (TRAINER_STATE, PROVENANCE))
+    measured = read_object(store, evaluation, EVALUATION) if evaluation else None
     history = state["history"]
     return Run(
         adapter.experiment,
         adapter.manifest.fingerprint,
         adapter.manifest.created,
         adapter.kind == STACKS.folder,
-        tuple(adapter.manifest.made_from.get("overrides") or ()),
+        tuple(texts(adapter.manifest.made_from, "overrides")),
         adapter.manifest.made_from,
         provenance["hardware"],
         of_training(state) | (of_evaluation(measured) if measured else {}),
         tuple(entry["step"] for entry in history),
         tuple(entry["loss"] for entry in history),
     )
+
+
+def read_object(store: ArtifactStore, artifact: Artifact, name: str) -> dict[str, Any]:
+    """Read a JSON object from a file of an artifact."""
+    return parse_object(store.read(artifact.kind, artifact.name, artifact.manifest, name), MOST_FILE_BYTES)
 
 
 def read(store: ArtifactStore, artifact: Artifact, name: str) -> str:

@@ -15,6 +15,7 @@ from finetune_assets.artifacts.champions import Champions, Record
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.schema import Wandb
 from finetune_assets.store.artifacts import ArtifactStore
+from finetune_assets.store.modes import make_folders
 
 MODULE = "finetune_assets.training.wandb_champion"
 ALIAS = "champion"
@@ -64,7 +65,7 @@ def log_champion(
         "begin": begin,
         "adapter": {"folder": str(adapter), "metadata": metadata, "name": name, "aliases": aliases},
     }
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folders(cache)
     folders = {"WANDB_DIR": str(cache), "WANDB_DATA_DIR": str(cache / "wandb")}
     try:
         ended = subprocess.run(

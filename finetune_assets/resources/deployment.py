@@ -8,6 +8,8 @@ FINETUNE_STORE: URL of the artifact store, `file:///folder` or `s3://bucket/pref
 FINETUNE_NAMESPACE: separates the artifacts of developers or branches; default the user name.
 FINETUNE_CACHE: node-local folder for fetched artifacts and running jobs; default `<project>/.finetune/cache`.
 FINETUNE_CACHE_LIMIT: maximum size of the fetched artifacts in that folder, such as `200GB`; default `100GB`.
+FINETUNE_GROUP_ACCESS: `1` gives the user's group read and write access to the folder store and the node cache, which
+    are private by default.
 FINETUNE_RAW_DATA: overrides `source` in `configs/raw_data.yaml`.
 """
 

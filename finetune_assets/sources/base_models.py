@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 
 from finetune_assets.config.errors import suggest
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.errors import UserError
 from finetune_assets.sources import hub
+from finetune_assets.sources.model_sizes import check_sizes
 from finetune_assets.store.hashing import sha256
 
 PACKAGED = {"demo-base": Path(__file__).parent.parent / "sample" / "base_model"}
@@ -66,6 +68,16 @@ def is_tokenizer_file(path: str) -> bool:
     return _matches(path, TOKENIZER_FILES)
 
 
+def is_small_file(path: str) -> bool:
+    """Whether training reads this file besides weights and the model's own code, if a repository has it."""
+    return _matches(path, SMALL_FILES) and not _matches(path, (CODE,))
+
+
+def folder_revision(hashes: Mapping[str, str]) -> str:
+    """Revision of a folder: a hash of the names and contents of the files that training reads."""
+    return fingerprint(files=dict(hashes))[:40]
+
+
 def is_shape_file(path: str) -> bool:
     """Whether this file can define the model's architecture: configuration and Python code, never weights."""
     return path.endswith((".json", ".py"))
@@ -101,8 +113,8 @@ def locate(
         return BaseModelSource(base_model, commit_of(base_model, revision))
 
 
-def collect(source: BaseModelSource, trusted: bool = False) -> dict[str, Path]:
-    """Local paths of the files that training needs, by name: safetensors, configuration, tokenizer.
+def collect(source: BaseModelSource, trusted: bool = False) -> tuple[dict[str, Path], dict[str, str]]:
+    """Local paths of the files that training needs, and their sha256, by name: safetensors, configuration, tokenizer.
 
     Args:
         source: The model; a model on the Hub is downloaded.
@@ -111,17 +123,25 @@ def collect(source: BaseModelSource, trusted: bool = False) -> dict[str, Path]:
     Raises:
         BaseModelError: if files are missing or damaged, the weights are pickled, or the model needs code.
     """
-    folder = source.folder or _from_hub(source, trusted)
+    if source.folder:
+        return _collected(source, source.folder, trusted), dict(source.hashes)
+    folder, files = _from_hub(source, trusted)
+    paths = _collected(source, folder, trusted)
+    return paths, {name: files[name].lfs.sha256 if files[name].lfs else sha256(path) for name, path in paths.items()}
+
+
+def _collected(source: BaseModelSource, folder: Path, trusted: bool) -> dict[str, Path]:
     names = _wanted(folder, [path.name for path in folder.iterdir()], str(source.folder or source.repo))
     for name in names:
         if name.endswith(".safetensors"):
             _check_weights(folder / name, source.repo)
     if source.folder:
         _check_code(folder, source, trusted)
+    check_sizes(folder, sum((folder / name).stat().st_size for name in names if name.endswith(".safetensors")))
     return {name: folder / name for name in names}
 
 
-def _from_hub(source: BaseModelSource, trusted: bool) -> Path:
+def _from_hub(source: BaseModelSource, trusted: bool) -> tuple[Path, dict[str, RepoFile]]:
     """Download the small files, check them, then download the weights; other files are not downloaded."""
     where = f"model.base_model: '{source.repo}' at '{source.revision}'"
     with hub.explained(BaseModelError, where, source.repo, "Or name a folder (./...) or a packaged model"):
@@ -132,7 +152,7 @@ def _from_hub(source: BaseModelSource, trusted: bool) -> Path:
         folder = hub.download(source.repo, source.revision, small, "model")
         _check_code(folder, source, trusted)
         wanted = [files[name] for name in _wanted(folder, files, source.repo)]
-        return hub.download(source.repo, source.revision, wanted, "model")
+        return hub.download(source.repo, source.revision, wanted, "model"), files
 
 
 def _wanted(folder: Path, names: Collection[str], where: str) -> list[str]:
@@ -161,7 +181,7 @@ def _weights(folder: Path, names: Collection[str], where: str) -> set[str]:
 def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BaseModelError(f"{where}: {path.name} is not JSON ({e}); download or save the model again") from e
     if not isinstance(tree, dict):
         raise BaseModelError(f"{where}: {path.name} is not a JSON object; download or save the model again")
@@ -208,7 +228,7 @@ def _pin_folder(repo: str, folder: Path) -> BaseModelSource:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     _check_files(names, str(folder))
     content = {name: sha256(folder / name) for name in _wanted(folder, names, str(folder))}
-    return BaseModelSource(repo, fingerprint(files=content)[:40], folder, content)
+    return BaseModelSource(repo, folder_revision(content), folder, content)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
+from finetune_assets.display import PlainRecords, shown_url
 from finetune_assets.errors import UserError
 from finetune_assets.progress import Progress
 from finetune_assets.store.hashing import sha256
 
+for _handler in logging.getLogger("huggingface_hub").handlers:
+    _handler.addFilter(PlainRecords(lines=True))  # the client's warnings name the URLs of requests
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RepoType = Literal["model", "dataset"]
 
@@ -130,7 +134,8 @@ def explained(error: type[UserError], where: str, page: str, otherwise: str) -> 
         yield
     except GatedRepoError as e:  # a subclass of RepositoryNotFoundError, so it comes first
         raise error(
-            f"{where}: gated. Accept its licence at {client().endpoint}/{page} with your account, and set HF_TOKEN"
+            f"{where}: gated. Accept its licence at {shown_url(client().endpoint)}/{page} with your account, and set "
+            "HF_TOKEN"
         ) from e
     except RevisionNotFoundError as e:
         raise error(f"{where}: the repository has no such branch, tag or commit; check the revision") from e
@@ -149,7 +154,9 @@ def explained(error: type[UserError], where: str, page: str, otherwise: str) -> 
                 f"{where}: no space left for the download in the Hub client's cache ({e.filename or 'HF_HOME'}); free "
                 "space, or set HF_HOME to a folder on a larger disk"
             ) from e
-        raise error(f"{where}: the Hub at {client().endpoint} cannot be reached ({e}); try again. {otherwise}") from e
+        raise error(
+            f"{where}: the Hub at {shown_url(client().endpoint)} cannot be reached ({e}); try again. {otherwise}"
+        ) from e
 
 
 def _refusal(answer: HfHubHTTPError) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from finetune_assets.data.errors import DataError
+from finetune_assets.display import shown_url
 from finetune_assets.sources.hub_dataset import open_hub_dataset
 from finetune_assets.sources.local import open_local, open_sample
 from finetune_assets.sources.s3 import open_s3
@@ -26,4 +28,9 @@ def open_source(context: SourceContext) -> Source:
     for prefix, opened in SOURCES.items():
         if source.startswith(prefix):
             return opened(context)
+    if "://" in source:
+        raise DataError(
+            f"source: '{shown_url(source)}': unsupported scheme; name a file, a folder, or a URL that begins with "
+            f"{', '.join(SOURCES)}"
+        )
     return open_local(context)

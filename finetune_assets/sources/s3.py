@@ -13,6 +13,7 @@ from finetune_assets.data.readers import ENDINGS, SourceFile, suffix_of
 from finetune_assets.sources.listing import Listing, list_names
 from finetune_assets.sources.local import LocalSource
 from finetune_assets.sources.source import SourceContext
+from finetune_assets.store import modes
 
 S3 = "s3://"
 
@@ -64,11 +65,11 @@ class S3Source:
         return self._listing.ignored
 
     def _download(self, key: str, etag: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        modes.make_folders(path.parent)
         partial_file = path.with_name(f".{uuid4().hex}")
         try:
             body = self._client.get_object(Bucket=self._place[0], Key=key, IfMatch=etag)["Body"]
-            with partial_file.open("wb") as file:
+            with open(partial_file, "wb", opener=modes.private) as file:
                 for part in body.iter_chunks(1 << 20):
                     file.write(part)
             partial_file.replace(path)

@@ -9,18 +9,20 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.progress import Progress, in_parallel
+from finetune_assets.store import modes
 from finetune_assets.store.cache import Entry, NodeCache
-from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, StoreError
+from finetune_assets.store.errors import ArtifactMissing, CorruptArtifact, ForeignContent, StoreError, UnreadableObject
 from finetune_assets.store.hashing import folder_files
 from finetune_assets.store.hashing_reader import HashingReader
-from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
+from finetune_assets.store.json_object import MOST_BYTES, MOST_FILE_BYTES
+from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, check_belongs, check_files, parse
 from finetune_assets.store.objects import ObjectStorage, boto3_client
+from finetune_assets.store.reference import ArtifactRef
 
 MANIFEST = "manifest.json"
 CHECKPOINTS, JOBS = "checkpoints", "jobs"
@@ -29,35 +31,6 @@ SHARED = "base-models"
 CLAIM = "claim.json"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 ATTEMPT = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
-
-
-@dataclass(frozen=True)
-class ArtifactRef:
-    """A small, typed reference to a published artifact. Assets pass these references to one another.
-
-    Attributes:
-        kind: Artifact kind, such as `tokenized`.
-        name: Path below the kind: the fingerprint, or `<repo>/<revision>` for base models.
-        fingerprint: Identity of the content.
-        uri: Location of the files.
-        files: Number of files.
-        size: Total size of the files in bytes.
-    """
-
-    kind: str
-    name: str
-    fingerprint: str
-    uri: str
-    files: int
-    size: int
-
-    @property
-    def attempt(self) -> str:
-        """Name of the publish attempt: the last segment of the URI."""
-        return self.uri.rpartition("/")[2]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class ArtifactStore:
@@ -85,29 +58,46 @@ class ArtifactStore:
     def url(self) -> str:
         return self.objects.url
 
-    def find(self, kind: str, name: str) -> ArtifactRef | None:
-        """Return the artifact with this name, or None."""
+    def find(self, kind: str, name: str, expected: Mapping[str, str] | None = None) -> ArtifactRef | None:
+        """Return the artifact with this name, or None.
+
+        Args:
+            kind: Artifact kind, such as `tokenized`.
+            name: Path below the kind.
+            expected: sha256 of every file, by path in the artifact, where it is known.
+
+        Raises:
+            ForeignContent: If the artifact has other files than `expected`.
+        """
         manifest = self.manifest(kind, name)
+        if manifest and expected is not None:
+            check_files(manifest, expected, f"{self.url}/{self.prefix(kind, name)}")
         return self.ref(kind, name, manifest) if manifest else None
 
-    def resolve(self, kind: str, name: str, made_by: str) -> ArtifactRef:
+    def resolve(self, kind: str, name: str, made_by: str, expected: Mapping[str, str] | None = None) -> ArtifactRef:
         """Return the artifact with this name.
 
         Args:
             kind: Artifact kind, such as `tokenized`.
             name: Path below the kind.
             made_by: Asset to materialize first, for the error message.
+            expected: sha256 of every file, by path in the artifact, where it is known.
 
         Raises:
             ArtifactMissing: If the store has no such artifact.
+            ForeignContent: If the artifact has other files than `expected`.
         """
-        ref = self.find(kind, name)
+        ref = self.find(kind, name, expected)
         if ref is None:
-            raise ArtifactMissing(
-                f"Artifact not found: {self.url}/{self.prefix(kind, name)}. Materialize {made_by} first, with the same "
-                "settings and overrides"
-            )
+            raise self.missing(kind, name, made_by)
         return ref
+
+    def missing(self, kind: str, name: str, made_by: str) -> ArtifactMissing:
+        """Return the error for an artifact that the store does not have."""
+        return ArtifactMissing(
+            f"Artifact not found: {self.url}/{self.prefix(kind, name)}. Materialize {made_by} first, with the same "
+            "settings and overrides"
+        )
 
     def manifest(self, kind: str, name: str) -> Manifest | None:
         """Return the validated manifest of an artifact, or None.
@@ -120,15 +110,14 @@ class ArtifactStore:
             manifest = self._parsed(key)
         except FileNotFoundError:
             return None
-        if manifest.kind != kind or (kind != SHARED and manifest.fingerprint != name):
-            raise ManifestError(f"{self.url}/{key}: this manifest belongs to another artifact ({manifest.fingerprint})")
+        check_belongs(manifest, kind, "" if kind == SHARED else name, f"{self.url}/{key}")
         return manifest
 
     def _parsed(self, key: str) -> Manifest:
         try:
-            return parse(self.objects.get(key), f"{self.url}/{key}")
+            return parse(self.objects.get(key, MOST_BYTES), f"{self.url}/{key}")
         except ManifestError:  # a second read corrects a byte flipped in transit
-            return parse(self.objects.get(key), f"{self.url}/{key}")
+            return parse(self.objects.get(key, MOST_BYTES), f"{self.url}/{key}")
 
     def publish(
         self,
@@ -152,7 +141,7 @@ class ArtifactStore:
             fingerprint: Identity of the content.
             made_from: Provenance recorded in the manifest.
             replace: Replace an existing artifact with this name.
-            expected: Known sha256 of files, by path in the artifact.
+            expected: Known sha256 of every file, by path in the artifact.
 
         Returns:
             Reference to the published artifact.
@@ -160,8 +149,9 @@ class ArtifactStore:
         Raises:
             StoreError: If there are no files, a file is a link to outside the folder or changes during the upload, or
                 the store rejects the upload.
+            ForeignContent: If the store has an artifact of this name with other files than `expected`.
         """
-        if not replace and (published := self.find(kind, name)):
+        if not replace and (published := self.find(kind, name, expected)):
             return published
         sources = folder_files(files) if isinstance(files, Path) else dict(files)
         if not sources:
@@ -176,12 +166,15 @@ class ArtifactStore:
             raise
         created = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = Manifest(kind, fingerprint, attempt, entries, created, dict(made_from))
+        if len(manifest.to_json()) > MOST_BYTES:
+            self._forget(keys)
+            raise StoreError(f"{prefix}: {len(entries):,} files are too many for one artifact; pack them into fewer")
         # If this write fails, the manifest may exist or not, so the files are kept; garbage collection decides later
         if replace:
             self.objects.put(f"{prefix}/{MANIFEST}", manifest.to_json())
         elif not self.objects.create(f"{prefix}/{MANIFEST}", manifest.to_json()):
             self._forget(keys)
-            return self.resolve(kind, name, kind)
+            return self.resolve(kind, name, kind, expected)
         return self.ref(kind, name, manifest)
 
     def _upload(
@@ -226,11 +219,11 @@ class ArtifactStore:
         prefix = self.prefix(ref.kind, ref.name)
         entry = self.cache.entry(prefix, ref.attempt)
         entry.hold()
-        manifest = entry.manifest()
+        manifest = self._cached(entry, ref)
         if manifest and entry.serves(manifest, only):
             return entry.folder
         with self.cache.filling(entry, f"fetching {ref.kind}/{ref.name}"):
-            manifest = entry.manifest() or self._manifest_of(ref)
+            manifest = self._cached(entry, ref) or self._manifest_of(ref)
             if manifest.folder == ref.attempt:
                 try:
                     self._fill(prefix, entry, manifest, only)
@@ -253,15 +246,30 @@ class ArtifactStore:
         wanted = next((file.sha256 for file in manifest.files if file.path == path), None)
         with suppress(FileNotFoundError):
             for _ in range(2 if wanted else 0):
-                content = self.objects.get(key)
+                content = self.objects.get(key, MOST_FILE_BYTES)
                 if hashlib.sha256(content).hexdigest() == wanted:
                     return content
         raise CorruptArtifact(f"{self.url}/{key}: missing, or differs from its manifest; materialize again with force")
+
+    def _cached(self, entry: Entry, ref: ArtifactRef) -> Manifest | None:
+        """Return the manifest of a cache entry if it is that of the reference."""
+        manifest = entry.manifest()
+        if manifest is None or ref.content not in ("", manifest.content):
+            return None
+        named = (manifest.kind, manifest.fingerprint, manifest.folder)
+        return manifest if named == (ref.kind, ref.fingerprint, ref.attempt) else None
 
     def _manifest_of(self, ref: ArtifactRef) -> Manifest:
         manifest = self.manifest(ref.kind, ref.name)
         if manifest is None or manifest.fingerprint != ref.fingerprint:
             raise ArtifactMissing(f"{ref.uri}: no longer in the store; materialize it again")
+        # An artifact may be replaced in the meantime, but a base model is shared, and was compared with its source
+        bound = ref.kind == SHARED or manifest.folder == ref.attempt
+        if bound and ref.content not in ("", manifest.content):
+            raise ForeignContent(
+                f"{ref.uri}: its manifest was changed after this run had read it, and names other files; check who may "
+                "write there, then run again"
+            )
         return manifest
 
     def _fill(self, prefix: str, entry: Entry, manifest: Manifest, only: Callable[[str], bool]) -> None:
@@ -272,7 +280,7 @@ class ArtifactStore:
         coming = sum(file.size for file in missing)
         here = manifest.size - sum(file.size for file in absent)
         self.cache.make_room(entry, here + coming, coming)
-        entry.manifest_file.write_bytes(manifest.to_json())
+        modes.write_file(entry.manifest_file, manifest.to_json())
         with Progress(f"fetching {prefix}", coming) as progress:
 
             def fetch(file: FileEntry) -> None:
@@ -308,7 +316,7 @@ class ArtifactStore:
         digest, size, whole = hashlib.sha256(), 0, False
         try:
             # Buffered: on a nearly full disk a raw write may write fewer bytes and only report this by its return value
-            with open(target, "wb") as out:
+            with open(target, "wb", opener=modes.private) as out:
                 for chunk in self.objects.stream(key):
                     if size + len(chunk) > file.size:
                         return False
@@ -341,7 +349,7 @@ class ArtifactStore:
                 key = f"{self.prefix(kind, name)}/{manifest.folder}/{file.path}"
                 try:
                     whole = self._read(key, file, progress)
-                except FileNotFoundError:
+                except (FileNotFoundError, UnreadableObject):
                     whole = False
                 if not whole:
                     bad.append(file.path)
@@ -355,7 +363,7 @@ class ArtifactStore:
 
     def ref(self, kind: str, name: str, manifest: Manifest) -> ArtifactRef:
         uri = f"{self.url}/{self.prefix(kind, name)}/{manifest.folder}"
-        return ArtifactRef(kind, name, manifest.fingerprint, uri, len(manifest.files), manifest.size)
+        return ArtifactRef(kind, name, manifest.fingerprint, uri, len(manifest.files), manifest.size, manifest.content)
 
 
 def open_store(

@@ -14,10 +14,11 @@ from datetime import datetime
 from pathlib import Path
 
 from finetune_assets.progress import gigabytes
+from finetune_assets.store import modes
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.hashing import sha256
 from finetune_assets.store.locks import Lock, exclusive_lock
-from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, parse
+from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, is_plain, parse
 
 FREE_BYTES = 500_000_000
 """Disk space that the cache leaves free, in bytes."""
@@ -33,7 +34,7 @@ class Entry:
     """Location of one attempt at an artifact in the cache.
 
     Attributes:
-        name: Path of the artifact in the store, with `--` in place of `/`.
+        name: Path of the artifact in the store as one name; see `flat`.
         attempt: Name of the attempt's folder, from the manifest.
         root: Folder of the cache.
     """
@@ -132,11 +133,11 @@ class Entry:
             StoreError: If the target folder is a symbolic link to outside the entry.
         """
         target = self.folder / entry.path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        modes.make_folders(target.parent)
         if not target.parent.resolve().is_relative_to(self.folder.resolve()):
             raise StoreError(f"{target}: refusing to write, its folder is a symbolic link; delete {self.folder}")
         os.utime(path, ns=(stamp(manifest), stamp(manifest)))
-        path.chmod(0o444)
+        path.chmod(modes.cached_file_mode())
         path.replace(target)
 
     def remove(self) -> bool:
@@ -180,17 +181,25 @@ class NodeCache:
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
         self.root, self.limit = root, limit
+        if root.is_dir():
+            modes.restrict(root)
 
     def entry(self, prefix: str, attempt: str) -> Entry:
-        """Return the entry for an attempt at an artifact, cached or not."""
-        return Entry(prefix.replace("/", "--"), attempt, self.root)
+        """Return the entry for an attempt at an artifact, cached or not.
+
+        Raises:
+            StoreError: If the attempt is not a plain folder name.
+        """
+        if not is_plain(attempt) or "/" in attempt:
+            raise StoreError(f"{prefix}: '{attempt}' is not the name of a folder in the store")
+        return Entry(flat(prefix), attempt, self.root)
 
     @contextmanager
     def filling(self, entry: Entry, doing: str) -> Iterator[None]:
         """Hold the exclusive right to fetch into an entry. Partial files of a killed process are removed."""
         with exclusive_lock(entry.fill, doing):
             shutil.rmtree(entry.partial, ignore_errors=True)
-            entry.partial.mkdir(parents=True)
+            modes.make_folders(entry.partial)
             try:
                 yield
             finally:
@@ -229,8 +238,8 @@ class NodeCache:
                     f"{self.root}: not enough disk space; {entry.name} needs {gigabytes(coming)}, "
                     f"{gigabytes(max(free, 0))} free. Free some, or set FINETUNE_CACHE to a folder on a larger disk"
                 )
-            (entry.partial / RESERVED).write_text(str(total), encoding="utf-8")
-            entry.folder.mkdir(parents=True, exist_ok=True)  # other processes count the entry from now on
+            modes.write_file(entry.partial / RESERVED, str(total).encode())
+            modes.make_folders(entry.folder)  # other processes count the entry from now on
 
     def entries(self) -> list[Cached]:
         """Return the state of every cache entry."""
@@ -273,7 +282,7 @@ class NodeCache:
         name = f"{prefix}-{uuid.uuid4().hex[:12]}"
         folder, lock = self.root / "work" / name, Lock(self.root / "locks" / f"{name}.work")
         lock.acquire()
-        folder.mkdir(parents=True)
+        modes.make_folders(folder)
         try:
             yield folder
         finally:
@@ -283,7 +292,7 @@ class NodeCache:
     @contextmanager
     def exclusive(self, name: str, doing: str) -> Iterator[None]:
         """Run the block in one process of this machine at a time; see `locks.alone`."""
-        with exclusive_lock(self.root / "locks" / f"{name.replace('/', '--')}.alone", doing):
+        with exclusive_lock(self.root / "locks" / f"{flat(name)}.alone", doing):
             yield
 
     @contextmanager
@@ -308,6 +317,16 @@ class NodeCache:
 def stamp(manifest: Manifest) -> int:
     """Return the modification time of verified files (nanoseconds since 1970); a later write changes it."""
     return int(datetime.fromisoformat(manifest.created).timestamp()) * 10**9
+
+
+def flat(prefix: str) -> str:
+    """Return a path of the store as one name that no other path has, with `--` in place of `/`.
+
+    A path that contains `--` itself, or a `-` beside a `/`, has each of its hyphens encoded.
+    """
+    if any(part in f"/{prefix}/" for part in ("--", "-/", "/-", "%")):
+        prefix = prefix.replace("%", "%25").replace("-", "%2D")
+    return prefix.replace("/", "--")
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -13,3 +13,11 @@ class ArtifactMissing(StoreError):
 
 class CorruptArtifact(StoreError):
     """A file in the store is missing or differs from its manifest."""
+
+
+class ForeignContent(StoreError):
+    """An artifact's files are not those that its name stands for: somebody else wrote it."""
+
+
+class UnreadableObject(StoreError):
+    """One object of the store cannot be read, such as a link; others can."""

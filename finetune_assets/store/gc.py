@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 from finetune_assets.config.schema import StoreConfig
 from finetune_assets.store.artifacts import ATTEMPT, CLAIM, JOBS, MANIFEST, SHARED, ArtifactStore
-from finetune_assets.store.manifest import Manifest, ManifestError, parse
+from finetune_assets.store.errors import UnreadableObject
+from finetune_assets.store.json_object import MOST_BYTES
+from finetune_assets.store.manifest import Manifest, ManifestError, check_belongs, parse
 from finetune_assets.store.objects import ObjectInfo, ObjectStorage
 
 FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
@@ -64,7 +66,7 @@ class Artifact:
     def experiment(self) -> str:
         return str(self.manifest.made_from.get("experiment") or "")
 
-    @property
+    @cached_property
     def refers_to(self) -> set[str]:
         """Fingerprints of the inputs of this artifact."""
         return set(FINGERPRINT.findall(json.dumps(self.manifest.made_from))) - {self.manifest.fingerprint}
@@ -79,20 +81,34 @@ class Inventory:
         attempts: Objects of every attempt at an artifact, by the artifact's prefix and the attempt's name.
         unreadable: Errors of unreadable manifests, by the artifact's prefix.
         records: Small files that refer to artifacts (pins and champions), by key.
+        skipped: Errors of everything else that cannot be read, such as links in a folder, by key.
     """
 
     artifacts: list[Artifact]
     attempts: dict[tuple[str, str], list[ObjectInfo]]
     unreadable: dict[str, str]
     records: dict[str, bytes]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> list[str]:
+        """Errors of everything that cannot be read, one line each."""
+        return [*self.unreadable.values(), *self.skipped.values()]
+
+    @property
+    def incomplete(self) -> set[str]:
+        """Namespaces that may refer to more artifacts than could be read. Base models refer to none."""
+        hidden = (key for key in self.skipped if not any(ATTEMPT.fullmatch(part) for part in key.split("/")))
+        return {key.partition("/")[0] for key in (*self.unreadable, *hidden)} - {SHARED}
 
 
 def inventory(objects: ObjectStorage) -> Inventory:
-    """List all objects of a store once, and read every manifest."""
-    manifests: list[str] = []
-    records: list[str] = []
+    """List all objects of a store once, and read every manifest. What cannot be read is reported, and skipped."""
+    manifests: list[ObjectInfo] = []
+    records: list[ObjectInfo] = []
     attempts: dict[tuple[str, str], list[ObjectInfo]] = defaultdict(list)
-    for stored in objects.listing():
+    skipped: dict[str, str] = {}
+    for stored in objects.listing(skipped=skipped):
         parts = stored.key.split("/")
         at = next((i for i, part in enumerate(parts) if ATTEMPT.fullmatch(part)), None)
         if at is not None:
@@ -100,37 +116,54 @@ def inventory(objects: ObjectStorage) -> Inventory:
         elif parts[-1] == CLAIM:
             attempts["/".join(parts[:-1]), CLAIM].append(stored)
         elif parts[-1] == MANIFEST:
-            manifests.append(stored.key)
+            manifests.append(stored)
         elif len(parts) > 3 and parts[1] == JOBS:
             attempts["/".join(parts[:2]), parts[2]].append(stored)
         elif len(parts) > 2 and parts[1] in ("pins", "champions"):
-            records.append(stored.key)
+            records.append(stored)
     artifacts, unreadable = [], {}
+
+    def read(stored: ObjectInfo) -> tuple[str, bytes | str | None]:
+        return stored.key, _get(objects, stored)
+
     with ThreadPoolExecutor(READERS) as pool:
-        read = {key: raw for key, raw in zip(records, pool.map(partial(_get, objects), records), strict=True) if raw}
-        for key, raw in zip(manifests, pool.map(partial(_get, objects), manifests), strict=True):
-            prefix = key.removesuffix(f"/{MANIFEST}")
+        record_contents = dict(pool.map(read, records))
+        for key, content in pool.map(read, manifests):
+            prefix, where = key.removesuffix(f"/{MANIFEST}"), f"{objects.url}/{key}"
             try:
-                if raw is not None:
-                    artifacts.append(_artifact(prefix, parse(raw, f"{objects.url}/{key}")))
+                if isinstance(content, bytes):
+                    artifacts.append(_artifact(prefix, parse(content, where), where))
+                elif content:
+                    unreadable[prefix] = content
             except ManifestError as e:
                 unreadable[prefix] = str(e)
     artifacts.sort(key=lambda artifact: artifact.manifest.created, reverse=True)
-    return Inventory(artifacts, dict(attempts), unreadable, read)
+    skipped |= {key: content for key, content in record_contents.items() if isinstance(content, str)}
+    read_records = {key: content for key, content in record_contents.items() if isinstance(content, bytes)}
+    return Inventory(artifacts, dict(attempts), unreadable, read_records, skipped)
 
 
-def _get(objects: ObjectStorage, key: str) -> bytes | None:
+def _get(objects: ObjectStorage, stored: ObjectInfo) -> bytes | str | None:
+    """Return an object's content, the error if it cannot be read, or None if it was deleted since the listing."""
     try:
-        return objects.get(key)
-    except FileNotFoundError:  # deleted since the listing
+        if stored.size > MOST_BYTES:
+            raise UnreadableObject(
+                f"{objects.url}/{stored.key}: {stored.size:,} bytes, at most {MOST_BYTES:,} are read; delete it"
+            )
+        return objects.get(stored.key, MOST_BYTES)
+    except FileNotFoundError:
         return None
+    except UnreadableObject as e:
+        return str(e)
 
 
-def _artifact(prefix: str, manifest: Manifest) -> Artifact:
+def _artifact(prefix: str, manifest: Manifest, where: str) -> Artifact:
     first, _, rest = prefix.partition("/")
     if first == SHARED:
+        check_belongs(manifest, SHARED, "", where)
         return Artifact("", SHARED, rest, manifest)
     kind, _, name = rest.partition("/")
+    check_belongs(manifest, kind, name, where)
     return Artifact(first, kind, name, manifest)
 
 
@@ -165,8 +198,9 @@ def plan(
     """Plan the removals from a namespace and from the shared base models.
 
     An artifact of a kind in `retention` is removed if it is older than the limit, is not among the newest to keep, and
-    is not an input of a kept artifact. Files are removed if they are older than the limit and not in a manifest: files
-    of a writer that died, lost a race, or was replaced.
+    is not an input of a kept artifact. Where a manifest or record cannot be read, nothing that it may refer to is
+    removed: no artifact of its namespace, and no base model. Files are removed if they are older than the limit and not
+    in a manifest: files of a writer that died, lost a race, or was replaced.
 
     Args:
         contents: Contents of the store.
@@ -215,7 +249,10 @@ def _kept(
             waiting += [other for other in referred if other.prefix not in kept]
 
     never_collected = Retention(collected=False)
+    incomplete = contents.incomplete
     keep(artifact for artifact in contents.artifacts if artifact.namespace not in ("", namespace))
+    keep(artifact for artifact in contents.artifacts if artifact.namespace in incomplete)
+    keep(artifact for artifact in contents.artifacts if incomplete and artifact.kind == SHARED)
     keep(artifact for artifact in contents.artifacts if artifact.created >= limit)
     keep(artifact for artifact in contents.artifacts if not retention.get(artifact.kind, never_collected).collected)
     ours = [artifact for artifact in contents.artifacts if artifact.namespace == namespace]
@@ -254,10 +291,10 @@ def remove(store: ArtifactStore, removal: Removal) -> bool:
     """Execute a planned removal unless the artifact has changed since; return whether it was executed."""
     key = f"{removal.prefix}/{MANIFEST}"
     try:
-        named = parse(store.objects.get(key), key).folder
+        named = parse(store.objects.get(key, MOST_BYTES), key).folder
     except FileNotFoundError:
         named = ""
-    except ManifestError:
+    except (ManifestError, UnreadableObject):
         return False
     if removal.whole != (named == removal.attempt):
         return False

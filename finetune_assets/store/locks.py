@@ -3,14 +3,20 @@
 import fcntl
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from finetune_assets.store import modes
+from finetune_assets.store.errors import StoreError
+
 POLL_SECONDS = 0.1
 LOG_INTERVAL_SECONDS = 5.0
+EXISTING = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Without O_CREAT, which Linux denies for another user's file in a sticky folder (fs.protected_regular)."""
 logger = logging.getLogger(__name__)
 
 
@@ -18,18 +24,25 @@ class Lock:
     """An advisory lock on a file (flock), shared or exclusive.
 
     An exclusive holder may write a note into the file for waiting processes to read.
+
+    Args:
+        path: The lock file.
+        mode: Mode of a new lock file; by default, that of this project's files.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mode: int | None = None) -> None:
+        self.path, self.mode = path, mode
         self._file: int | None = None
 
     def acquire(self, shared: bool = False, blocking: bool = True) -> bool:
-        """Acquire the lock; return False if another process holds it and `blocking` is False."""
+        """Acquire the lock; return False if another process holds it and `blocking` is False.
+
+        Raises:
+            StoreError: If the lock file is a link, or not a regular file.
+        """
         how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if blocking else fcntl.LOCK_NB)
         while True:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            file = self._open()
             try:
                 fcntl.flock(file, how)
                 if self._is_there(file):
@@ -43,9 +56,29 @@ class Lock:
                 raise
             os.close(file)  # the last holder has removed the file in the meantime
 
+    def _open(self) -> int:
+        """Open the lock file, creating it if it is missing. No link is followed, and only a new file's mode is set."""
+        modes.make_folders(self.path.parent)
+        mode = modes.file_mode() if self.mode is None else self.mode
+        while True:
+            try:
+                file = os.open(self.path, EXISTING)
+            except FileNotFoundError:
+                with suppress(FileExistsError):
+                    file = os.open(self.path, EXISTING | os.O_CREAT | os.O_EXCL, mode)
+                    os.fchmod(file, mode)
+                    return file
+                continue
+            except OSError as e:
+                raise StoreError(f"{self.path}: cannot be locked ({e.strerror}); remove it, or ask its owner to") from e
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                return file
+            os.close(file)
+            raise StoreError(f"{self.path}: cannot be locked (not a regular file); remove it, or ask its owner to")
+
     def _is_there(self, file: int) -> bool:
         try:
-            return os.fstat(file).st_ino == self.path.stat().st_ino
+            return os.path.samestat(os.fstat(file), self.path.lstat())
         except FileNotFoundError:
             return False
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,11 @@ from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, ObjectStore
+from obstore.store import ObjectStore
 
-from finetune_assets.store.errors import StoreError
+from finetune_assets.display import shown_url
+from finetune_assets.store.errors import StoreError, UnreadableObject
+from finetune_assets.store.folder import FULL, Folder
 
 MIB = 1 << 20
 CHUNK = 4 * MIB
@@ -42,7 +44,6 @@ CREDENTIALS_TTL = timedelta(minutes=5)
 CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 EXPIRED = "the credentials have expired; log in again, or set a new AWS_SESSION_TOKEN"
 REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to it"
-FULL = "no space left; free some space, or raise the quota"
 ADVICE = {
     "NoSuchBucket": "bucket not found; create it, or correct FINETUNE_STORE",
     "ExpiredToken": EXPIRED,
@@ -65,13 +66,6 @@ ADVICE = {
     "InvalidBucketName": "invalid bucket name; correct FINETUNE_STORE",
 }
 """Advice for errors that a retry cannot fix, by S3 error code."""
-LOCAL_ADVICE = {
-    "(os error 28)": FULL,
-    "(os error 122)": FULL,
-    "(os error 27)": f"File too large: {FULL}",
-    "(os error 13)": "permission denied; check the owner and mode, or correct FINETUNE_STORE",
-    "(os error 30)": "the file system is read-only",
-}
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -116,50 +110,75 @@ class ObjectStorage:
         scheme, _, rest = self.url.partition("://")
         if "@" in rest and scheme != "file":
             raise StoreError(
-                f"FINETUNE_STORE: the URL must not contain credentials ({scheme}://...@{rest.rpartition('@')[2]}); "
+                f"FINETUNE_STORE: the URL must not contain credentials ({shown_url(self.url)}); "
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         parts = urlsplit(self.url)
         self.is_local = scheme == "file" and rest.startswith("/")
         if not self.is_local and not (scheme == "s3" and parts.netloc and not parts.query and not parts.fragment):
             raise StoreError(
-                f"FINETUNE_STORE: invalid URL '{url}'; use file:///an/absolute/folder or s3://bucket/prefix"
+                f"FINETUNE_STORE: invalid URL '{shown_url(url)}'; use file:///an/absolute/folder or s3://bucket/prefix"
             )
         self.path = rest if self.is_local else parts.path.strip("/")
         self.bucket = "" if self.is_local else parts.netloc
 
     @cached_property
+    def folder(self) -> Folder:
+        return Folder(self.url, Path(self.path))
+
+    @cached_property
     def backend(self) -> ObjectStore:
-        if self.is_local:
-            try:
-                return LocalStore(self.path, mkdir=True)
-            except (OSError, BaseError) as e:
-                reason = str(e).splitlines()[0]
-                raise StoreError(f"FINETUNE_STORE: cannot use '{self.url}' as a folder: {reason}") from e
         environment = hash(tuple(sorted((name, os.environ[name]) for name in os.environ if name.startswith("AWS_"))))
         return _s3_store(self.bucket, self.path, self._connect, environment)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, most: int | None = None) -> bytes:
         """Return an object's content.
+
+        Args:
+            key: Key of the object.
+            most: Largest accepted size in bytes.
 
         Raises:
             FileNotFoundError: If the object does not exist.
+            UnreadableObject: If it is larger than `most`; in a folder, also if it is a link or access is denied.
         """
-        self._refuse_link(key)
-        return self.with_retries(key, lambda: bytes(obstore.get(self.backend, key).bytes()))
+        if self.is_local:
+            with self.folder.open(key) as file:
+                self._check_size(key, os.fstat(file.fileno()).st_size, most)
+                return file.read() if most is None else file.read(most + 1)[:most]
+
+        def attempt() -> bytes:
+            answer = obstore.get(self.backend, key)
+            self._check_size(key, answer.meta["size"], most)
+            return bytes(answer.bytes())
+
+        return self.with_retries(key, attempt)
+
+    def _check_size(self, key: str, size: int, most: int | None) -> None:
+        if most is not None and size > most:
+            raise UnreadableObject(f"{self.url}/{key}: {size:,} bytes, at most {most:,} are read; delete it")
 
     def stream(self, key: str) -> Iterator[bytes]:
         """Yield an object's content in chunks of about 4 MiB. Wrap the read in `with_retries` for error handling."""
-        self._refuse_link(key)
+        if self.is_local:
+            with self.folder.open(key) as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+            return
         for chunk in obstore.get(self.backend, key).stream(min_chunk_size=CHUNK):
             yield memoryview(chunk)  # type: ignore[misc]
 
     def put(self, key: str, content: bytes) -> None:
         """Write a small object, replacing an existing one."""
-        self.with_retries(key, lambda: obstore.put(self.backend, key, content))
+        if self.is_local:
+            self.folder.write(key, [content])
+        else:
+            self.with_retries(key, lambda: obstore.put(self.backend, key, content))
 
     def create(self, key: str, content: bytes) -> bool:
         """Write a small object unless it exists; return whether it now has this content."""
+        if self.is_local:
+            return self.folder.write(key, [content], replace=False) or self.get(key) == content
 
         def attempt() -> bool:
             try:
@@ -179,6 +198,9 @@ class ObjectStorage:
             size: Size in bytes.
             chunks: Starts reading the content; called again for each attempt.
         """
+        if self.is_local:
+            self.folder.write(key, chunks())
+            return
         part = max(PART, -(-size // MAX_PARTS))
 
         def attempt() -> None:
@@ -195,8 +217,17 @@ class ObjectStorage:
 
         self.with_retries(key, attempt)
 
-    def listing(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Yield all objects with a key below `prefix` (matched by whole path segments)."""
+    def listing(self, prefix: str = "", skipped: dict[str, str] | None = None) -> Iterator[ObjectInfo]:
+        """Yield all objects with a key below `prefix` (matched by whole path segments).
+
+        Args:
+            prefix: Key prefix; empty for all objects.
+            skipped: Receives what a folder contains besides objects, such as links: the reason by key.
+        """
+        if self.is_local:
+            for file in self.folder.listing(prefix, {} if skipped is None else skipped):
+                yield ObjectInfo(file.key, file.size, datetime.fromtimestamp(file.modified, UTC))
+            return
         with self.explained(prefix):
             for batch in obstore.list(self.backend, prefix or None):
                 for meta in batch:
@@ -205,7 +236,9 @@ class ObjectStorage:
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; missing ones are ignored."""
         keys = list(keys)
-        if keys:
+        if self.is_local:
+            self.folder.delete(keys)
+        elif keys:
             with self.explained(keys[0]):
                 try:
                     obstore.delete(self.backend, keys)
@@ -214,8 +247,6 @@ class ObjectStorage:
                         raise
                     for key in keys:
                         _delete_if_there(self.backend, key)
-        if self.is_local:
-            _remove_empty_folders(Path(self.path), keys)
 
     def abort_uploads(self, prefix: str, before: datetime, dry_run: bool) -> list[str]:
         """Find unfinished uploads below `prefix` that started before `before`; abort them unless `dry_run`."""
@@ -240,11 +271,9 @@ class ObjectStorage:
             raise StoreError(f"{self.url}: cannot list unfinished uploads ({e})") from e
 
     def _local_uploads(self, prefix: str) -> Iterator[tuple[str, datetime, Callable[[], Any]]]:
-        root = Path(self.path)
-        for staged in (root / prefix).rglob("*#*"):  # obstore's names of files that it has not renamed yet
-            if staged.is_file() and re.search(r"#\d+$", staged.name):
-                began = datetime.fromtimestamp(staged.stat().st_mtime).astimezone()
-                yield staged.relative_to(root).as_posix(), began, staged.unlink
+        for file in self.folder.listing(prefix, {}, staged=True):
+            began = datetime.fromtimestamp(file.modified, UTC)
+            yield file.key, began, lambda key=file.key: self.folder.delete([key])  # type: ignore[misc]
 
     def with_retries(self, key: str, attempt: Callable[[], T]) -> T:
         """Run an operation, retrying transient errors.
@@ -283,15 +312,8 @@ class ObjectStorage:
                 raise StoreError(f"{self.url}: {ADVICE['NoSuchBucket']}") from e
             raise
         except BaseError as e:
-            advice = ADVICE.get(_code(e)) or next((text for sign, text in LOCAL_ADVICE.items() if sign in str(e)), None)
+            advice = ADVICE.get(_code(e))
             raise StoreError(f"{where}: {advice or f'{_summary(e)}; try again later'} ({_code(e) or _kind(e)})") from e
-
-    def _refuse_link(self, key: str) -> None:
-        """Reject symbolic links, which could lead a reader outside a folder store."""
-        if self.is_local:
-            path = Path(self.path) / key
-            if path.resolve() != Path(self.path).resolve() / key:
-                raise StoreError(f"{self.url}/{key}: refusing to follow a symbolic link; remove it")
 
 
 class _Source:
@@ -349,13 +371,6 @@ def _s3_store(bucket: str, prefix: str, connect: Callable[[], Any], environment:
 def _delete_if_there(backend: ObjectStore, key: str) -> None:
     with suppress(FileNotFoundError):
         obstore.delete(backend, key)
-
-
-def _remove_empty_folders(root: Path, keys: Iterable[str]) -> None:
-    for folder in sorted({parent for key in keys for parent in (root / key).parents}, reverse=True):
-        if folder != root and folder.is_relative_to(root):
-            with suppress(OSError):
-                folder.rmdir()
 
 
 def _code(error: Exception) -> str:

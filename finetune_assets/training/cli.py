@@ -22,6 +22,7 @@ def main() -> None:
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     uris = json.loads(args.uris.read_text(encoding="utf-8")) if args.uris else {}
-    job = TrainingPaths(args.base_model, args.dataset, args.output, args.scratch, made_from, args.warm_start)
+    trusted = arguments.trusts(config, args.bases)
+    job = TrainingPaths(args.base_model, args.dataset, args.output, args.scratch, made_from, args.warm_start, trusted)
     with joined() as process, reporter(process, TrackedTraining(config, made_from, uris)) as run_reporter:
         LoraFinetune(job, config, process, run_reporter).run()

@@ -40,11 +40,15 @@ class NewTokens:
         return f"{len(self.texts):,} new tokens, trained as rows of {' and '.join(self.layers)}{resized}"
 
 
-def experiment_tokenizer(folder: Path, config: ExperimentConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model folder, with the tokens that the experiment adds."""
-    return load_tokenizer(
-        str(folder), config.data.tokenization.added_tokens, trust_remote_code=bool(config.model.trust_remote_code)
-    )
+def experiment_tokenizer(folder: Path, config: ExperimentConfig, own_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model folder, with the tokens that the experiment adds.
+
+    Args:
+        folder: Folder of the base model.
+        config: Settings, possibly those of an artifact.
+        own_code: Run the Python code in the folder, because the experiment trusts this version.
+    """
+    return load_tokenizer(str(folder), config.data.tokenization.added_tokens, trust_remote_code=own_code)
 
 
 def resize_embeddings(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig) -> NewTokens:

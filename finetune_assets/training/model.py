@@ -13,6 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
+from finetune_assets.sources.model_sizes import check_sizes, weights_in
+from finetune_assets.training.adapter_config import check_adapter
 from finetune_assets.training.lora_names import linear_names, lora_problem
 from finetune_assets.training.warm_start import warm_start_problem
 from finetune_assets.training.weight_validation import explain, misfit, misquantized, stored_quantization
@@ -42,13 +44,23 @@ def _computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def load_base(folder: Path, model: Model, training: Training, device: torch.device) -> PreTrainedModel:
+def load_base(
+    folder: Path, model: Model, training: Training, device: torch.device, own_code: bool = False
+) -> PreTrainedModel:
     """Load the base model of a local folder onto `device`, quantized according to the settings.
+
+    Args:
+        folder: Folder of the base model.
+        model: Model settings. `trust_remote_code` is not read: they may be those of an artifact.
+        training: Training settings.
+        device: Device of the weights.
+        own_code: Run the Python code in the folder, because the experiment trusts this version; see `arguments.trusts`.
 
     Raises:
         ModelError: if the model cannot be loaded, its weights do not match its config, or the device does not support
             it.
     """
+    check_sizes(folder, weights_in(folder))
     dtype = weights_dtype(model, training, device)
     quantization = _quantization(model, dtype)
     disable_progress_bar()
@@ -62,7 +74,7 @@ def load_base(folder: Path, model: Model, training: Training, device: torch.devi
             device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=bool(model.trust_remote_code),  # None would prompt on stdin
+            trust_remote_code=own_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with their shapes
             # With None, transformers 5.23 ignores the quantization of the folder's own weights
@@ -147,6 +159,7 @@ def _new(base: PreTrainedModel, lora: Lora, token_indices: dict[str, list[int]] 
 
 
 def _warm_started(base: PreTrainedModel, lora: Lora, folder: Path, mixed: bool) -> PeftModel:
+    check_adapter(folder)
     try:
         adapter_config = PeftConfig.from_pretrained(str(folder))
         if problem := warm_start_problem(adapter_config, lora, peft_config(lora, base), base):
@@ -168,6 +181,7 @@ def with_adapter_of(base: PreTrainedModel, folder: Path, name: str = "default") 
     Raises:
         ModelError: if the adapter is incompatible with this base model.
     """
+    check_adapter(folder)
     try:
         return PeftModel.from_pretrained(base, folder, adapter_name=name).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:

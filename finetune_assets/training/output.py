@@ -33,6 +33,7 @@ def save(
     state: dict[str, Any],
     initial_adapter: Path | None,
     rows: int | None,
+    own_code: bool = False,
 ) -> None:
     """Write adapter, tokenizer, resolved configuration, trainer state, provenance and model card.
 
@@ -47,12 +48,13 @@ def save(
             adapter is converted with it, so that it applies to the published base model.
         rows: Number of rows after resizing the embeddings, which is also required to load the adapter; None if they
             were not resized.
+        own_code: Run the base model's own Python code, if its tokenizer requires it.
     """
     initial = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
     # "auto" would save the whole embedding if it was resized, and query the Hub to detect that
     model.save_pretrained(output, save_embedding_layers=False, **initial)
     _name_base(output, made_from)
-    tokenizer = experiment_tokenizer(base_folder, config)
+    tokenizer = experiment_tokenizer(base_folder, config, own_code)
     example = _generation(config, tokenizer, rows)  # of the tokenizer as in training
     save_generation_files(output, base_folder, tokenizer, config)
     (output / CONFIG).write_text(dump(config), encoding="utf-8")

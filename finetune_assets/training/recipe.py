@@ -315,6 +315,7 @@ class LoraFinetune(TrainingSetup):
                 state,
                 self.initial_adapter,
                 self.new_tokens.rows,
+                self.job.own_code,
             )
         numbers = {name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}
         if self.best:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
+from finetune_assets.display import PlainRecords
 from finetune_assets.progress import STEPS, Progress
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.trackers import TRACKERS, TrackedTraining, Tracker
@@ -111,6 +112,7 @@ def reporter(process: DistributedContext, training: TrackedTraining | None = Non
 class _LineHandler(logging.Handler):
     def __init__(self, write_line: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
+        self.addFilter(PlainRecords())
         self.write_line = write_line
 
     def emit(self, record: logging.LogRecord) -> None:

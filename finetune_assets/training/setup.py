@@ -62,9 +62,10 @@ class TrainingSetup:
         where = (
             torch.device("cpu") if self.sharded and self.config.model.quantization == "none" else self.process.device
         )
-        base = load_base(self.job.base_model, self.config.model, self.training, where)
+        base = load_base(self.job.base_model, self.config.model, self.training, where, self.job.own_code)
         self.multiplied_weights = multiplied_weights(base)
-        self.new_tokens = resize_embeddings(base, experiment_tokenizer(self.job.base_model, self.config), self.config)
+        tokenizer = experiment_tokenizer(self.job.base_model, self.config, self.job.own_code)
+        self.new_tokens = resize_embeddings(base, tokenizer, self.config)
         if self.job.warm_start:
             check_begins_with_same(self.new_tokens, self.job.warm_start)
         self.model = with_adapter(base, self.config, self.job.warm_start, self.new_tokens.indices)

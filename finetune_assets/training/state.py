@@ -21,6 +21,7 @@ class TrainingPaths:
         checkpoints: Folder for checkpoints.
         made_from: Fingerprints and names of the inputs, for the provenance.
         warm_start: Folder of the adapter for a warm start.
+        own_code: Run the base model's own Python code, because the experiment trusts its version.
     """
 
     base_model: Path
@@ -29,6 +30,7 @@ class TrainingPaths:
     checkpoints: Path
     made_from: dict[str, Any]
     warm_start: Path | None = None
+    own_code: bool = False
 
 
 @dataclass

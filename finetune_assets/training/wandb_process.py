@@ -12,9 +12,12 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
+
+from finetune_assets.display import shown_url, without_credentials
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run
@@ -41,7 +44,7 @@ def answers(server: str, seconds: float) -> bool:
         except urllib.error.HTTPError as e:
             if e.code < 500:
                 healthy.set()
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):
             pass
         finally:
             finished.set()
@@ -61,6 +64,9 @@ class WandbClient:
     """
 
     def __init__(self, begin: Message, out: "SimpleQueue[Message | None]") -> None:
+        if server := os.environ.get("WANDB_BASE_URL"):
+            # W&B's client authenticates with WANDB_API_KEY alone, and writes its settings to its folder
+            os.environ["WANDB_BASE_URL"] = shown_url(server)
         import wandb
 
         self.wandb, self.begin, self.out = wandb, begin, out
@@ -113,7 +119,7 @@ class WandbClient:
         """Location of the run, and the command that uploads its local folder."""
         online, folder = not self.run.offline, Path(self.run.settings.sync_dir)
         folders = folder if online else folder.with_name(f"offline-run-*-{self.run.id}*")
-        links = {"url": self.run.url, "server": self.server} if online else {}
+        links = {"url": shown_url(self.run.url), "server": self.server} if online else {}
         name = self.begin.get("artifact") or f"{self._adapter_name}:latest"
         artifact = f"{self.run.entity}/{self.run.project}/{name}"
         logged = {"artifact": artifact} if online and self.begin["log_model"] else {}
@@ -176,7 +182,7 @@ class WandbClient:
 
 def _text(error: Exception) -> str:
     key = os.environ.get("WANDB_API_KEY")
-    text = f"{type(error).__name__}: {error}"
+    text = without_credentials(f"{type(error).__name__}: {error}")
     return text.replace(key, "(WANDB_API_KEY)") if key else text
 
 

@@ -27,7 +27,8 @@ from typing import IO, Any
 from finetune_assets.errors import UserError
 from finetune_assets.progress import Progress
 from finetune_assets.progress.relay import from_environment
-from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
+from finetune_assets.store import modes
+from finetune_assets.store.artifacts import SHARED, ArtifactRef, ArtifactStore, open_store
 from finetune_assets.store.checkpoints import Checkpoints, Superseded
 from finetune_assets.worker import gpus, warm
 from finetune_assets.worker.forkserver import TORCHRUN
@@ -70,12 +71,14 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
         (folder / "made_from.json").write_text(json.dumps(spec.made_from), encoding="utf-8")
         uris = {name: ref.uri for name, ref in spec.inputs.items()}
         (folder / "uris.json").write_text(json.dumps(uris), encoding="utf-8")
+        (folder / "bases.json").write_text(json.dumps(_base_versions(spec.inputs)), encoding="utf-8")
         with in_dagster_run() if place.leads else nullcontext():
             inputs = {name: store.fetch(ref) for name, ref in spec.inputs.items()}
         arguments = {
             "config": folder / "config.yaml",
             "made-from": folder / "made_from.json",
             "uris": folder / "uris.json",
+            "bases": folder / "bases.json",
             "output": _created(folder / "output"),
             **inputs,
             **({"scratch": scratch} if spec.scratch else {}),
@@ -114,6 +117,11 @@ def run(spec: JobSpec, place: Place = ALONE) -> ArtifactRef | None:
         return ref
 
 
+def _base_versions(inputs: Mapping[str, ArtifactRef]) -> dict[str, str]:
+    """Version of each base model as `model.trust_remote_code` names it, by name of the input."""
+    return {name: "@".join(ref.name.rsplit("/", 1)) for name, ref in inputs.items() if ref.kind == SHARED}
+
+
 def _publish(store: ArtifactStore, spec: JobSpec, output: Path) -> ArtifactRef:
     return store.publish(output, spec.kind, spec.fingerprint, spec.fingerprint, spec.made_from, spec.replace)
 
@@ -134,7 +142,7 @@ def _scratch(spec: JobSpec, folder: Path) -> Iterator[Path]:
 
 
 def _created(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    modes.make_folders(folder)
     return folder
 
 
@@ -304,7 +312,8 @@ def answer_of(read: Callable[[], JobSpec], place: Place = ALONE) -> dict[str, An
 
 
 def prepare() -> None:
-    """Exit cleanly on SIGTERM, and log progress to the terminal."""
+    """Exit cleanly on SIGTERM, write private files, and log progress to the terminal."""
+    os.umask(modes.umask())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     Progress.display = from_environment()
     in_terminal()

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -18,8 +19,10 @@ from pathlib import Path
 from finetune_assets.errors import UserError
 from finetune_assets.store.locks import Lock
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, TRIES = 0.5, 3
 FOLDER = Path(tempfile.gettempdir()) / "finetune-gpus"
+FOLDER_MODE, LOCK_MODE = 0o1777, 0o666
+"""In a sticky folder, only a file's owner can remove or replace it."""
 logger = logging.getLogger(__name__)
 
 
@@ -48,11 +51,14 @@ def held(processes: str | None, folder: Path | None = None) -> Iterator[list[str
 
     Raises:
         TooFewGPUs: If the machine has fewer GPUs than the job needs.
+        UserError: If the folder or a lock file is not what another job would have created.
     """
     devices = visible()
     count = wanted(processes, devices)
-    folder = folder or _folder()
-    locks = {gpu: Lock(_shared(folder / f"{gpu}.lock")) for gpu in devices}
+    folders = [folder] if folder else _folders()
+    for shared in folders if devices else ():
+        _create_for_all_users(shared)
+    locks = {gpu: Lock(folders[-1] / f"{gpu}.lock", LOCK_MODE) for gpu in devices}
     logged = False
     while True:
         acquired = [gpu for gpu, lock in locks.items() if lock.acquire(blocking=False)]
@@ -73,20 +79,53 @@ def held(processes: str | None, folder: Path | None = None) -> Iterator[list[str
             locks[gpu].release()
 
 
-def _folder() -> Path:
-    """Return the folder of lock files, one per Slurm job, because Slurm numbers the GPUs of each job from 0."""
+def _folders() -> list[Path]:
+    """Return the folder of lock files after its parents.
+
+    There is one per Slurm job, because Slurm numbers the GPUs of each job from 0.
+    """
     slurm = os.environ["SLURM_JOB_ID"] if os.environ.get("SLURM_JOB_GPUS") else ""
-    return FOLDER / slurm
+    return [FOLDER, FOLDER / slurm] if slurm else [FOLDER]
 
 
-def _shared(path: Path) -> Path:
-    """Create a file that every user of this machine can lock."""
-    with suppress(PermissionError):  # already created by another user
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.parent.chmod(0o777)
-        path.touch()
-        path.chmod(0o666)
-    return path
+def _create_for_all_users(path: Path) -> None:
+    """Create a folder in which every user of this machine can create files, and nobody can replace others' files.
+
+    Raises:
+        UserError: If another user has created something else at the path.
+    """
+    with suppress(FileExistsError):
+        path.mkdir()
+    for _ in range(TRIES):
+        if _is_for_all_users(path):
+            return
+        time.sleep(POLL_SECONDS)  # another user creates it at this moment
+    raise UserError(
+        f"{path}: owned by another user, and not of mode {FOLDER_MODE:o}, so that jobs of several users cannot lock "
+        "GPUs safely; ask its owner to remove it"
+    )
+
+
+def _is_for_all_users(path: Path) -> bool:
+    """Whether a folder has the mode for all users, which is set if this user owns the folder.
+
+    Raises:
+        UserError: If it is a link, or not a folder.
+    """
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as e:
+        raise UserError(f"{path}: not a folder of GPU locks ({e.strerror}); remove it, or ask its owner to") from e
+    try:
+        status = os.fstat(folder)
+        if stat.S_IMODE(status.st_mode) & FOLDER_MODE == FOLDER_MODE:
+            return True
+        if status.st_uid != os.geteuid():
+            return False
+        os.fchmod(folder, FOLDER_MODE)
+        return True
+    finally:
+        os.close(folder)
 
 
 def wanted(processes: str | None, devices: list[str]) -> int:

@@ -15,7 +15,7 @@ from finetune_assets.artifacts.kinds import KINDS
 from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.errors import UserError
 from finetune_assets.store.artifacts import ATTEMPT, NAME, ArtifactRef
-from finetune_assets.store.manifest import is_plain
+from finetune_assets.store.manifest import SHA256, is_plain
 
 MODULES = (
     "finetune_assets.training",
@@ -125,8 +125,8 @@ class JobSpec:
 def from_json(text: str) -> JobSpec:
     """Parse and validate the JSON written by `JobSpec.to_json`.
 
-    Whoever may write to the store may replace a job's specification, so nothing in it is trusted: a job runs a worker
-    of this project, and its names lead neither out of the store nor out of the cache.
+    Everyone with write access to the store can replace a job's specification, so nothing in it is trusted: a job runs a
+    worker of this project, and its names lead neither out of the store nor out of the cache.
 
     Raises:
         JobInvalid: If the specification is incomplete, or has an unknown key or an invalid value.
@@ -234,4 +234,5 @@ _VALID_REF: dict[str, Callable[[Any], bool]] = {
     "uri": lambda value: _is_text(value) and bool(ATTEMPT.fullmatch(value.rpartition("/")[2])),
     "files": _is_count,
     "size": _is_size,
+    "content": lambda value: value == "" or _matches(SHA256)(value),
 }

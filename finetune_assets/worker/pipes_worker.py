@@ -19,12 +19,14 @@ from dagster_pipes import (
     PipesS3MessageWriterChannel,
 )
 
+from finetune_assets.display import PlainRecords
 from finetune_assets.store.objects import boto3_client
 
 
 def in_terminal() -> None:
     """Print this project's log messages on stderr."""
     package, terminal = logging.getLogger("finetune_assets"), logging.StreamHandler(sys.stderr)
+    terminal.addFilter(PlainRecords())
     terminal.setFormatter(logging.Formatter("%(message)s"))
     package.setLevel(logging.INFO)
     package.addHandler(terminal)

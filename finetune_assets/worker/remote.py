@@ -29,8 +29,8 @@ class RemoteJob:
         store: URL of the store.
         namespace: Namespace in the store.
         id: Identifier of the job.
-        digest: sha256 of the job's specification, which the engine passes to each machine on the command line. Whoever
-            may write to the store cannot change it.
+        digest: sha256 of the job's specification, which the engine passes to each machine on the command line. It
+            cannot be changed by writing to the store.
         connect: Returns a boto3 S3 client.
     """
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,55 @@ def test_an_adapter_that_the_store_has_not_is_not_verified(
     code, said, _ = run(capsys, "adapter", "verify", str(copy))
     assert code == 1
     assert project.store.url in said
+
+
+def test_a_tampered_adapter_is_not_verified_by_what_another_namespace_published(
+    project: TestProject,
+    champion: ArtifactRef,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Mallory publishes the tampered files under the same fingerprint, in a namespace of his own."""
+    copy = Path(shutil.copytree(project.store.fetch(champion), tmp_path / "copy"))
+    weights = copy / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    sums = subprocess.run("sha256sum $(ls | grep -v SHA256SUMS)", shell=True, cwd=copy, capture_output=True, text=True)
+    (copy / "SHA256SUMS").chmod(0o644)
+    (copy / "SHA256SUMS").write_text(sums.stdout)
+    fingerprint = champion.fingerprint
+    theirs = replace(project, namespace="mallory").store
+    theirs.publish(copy, "adapters", fingerprint, fingerprint, {"experiment": "demo"})
+    code, said, _ = run(capsys, "adapter", "verify", str(copy))
+    assert code == 1
+    assert said.count("adapter_model.safetensors:") == 1
+    assert "namespace tests" in said
+    code, said, _ = run(capsys, "adapter", "verify", str(copy), "--namespace", "mallory")
+    assert code == 0, "asked for, it says whose adapter it is"
+    assert said.count("namespace mallory") == 2
+    assert "Champion 1 of demo" not in said
+    code, said, _ = run(capsys, "adapter", "verify", str(copy), "--namespace", "nobody")
+    assert code == 1
+    assert "nobody" in said
+
+
+def test_no_date_chooses_among_several_adapters_of_one_fingerprint(
+    project: TestProject, champion: ArtifactRef, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(project.store.fetch(champion), tmp_path / "copy"))
+    fingerprint = champion.fingerprint
+    project.store.publish(copy, "stacks", fingerprint, fingerprint, {"experiment": "demo"})
+    code, _, err = run(capsys, "adapter", "verify", str(copy))
+    assert code == 1
+    assert f"tests/adapters/{fingerprint}" in err
+    assert f"tests/stacks/{fingerprint}" in err
+    manifest = project.store.manifest("adapters", fingerprint)
+    assert manifest
+    project.store.objects.delete([f"tests/stacks/{fingerprint}/manifest.json"])
+    newer = replace(manifest, created="2999-01-01T00:00:00+00:00", files=())
+    project.store.objects.put(f"tests/adapters/{'d' * 64}/manifest.json", newer.to_json())
+    code, _, _ = run(capsys, "adapter", "verify", str(copy))
+    assert code == 0, "a manifest in another artifact's place is unreadable"
 
 
 def test_updates_are_shown_and_drawn(champion: ArtifactRef, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ SETTING = {
     "trusted code of another version": Case(
         "cached_base_model",
         ["model.trust_remote_code", "owner/x@" + "0" * 40, "packaged/demo-base@"],
-        overrides=["model.trust_remote_code=owner/x@" + "0" * 40],
+        edited(DEMO, ": demo-base", ": demo-base\n  trust_remote_code: owner/x@" + "0" * 40),
     ),
 }
 ROWS = {

@@ -3,10 +3,12 @@
 All other bad inputs are tested without a command line in test_bad_inputs.
 """
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
-from integration.cli import materialize
+from integration.cli import environment, materialize
 from projects import TestProject
 
 from finetune_assets.sources.local import SAMPLE
@@ -39,6 +41,14 @@ def test_broken_line(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> N
     fails_and_names(["quarantine", "1 of 51", "rows.jsonl:51"])
     assert not project.published("tokenized")
     assert not project.leftovers()
+
+
+@pytest.mark.system
+def test_a_run_prints_no_warnings_of_other_packages(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONWARNINGS")
+    command = [sys.executable, "-m", "finetune_assets.cli", "run", "demo", "--select", "dolly_raw,cached_base_model"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    assert "Warning" not in run.stdout + run.stderr
 
 
 @pytest.mark.system

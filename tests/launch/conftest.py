@@ -54,7 +54,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpe
     modules = tmp_path / "modules"
     modules.mkdir()
     (modules / "worker_main.py").write_text(WORKER)
-    monkeypatch.setenv("PYTHONPATH", str(modules))
+    monkeypatch.setenv("PYTHONPATH", str(modules), prepend=os.pathsep)
     monkeypatch.setenv("FINETUNE_WORKER_MODULES", "worker_main")
     store = open_store(os.environ.get("FINETUNE_STORE") or f"file://{tmp_path}/store", "me", tmp_path / "cache")
     data = tmp_path / "data"

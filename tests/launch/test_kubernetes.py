@@ -27,7 +27,7 @@ from finetune_assets.config.cluster import KubernetesJob, LauncherSettings
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.launch import kubernetes
 from finetune_assets.launch.engines import Launcher
-from finetune_assets.launch.manifests import headless_service, indexed_job, merged, pod_spec
+from finetune_assets.launch.manifests import headless_service, indexed_job, job_name, merged, network_policy, pod_spec
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.store.artifacts import open_store
 from finetune_assets.store.objects import ObjectStorage
@@ -98,7 +98,9 @@ def test_job_ends_in_an_artifact(in_s3: None, job: Make, tmp_path: Path, api: Se
     ref = store.find("adapters", "f1")
     assert ref
     assert (store.fetch(ref) / "x.txt").read_text() == "HELLO"
-    assert [tree["kind"] for tree in api.created] == (["Pod"] if nodes == (1, 1) else ["Job", "Service"])
+    assert [tree["kind"] for tree in api.created] == (
+        ["Pod"] if nodes == (1, 1) else ["NetworkPolicy", "Job", "Service"]
+    )
 
 
 @SYSTEM
@@ -244,7 +246,8 @@ def test_manifests_are_what_kubernetes_knows(job: Make, settings: LauncherSettin
     remote = RemoteJob(spec.store, spec.namespace, "abc-123")
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod_spec(spec, remote)}
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "x", "uid": "u"}
-    for tree in (pod, indexed_job(spec, remote, {"A": "b"}), headless_service(spec, remote, owner)):
+    policy = network_policy(spec, remote)
+    for tree in (pod, indexed_job(spec, remote, {"A": "b"}), headless_service(spec, remote, owner), policy):
         kubernetes_validate.validate(tree, kubernetes_server.VERSION, strict=True)
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate({**pod, "spec": {**pod["spec"], "gpu": 1}}, kubernetes_server.VERSION, strict=True)
@@ -266,6 +269,68 @@ def test_what_is_set_is_asked_for(job: Make) -> None:
     assert pod["nodeSelector"] == {"gpu": "h100"}
     assert pod["serviceAccountName"] == "finetune"
     assert pod["priorityClassName"] == "low"
+
+
+@pytest.mark.parametrize("nodes", [(1, 1), (2, 2), (1, 4)])
+def test_pod_has_no_token_of_the_api_server_unless_its_settings_mount_it(job: Make, nodes: tuple[int, int]) -> None:
+    def mounts(**settings: object) -> object:
+        spec = job("good", "1", nodes, **settings)
+        remote = RemoteJob(spec.store, spec.namespace, "abc")
+        made = pod_spec(spec, remote) if nodes == (1, 1) else indexed_job(spec, remote, {})["spec"]["template"]["spec"]
+        return made["automountServiceAccountToken"]
+
+    assert mounts() is False
+    assert mounts(kubernetes=KubernetesJob(service_account="finetune", pod={"priorityClassName": "low"})) is False
+    assert mounts(kubernetes=KubernetesJob(pod={"automountServiceAccountToken": True})) is True
+
+
+def test_pod_gets_the_hash_of_its_job(job: Make) -> None:
+    spec = job("good", "1")
+    remote = RemoteJob.begin(spec)
+    (container,) = pod_spec(spec, remote)["containers"]
+    assert container["command"][-4:] == [spec.store, "me", remote.id, remote.digest]
+    assert len(remote.digest) == 64
+    remote.end()
+
+
+def test_only_the_pods_of_a_job_reach_each_other(job: Make) -> None:
+    spec = job("good", "1", (2, 2))
+    remote, another = (RemoteJob(spec.store, spec.namespace, name) for name in ("abc-1", "abc-2"))
+    policy = network_policy(spec, remote)
+    its_labels = indexed_job(spec, remote, {})["spec"]["template"]["metadata"]["labels"]
+    other_labels = indexed_job(spec, another, {})["spec"]["template"]["metadata"]["labels"]
+    (rule,) = policy["spec"]["ingress"]
+    (source,) = rule["from"]
+    assert rule.keys() == {"from"}, "on any port: the ranks' are chosen as they start"
+    for selector in (policy["spec"]["podSelector"], source["podSelector"]):
+        (label,) = selector["matchLabels"].items()
+        assert label in its_labels.items()
+        assert label not in other_labels.items()
+    assert source.keys() == {"podSelector"}, "of this namespace only"
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert policy["metadata"]["name"] == job_name(remote)
+
+
+@SYSTEM
+def test_policy_is_there_before_the_pods_and_until_they_have_ended(job: Make, api: Server) -> None:
+    spec = job("sleep", "1", (2, 2))
+    process = start(spec, api)
+    wait_for(lambda: len(started(api)) == 2)
+    (policy,) = [tree for (kind, _), tree in api.objects.items() if kind == "networkpolicies"]
+    assert [owner["kind"] for owner in policy["metadata"]["ownerReferences"]] == ["Job"]
+    assert [tree["kind"] for tree in api.created][:2] == ["NetworkPolicy", "Job"]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=SECONDS)
+    last = [request for request in api.requests if request.startswith(("DELETE", "GET pods"))]
+    assert last[-1] == "DELETE networkpolicies/NAME", "after the last look at the pods"
+
+
+def test_role_that_knows_no_policies_refuses_a_job_of_several_machines_only(job: Make, api: Server) -> None:
+    """A Role of an earlier version."""
+    api.refused_kinds = {"networkpolicies"}
+    assert "403" in error(run(job("good", "1", (2, 2))))
+    assert [tree["kind"] for tree in api.created] == []
+    assert run(job("good", "1")).success
 
 
 def test_no_secret_is_in_a_manifest(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@
 """
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,11 +274,49 @@ def test_what_is_set_is_asked_for(job: Make) -> None:
         "--no-kill",
     }
     assert arguments[-1] == "--constraint=h100", "the last wins"
-    script = slurm.script(spec, RemoteJob(spec.store, "me", "abc"))
+    script = slurm.script(spec, RemoteJob(spec.store, "me", "abc", "0" * 64))
+    assert f"{spec.store} me abc {'0' * 64}" in script
     assert "--cpus-per-task=64" in script
     assert "/opt/python -m finetune_assets.worker.node" in script
     least = slurm.arguments(job("good"), "finetune-x", Path("/logs/x.log"))
     assert not [flag for flag in least if flag.startswith(("--signal", "--time", "--mem", "--gpus", "--no-kill"))]
+
+
+RECORDING = """#!/bin/sh
+env > {folder}/{name}.env
+cat > {folder}/{name}.input
+echo 7
+"""
+
+
+def test_environment_of_a_job_is_not_that_of_sbatch(
+    says: Says, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable of the loader or of a search path is set by the script; none replaces a variable of the launcher."""
+    for name in ("sbatch", "srun"):
+        (tmp_path / "bin" / name).write_text(RECORDING.format(folder=tmp_path, name=name))
+        (tmp_path / "bin" / name).chmod(0o755)
+    tricky = "a b'c\"$(touch pwned)\n#SBATCH --uid=0"
+    settings = {"PATH": "/nowhere", "LD_PRELOAD": "", "PYTHONPATH": "/nowhere", "NCCL_DEBUG": tricky, "GIVEN": "theirs"}
+    monkeypatch.setenv("PYTHONPATH", "/own")
+    spec = job("good", environment={**settings, "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin:/nowhere"})
+    remote = RemoteJob(spec.store, "me", "abc")
+    number = SlurmEngine()._submit(spec, remote, "finetune-x", tmp_path / "x.log", {"GIVEN": "ours"})
+    assert number == "7"
+    submitted = (tmp_path / "sbatch.env").read_text()
+    assert "/nowhere" not in submitted
+    assert "NCCL_DEBUG" not in submitted
+    assert "LD_PRELOAD" not in submitted
+    assert "PYTHONPATH=/own" in submitted.splitlines()
+    script = (tmp_path / "sbatch.input").read_text()
+    slurms = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    inherited = {**os.environ, **slurms, "GIVEN": "ours"}
+    subprocess.run(["/bin/sh"], input=script, env=inherited, cwd=tmp_path, text=True, check=True)
+    started = (tmp_path / "srun.env").read_text()
+    assert "PYTHONPATH=/nowhere" in started.splitlines()
+    assert f"NCCL_DEBUG={tricky}" in started
+    assert "GIVEN=ours" in started.splitlines()
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_job_goes_on_while_its_store_is_away(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def test_run_and_terminal_tell_of_what_is_published_and_fetched(
     (modules / "job_main.py").write_text(
         "import sys, pathlib\nout = sys.argv[sys.argv.index('--output') + 1]\npathlib.Path(out, 'x').write_text('x')\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(modules))
+    monkeypatch.setenv("PYTHONPATH", str(modules), prepend=os.pathsep)
     monkeypatch.setenv("FINETUNE_WORKER_MODULES", "job_main")
     store = open_store(f"file://{tmp_path}/store", "me", tmp_path / "cache")
 

@@ -14,7 +14,7 @@ from reading.blocks import Block, blocks
 from finetune_assets.config import loading
 
 SECONDS = 900
-COPIED = ("configs", "Makefile", "pyproject.toml", "constraints.txt", "workspace.yaml")
+COPIED = ("configs", "Makefile", "pyproject.toml", "requirements", "workspace.yaml")
 LOADERS = {
     "experiments": lambda file: loading.load_experiment(file.parents[1], file.stem),
     "sweeps": lambda file: loading.load_sweep(file.parents[1], file.stem),

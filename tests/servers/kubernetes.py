@@ -72,6 +72,8 @@ class Server:
     requests: list[str] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
     refuses: str = ""
+    refused_kinds: set[str] = field(default_factory=set)
+    """What the Role of its client does not name."""
     away: float = 0
     """Until when it answers 503, on the monotonic clock."""
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -315,6 +317,8 @@ def _answer(http: BaseHTTPRequestHandler, server: Server) -> None:
         return _send(http, 503, _status(503, "ServiceUnavailable", "the server is being upgraded"))
     if server.refuses and http.command == "POST":
         return _send(http, 403, _status(403, "Forbidden", server.refuses))
+    if kind in server.refused_kinds:
+        return _send(http, 403, _status(403, "Forbidden", f"{kind} is forbidden"))
     server.refresh()
     if log:
         return _log(http, server, name, query)

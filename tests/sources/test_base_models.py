@@ -27,7 +27,7 @@ def files(**more: bytes) -> dict[str, bytes]:
 
 
 def collect_into(source: BaseModelSource, target: Path, trusted: bool = False) -> None:
-    for name, path in collect(source, trusted).items():
+    for name, path in collect(source, trusted)[0].items():
         shutil.copyfile(path, target / name)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_assets.errors import UserError
 from finetune_assets.worker.gpus import TooFewGPUs, held, visible
 
 
@@ -88,3 +90,69 @@ def test_waits_until_a_killed_job_lets_go(four: Path) -> None:
     waiting.kill()
     waiting.wait()
     job.wait()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can play another user")
+@pytest.mark.parametrize("planted", ["lock file", "folder", "missing file"])
+def test_a_link_of_another_user_changes_no_mode(four: Path, tmp_path: Path, planted: str) -> None:
+    """Mallory replaces a lock, or the folder, by a link to a file of the user who locks it."""
+    secret = tmp_path / "secret"
+    secret.mkdir(mode=0o700)
+    if planted != "missing file":
+        (secret / "0.lock").write_text("mine")
+        (secret / "0.lock").chmod(0o600)
+    if planted == "folder":
+        four.symlink_to(secret)
+    else:
+        four.mkdir()
+        four.chmod(0o1777)
+        (four / "0.lock").symlink_to(secret / "0.lock")
+        os.lchown(four / "0.lock", 65534, 65534)
+    with pytest.raises(UserError, match=str(four)), held("1", four):
+        pass
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o700
+    if planted == "missing file":
+        assert list(secret.iterdir()) == []
+    else:
+        assert stat.S_IMODE((secret / "0.lock").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "folder as lock"])
+def test_what_is_no_lock_is_one_clear_error(four: Path, kind: str) -> None:
+    if kind == "file":
+        four.write_text("")
+    else:
+        four.mkdir()
+        four.chmod(0o1777)
+        (os.mkfifo if kind == "pipe" else os.mkdir)(four / "0.lock")
+    with pytest.raises(UserError, match=str(four)), held("1", four):
+        pass
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can play another user")
+def test_a_folder_in_which_others_can_replace_locks_is_refused(four: Path) -> None:
+    four.mkdir()
+    four.chmod(0o777)
+    os.chown(four, 65534, 65534)
+    with pytest.raises(UserError, match=str(four)), held("1", four):
+        pass
+    assert stat.S_IMODE(four.stat().st_mode) == 0o777
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_the_folder_is_sticky_and_locks_are_for_all_users(four: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with held("1", four):
+            assert stat.S_IMODE(four.stat().st_mode) == 0o1777
+            assert {stat.S_IMODE(lock.stat().st_mode) for lock in four.iterdir()} == {0o666}
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_of_an_earlier_version_of_ones_own_is_made_sticky(four: Path) -> None:
+    four.mkdir()
+    four.chmod(0o777)
+    with held("1", four) as gpus:
+        assert gpus == ["0"]
+    assert stat.S_IMODE(four.stat().st_mode) == 0o1777

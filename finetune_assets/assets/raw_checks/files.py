@@ -4,6 +4,7 @@ import dagster as dg
 
 from finetune_assets.assets.materialization import fraction_check
 from finetune_assets.assets.raw_checks.check import RawCheck, Version
+from finetune_assets.display import message
 
 FILES = 3
 """Maximum number of files that the message names."""
@@ -11,16 +12,14 @@ FILES = 3
 
 def _schema(version: Version) -> dg.AssetCheckResult:
     files = version.statistics["files_without_rows"]
-    message = (
-        f"No valid rows in {', '.join(files[:5])}; see the check quarantine for reasons"
+    text = (
+        message(f"No valid rows in {', '.join(files[:5])}; see the check quarantine for reasons")
         if files
         else "All files have valid rows"
     )
     if files:
-        version.context.log.error(f"Check schema failed: {message}")
-    return dg.AssetCheckResult(
-        passed=not files, check_name="schema", description=message, metadata={"files": len(files)}
-    )
+        version.context.log.error(f"Check schema failed: {text}")
+    return dg.AssetCheckResult(passed=not files, check_name="schema", description=text, metadata={"files": len(files)})
 
 
 def _quarantine(version: Version) -> dg.AssetCheckResult:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
+from finetune_assets.data.chat.limits import check_template
 from finetune_assets.data.chat.rendered import Span
 from finetune_assets.data.errors import DataError, RefusedRow
 
@@ -44,6 +45,7 @@ class Jinja:
         self.marked = MARKS_GENERATION.search(template) is not None
         self.special = tokenizer.special_tokens_map
         self.template = template.removesuffix("\n") + FIXED if CLOCK in template else template
+        check_template(self.name, template, self.special)
 
     def render(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None, prompt: bool = False
@@ -73,8 +75,9 @@ class Jinja:
                 add_generation_prompt=prompt,
                 **self.special,
             )
-        except TemplateSyntaxError as e:
+        except (TemplateSyntaxError, SyntaxError) as e:
             raise DataError(f"{self.name}: invalid chat template: {e}; repair chat_template.jinja") from e
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
-            raise RefusedRow(f"rejected by the tokenizer's chat template: {e}") from e
+        except Exception as e:  # a template is a program, which may raise any: too long a text, a division by zero
+            reason = str(e) or type(e).__name__
+            raise RefusedRow(f"rejected by the tokenizer's chat template: {reason}") from e
         return text, tuple((int(start), int(end)) for start, end in spans[0]) if self.marked else ()

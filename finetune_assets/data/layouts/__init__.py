@@ -21,6 +21,7 @@ from finetune_assets.data.layouts.layout import Layout
 from finetune_assets.data.layouts.objectives import MARKS, refuse_other_objectives
 from finetune_assets.data.layouts.turn_keys import WEIGHT_KEYS
 from finetune_assets.data.layouts.values import Values, is_empty, shortened
+from finetune_assets.data.readers.records import MAX_COLUMNS
 from finetune_assets.data.rows import Row
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -33,8 +34,13 @@ COMMON = {"category": ("category",), "system": ("system", "system_prompt", "syst
 """Columns of every layout."""
 JOINED = (CONVERSATION, INSTRUCTION)
 """Layouts that read each other's columns, by `join_turns`."""
+LONGEST_NAME = 200
+"""Characters of a key up to which it may be a misspelt name; names that the settings choose may be longer."""
 NAMED = 1_000
 """Maximum number of columns of a file that are remembered, because keys may be data."""
+CACHED_KEYS, COMPARED_KEYS, MOST_COMPARED = 100, 100, 20_000
+"""Keys of a row up to which their study is remembered; unknown keys of a row, and of a file, that are compared with the
+known ones, which takes a quarter of a millisecond each."""
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 ATTRIBUTES = frozenset(
     "id ids uuid guid key keys idx index hash md5 sha number num no nr count len length size chars tokens time date "
@@ -81,6 +87,7 @@ class RowReader:
             name: (self._given[name],) if name in self._given else tuple(key for key in group if key not in taken)
             for name, group in known.items()
         }
+        self._compared = 0
         self._study = lru_cache(maxsize=1_000)(self._study_keys)
         self._unread = lru_cache(maxsize=1_000)(self._unread_keys)
 
@@ -90,10 +97,19 @@ class RowReader:
         Raises:
             BadRow: with the reason, if the row is invalid.
         """
+        try:
+            return self._read(row)
+        except RecursionError as e:
+            raise BadRow("values are nested too deeply; flatten or remove them") from e
+
+    def _read(self, row: Any) -> Row:
         if not isinstance(row, dict):
             raise BadRow(f"expected a JSON object, found {shortened(row)}")
+        if len(row) > MAX_COLUMNS:
+            raise BadRow(f"{len(row):,} keys; at most {MAX_COLUMNS:,} are supported")
         keys = tuple(row)
-        study = self._study(keys)
+        few = len(keys) <= CACHED_KEYS
+        study = self._study(keys) if few else self._study_keys(keys)
         if self._ignore:
             row = {key: value for key, value in row.items() if key not in self._ignore}
         for key, meant, column in study.misspelt:
@@ -110,7 +126,7 @@ class RowReader:
         system, category = values.text("system"), _category(values)
         layout = next((layout for layout in LAYOUTS if values.pick(layout.marker)), LAYOUTS[-1])
         good = layout.read(values, category, system)
-        for key in self._unread(keys, LAYOUTS.index(layout)):
+        for key in (self._unread if few else self._unread_keys)(keys, LAYOUTS.index(layout)):
             if key in self._ignore or not is_empty(row[key]):
                 self._count_ignored(key)
         if layout is CONVERSATION:
@@ -129,9 +145,15 @@ class RowReader:
 
     def _study_keys(self, keys: tuple[str, ...]) -> _Study:
         named = {*self._given.values(), *self._ignore}
-        self.keys |= {key: None for key in keys if len(self.keys) < NAMED or key in named}
+        self.keys |= dict.fromkeys(keys if len(self.keys) < NAMED else named.intersection(keys))
         known = {name: column for column, group in self._names.items() for name in group}
-        unknown = (key for key in keys if not (key in known or key in self._ignore or _is_attribute(key)))
+        unknown = [
+            key
+            for key in keys
+            if len(key) <= LONGEST_NAME and not (key in known or key in self._ignore or _is_attribute(key))
+        ]
+        unknown = unknown[: min(COMPARED_KEYS, MOST_COMPARED - self._compared)]
+        self._compared += len(unknown)
         near = ((key, get_close_matches(key, known, 1, 0.75)) for key in unknown)
         names = {
             column: tuple(name for name in group if name in keys) or group[:1] for column, group in self._names.items()

@@ -1,6 +1,7 @@
 """Tool definitions and tool calls of conversations, converted to JSON texts in OpenAI's form."""
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from finetune_assets.data.errors import BadRow
@@ -12,6 +13,8 @@ CALL_KEYS = OUTER_KEYS | INNER_KEYS
 """Keys of a call without `function`."""
 NULLABLE = ("default", "const")
 """Keys of a JSON schema for which null is a value."""
+MAX_LEVELS = 100
+"""Levels of lists and objects inside of each other in definitions and calls, which are read again in later steps."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that carry no content."""
 
@@ -122,8 +125,8 @@ def from_json(value: Any, where: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' occurs twice")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key '{twice}' occurs twice")
     return values
 
 
@@ -132,8 +135,19 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _text(values: list[dict[str, Any]], where: str) -> str:
+    _check_levels(values, where)
     try:
         text = json.dumps(values, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as e:
         raise BadRow(f"{where} cannot be written as JSON: {e}") from e
     return utf8(text, where)
+
+
+def _check_levels(values: Any, where: str) -> None:
+    level = [values]
+    for _ in range(MAX_LEVELS):
+        parts = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for part in parts for item in part if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise BadRow(f"{where}: more than {MAX_LEVELS} levels of values")

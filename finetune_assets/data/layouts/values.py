@@ -3,11 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from finetune_assets.data.errors import BadRow
 from finetune_assets.data.rows import Row, Turn
 from finetune_assets.data.sensitive import masked
+
+MOST_KEYS, MOST_SHOWN = 100, 10_000
+"""Keys of a row, and characters of a value, that are searched for secrets before the first of them are shown."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Values:
         """
         names, value = self.names.get(column) or (column,), self.pick(column)
         if value is None and required and not any(key in self.row for key in names):
-            keys = masked(", ".join(map(str, self.row)))[:200] or "no keys"
+            keys = masked(", ".join(map(str, islice(self.row, MOST_KEYS)))[:MOST_SHOWN])[:200] or "no keys"
             objects = next((key for key, value in self.row.items() if _holds_objects(value)), "")
             rows = f"; if '{objects}' holds the rows, write that array alone" if objects else ""
             raise BadRow(
@@ -145,5 +149,9 @@ def utf8(text: str, where: str) -> str:
 
 def shortened(value: Any) -> str:
     """A value of the source as messages show it: as JSON, without secrets, and not too long."""
-    text = masked(json.dumps(value, ensure_ascii=True, default=str))
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=str)
+    except (RecursionError, ValueError):
+        return "a value that is nested too deeply"
+    text = masked(text[:MOST_SHOWN])
     return text if len(text) <= 60 else f"{text[:57]}..."

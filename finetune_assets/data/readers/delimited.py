@@ -7,7 +7,7 @@ that no closing quote is missing.
 
 import csv
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +15,15 @@ from typing import TextIO
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.readers.opening import open_text, read_start
 from finetune_assets.data.readers.quotes import Quotes
-from finetune_assets.data.readers.records import MAX_ROW_BYTES, Records, SourceRecord, Unreadable, kept
+from finetune_assets.data.readers.records import (
+    MAX_COLUMNS,
+    MAX_ROW_BYTES,
+    Records,
+    SourceRecord,
+    Unreadable,
+    count_blank,
+    kept,
+)
 from finetune_assets.data.sensitive import masked
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
@@ -94,6 +102,7 @@ class _Table:
         self.held_size = 0
 
     def records(self) -> Records:
+        blank = 0
         while True:
             self.lines.seen = []
             start = self.lines.number + 1
@@ -105,7 +114,9 @@ class _Table:
                 yield from self._broken(e, start)
                 continue
             if not fields:
+                blank = count_blank(blank, self.path, start)
                 continue
+            blank = 0
             record = self._record(fields, start)
             if self.doubt or isinstance(record, Unreadable):
                 yield from self._in_doubt(record, start)
@@ -223,6 +234,8 @@ def _header(reader: Iterator[list[str]], path: Path, delimiter: str) -> list[str
         raise DataError(
             f"{path}:1: the header has a single column, {shown!r}; separate columns by {SEPARATORS[delimiter]}"
         )
-    if twice := next((name for name in header if header.count(name) > 1), None):
+    if len(header) > MAX_COLUMNS:
+        raise DataError(f"{path}:1: {len(header):,} columns; at most {MAX_COLUMNS:,} are supported")
+    if twice := next((name for name, count in Counter(header).items() if count > 1), None):
         raise DataError(f"{path}:1: duplicate column '{twice}' in the header; give each column a unique name")
     return header

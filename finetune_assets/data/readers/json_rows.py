@@ -2,12 +2,22 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.readers.opening import BYTE_ORDER_MARK, open_bytes, open_text, read_start
-from finetune_assets.data.readers.records import MAX_ROW_BYTES, Records, SourceRecord, Unreadable, kept
+from finetune_assets.data.readers.records import (
+    MAX_ROW_BYTES,
+    MAX_SKIPPED_BYTES,
+    Records,
+    SourceRecord,
+    Unreadable,
+    count_blank,
+    kept,
+    too_long,
+)
 
 CHUNK = 1 << 20
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
@@ -49,25 +59,29 @@ def _refuse_single_object(begins: bytes, path: Path) -> None:
 
 
 def _json_lines(file: BinaryIO, path: Path) -> Records:
-    number = 0
+    number = blank = 0
     while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
-            yield Unreadable(number, _too_long(len(line) + _skip_line(file, line)), kept(line))
+            yield Unreadable(number, too_long(len(line) + _skip_line(file, line, path, number)), kept(line))
         elif line.strip():
+            blank = 0
             yield _parsed(line, number, path)
+        else:
+            blank = count_blank(blank, path, number)
 
 
-def _skip_line(file: BinaryIO, line: bytes) -> int:
+def _skip_line(file: BinaryIO, line: bytes, path: Path, number: int) -> int:
     skipped = 0
     while line and not line.endswith(b"\n"):
         line = file.readline(CHUNK)
         skipped += len(line)
+        if skipped > MAX_SKIPPED_BYTES:
+            raise DataError(
+                f"{path}:{number}: no end of the line within {MAX_SKIPPED_BYTES:,} bytes, so the file is refused; "
+                "write one JSON object per line"
+            )
     return skipped
-
-
-def _too_long(size: int) -> str:
-    return f"row of {size:,} bytes exceeds the maximum of {MAX_ROW_BYTES:,}; split or remove it"
 
 
 def _parsed(line: bytes, number: int, path: Path) -> SourceRecord | Unreadable:
@@ -118,8 +132,7 @@ def _number_of_keys(value: Any) -> int:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise DuplicateKey(f"duplicate key '{twice}': all values but the last would be lost")
     return row
 
@@ -136,6 +149,8 @@ def _json_array(file: TextIO, path: Path) -> Records:
             yield SourceRecord(line, value)
         except DuplicateKey as e:
             yield Unreadable(line, str(e), kept(text))
+        except RecursionError as e:
+            yield Unreadable(line, f"cannot be read: {e}", kept(text))
         if not array.at("]"):
             array.skip(",")
             if array.at("]"):

@@ -4,10 +4,11 @@ import gzip
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO
 
 from finetune_assets.data.errors import DataError
 
+CHUNK = 1 << 18
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs"
 LFS_PROBLEM = "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository, then copy the file again"
@@ -28,14 +29,54 @@ NOT_TEXT = {
 """First bytes of files that are not text of rows, despite the file extension."""
 
 
+FREE_BYTES, EXPANSION = 16 << 20, 200
+"""Decompressed size up to which a file may have any ratio, and the maximum ratio beyond. Rows compress to a tenth."""
+
+
+class _Bounded(io.RawIOBase):
+    """A decompressed file that ends with an error where a few bytes expand to gigabytes.
+
+    Args:
+        path: The file.
+        decompressed: Its decompressed content.
+        consumed: Number of compressed bytes read so far.
+    """
+
+    def __init__(self, path: Path, decompressed: Any, consumed: Callable[[], int]) -> None:
+        self.path, self.decompressed, self.consumed, self.count = path, decompressed, consumed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = int(self.decompressed.readinto(buffer))
+        self.count += size
+        if self.count > FREE_BYTES and self.count > EXPANSION * self.consumed():
+            raise DataError(
+                f"{self.path}: decompresses to more than {EXPANSION} times its size, so the whole file is refused; "
+                "decompress it first if this is intended"
+            )
+        return size
+
+    def close(self) -> None:
+        self.decompressed.close()
+        super().close()
+
+
+def _open_gzip(path: Path) -> BinaryIO:
+    file = gzip.GzipFile(path)
+    return io.BufferedReader(_Bounded(path, file, file.fileobj.tell), CHUNK)  # type: ignore[union-attr]
+
+
 def _open_zstd(path: Path) -> BinaryIO:
     import pyarrow as pa
 
-    return io.BufferedReader(cast("io.RawIOBase", pa.input_stream(str(path), compression="zstd")))
+    source = pa.OSFile(str(path))
+    return io.BufferedReader(_Bounded(path, pa.CompressedInputStream(source, "zstd"), source.tell), CHUNK)
 
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.GzipFile,
+    ".gz": _open_gzip,
     ".zst": _open_zstd,
 }
 """How a compressed file is opened, by file extension. Python's readers of .bz2 and .xz ignore what follows a damaged or

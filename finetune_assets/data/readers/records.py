@@ -5,8 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune_assets.data.errors import DataError
+
 MAX_ROW_BYTES = 16 << 20
 """Maximum size of a row; far beyond any context window, far below what would exhaust the memory."""
+MAX_COLUMNS = 10_000
+"""Maximum number of columns of a table, and of keys of a row."""
+MAX_BLANK_LINES = 100_000
+"""Maximum number of blank lines between two rows."""
+MAX_SKIPPED_BYTES = 256 << 20
+"""Size of a row up to which only the row is quarantined; a file with a longer one is refused."""
 KEPT_CHARACTERS = 100_000
 """Maximum number of characters of a bad row's text kept in the quarantine."""
 
@@ -63,3 +71,19 @@ def kept(text: bytes | str) -> str:
         if isinstance(part, bytes)
         else part.encode(errors="backslashreplace").decode()
     )
+
+
+def count_blank(blank: int, path: Path, line: int) -> int:
+    """Number of blank lines in a row, with one more.
+
+    Raises:
+        DataError: if there are more than `MAX_BLANK_LINES`, which a small compressed file may have without end.
+    """
+    if blank >= MAX_BLANK_LINES:
+        raise DataError(f"{path}:{line}: more than {MAX_BLANK_LINES:,} blank lines; remove them")
+    return blank + 1
+
+
+def too_long(size: int) -> str:
+    """Reason why a row of this size, in bytes, is not read."""
+    return f"row of {size:,} bytes exceeds the maximum of {MAX_ROW_BYTES:,}; split or remove it"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training import arguments, output
+from finetune_assets.training.adapter_config import check_adapter
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.embeddings import experiment_tokenizer, resize_embeddings
 from finetune_assets.training.model import ModelError, load_base
@@ -28,12 +29,13 @@ def main() -> None:
     config.wandb = None
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     with joined() as process, reporter(process) as log:
-        base = load_base(args.base_model, config.model, config.training, process.device)
-        rows = resize_embeddings(base, experiment_tokenizer(args.base_model, config), config).rows
+        own_code = arguments.trusts(config, args.bases)
+        base = load_base(args.base_model, config.model, config.training, process.device, own_code)
+        rows = resize_embeddings(base, experiment_tokenizer(args.base_model, config, own_code), config).rows
         model = stacked(base, config, folders)
         assert config.stack is not None
         log.write_line(f"Combined {', '.join(config.stack.adapters)} with method {config.stack.method}")
-        output.save(args.output, model, args.base_model, config, made_from, vars(TrainerState()), None, rows)
+        output.save(args.output, model, args.base_model, config, made_from, vars(TrainerState()), None, rows, own_code)
 
 
 def stacked(base: torch.nn.Module, config: ExperimentConfig, folders: list[Path]) -> PeftModel:
@@ -56,6 +58,8 @@ def stacked(base: torch.nn.Module, config: ExperimentConfig, folders: list[Path]
     sparse = settings.method.startswith(("ties", "dare", "magnitude"))
     torch.manual_seed(config.training.seed)  # the dare methods drop values at random
     try:
+        for folder in folders:
+            check_adapter(folder)
         model = PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
         for name, folder in zip(names[1:], folders[1:], strict=True):
             model.load_adapter(str(folder), adapter_name=name)
