@@ -79,6 +79,8 @@ def show(experiment: str, plan: "Plan") -> None:
     out.print()
     if plan.work:
         out.print(f"steps     {plan.work.steps:,}\ntokens    {plan.work.tokens:,}")
+        if plan.work.evaluations:
+            out.print(f"measured  {plan.work.evaluations:,} times, about {plan.work.evaluation_share:.1%} of the time")
     estimate = "unknown:" if plan.hours is None else f"{duration(plan.hours)}, from"
     out.print(f"time      {estimate} {plan.known_from}")
     if plan.cost is not None:

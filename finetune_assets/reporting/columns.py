@@ -43,6 +43,7 @@ COLUMNS = (
     Column("run loss", "loss_challenger", "{:.4f}"),
     *(Column(metric.title, f"{metric.name}_challenger", metric.form) for metric in ANSWER_METRICS),
     Column("forgetting", "forgetting", "{:+.3f}"),
+    Column("published step", "published_step", "{:,.0f}"),
     Column("tokens/s", "tokens_per_second", "{:,.0f}"),
     Column("MFU", "mfu", "{:.0%}"),
     Column("peak GiB", "peak_memory_mib", "{:.1f}", 1 / 1024),
