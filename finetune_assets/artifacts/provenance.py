@@ -1,4 +1,4 @@
-"""Typed access to the provenance of an artifact, `made_from`, which whoever may write to the store has written."""
+"""Typed access to the provenance of an artifact, `made_from`; anybody with access to the store may have written it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from finetune_assets.errors import UserError
 
 CONFIG, MOST_BYTES = "config.json", 16 << 20
@@ -56,9 +58,16 @@ def check_sizes(folder: Path, weight_bytes: int | None = None) -> None:
             raise ModelSizeError(f"{path}: {problem}; download or save the model again")
 
 
-def weights_in(folder: Path) -> int:
-    """Size of the weights in a folder, in bytes."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weights_in(folder: Path) -> int | None:
+    """Size of the weights in a folder, in bytes; None if there are none, or a file of them is damaged."""
+    files = [*folder.glob("*.safetensors")]
+    try:
+        for path in files:
+            with safe_open(path, "pt"):
+                pass
+    except (OSError, SafetensorError):
+        return None
+    return sum(path.stat().st_size for path in files) or None
 
 
 def _problems(config: dict[str, Any], numbers: int | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ class CorruptArtifact(StoreError):
 
 
 class ForeignContent(StoreError):
-    """An artifact's files are not those that its name stands for: somebody else wrote it."""
+    """An artifact's files are not those that its name identifies: somebody else wrote it."""
 
 
 class UnreadableObject(StoreError):

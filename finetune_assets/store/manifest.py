@@ -161,9 +161,9 @@ def check_files(manifest: Manifest, expected: Mapping[str, str], where: str) -> 
         path = min(path for path in actual.keys() | expected.keys() if actual.get(path) != expected.get(path))
         found, known = (hashes.get(path, "no such file")[:12] for hashes in (actual, expected))
         raise ForeignContent(
-            f"{where}: {path} has other content than the name of this artifact stands for (sha256 {found}, expected "
-            f"{known}); somebody else wrote it, and it is not used. Check who may write there, then materialize the "
-            "asset again with force"
+            f"{where}: {path} does not have the content that the name of this artifact identifies (sha256 {found}, "
+            f"expected {known}); somebody else wrote it, and it is not used. Check who may write there, then "
+            "materialize the asset again with force"
         )
 
 

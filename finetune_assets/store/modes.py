@@ -35,7 +35,7 @@ def file_mode() -> int:
 
 
 def cached_file_mode() -> int:
-    """Mode of verified files, which nobody is to change."""
+    """Mode of verified files, which must not change."""
     return 0o440 if has_group_access() else 0o400
 
 

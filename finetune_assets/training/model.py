@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
-from finetune_assets.sources.model_sizes import check_sizes, weights_in
+from finetune_assets.sources.model_sizes import ModelSizeError, check_sizes, weights_in
 from finetune_assets.training.adapter_config import check_adapter
 from finetune_assets.training.lora_names import linear_names, lora_problem
 from finetune_assets.training.warm_start import warm_start_problem
@@ -60,7 +60,10 @@ def load_base(
         ModelError: if the model cannot be loaded, its weights do not match its config, or the device does not support
             it.
     """
-    check_sizes(folder, weights_in(folder))
+    try:
+        check_sizes(folder, weights_in(folder))
+    except ModelSizeError as e:
+        raise ModelError(f"model.base_model: {model.base_model} cannot be loaded: {e}") from e
     dtype = weights_dtype(model, training, device)
     quantization = _quantization(model, dtype)
     disable_progress_bar()

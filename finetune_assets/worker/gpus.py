@@ -89,7 +89,7 @@ def _folders() -> list[Path]:
 
 
 def _create_for_all_users(path: Path) -> None:
-    """Create a folder in which every user of this machine can create files, and nobody can replace others' files.
+    """Create a folder in which every user of this machine can create files, and cannot replace others' files.
 
     Raises:
         UserError: If another user has created something else at the path.

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from projects import TestProject
 
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, STACKS
@@ -63,11 +64,18 @@ def test_what_an_evaluation_needs_from_outside_is_named_where_it_is_missing(proj
     assert lineage("evaluation.general_tokens=0").general_text() is None
     with pytest.raises(UserError, match=r"evaluation\.general_text: './gone\.txt'"):
         lineage("evaluation.general_text=./gone.txt").general_text()
+    settings = yaml.safe_load((project.configs / "experiments" / "demo.yaml").read_text())
+
+    def with_tasks(folder: str):  # type: ignore[no-untyped-def]
+        evaluation = settings["evaluation"] | {"lm_eval": {"tasks": ["mine"], "folder": folder}}
+        project.write_experiment("demo", yaml.safe_dump(settings | {"evaluation": evaluation}))
+        return Project().lineage("demo")
+
     with pytest.raises(UserError, match=r"evaluation\.lm_eval\.folder: .*gone"):
-        lineage("evaluation.lm_eval={tasks: [mine], folder: ./gone}").lm_eval_tasks()
+        with_tasks("./gone").lm_eval_tasks()
     (project.root / "tasks").mkdir()
     (project.root / "tasks" / "mine.yaml").write_text("task: mine")
-    once, twice = (lineage("evaluation.lm_eval={tasks: [mine], folder: ./tasks}") for _ in range(2))
+    once, twice = (with_tasks("./tasks") for _ in range(2))
     once.fingerprint(EVALUATIONS, lora_adapter=ArtifactRef(ADAPTERS.folder, "a", "f" * 64, "", 0, 0))
     assert project.published("imports") == [], "computing an identity publishes nothing"
     assert once.import_external_inputs() == twice.import_external_inputs()

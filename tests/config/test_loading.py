@@ -258,10 +258,10 @@ def test_a_folder_and_an_unreadable_file_are_named(configs: Path, monkeypatch: p
         with pytest.raises(ConfigError, match=rf"{name}\.yaml: "):
             load_experiment(configs, name)
 
-    def refused(path: Path, **_: object) -> str:
+    def refused(path: Path, *_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(ConfigError, match=r"base\.yaml: .*Permission denied"):
         load_experiment(configs, "demo")
 

@@ -21,17 +21,16 @@ from finetune_assets.training.model import ModelError, load_base
 
 CPU = torch.device("cpu")
 UP = "model.layers.0.mlp.up_proj.weight"
-TRUSTED = "owner/name@" + "0" * 40
 IDS = torch.arange(40)[None]
 
 
-def load(folder: Path, **model: Any) -> PreTrainedModel:
-    return load_base(folder, Model(str(folder), **model), Training(), CPU).eval()
+def load(folder: Path, own_code: bool = False, **model: Any) -> PreTrainedModel:
+    return load_base(folder, Model(str(folder), **model), Training(), CPU, own_code).eval()
 
 
 @torch.inference_mode()
-def logits(folder: Path, **model: Any) -> torch.Tensor:
-    return load(folder, **model)(input_ids=IDS).logits
+def logits(folder: Path, own_code: bool = False, **model: Any) -> torch.Tensor:
+    return load(folder, own_code, **model)(input_ids=IDS).logits
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights are cut": (cut_weights, "SafetensorError"),
     "weights are gone": (lambda folder: (folder / "model.safetensors").unlink(), "OSError"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-    "config is no table": (lambda folder: (folder / "config.json").write_text("[]"), "model_type"),
+    "config is no table": (lambda folder: (folder / "config.json").write_text("[]"), "config.json"),
     "config of a wrong type": (lambda folder: configure(folder, hidden_size="abc"), "hidden_size"),
     "heads that do not divide": (lambda folder: configure(folder, num_attention_heads=7), "attention heads"),
     "quantized in a way unknown": (lambda folder: configure(folder, quantization_config={"bits": 4}), "quant"),
@@ -237,13 +236,13 @@ def test_own_code_is_refused_without_asking(own_code: Path, monkeypatch: pytest.
 def test_own_code_runs_where_it_is_trusted(own_code: Path) -> None:
     tensors = load_file(own_code / "model.safetensors")
     mixed = torch.nn.functional.linear(tensors["embed.weight"][IDS], tensors["mix.weight"], tensors["mix.bias"])
-    assert torch.allclose(logits(own_code, trust_remote_code=TRUSTED), mixed @ tensors["lm_head.weight"].T, atol=1e-5)
+    assert torch.allclose(logits(own_code, own_code=True), mixed @ tensors["lm_head.weight"].T, atol=1e-5)
 
 
 def test_own_code_that_fails_is_reported(own_code: Path) -> None:
     (own_code / "bigram.py").write_text("raise LookupError('out of luck')")
     with pytest.raises(ModelError) as error:
-        load(own_code, trust_remote_code=TRUSTED)
+        load(own_code, own_code=True)
     assert names(error, "model.base_model", own_code, "LookupError: out of luck")
 
 

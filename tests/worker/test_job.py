@@ -126,6 +126,7 @@ INVALID_INPUTS: list[tuple[str, str, Any]] = [
     ("dataset", "uri", 7),
     ("dataset", "files", "3"),
     ("dataset", "size", -1),
+    ("dataset", "content", "abc"),
     ("dataset", "fingerprint", {"a": 1}),
     ("dataset", "trusted", True),
 ]
