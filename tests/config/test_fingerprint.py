@@ -45,7 +45,8 @@ def changed(*overrides: str) -> list[bool]:
         ("data.num_samples=10", True, True, True),
         ("evaluation.samples=3", False, False, True),
         ("training.logging_steps=1", False, False, False),
-        ("training.eval_steps=5", False, False, False),
+        ("training.eval_steps=5", False, True, True),  # the best step is published
+        ("training.keep=last", False, False, False),
         ("training.save_steps=5", False, False, False),
         ("training.processes_per_node=2", False, False, False),
         ("launcher={engine: slurm, nodes: 2, time_limit: '1:00:00'}", False, False, False),

@@ -112,8 +112,10 @@ with joined() as process:
     mine = folder / str(rank)
     said["without"] = checkpoint.load_newest(mine, None, {}, process)
     if rank == last:
-        checkpoint.save(mine, None, {"optimizer": Part()}, {"step": 7, "history": [0.1]}, 2)
-    said["log"] = checkpoint.load_newest(mine, None, {"optimizer": Part()}, process)
+        best = {"a": torch.arange(6) / 5}
+        checkpoint.save(mine, None, {"optimizer": Part()}, {"step": 7, "history": [0.1]}, 2, best)
+    restored = checkpoint.load_newest(mine, None, {"optimizer": Part()}, process)
+    said["log"], said["best"] = restored.log, restored.best["a"].tolist()
     said["weights"], said["moments"] = weights["a"].tolist(), state["moments"].tolist()
     (folder / f"said-{rank}").write_text(json.dumps(said))
 """
@@ -145,5 +147,6 @@ def test_ranks_exchange_values_and_checkpoints_without_pickles(tmp_path: Path) -
         assert heard[0]["bytes"] == ["", bytes([last, 0, 255]).hex()]
         assert heard[0]["without"] is None
         assert heard[0]["log"] == {"step": 7, "history": [0.1]}
+        assert heard[0]["best"] == [pytest.approx(number / 5) for number in range(6)]
         assert heard[0]["weights"] == [pytest.approx(number / 7) for number in range(6)]
         assert heard[0]["moments"] == [pytest.approx(number / 3) for number in range(5)]

@@ -54,7 +54,7 @@ def test_each_line_and_the_record_hold_what_was_promised(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     state = json.loads((run.job.output / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["history"]] == [1, 2, 3, 4]
-    assert [entry["step"] for entry in state["history"] if "held_out_loss" in entry] == [2]
+    assert [entry["step"] for entry in state["history"] if "held_out_loss" in entry] == [2, 4]
     for entry, line in zip(state["history"], lines, strict=True):
         assert line.startswith(f"step {entry['step']}/4")
         values = [f"{entry['loss']:.4f}", f"{entry['grad_norm']:.3f}", f"{entry['learning_rate']:.2e}"]
