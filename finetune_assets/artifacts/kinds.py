@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune_assets.config.step_selection import selection_identity
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, Model
+from finetune_assets.config.step_selection import selection_identity
 from finetune_assets.store.artifacts import CHECKPOINTS as CHECKPOINTS_FOLDER
 from finetune_assets.store.artifacts import SHARED
 from finetune_assets.store.gc import Retention
