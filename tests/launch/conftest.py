@@ -63,7 +63,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobSpe
     ref = store.publish(data, "raw", "d", "d", {})
 
     def make(body: str, processes: str | None = "1", nodes: tuple[int, int] = (1, 1), **settings: Any) -> JobSpec:
-        (modules / "worker_body.py").write_text(HELPERS + BODIES[body])
+        worker_body, text = modules / "worker_body.py", HELPERS + BODIES[body]
+        if not worker_body.exists() or worker_body.read_text() != text:  # a worker may be importing it
+            worker_body.write_text(text)
         return JobSpec(
             module="worker_main",
             config="a: 1\n",
