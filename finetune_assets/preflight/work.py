@@ -48,8 +48,7 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Trai
                 largest = max(largest, (int(lengths[batch].sum()), batch))
     members = [example for sequence in largest[1] for example in sequences[sequence]]
     validation = int(Examples.read(dataset / "val.arrow").lengths.sum())
-    per_step = float(lengths.sum()) / len(lengths) * training.macro_batch_size
-    evaluations = Selection.of(training, validation, per_step).evaluations(order.steps)
+    evaluations = Selection.of(training, validation, lengths).evaluations(order.steps)
     return TrainingWork(
         order.steps,
         read,

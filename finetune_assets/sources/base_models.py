@@ -1,6 +1,5 @@
 """Sources of base models: the package, a local folder, or the Hub at a pinned commit."""
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -15,7 +14,8 @@ from finetune_assets.config.errors import suggest
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.errors import UserError
 from finetune_assets.sources import hub
-from finetune_assets.sources.model_sizes import check_sizes
+from finetune_assets.sources.json_files import read_json_object
+from finetune_assets.sources.model_sizes import AGAIN, check_sizes
 from finetune_assets.store.hashing import sha256
 
 PACKAGED = {"demo-base": Path(__file__).parent.parent / "sample" / "base_model"}
@@ -179,13 +179,7 @@ def _weights(folder: Path, names: Collection[str], where: str) -> set[str]:
 
 
 def _read_json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise BaseModelError(f"{where}: {path.name} is not JSON ({e}); download or save the model again") from e
-    if not isinstance(tree, dict):
-        raise BaseModelError(f"{where}: {path.name} is not a JSON object; download or save the model again")
-    return tree
+    return read_json_object(path, f"{where}: {path.name}", BaseModelError, AGAIN)
 
 
 def _check_weights(path: Path, repo: str) -> None:

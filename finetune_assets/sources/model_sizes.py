@@ -1,6 +1,5 @@
 """Refuses a model whose config.json names sizes that its weights cannot have, before anything is allocated."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetune_assets.errors import UserError
+from finetune_assets.sources.json_files import read_json_object
 
 CONFIG, MOST_BYTES = "config.json", 16 << 20
+AGAIN = "download or save the model again"
 LIMITS: dict[tuple[str, ...], int] = {
     ("num_hidden_layers", "n_layer", "n_layers", "num_layers"): 10_000,
     ("hidden_size", "n_embd", "d_model", "dim"): 1_000_000,
@@ -45,17 +46,10 @@ def check_sizes(folder: Path, weight_bytes: int | None = None) -> None:
     path = folder / CONFIG
     if not path.is_file():
         return
-    if path.stat().st_size > MOST_BYTES:
-        raise ModelSizeError(f"{path}: {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} are supported")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ModelSizeError(f"{path}: is not JSON ({e}); download or save the model again") from e
-    if not isinstance(tree, dict):
-        raise ModelSizeError(f"{path}: is not a JSON object; download or save the model again")
+    tree = read_json_object(path, f"{path}:", ModelSizeError, AGAIN, MOST_BYTES)
     for config in (tree, *(value for value in tree.values() if isinstance(value, dict))):
         for problem in _problems(config, None if weight_bytes is None else weight_bytes * NUMBERS_PER_BYTE):
-            raise ModelSizeError(f"{path}: {problem}; download or save the model again")
+            raise ModelSizeError(f"{path}: {problem}; {AGAIN}")
 
 
 def weights_in(folder: Path) -> int | None:

@@ -1,11 +1,11 @@
 """Checks the configuration of an adapter from elsewhere, before PEFT matches its patterns with the names of modules."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.config.patterns import pattern_problem
 from finetune_assets.errors import UserError
+from finetune_assets.sources.json_files import read_json_object
 
 ADAPTER_CONFIG, MOST_BYTES, MOST_NAMES, LARGEST_RANK = "adapter_config.json", 16 << 20, 10_000, 65_536
 PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
@@ -27,14 +27,7 @@ def check_adapter(folder: Path) -> None:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return  # loading reports it
-    if path.stat().st_size > MOST_BYTES:
-        raise AdapterConfigError(f"{path}: {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} are supported")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise AdapterConfigError(f"{path}: is not JSON ({e}); copy the adapter again") from e
-    if not isinstance(config, dict):
-        raise AdapterConfigError(f"{path}: is not a JSON object; copy the adapter again")
+    config = read_json_object(path, f"{path}:", AdapterConfigError, "copy the adapter again", MOST_BYTES)
     for key in (*PATTERNS, "layers_to_transform"):
         value = config.get(key)
         if isinstance(value, list | dict) and len(value) > MOST_NAMES:

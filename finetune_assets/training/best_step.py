@@ -5,12 +5,12 @@ The held-out loss is that of the validation split. The gate's rows have no part 
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune_assets.config.schema import Training
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
 
 EVALUATION_SHARE = 0.05
 """Maximum share of the training's time for evaluations with `eval_steps: auto`."""
@@ -56,18 +56,19 @@ class Selection:
     min_improvement: float
 
     @staticmethod
-    def of(training: Training, validation_tokens: int, tokens_per_step: float) -> "Selection":
+    def of(training: Training, validation_tokens: int, lengths: "np.ndarray[Any, Any]") -> "Selection":
         """Resolve the settings for a dataset; without validation tokens, nothing is evaluated.
 
         Args:
             training: Settings of the training.
             validation_tokens: Number of tokens in the validation split.
-            tokens_per_step: Mean number of tokens in an optimizer step.
+            lengths: Length of each training sequence in tokens.
         """
         every = training.eval_steps
         if every is None or not validation_tokens:
             return Selection(None, False, None, 0.0)
         if every == "auto":
+            tokens_per_step = float(lengths.sum()) / len(lengths) * training.macro_batch_size
             cost = FORWARD_SHARE * validation_tokens / tokens_per_step
             every = max(1, math.ceil(cost / EVALUATION_SHARE))
         return Selection(int(every), training.keep != "last", training.patience, training.min_improvement)
@@ -99,18 +100,3 @@ class Selection:
     def evaluations(self, steps: int) -> int:
         """Number of evaluations during `steps` steps, if training does not stop early."""
         return sum(self.is_due(step, steps) for step in range(1, steps + 1))
-
-
-@dataclass
-class KeptWeights:
-    """The adapter of the best step, on the CPU.
-
-    Attributes:
-        weights: Its weights by name, as PEFT saves them; empty before the first evaluation.
-    """
-
-    weights: "dict[str, Tensor]"
-
-    def keep(self, weights: "dict[str, Tensor]") -> None:
-        """Copy the current weights."""
-        self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}

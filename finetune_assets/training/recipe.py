@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finetune_assets.artifacts.layout import UTILISATION
 from finetune_assets.config.schema import ExperimentConfig
@@ -16,7 +17,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
 from finetune_assets.training import checkpoint, divergence, memory, output
 from finetune_assets.training.batches import collate
-from finetune_assets.training.best_step import BestStep, KeptWeights, Selection
+from finetune_assets.training.best_step import BestStep, Selection
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.order import GlobalBatchSampler, evaluation_batches
@@ -81,10 +82,8 @@ class LoraFinetune(TrainingSetup):
         self.log.steps = self.order.steps
         self.optimizer = make_optimizer(self.parameters, self.training, self.process.device)
         self.scheduler = make_scheduler(self.optimizer, self.training, self.order.steps)
-        validation_tokens, tokens = int(self.val.lengths.sum()), float(self.lengths.sum())
-        per_step = tokens / len(self.lengths) * self.training.macro_batch_size
-        self.selection = Selection.of(self.training, validation_tokens, per_step)
-        self.kept = KeptWeights({})
+        self.selection = Selection.of(self.training, int(self.val.lengths.sum()), self.lengths)
+        self.best_weights: dict[str, Tensor] = {}
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=self.precision == "fp16")
 
     @property
@@ -95,7 +94,7 @@ class LoraFinetune(TrainingSetup):
         restored = checkpoint.load_newest(self.job.checkpoints, self.model, self._parts, self.process)
         if restored:
             self.log = TrainerState(**{**restored.log, "active": self.log.active})
-            self.kept = KeptWeights(restored.best)
+            self.best_weights = restored.best
             self.reporter.write_line(f"Resuming from checkpoint at step {self.log.step}")
 
     def _describe(self) -> None:
@@ -148,7 +147,8 @@ class LoraFinetune(TrainingSetup):
         """Keep the adapter if its held-out loss is the lowest so far, and stop if patience is exhausted."""
         best = self.selection.counted(self.best, step, loss)
         if best.step == step and self.selection.keeps_best and self.process.writes:
-            self.kept.keep(checkpoint.weights_of(self.model))
+            weights = checkpoint.weights_of(self.model)
+            self.best_weights = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
         if self.selection.stops(best):
             best.saved_steps = self.order.steps - step
         self.log.best = vars(best)
@@ -157,7 +157,7 @@ class LoraFinetune(TrainingSetup):
         """Replace the adapter by that of the best step."""
         self.log.held_out_loss["after"] = best.held_out_loss
         if self.process.writes and best.step != self.log.step:
-            checkpoint.set_weights(self.model, self.kept.weights, self.process.device)
+            checkpoint.set_weights(self.model, self.best_weights, self.process.device)
 
     def _work(self) -> Iterator[tuple[int, StepBatches]]:
         """Iterate over the remaining steps; each is prepared while the previous one is computed."""
@@ -288,8 +288,8 @@ class LoraFinetune(TrainingSetup):
             return
         if self.process.writes:
             keep = self.training.save_total_limit
-            best = self.kept.weights
-            checkpoint.save(self.job.checkpoints, self.model, self._parts, vars(self.log), keep, best)
+            log = vars(self.log)
+            checkpoint.save(self.job.checkpoints, self.model, self._parts, log, keep, self.best_weights)
         self.process.barrier()
         if self.stopping:
             step = f"{self.log.step}/{self.order.steps}"

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training.conftest import FinishedRun, configured
 from training.measuring import die_at
@@ -120,7 +121,8 @@ def test_a_first_loss_that_is_not_finite_is_replaced() -> None:
 
 @pytest.mark.parametrize(("tokens", "per_step"), [(1_000, 5_000.0), (50_000, 2_000.0), (10, 100_000.0)])
 def test_auto_takes_at_most_its_share(tokens: int, per_step: float) -> None:
-    selection = Selection.of(Training(eval_steps="auto"), tokens, per_step)
+    lengths = np.full(10, per_step / 64)  # macro_batch_size is 64
+    selection = Selection.of(Training(eval_steps="auto"), tokens, lengths)
     assert selection.every
     cost = FORWARD_SHARE * tokens / per_step
     assert cost / selection.every <= EVALUATION_SHARE
@@ -128,7 +130,7 @@ def test_auto_takes_at_most_its_share(tokens: int, per_step: float) -> None:
 
 
 def test_without_validation_rows_nothing_is_evaluated() -> None:
-    selection = Selection.of(Training(eval_steps=1), 0, 10.0)
+    selection = Selection.of(Training(eval_steps=1), 0, np.array([10]))
     assert selection == Selection(None, False, None, 0.0)
     assert not selection.is_due(1, 1)
 
