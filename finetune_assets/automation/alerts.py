@@ -129,7 +129,7 @@ def _webhook(url: str) -> str:
 
 
 def _split(url: str) -> SplitResult | None:
-    """Parts of a URL; None if it is none, of which an error of `urlsplit` would quote parts."""
+    """Parts of a URL; None for an invalid URL, because an error of `urlsplit` would quote parts of it."""
     try:
         parts = urlsplit(url)
         _ = parts.port
