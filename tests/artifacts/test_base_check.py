@@ -107,7 +107,7 @@ def test_a_commits_hashes_are_recorded_so_that_the_hub_is_asked_once(
     assert len(hub.requests) == 1
     assert pins(store).hashes("owner/model", commit) == folder_hashes(model)
     hub.requests.clear()
-    hub.failing = 500
+    hub.failing = 403
     assert find_base_model(pins(store), f"owner/model/{commit}", f"owner/model@{commit}") == ref
     assert hub.requests == []
     folder = changed(model, tmp_path, "modeling.py", "import os")
@@ -125,7 +125,7 @@ def test_where_the_hub_was_never_reached_code_is_not_trusted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     ref = mallory.publish(model, KIND, f"owner/model/{commit}", "f" * 64, {})
-    hub.failing = 500
+    hub.failing = 403
     with caplog.at_level(logging.WARNING, "finetune_assets"):
         assert find_base_model(pins(store), f"owner/model/{commit}") == ref
     assert commit in caplog.text

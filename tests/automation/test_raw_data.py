@@ -10,6 +10,7 @@ import pytest
 from projects import TestProject
 from servers import ceph as ceph_server
 from servers.s3 import Bucket
+from tiers import tiered
 
 from finetune_assets.automation import raw_data
 from finetune_assets.automation.raw_data import raw_data_sensor
@@ -154,7 +155,7 @@ def test_restart_forgets_nothing(inbox: Path, sensor: Sensor) -> None:
     assert sensor.starts() == []
 
 
-@pytest.mark.parametrize("server", ["moto", pytest.param("ceph", marks=pytest.mark.system)])
+@pytest.mark.parametrize("server", tiered(["moto", "ceph"], {"moto"}))
 def test_prefix_of_a_bucket(
     server: str,
     project: TestProject,

@@ -60,6 +60,7 @@ def test_the_demo_is_shown_by_part(project: TestProject, capsys: pytest.CaptureF
     assert not {"steps", "tokens"} & rows, "there is no tokenized dataset yet"
 
 
+@pytest.mark.system
 def test_a_model_of_70_billion_is_planned_without_its_weights_and_the_second_time_without_torch(
     project: TestProject, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def answer_of_the_card(adapter: Path, base: Path, patched: pytest.MonkeyPatch, s
     return printed.getvalue().strip()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.soak)])
 def test_chat_log_becomes_an_adapter_with_its_own_tokens(
     project: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch, quantization: str

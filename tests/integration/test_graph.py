@@ -159,6 +159,7 @@ def test_own_folder_of_rows_and_model(
     assert PeftModel.from_pretrained(base, folder).peft_config["default"].r == 16
 
 
+@pytest.mark.system
 def test_warm_start_from_the_store_and_from_a_folder(project: TestProject, graph: Graph) -> None:
     first_run = graph.run("*lora_adapter", overrides=SHORT)
     assert first_run.success, first_run.log
@@ -175,6 +176,7 @@ def test_warm_start_from_the_store_and_from_a_folder(project: TestProject, graph
     assert "training.warm_start" in missing.failures["lora_adapter"]
 
 
+@pytest.mark.system
 def test_wandb_run_is_linked_and_its_key_is_nowhere(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Online: the asset's metadata name run and artifact, also when the store has the adapter already."""
     with wandb_server.running() as server, dg.DagsterInstance.get() as instance:

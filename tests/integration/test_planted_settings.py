@@ -102,7 +102,8 @@ def test_rows_with_a_secret_show_it_in_no_run(
     rows: str, project: TestProject, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINETUNE_RAW_DATA", rows)
-    monkeypatch.setattr("finetune_assets.assets.raw_sources.RETRIES", 0)
+    for module in ("raw_sources", "materialization"):
+        monkeypatch.setattr(f"finetune_assets.assets.{module}.RETRIES", 0)
     (home := project.root / "dagster_home" / "own").mkdir()
     with dg.DagsterInstance.local_temp(str(home)) as instance:
         ended = Graph(instance).run("dolly_raw", partition=None)

@@ -205,6 +205,7 @@ def test_rows_of_earlier_versions_are_replayed(project: TestProject, sources: tu
     assert second["replayed_tokens"] / second["tokens"] == pytest.approx(0.2, abs=0.03)
 
 
+@pytest.mark.system
 def test_losses_are_by_source(project: TestProject, sources: tuple[Path, Path]) -> None:
     graph = Graph()
     graph.run("dolly_raw", partition=None)
@@ -219,6 +220,7 @@ def test_losses_are_by_source(project: TestProject, sources: tuple[Path, Path]) 
     assert all(row["base"] is not None for row in evaluation["sources"])
 
 
+@pytest.mark.system
 def test_the_gate_refuses_an_adapter_of_another_source(
     project: TestProject, sources: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

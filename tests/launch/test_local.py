@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from integration.cli import environment
 from launch.conftest import LINGERS
+from tiers import tiered
 
 from finetune_assets.launch.local import LocalEngine
 from finetune_assets.store.artifacts import ArtifactRef, open_store
@@ -27,7 +28,7 @@ def nothing_left(tmp_path: Path) -> bool:
     return adapters(tmp_path) is None and not list((tmp_path / "cache" / "work").glob("*"))
 
 
-@pytest.mark.parametrize("processes", [None, "1", pytest.param("auto", marks=pytest.mark.system)])
+@pytest.mark.parametrize("processes", tiered([None, "1", "auto"], {None, "1"}))
 def test_job_ends_in_an_artifact(job: Callable[..., JobSpec], tmp_path: Path, processes: str | None) -> None:
     ref = LocalEngine().run(job("good", processes), {})
     assert ref == adapters(tmp_path)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from projects import TestProject
 from reporting.conftest import aged
+from tiers import tiered
 
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.artifacts.kinds import ADAPTERS
@@ -127,7 +128,7 @@ def test_nothing_trained_yet(project: TestProject) -> None:
     assert as_page(report) == "No experiment has a run yet."
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.system)])
+@pytest.mark.parametrize("count", tiered([10, 100], {10}))
 def test_many_experiments(project: TestProject, publish: Made, measure: Made, tmp_path: Path, count: int) -> None:
     """Copies of one training: the page stays small, and what cannot be read takes nothing else down."""
     adapter = publish("a")

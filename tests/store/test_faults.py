@@ -16,6 +16,7 @@ from servers import ceph as ceph_server
 from servers.proxy import Fault, Proxy
 from servers.s3 import Bucket
 from store.folders import SMALL, contents, make_folder
+from tiers import tiered
 
 from finetune_assets.store import hashing_reader, objects
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore, open_store
@@ -123,7 +124,7 @@ ONE_OF_EACH_KIND = {
 
 def swept(faults: dict[str, Fault]) -> list[Any]:
     """Parameters of a test: one fault of each kind, and the rest in the sweep."""
-    return [pytest.param(name, marks=[] if name in ONE_OF_EACH_KIND else pytest.mark.system) for name in faults]
+    return tiered(faults, ONE_OF_EACH_KIND)
 
 
 def test_one_of_each_kind_is_among_them() -> None:

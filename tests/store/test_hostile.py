@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from projects import TestProject
+from tiers import tiered
 
 from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.aliases import canonical
@@ -162,9 +163,11 @@ COMMANDS = {
     "report": ("report", "page.html"),
     "champions": ("adapter", "champions"),
 }
+FOR_EVERY_CHANGE = ("gc --delete", "report")
+"""Commands of `make test`; the others are in `make test-system`."""
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", tiered(COMMANDS, FOR_EVERY_CHANGE))
 def test_commands_name_what_is_hostile_and_show_the_rest(
     name: str, project: TestProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from tiers import tiered
 from training.conftest import FinishedRun
 from training.measuring import attention, gradients, logits, relative, token_losses, without_fused_lora
 from training.models import CONFIGS
@@ -49,7 +50,7 @@ PUSHED = ("llama", "gemma2", "phi", "gpt-neox", "gpt2")
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=() if name in PUSHED else pytest.mark.system) for name in CONFIGS],
+    params=tiered(CONFIGS, PUSHED),
 )
 def architecture(request: pytest.FixtureRequest, base_model: Callable[[str], Path]) -> tuple[str, Path]:
     """Name and folder of a model."""

@@ -41,7 +41,12 @@ def test_sockets_of_this_process_are_seen() -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "server"),
-    [(1, None), (2, None), pytest.param(1, OFF, marks=SYSTEM), pytest.param(2, OFF, marks=SYSTEM)],
+    [
+        pytest.param(1, None, marks=SYSTEM),
+        (2, None),
+        pytest.param(1, OFF, marks=SYSTEM),
+        pytest.param(2, OFF, marks=SYSTEM),
+    ],
     ids=["one forked", "two forked", "one fresh", "two fresh"],
 )
 def test_training_listens_on_loopback_only(machine: Callable[..., Machine], ranks: int, server: str | None) -> None:

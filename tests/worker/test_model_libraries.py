@@ -5,6 +5,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 HEAVY = ("bitsandbytes", "boto3", "botocore", "scipy", "torch._dynamo", "torch._inductor")
 BEGIN = f"""
 import json, os, sys
@@ -74,6 +76,7 @@ print(json.dumps({"imported": imported, "plain": plain, "computed": computed, "f
     assert "bitsandbytes" in loaded
 
 
+@pytest.mark.system
 def test_what_was_put_off_is_whole_afterwards() -> None:
     found = printed(
         """
