@@ -286,6 +286,7 @@ def test_first_data_is_bad(world: World) -> None:
     assert world.settle() == [{"a": ALL, "b": ALL}]
 
 
+@pytest.mark.system
 def test_base_model_that_a_person_fetched_before(world: World) -> None:
     world.run({"cached_base_model"}, "a")
     world.new_data("v1")
@@ -302,6 +303,7 @@ def test_new_data(trained: World) -> None:
     assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
 
 
+@pytest.mark.system
 def test_back_to_an_earlier_version(trained: World) -> None:
     trained.new_data("v2")
     trained.settle()
@@ -316,6 +318,7 @@ def test_bad_data_then_good(trained: World) -> None:
     assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
 
 
+@pytest.mark.system
 def test_bad_data_that_is_let_pass_after_all(trained: World) -> None:
     """A threshold was raised, and the same version read again."""
     trained.new_data("v2", bad=True)
@@ -338,6 +341,7 @@ def test_check_of_one_experiment_fails_then_all_pass(trained: World) -> None:
     assert trained.last("lora_adapter", "a") != adapter
 
 
+@pytest.mark.system
 def test_a_training_that_does_not_fit_begins_once_a_setting_is_mended(trained: World) -> None:
     trained.too_large = {"a"}
     adapter = trained.last("lora_adapter", "a")
@@ -351,6 +355,7 @@ def test_a_training_that_does_not_fit_begins_once_a_setting_is_mended(trained: W
     assert trained.last("lora_adapter", "a") != adapter
 
 
+@pytest.mark.system
 def test_threshold_of_a_failed_check_is_raised(trained: World) -> None:
     trained.failing_checks = {"a"}
     trained.new_data("v2")
@@ -374,6 +379,7 @@ def test_failed_training_waits_for_new_inputs(trained: World) -> None:
     assert trained.last("lora_adapter", "a") != adapter
 
 
+@pytest.mark.system
 def test_failed_training_that_a_person_repeats(trained: World) -> None:
     trained.failing = {"a": {"lora_adapter"}}
     trained.new_data("v2")
@@ -390,6 +396,7 @@ def test_experiment_is_added(trained: World) -> None:
     assert trained.settle() == [{"c": ALL}]
 
 
+@pytest.mark.system
 def test_experiment_is_removed_and_comes_back(trained: World) -> None:
     path = trained.project.configs / "experiments" / "b.yaml"
     text = path.read_text()
@@ -400,6 +407,7 @@ def test_experiment_is_removed_and_comes_back(trained: World) -> None:
     assert trained.settle() == [{"b": ALL - {"cached_base_model"}}]
 
 
+@pytest.mark.system
 def test_experiment_is_subscribed_later(trained: World) -> None:
     trained.write("not")
     assert trained.settle() == [{"not": ALL}]
@@ -429,6 +437,7 @@ def test_another_base_model(trained: World) -> None:
     assert trained.settle() == [{"a": ALL}]
 
 
+@pytest.mark.system
 def test_base_model_has_moved(trained: World) -> None:
     """Whoever asks the Hub again finds another commit behind the branch."""
     trained.bases = {"a": "moved"}
@@ -525,6 +534,7 @@ def test_a_changed_gate_decides_again_and_measures_nothing(trained: World) -> No
     assert trained.settle() == [{"a": {"champion_adapter"}}]
 
 
+@pytest.mark.system
 def test_what_an_experiment_is_merged_into_follows_its_champion(trained: World) -> None:
     trained.write("a", "merge: {}\n")
     assert trained.settle() == [{"a": {"merged_model"}}]
@@ -534,6 +544,7 @@ def test_what_an_experiment_is_merged_into_follows_its_champion(trained: World) 
     assert "merged_model" in set().union(*(look.get("a", set()) for look in trained.settle()))
 
 
+@pytest.mark.system
 def test_a_stack_is_made_when_the_champions_that_it_names_change(trained: World) -> None:
     adapters = [publish_adapter(trained.project, digit) for digit in "ab"]
     for name in ("one", "two"):
@@ -566,6 +577,7 @@ def test_bad_data_does_not_cost_the_good_data_before_it_its_training(trained: Wo
     assert {trained.trained_on("lora_adapter", name) for name in ("a", "b")} == {"v2"}
 
 
+@pytest.mark.system
 def test_bad_data_that_lands_after_the_request(trained: World) -> None:
     trained.new_data("v2")
     requested = trained.look()
@@ -576,6 +588,7 @@ def test_bad_data_that_lands_after_the_request(trained: World) -> None:
     assert trained.settle() == []
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("between", ["bad", "good"])
 def test_a_version_that_is_current_again_is_trained_if_it_was_not(trained: World, between: str) -> None:
     trained.failing = {"a": {"lora_adapter"}}
@@ -595,6 +608,7 @@ def test_a_version_that_is_current_again_is_left_alone_if_it_was_trained(trained
     assert trained.settle() == []
 
 
+@pytest.mark.system
 def test_other_sources_start_nothing(trained: World) -> None:
     """A run of the demo, or of FINETUNE_RAW_DATA=other, on the same Dagster instance."""
     trained.new_data("x1", source="other")
@@ -614,6 +628,7 @@ def test_first_data_of_another_source_starts_nothing(world: World) -> None:
     assert world.settle() == []
 
 
+@pytest.mark.system
 def test_the_configured_source_is_changed_and_changed_back(trained: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_RAW_DATA", "other")
     assert trained.settle() == [], "nothing of it was read yet"
@@ -635,7 +650,8 @@ def test_an_edit_while_the_newest_data_is_bad(trained: World) -> None:
 EVENTS = ("new", "bad", "again", "removed", "foreign", "foreign and bad", "fails", "works", "tick", "tick")
 
 
-@pytest.mark.parametrize("seed", range(200 if os.environ.get("SOAK") else 2))
+@pytest.mark.system
+@pytest.mark.parametrize("seed", range(200 if os.environ.get("SOAK") else 4))
 def test_every_order_ends_with_the_newest_good_version(trained: World, seed: int) -> None:
     """Whatever arrives in whatever order, what is trained at last is the newest good version of the source."""
     draw = random.Random(seed)

@@ -1,5 +1,6 @@
 """Chat templates: every token that the assistant says is learned and no other, against spans known by construction."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from finetune_assets.data.tokenization import IGNORED, Encoder, load_tokenizer
 from finetune_assets.sources.base_models import PACKAGED
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot|>", "<|head|>", "<start_of_turn>", "<end_of_turn>"]
+COUNT = 500 if os.environ.get("SOAK") else 150
 PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}] * 2
 
 
@@ -61,11 +63,11 @@ def by_spans(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans) -> tup
 
 @pytest.mark.parametrize("kind", ["special tokens", "plain text", "trimmed offsets"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_500_conversations_equal_the_slow_reference(family: str, kind: str) -> None:
+def test_conversations_equal_the_slow_reference(family: str, kind: str) -> None:
     template, by_hand, system = FAMILIES[family].template, FAMILIES[family].by_hand, FAMILIES[family].system
     tokenizer = tokenizer_of(kind)
     tokenizer.chat_template = template
-    made = conversations(500, seed=len(family), system=system)
+    made = conversations(COUNT, seed=len(family), system=system)
     learned = 0
     for turns, (ids, labels, prompt) in zip(made, encoded(tokenizer, chat_data(), made), strict=True):
         text, spans = by_hand(turns)
@@ -78,10 +80,10 @@ def test_500_conversations_equal_the_slow_reference(family: str, kind: str) -> N
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("family", FAMILIES)
-def test_500_conversations_on_a_real_tokenizer(family: str, stories260k: Path) -> None:
+def test_conversations_on_a_real_tokenizer(family: str, stories260k: Path) -> None:
     tokenizer = tokenizer_of("special tokens", stories260k)
     tokenizer.chat_template = FAMILIES[family].template
-    made = conversations(500, seed=7, system=FAMILIES[family].system)
+    made = conversations(COUNT, seed=7, system=FAMILIES[family].system)
     for turns, (ids, labels, _) in zip(made, encoded(tokenizer, chat_data(), made), strict=True):
         assert (ids, labels) == by_spans(tokenizer, *FAMILIES[family].by_hand(turns)), turns
 

@@ -16,8 +16,10 @@ from tiers import tiered
 
 from finetune_assets.assets.dolly_raw import _describe
 from finetune_assets.config.raw_data_schema import Columns
+from finetune_assets.data.errors import DataError
 from finetune_assets.data.ingest import OTHER_CATEGORIES, RawStatistics, write_raw
 from finetune_assets.data.readers import SourceFile, parquet_pages, read_records
+from finetune_assets.data.readers.arrow_messages import check_batches
 
 LONG = "x" * (4 << 20)
 GOOD = {"instruction": "i", "response": "r"}
@@ -54,10 +56,10 @@ def list_bomb() -> bytes:
     return parquet(pa.table({"instruction": ["i"], "response": ["r"], "extra": turns}), compression="zstd")
 
 
-def arrow(batches: int, **columns: Any) -> bytes:
+def arrow(batches: int, codec: str | None = None, **columns: Any) -> bytes:
     sink = io.BytesIO()
     batch = pa.record_batch(columns)
-    with pa.ipc.new_file(sink, batch.schema) as writer:
+    with pa.ipc.new_file(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
         for _ in range(batches):
             writer.write_batch(batch)
     return sink.getvalue()
@@ -96,6 +98,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "Parquet of 40,000 columns": ("rows.parquet", lambda: parquet(pa.table({f"c{i}": ["x"] for i in range(10_001)}))),
     "an Arrow text in a dictionary": ("rows.arrow", lambda: arrow(1, instruction=repeated(LONG, 100_000))),
     "Arrow rows without content": ("rows.arrow", lambda: arrow(1, a=pa.nulls(30_000_000))),
+    "a compressed batch of Arrow": ("rows.arrow", lambda: arrow(1, "zstd", instruction=["x" * (1 << 30)])),
+    "a compressed dictionary of Arrow": ("rows.arrow", lambda: arrow(1, "lz4", a=repeated("x" * (1 << 30), 2))),
     "40,000 columns of CSV": ("rows.csv", lambda: ",".join(f"c{i}" for i in range(40_000)).encode() + b"\n1\n"),
     "CSV with one column twice": ("rows.csv", lambda: ("c," * 40_000).encode() + b"\n1\n"),
     "a million keys": ("rows.jsonl", lambda: line({f"instructio{i}": 1 for i in range(1_000_000)})),
@@ -166,6 +170,34 @@ def test_ordinary_parquet_is_read_in_all_compressions(options: dict[str, str], t
             row_group_size=1_000, write_page_index=True, **options,
         )  # fmt: skip
         assert [record.row for record in read_records(path)] == rows  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("codec", [None, "zstd", "lz4"])
+@pytest.mark.parametrize("is_file", [True, False])
+def test_ordinary_arrow_is_read_in_all_compressions(codec: str | None, is_file: bool, tmp_path: Path) -> None:
+    rows = [{"instruction": f"i{n}" * 50, "response": f"r{n % 7}", "n": n} for n in range(3_000)]
+    table = pa.Table.from_pylist(rows)
+    table = table.set_column(1, "response", table["response"].dictionary_encode())
+    new, options = pa.ipc.new_file if is_file else pa.ipc.new_stream, pa.ipc.IpcWriteOptions(compression=codec)
+    with new(str(path := tmp_path / "rows.arrow"), table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=700)
+    assert [record.row for record in read_records(path)] == rows  # type: ignore[union-attr]
+    assert check_batches(path, is_file) == 5
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"rows\.arrow"):
+        list(read_records(path))
+
+
+def test_a_batch_that_only_the_footer_of_an_arrow_file_names_is_refused(tmp_path: Path) -> None:
+    """Batches are checked in the order of the file, and a reader of the footer would see others."""
+    marker, end = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
+    content = arrow(2, instruction=["i"], response=["r"])
+    (path := tmp_path / "rows.arrow").write_bytes(content)
+    assert len(list(read_records(path))) == 2
+    second = content.rindex(marker, 0, content.rindex(end))
+    path.write_bytes(content[:second] + end + content[second + len(end) :])
+    with pytest.raises(DataError, match=r"rows\.arrow.*1"):
+        list(read_records(path))
 
 
 def test_texts_of_lists_in_dictionaries_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

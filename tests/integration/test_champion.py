@@ -108,10 +108,6 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(
         assert gate.train(max_steps=30)["passed"], "it serves already"
         assert gate.history == [first, second]
 
-    overridden = gate.train(["training.seed=3"], max_steps=30)
-    assert not overridden["passed"]
-    assert "training.seed=3" in overridden["reason"]
-
     shuffled = [row["response"] for row in rows[Split.TRAIN]]
     random.Random(0).shuffle(shuffled)
     wrong = [{**row, "response": answer} for row, answer in zip(rows[Split.TRAIN], shuffled, strict=True)]
@@ -135,3 +131,12 @@ def test_what_is_better_is_promoted_and_what_is_not_is_refused(
     command("promote", "demo", second.adapter[:16], "--reason", "it was right")
     assert gate.served() == served, "to the byte"
     assert [record.action for record in gate.history] == [PROMOTED, PROMOTED, ROLLED_BACK, BY_HAND]
+
+
+@pytest.mark.system
+def test_what_was_trained_with_overrides_is_not_promoted(project: TestProject, graph: Graph, raw: Path) -> None:
+    gate = Gate(project, graph, raw)
+    overridden = gate.train(["training.seed=3"], max_steps=30)
+    assert not overridden["passed"]
+    assert "training.seed=3" in overridden["reason"]
+    assert gate.history == []

@@ -13,6 +13,7 @@ from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.sources.local import SAMPLE
 
 
+@pytest.mark.system
 def test_gated_model_and_dataset_become_an_adapter_that_names_their_commits(
     project: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch, hub: Hub, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ def fingerprints(found: Inventory) -> dict[str, str]:
     return {one.kind: one.manifest.fingerprint for one in found.artifacts if one.kind != REPORTS.folder}
 
 
+@pytest.mark.system
 def test_same_fingerprints_as_in_a_folder_and_no_secret_anywhere(
     project: TestProject, graph: Graph, ceph: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +60,20 @@ def test_same_fingerprints_as_in_a_folder_and_no_secret_anywhere(
     for secret in secrets:
         assert [path for path, content in written.items() if secret.encode() in content] == []
         assert secret not in in_folder.log + on_s3.stdout + again.log
+
+
+def test_data_and_model_are_found_again_in_a_bucket(
+    graph: Graph, ceph: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_STORE", ceph.url)
+    made = graph.run("*tokenized_dataset")
+    assert made.success, made.log
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "another"))
+    assert graph.run("*tokenized_dataset").reused == {"dolly_raw", "cached_base_model", "tokenized_dataset"}
+    store = open_store(ceph.url, "tests", tmp_path / "fresh")
+    for artifact in (found := inventory(store.objects).artifacts):
+        assert store.verify(artifact.kind, artifact.name) == []
+    assert sorted(artifact.kind for artifact in found) == ["base-models", "raw", "tokenized"]
 
 
 def test_wrong_credentials_fail_the_run_with_one_clear_error(

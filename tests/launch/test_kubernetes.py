@@ -325,6 +325,7 @@ def test_policy_is_there_before_the_pods_and_until_they_have_ended(job: Make, ap
     assert last[-1] == "DELETE networkpolicies/NAME", "after the last look at the pods"
 
 
+@pytest.mark.system
 def test_role_that_knows_no_policies_refuses_a_job_of_several_machines_only(job: Make, api: Server) -> None:
     """A Role of an earlier version."""
     api.refused_kinds = {"networkpolicies"}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiers import tiered
 from training.conftest import ALONE
 from trainings import Train, Trained
 
@@ -35,7 +36,7 @@ def test_in_float32_nothing_is_lost(trained: Train, tmp_path: Path, quantization
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", tiered(["bfloat16", "float16"], {"float16"}))
 def test_in_16_bits_only_rounding_is_lost(trained: Train, tmp_path: Path, dtype: str) -> None:
     found = difference(trained(LEARNS_FAST), tmp_path / "merged", Merge(dtype=dtype))  # type: ignore[arg-type]
     assert ROUNDING["float32"] < found.share <= ROUNDING[dtype]
@@ -58,12 +59,10 @@ def test_merged_into_the_published_base_of_a_quantized_training_is_caught(
 
 @pytest.mark.parametrize(
     "setting",
-    [
-        "lora.use_dora=true",
-        "data.tokenization.added_tokens=['<|x|>']",
-        pytest.param("lora.bias=all", marks=pytest.mark.system),
-        pytest.param("lora.use_rslora=true", marks=pytest.mark.system),
-    ],
+    tiered(
+        ["lora.use_dora=true", "data.tokenization.added_tokens=['<|x|>']", "lora.bias=all", "lora.use_rslora=true"],
+        {"data.tokenization.added_tokens=['<|x|>']"},
+    ),
 )
 def test_every_kind_of_adapter_merges(trained: Train, tmp_path: Path, setting: str) -> None:
     found = difference(trained(LEARNS_FAST, setting), tmp_path / "merged", Merge(dtype="float32"))

@@ -44,8 +44,8 @@ LINEAR = {
 """Of each architecture: the list of its layers, and the linear modules in each of the two."""
 
 
-PUSHED = ("llama", "gemma2", "phi", "gpt-neox", "gpt2")
-"""One of each structure: grouped heads, capped scores, biases, attention beside the MLP, Conv1D in place of Linear."""
+PUSHED = ("llama", "gemma2", "gpt2")
+"""Structures of `make test`: grouped heads, capped scores, Conv1D in place of Linear."""
 
 
 @pytest.fixture(

@@ -146,6 +146,7 @@ def sync(command: str) -> str:
     return run.stdout + run.stderr
 
 
+@pytest.mark.system
 def test_offline_run_holds_everything(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     options = ("wandb.mode=offline", "wandb.log_model=true", "wandb.watch=all")
     state = train(*options)

@@ -25,6 +25,7 @@ def printed(program: str) -> Any:
     return json.loads(out.stdout.splitlines()[-1])
 
 
+@pytest.mark.system
 def test_workers_import_what_they_use_and_quantize_when_they_are_to() -> None:
     """Also in a process that was forked from one that has imported everything and trained a whole model.
 

@@ -176,6 +176,7 @@ def test_a_kill_leaves_no_process(owner: Callable[[str], tuple[int, int, int]], 
     wait_for(lambda: not any(map(runs, numbers.values())), 5)
 
 
+@pytest.mark.system
 def test_a_server_that_is_asked_to_end_waits_for_its_children(owner: Callable[[str], tuple[int, int, int]]) -> None:
     me, server, child = owner("child.wait()")
     os.kill(server, signal.SIGTERM)

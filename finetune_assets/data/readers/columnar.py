@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.data.errors import DataError
+from finetune_assets.data.readers.arrow_messages import MAGIC_BYTES, check_batches
 from finetune_assets.data.readers.opening import LFS_POINTER, LFS_PROBLEM
 from finetune_assets.data.readers.parquet_pages import ROWS_PER_BATCH, check_rows, plan_reading
 from finetune_assets.data.readers.records import (
@@ -56,11 +57,14 @@ def read_arrow(path: Path) -> Records:
 
     is_file = _first_bytes(path).startswith(ARROW_FILE)
     try:
+        count = check_batches(path, is_file)
         with pa.OSFile(str(path)) as source:
-            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            if is_file and pa.ipc.open_file(source).num_record_batches != count:
+                raise pa.ArrowInvalid(f"its footer names another number of batches than the {count} that it has")
+            source.seek(MAGIC_BYTES if is_file else 0)  # a footer may also point to what is no message
+            reader = pa.ipc.open_stream(source)
             _check_columns(reader.schema.names, path)
-            batches = (reader.get_batch(number) for number in range(reader.num_record_batches)) if is_file else reader
-            yield from _records(_in_parts(batches, path), path)
+            yield from _records(_in_parts(reader, path), path)
     except pa.ArrowException as e:
         raise DataError(f"{path}: not an Arrow file, or a truncated one: {str(e).splitlines()[0]}") from e
 
