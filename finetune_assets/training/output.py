@@ -16,6 +16,7 @@ from finetune_assets.artifacts.update_spectrum import write_updates
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.tokenization import Encoder
+from finetune_assets.display import code, markdown, plain
 from finetune_assets.training.embeddings import experiment_tokenizer
 from finetune_assets.training.generation_files import experiment_turn_end, save_generation_files
 from finetune_assets.training.telemetry import hardware_name
@@ -94,7 +95,8 @@ def _hardware() -> str:
 def _base(made_from: dict[str, Any]) -> str:
     repo = made_from["base_model"]
     if repo.startswith(NOT_ON_THE_HUB):
-        return f'"the folder of {repo}"  # path of the cached_base_model artifact'
+        folder = json.dumps(f"the folder of {plain(repo)}", ensure_ascii=False)
+        return f"{folder}  # path of the cached_base_model artifact"
     return f"{repo!r}  # trained at revision {made_from['revision']}"
 
 
@@ -151,18 +153,18 @@ def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dic
         tags=["lora", f"base_model:adapter:{repo}"] if on_hub else ["lora"],
     )
     facts = {
-        "base model": f"`{repo}` at `{provenance['revision']}`",
+        "base model": f"{code(repo)} at {code(provenance['revision'])}",
         "base model's fingerprint": _code(provenance.get("cached_base_model")),
         "dataset's fingerprint": _code(provenance.get("tokenized_dataset")),
         "raw data's fingerprint": _code(provenance.get("dolly_raw")),
         "this adapter's fingerprint": _code(provenance.get("fingerprint")),
         "combined from": _combined(provenance.get("champions") or {}),
         "initialized from": _code(provenance.get("warm_start")),
-        "overrides for this run only": ", ".join(provenance.get("overrides") or []),
+        "overrides for this run only": markdown(", ".join(provenance.get("overrides") or [])),
         **(_trained(config, state) if state["step"] else {}),
         "held-out loss": _before_and_after(held_out) if held_out["after"] is not None else "",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
-        "hardware": provenance["hardware"],
+        "hardware": markdown(provenance["hardware"]),
     }
     lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
     return f"""---
@@ -191,7 +193,7 @@ them with the artifact in the store and shows their provenance.
 
 def _trained(config: ExperimentConfig, state: dict[str, Any]) -> dict[str, str]:
     return {
-        "rank, alpha, targets": f"{config.lora.rank}, {config.lora.alpha:g}, {config.lora.target_modules}",
+        "rank, alpha, targets": f"{config.lora.rank}, {config.lora.alpha:g}, {code(config.lora.target_modules)}",
         "trainable parameters": f"{state['trainable_parameters']:,}",
         "steps, tokens": f"{state['step']:,}, {state['tokens']:,}",
         "published step": _published_step(state),
@@ -209,11 +211,11 @@ def _published_step(state: dict[str, Any]) -> str:
 
 
 def _combined(champions: dict[str, str]) -> str:
-    return ", ".join(f"{name} `{fingerprint}`" for name, fingerprint in champions.items())
+    return ", ".join(f"{markdown(name)} {code(fingerprint)}" for name, fingerprint in champions.items())
 
 
 def _code(value: str | None) -> str:
-    return f"`{value}`" if value else ""
+    return code(value) if value else ""
 
 
 def _before_and_after(held_out: dict[str, float | None]) -> str:

@@ -2,11 +2,16 @@
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 from commands import run
+from integration.daemon import running
 from integration.graph import Graph
 from planted import tail
 from projects import SHORT, TestProject
@@ -113,6 +118,33 @@ def test_rows_with_a_secret_show_it_in_no_run(
     assert found(project.root) == []
 
 
+def started(*arguments: str, written: str = "") -> "subprocess.CompletedProcess[str]":
+    """`finetune ARGUMENTS` in a process of its own, to which `written` is written."""
+    command = [sys.executable, "-m", "finetune_assets.cli", *arguments]
+    return subprocess.run(
+        command, input=written, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+
+
+@pytest.mark.system
+@pytest.mark.minutes
+def test_the_demo_and_its_ui_leave_no_secret(project: TestProject) -> None:
+    demo = project.configs / "experiments" / "demo.yaml"
+    settings = yaml.safe_load(demo.read_text())
+    settings["training"] |= {"max_steps": 2}
+    settings["evaluation"] |= {"generated_rows": 4, "general_tokens": 500}
+    demo.write_text(yaml.safe_dump(settings))
+    ended = started("demo")
+    assert (ended.returncode, shown(ended.stdout)) == (0, []), ended.stdout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with running(project, ["finetune", "--demo", "ui", "--port", str(port)], "Serving dagster-webserver on") as ui:
+        ui.wait_for_ticks("raw_data_sensor", 1)
+        assert shown(ui.log.read_text()) == []
+    assert found(project.root) == []
+
+
 @pytest.mark.system
 @pytest.mark.minutes
 def test_a_run_and_every_command_leave_no_secret(
@@ -134,6 +166,8 @@ def test_a_run_and_every_command_leave_no_secret(
     assert codes["adapter history demo"] == codes["store verify"] == codes["report {out}/report.html"] == 0
     assert codes["adapter publish demo"] == 1, "no Hub answers"
     assert shown("".join(capfd.readouterr())) == []
+    talk = started("chat", "demo", "--max-new-tokens", "4", written="Hello\n/quit\n")
+    assert (talk.returncode, shown(talk.stdout)) == (0, []), talk.stdout
     folders = [project.root] + [Path(folder) for folder in (os.environ["HF_HOME"],) if Path(folder).exists()]
     assert found(*folders) == []
     shutil.rmtree(project.root / "out")

@@ -1,7 +1,9 @@
 """A whole training: what it learns, what it writes, where it resumes, and how it stops."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiers import tiered
-from training.conftest import BASE, FinishedRun
+from training.conftest import BASE, MADE_FROM, FinishedRun
 from training.measuring import card_code, die_at, equal, logits, names, unbounded, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -89,6 +91,21 @@ def test_folder_holds_what_it_promises(trained: Trained) -> None:
         AutoTokenizer.from_pretrained(output)("Oslo")["input_ids"]
         == AutoTokenizer.from_pretrained(BASE)("Oslo")["input_ids"]
     )
+
+
+def test_names_from_elsewhere_are_text_in_the_model_card(
+    finetune: Callable[..., LoraFinetune], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = {"base_model": 'local/a"|`b`\x1b[2J', "overrides": ["x=<script>|"], "champions": {"a|b": "e" * 64}}
+    for name, value in hostile.items():
+        monkeypatch.setitem(MADE_FROM, name, value)
+    run = finetune(*ONE)
+    run.run()
+    card = (run.job.output / "README.md").read_text()
+    assert not [raw for raw in ("\x1b", "<script", "a|b") if raw in card]
+    rows = [line for line in card.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {3}
+    ast.parse(card.split("```python\n")[1].split("```")[0])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Bounds the memory of reading an Arrow file by the sizes in front of its compressed buffers, before any is decompressed.
+"""Bounds the memory of reading an Arrow file by the sizes before its compressed buffers.
 
 Messages are tables of FlatBuffers (https://flatbuffers.dev/internals); their fields are those of `Message.fbs` in
 Arrow's format specification.
