@@ -88,6 +88,9 @@ def error(result: dg.ExecuteInProcessResult) -> str:
 KINDS = [(1, 1), (2, 2)]
 NAMES = ["a pod", "a job"]
 NODES = pytest.mark.parametrize("nodes", KINDS, ids=NAMES)
+ALONE = pytest.param(KINDS[0], id=NAMES[0], marks=pytest.mark.soak)
+JOB = pytest.mark.parametrize("nodes", [ALONE, pytest.param(KINDS[1], id=NAMES[1])])
+"""Of what ends otherwise: a pod alone differs from a job of several in how it is created."""
 
 
 @SYSTEM
@@ -104,7 +107,7 @@ def test_job_ends_in_an_artifact(in_s3: None, job: Make, tmp_path: Path, api: Se
 
 
 @SYSTEM
-@NODES
+@JOB
 @pytest.mark.parametrize(("body", "own_words"), [("user_error", "rank: 0 is wrong"), ("exit", "\nlast words")])
 def test_failure_is_told_in_the_workers_own_words(job: Make, nodes: tuple[int, int], body: str, own_words: str) -> None:
     assert own_words in error(run(job(body, "1", nodes)))
@@ -118,7 +121,7 @@ def test_image_that_is_not_there_is_named(job: Make, nodes: tuple[int, int]) -> 
 
 
 @SYSTEM
-@NODES
+@JOB
 def test_evicted_pod_is_told_and_may_be_tried_again(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     spec = job("sleep", "1", nodes)
     thread = threading.Thread(target=lambda: api.evict(wait_for(lambda: started(api))[0]))
@@ -135,7 +138,7 @@ def assert_evicted(failed: dg.ExecuteInProcessResult) -> None:
 
 
 @SYSTEM
-@NODES
+@JOB
 def test_server_that_is_away_for_a_while_ends_nothing(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     def upgrade() -> None:
         wait_for(lambda: len(started(api)) == nodes[0])
@@ -188,7 +191,7 @@ def test_pod_that_waits_for_a_gpu_says_so(job: Make, api: Server) -> None:
 
 
 @SYSTEM
-@NODES
+@JOB
 def test_interrupt_leaves_nothing(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     process = start(job("sleep", "1", nodes), api)
     wait_for(lambda: len(started(api)) == nodes[0])
@@ -198,7 +201,7 @@ def test_interrupt_leaves_nothing(job: Make, api: Server, nodes: tuple[int, int]
 
 
 @SYSTEM
-@NODES
+@JOB
 def test_what_a_killed_run_left_is_deleted_by_the_next(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     process = start(job("sleep", "1", nodes), api)
     wait_for(lambda: len(started(api)) == nodes[0])
