@@ -79,6 +79,8 @@ def positions(rows: HeldOut, most: int) -> list[Row]:
 def reference(contender: Contender, rows: list[Row], device: torch.device) -> list[Tensor]:
     """Compute logits of the unmerged base plus adapter, in the training precision; (places, vocabulary) per row."""
     training = contender.config.training
+    if training.precision == "auto" and device.type == "cpu":
+        training.precision = "fp32"  # a few rows, whose differences are to be those of the merge alone
     with LoadedModels(device).loaded(contender) as model:
         types = auto_types(contender.config.model, training, device, lambda: product_shape(base_of(model).config))
         return _logits(model, rows, device, compute_precision(training, types.bf16))

@@ -24,6 +24,22 @@ from finetune_assets.training.state import TrainerState, TrainingPaths
 from finetune_assets.training.telemetry import CONVENTION, hardware_name, multiplied_weights, peak_flops
 
 
+def select_types(job: TrainingPaths, config: ExperimentConfig, process: DistributedContext) -> AutoTypes:
+    """Decide what `auto` selects, alike in all processes.
+
+    A resumed training keeps what its checkpoint was computed with, also on another machine; otherwise rank 0 decides.
+    """
+    if active := checkpoint.newest_log(job.checkpoints, process).get("active"):
+        types = AutoTypes.recorded(config.training, active)
+        types.warn_if_emulated(process.device)
+        return types
+    types = AutoTypes(False)
+    if process.reports:
+        shape = partial(product_shape_of, job.base_model, job.own_code)
+        types = auto_types(config.model, config.training, process.device, shape)
+    return AutoTypes(**process.share(types.to_dict()))
+
+
 class TrainingSetup:
     """Loads the examples and the model with its adapter, and resolves the settings with automatic values.
 
@@ -42,7 +58,7 @@ class TrainingSetup:
     def __init__(self, job: TrainingPaths, config: ExperimentConfig, process: DistributedContext) -> None:
         self.job, self.config, self.process = job, config, process
         self.training, self.log = config.training, TrainerState()
-        self.auto_types = self._select_types()
+        self.auto_types = select_types(job, config, process)
         self.precision = compute_precision(config.training, self.auto_types.bf16)
         self.sharded = config.training.sharding == "fsdp" and process.world > 1
         self.estimate: memory.Estimate | None = None
@@ -50,19 +66,6 @@ class TrainingSetup:
             self._load_data()
             self._load_model()
             self._configure_computation()
-
-    def _select_types(self) -> AutoTypes:
-        """Decide what `auto` selects: what the checkpoint was computed with, otherwise the choice of rank 0."""
-        job, model = self.job, self.config.model
-        if active := checkpoint.newest_log(job.checkpoints, self.process).get("active"):
-            types = AutoTypes.recorded(self.training, active)
-            types.warn_if_emulated(self.process.device)
-            return types
-        types = AutoTypes(False)
-        if self.process.reports:
-            shape = partial(product_shape_of, job.base_model, job.own_code)
-            types = auto_types(model, self.training, self.process.device, shape)
-        return AutoTypes(**self.process.share(types.to_dict()))
 
     def _load_data(self) -> None:
         self.train, self.val = (Examples.read(self.job.dataset / name) for name in ("train.arrow", "val.arrow"))

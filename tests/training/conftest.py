@@ -17,6 +17,7 @@ from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.distributed import DistributedContext
+from finetune_assets.training.precision import INSTRUCTIONS
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
 from finetune_assets.training.state import TrainingPaths
@@ -28,6 +29,13 @@ BASE: Path = PACKAGED["demo-base"]
 
 def configured(*overrides: str) -> ExperimentConfig:
     return load_experiment(ROOT / "configs", "demo", ["training.max_steps=3", *overrides]).config
+
+
+@pytest.fixture(autouse=True)
+def without_bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is float32 in this process, also on a machine whose CPU has instructions for bfloat16."""
+    hidden = {**torch.cpu.get_capabilities(), **dict.fromkeys(INSTRUCTIONS, False)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: hidden)
 
 
 @pytest.fixture(scope="session")
