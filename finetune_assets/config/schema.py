@@ -30,8 +30,8 @@ class Model:
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Quantize the base model's linear layers to 8 or 4 bits (bitsandbytes; nf4 with double quantization)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the base model's weights. `auto` is bfloat16 on a GPU that supports it and on a CPU that is faster with
-    it (see `training.precision`), otherwise float32."""
+    """Data type of the base model's weights. `auto` is bfloat16 on a GPU that supports it, and on a CPU that is faster
+    with it (see `training.precision`); otherwise float32."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention backend. `auto` uses variable-length attention without padding (PyTorch's FlashAttention on CUDA,
     scaled dot product attention elsewhere), or the model's own attention if the results differ. `eager`, `sdpa` and

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ TRAINED = ("training.max_steps=4", "training.macro_batch_size=2", "training.micr
 
 
 @pytest.fixture
-def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, int]]]:
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[tuple[int, int]]]]:
     """Fakes a CPU's capabilities and measured rates; the shapes that are measured."""
 
     def fake(*capabilities: str, rates: MatrixRates = FAST) -> list[tuple[int, int]]:
@@ -71,7 +71,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, int]]]
         precision._of_this_cpu.cache_clear()
         return measured
 
-    yield fake  # type: ignore[misc]
+    yield fake
     precision._of_this_cpu.cache_clear()
 
 
@@ -357,7 +357,8 @@ def test_bf16_attention_is_computed_in_float32(
     ends = torch.tensor([0, 20, 30], dtype=torch.int32)
 
     def attend(inputs: list[torch.Tensor]) -> torch.Tensor:
-        return varlen_attention(nn.Module(), *inputs, None, cu_seq_lens_q=ends, max_length_q=20)[0]
+        query, key, value = inputs
+        return varlen_attention(nn.Module(), query, key, value, None, cu_seq_lens_q=ends, max_length_q=20)[0]
 
     reference = attend([tensor.float() for tensor in rounded])
     for capabilities, expected in (
