@@ -71,14 +71,14 @@ class AutoTypes:
             return ""
         selected = "bf16" if self.bf16 else "fp32"
         return (
-            f"Precision auto is {selected}: this CPU has {self.instructions}, and a matrix product runs at "
+            f"auto selects {selected}: this CPU has {self.instructions}, and a matrix product runs at "
             f"{self.bf16_gflops:,.0f} GFLOP/s in bf16, {self.fp32_gflops:,.0f} in fp32"
         )
 
     def warn_if_emulated(self, device: torch.device) -> None:
         """Log that a training that began in bfloat16 resumes on a CPU that emulates it."""
         if self.bf16 and device.type == "cpu" and not cpu_instructions():
-            logger.warning("Precision auto stays bf16, as in the checkpoint; this CPU emulates it, which is slow")
+            logger.warning("auto stays bf16, as in the checkpoint; this CPU emulates it, which is slow")
 
     @staticmethod
     def recorded(training: Training, active: dict[str, Any]) -> "AutoTypes":
