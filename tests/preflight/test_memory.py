@@ -59,13 +59,7 @@ ALL = [
     for kind in KINDS
 ]
 CASES = ALL if SOAK else []
-SETTINGS = (
-    "data.tokenization.cutoff_len=512",
-    "training.max_steps=2",
-    "training.macro_batch_size=4",
-    "training.precision=fp32",  # auto is bf16 on some CPUs
-    "model.dtype=float32",
-)
+SETTINGS = ("data.tokenization.cutoff_len=512", "training.max_steps=2", "training.macro_batch_size=4")
 
 
 @pytest.mark.parametrize(("shape", "quantization"), [pytest.param("llama, small", "none", marks=SYSTEM), *CASES])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from raw import ingest
+from tiers import tiered
 from torch import nn
 from training.conftest import ALONE, MADE_FROM, FinishedRun, configured
 from training.measuring import (
@@ -38,9 +39,12 @@ from finetune_assets.training.state import TrainingPaths
 Finetune = Callable[..., LoraFinetune]
 CPU = torch.device("cpu")
 BF16 = ("model.dtype=bfloat16", "training.precision=bf16")
+NATIVE = ("avx512_bf16",)
+"""Capabilities of a CPU that multiplies in bfloat16; without them, it emulates that."""
 TRAINED = ("training.max_steps=4", "training.macro_batch_size=2", "training.micro_batch_size=1")
 
 
+@pytest.mark.system
 def test_packed_equals_alone_in_bf16(finetune: Finetune) -> None:
     """Within rounding: a leak changes the losses of tokens by more than 0.1."""
     run = finetune(*BF16)
@@ -54,7 +58,7 @@ def test_packed_equals_alone_in_bf16(finetune: Finetune) -> None:
     assert (packed.sum() - torch.cat(alone).float().sum()).abs() < 0.01 * packed.sum()
 
 
-@pytest.mark.parametrize("capabilities", [(), ("avx512_bf16",)])
+@pytest.mark.parametrize("capabilities", tiered([(), NATIVE], [NATIVE]))
 def test_bf16_gradients_are_fp32s_within_rounding(
     cpu: Callable[..., list[tuple[int, int]]],
     finetune: Finetune,
@@ -120,7 +124,7 @@ def test_bf16_attention_is_computed_in_float32(
         assert torch.allclose(output.float(), reference, atol=0.02)
 
 
-@pytest.mark.parametrize("capabilities", [(), ("avx512_bf16",)])
+@pytest.mark.parametrize("capabilities", [(), NATIVE])
 def test_bf16_loss_equals_plain(
     cpu: Callable[..., list[tuple[int, int]]],
     finetune: Finetune,
@@ -167,7 +171,7 @@ def test_bf16_output_layer_multiplies_in_bf16_where_the_cpu_can(
     assert copies() >= 1, "where products in bfloat16 are emulated, those in float32 are faster"
 
 
-@pytest.mark.parametrize("capabilities", [(), ("avx512_bf16",)])
+@pytest.mark.parametrize("capabilities", tiered([(), NATIVE], [NATIVE]))
 def test_resumed_training_in_bf16_ends_bit_equal(
     cpu: Callable[..., list[tuple[int, int]]],
     finetune: Finetune,
@@ -189,8 +193,10 @@ def test_resumed_training_in_bf16_ends_bit_equal(
     assert equal(weights(second), weights(undisturbed))
 
 
+@pytest.mark.system
 def test_held_out_loss_in_bf16_is_near_fp32s(trained: Callable[..., FinishedRun]) -> None:
-    settings = ("training.max_steps=6", "training.macro_batch_size=4", "training.learning_rate=1e-2")
+    settings = ("training.max_steps=6", "training.learning_rate=1e-2")
+    settings += ("training.macro_batch_size=4", "training.micro_batch_size=4")
     exact, rounded = (
         trained(*settings, *types).run.log.held_out_loss for types in (("training.precision=fp32",), BF16)
     )
@@ -208,6 +214,7 @@ def test_held_out_loss_on_dolly_is_within_half_a_percent(
     settings = ["data.num_samples=400", "data.val_fraction=0.2", "data.tokenization.cutoff_len=192"]
     settings += ["training.macro_batch_size=4", "training.micro_batch_size=4", "training.max_steps=20"]
     settings += ["training.learning_rate=7e-3", "training.warmup_steps=2"]
+    settings += ["model.dtype=auto", "training.precision=auto"]
     rows, dataset = ingest(tmp_path, dolly), tmp_path / "dataset"
     dataset.mkdir()
     prepare_dataset(rows, load_tokenizer(str(stories260k)), configured(*settings).data, "salt", dataset)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from training.conftest import FAST, SLOW, configured
 from training.measuring import Killed, die_at, weights
 
@@ -30,7 +31,8 @@ Finetune = Callable[..., LoraFinetune]
 CPU = torch.device("cpu")
 IS_NATIVE = bool(precision.cpu_instructions())
 """Whether this machine has instructions for bfloat16, which the fixtures hide."""
-TRAINED = ("training.max_steps=4", "training.macro_batch_size=2", "training.micro_batch_size=1")
+AUTO = ("model.dtype=auto", "training.precision=auto")
+TRAINED = (*AUTO, "training.max_steps=4", "training.macro_batch_size=2", "training.micro_batch_size=1")
 
 
 # ---- the decision
@@ -130,7 +132,7 @@ def test_evaluation_and_generation_resolve_auto_alike(
     cpu: Callable[..., list[tuple[int, int]]], base_model: Callable[[str], Path], rates: MatrixRates, dtype: torch.dtype
 ) -> None:
     measured = cpu("avx512_bf16", rates=rates)
-    config = configured()
+    config = configured(*AUTO)
     base = load_base(base_model("llama"), config.model, config.training, CPU)
     losses = RowLosses(base, config, CPU)
     assert (base.dtype, losses.precision) == (dtype, "bf16" if dtype == torch.bfloat16 else "fp32")
@@ -139,7 +141,7 @@ def test_evaluation_and_generation_resolve_auto_alike(
 
 def test_plans_expect_bf16_of_a_cpu_with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    experiment = configured()
+    experiment = configured(*AUTO)
     for flags, expected in (("avx avx512f", False), ("avx avx512_bf16 x", True), ("amx_tile amx_bf16", True)):
         info = f"model name\t: CPU\nflags\t\t: fpu {flags} vme\nbugs\t\t: none\n"
         monkeypatch.setattr(telemetry, "_cpu_info", lambda info=info: info)
@@ -188,42 +190,43 @@ def test_checkpoint_of_an_earlier_version_keeps_its_types() -> None:
 
 
 RANK = """
-import sys
 from pathlib import Path
 import torch
+from finetune_assets.config.schema import ExperimentConfig, Model
 from finetune_assets.training import precision, setup
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.state import TrainingPaths
-from training.conftest import BASE, configured
 
+nowhere = Path("/nowhere")
 torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
 with joined() as process:
-    slow_of = int(sys.argv[1])
-    precision.measure = lambda *shape: precision.MatrixRates(57 if process.rank == slow_of else 158, 57)
-    job = TrainingPaths(BASE, Path("/nowhere"), Path("/nowhere"), Path("/nowhere"), {})
-    print(setup.select_types(job, configured(), process).bf16)
+    for slow in range(2):
+        rate = 57 if process.rank == slow else 158
+        precision.measure = lambda *shape: precision.MatrixRates(rate, 57)
+        precision._of_this_cpu.cache_clear()
+        job = TrainingPaths(nowhere, nowhere, nowhere, nowhere, {})
+        print(setup.select_types(job, ExperimentConfig(model=Model("m")), process).bf16)
 """
 
 
 @pytest.mark.system
-@pytest.mark.parametrize(("slow", "expected"), [(0, "False"), (1, "True")])
-def test_rank_0_decides_for_all(tmp_path: Path, slow: int, expected: str) -> None:
-    """The measurements of two real processes disagree."""
-    script, tests = tmp_path / "rank.py", Path(__file__).parents[1]
+def test_rank_0_decides_for_all(tmp_path: Path) -> None:
+    """The measurements of two real processes disagree: first that of rank 0 is too slow, then that of rank 1."""
+    script = tmp_path / "rank.py"
     script.write_text(RANK)
     shared = {**os.environ, "WORLD_SIZE": "2", "FINETUNE_RANKS_FILE": str(tmp_path / "ranks")}
-    shared["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    shared |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "CUDA_VISIBLE_DEVICES": ""}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(slow)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
+            [sys.executable, str(script)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
     try:
-        assert [rank.communicate(timeout=120)[0].split()[-1] for rank in ranks] == [expected] * 2
+        assert [rank.communicate(timeout=120)[0].split() for rank in ranks] == [["False", "True"]] * 2
     finally:
         for rank in ranks:
             rank.kill()

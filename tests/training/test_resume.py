@@ -286,7 +286,7 @@ def test_trained_again_from_the_start_on_request(machine: Callable[..., Machine]
 def test_sharded_base_trains_the_same_adapter(machine: Callable[..., Machine], quantization: str) -> None:
     """Each of two processes keeps half of the base; one has more micro-batches than the other."""
     same = ("training.max_steps=6", f"model.quantization={quantization}")
-    same = (*same, "training.macro_batch_size=3", "lora.dropout=0", "training.precision=fp32", "model.dtype=float32")
+    same = (*same, "training.macro_batch_size=3", "lora.dropout=0")
     whole, sharded = (
         machine(sharding, 2, "cache", *same, f"training.sharding={sharding}") for sharding in ("none", "fsdp")
     )
