@@ -4,6 +4,7 @@ This machine need not have instructions for bfloat16: capabilities are faked, th
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,20 @@ TRAINED = ("training.max_steps=4", "training.macro_batch_size=2", "training.micr
 
 @pytest.mark.system
 def test_packed_equals_alone_in_bf16(finetune: Finetune) -> None:
-    """Within rounding: a leak changes the losses of tokens by more than 0.1."""
+    """Within the rounding of the logits: 0.02 on average, 2.07 where packed examples see one another."""
     run = finetune(*BF16)
     assert run.flat
     packs = sorted(run.sequences, key=len, reverse=True)[:3]
-    packed = token_losses(run, collate(packs, run.train, CPU, run.flat)).float()
+    batch = collate(packs, run.train, CPU, run.flat)
+    packed = token_losses(run, batch).float()
+    assert batch.boundaries is not None
+    leaking = token_losses(run, replace(batch, boundaries=batch.boundaries[[0, -1]])).float()
     with unbounded(run):
-        alone = [token_losses(run, collate([[example]], run.train, CPU)) for pack in packs for example in pack]
-    difference = (packed - torch.cat(alone).float()).abs()
-    assert difference.mean() < 0.02
-    assert (packed.sum() - torch.cat(alone).float().sum()).abs() < 0.01 * packed.sum()
+        examples = [example for pack in packs for example in pack]
+        alone = torch.cat([token_losses(run, collate([[example]], run.train, CPU)).float() for example in examples])
+    assert (packed - alone).abs().mean() < 0.05
+    assert (packed.sum() - alone.sum()).abs() < 0.001 * alone.sum()
+    assert (leaking - alone).abs().mean() > 1
 
 
 @pytest.mark.parametrize("capabilities", tiered([(), NATIVE], [NATIVE]))
