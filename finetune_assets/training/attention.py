@@ -95,22 +95,24 @@ def attention_by_example(
     The arguments are those of `varlen_attention`, with the lengths of the examples. The output has shape
     (1, tokens, heads, width).
     """
-    dtype = query.dtype
-    if not _is_faster_in_float32(query):
+    if not _is_faster_in_float32(value):
         return _by_example(query, key, value, lengths, scaling, dropout, sliding_window)
     with torch.autocast("cpu", enabled=False):
         inputs = query.float(), key.float(), value.float()
-        return _by_example(*inputs, lengths, scaling, dropout, sliding_window).to(dtype)
+        return _by_example(*inputs, lengths, scaling, dropout, sliding_window).to(value.dtype)
 
 
-def _is_faster_in_float32(query: Tensor) -> bool:
+def _is_faster_in_float32(value: Tensor) -> bool:
     """Whether bfloat16 attention is slower than float32 on this device.
 
     The CPU kernel multiplies many small blocks. In bfloat16, forward and backward of 9 heads took 3.0 to 5.4 times as
     long on a CPU without instructions for it. With AVX512-bf16, attention took 38% of a training, and all matrix
     products 35%. AMX has a kernel of its own, which was not measured.
+
+    Args:
+        value: The values. Under autocast with float32 weights, they are bfloat16, and queries and keys are float32.
     """
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_instructions() != "amx_bf16"
+    return value.device.type == "cpu" and value.dtype == torch.bfloat16 and cpu_instructions() != "amx_bf16"
 
 
 def _by_example(
