@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import train_subject
+from benchmarks.bf16_ratio import BF16 as OURS_BF16
+from benchmarks.bf16_ratio import FP32 as OURS_FP32
+from benchmarks.bf16_ratio import bf16_ratio, precisions
 from benchmarks.harness import ROOT, arguments, interleaved, median, report
 from benchmarks.peers import python_of
 from finetune_assets.sources.local import SAMPLE
@@ -32,8 +33,14 @@ REFERENCE = {
     "rank": 8,
     "targets": ["q_proj", "v_proj"],
 }
-BF16 = [{"micro": 8, "bf16": True}] if torch.cpu.get_capabilities().get("avx512_bf16") else []
+HAS_BF16 = "bf16" in precisions("cpu")
 """On a CPU without instructions for it, bfloat16 is ten times slower than float32."""
+BF16 = [{"micro": 8, "bf16": True}] if HAS_BF16 else []
+BOTH: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    name: ("ours", [{"micro": 2, "precision": precision}])
+    for name, precision in ((OURS_FP32, "fp32"), (OURS_BF16, "bf16"))
+}
+"""Ours in either precision; on other devices, ours is in float32."""
 CANDIDATES: dict[str, dict[str, tuple[str, list[dict[str, Any]]]]] = {
     "cpu": {
         "a reference": ("hf", [{**REFERENCE, "micro": 4}]),
@@ -41,6 +48,7 @@ CANDIDATES: dict[str, dict[str, tuple[str, list[dict[str, Any]]]]] = {
         "c TRL": ("trl", [{"micro": 2}, {"micro": 4}, {"micro": 8}, {"micro": 4, "packing": True}]),
         "d LLaMA-Factory": ("llamafactory", [{"micro": 2}, {"micro": 4}, {"micro": 8}]),
         "e ours": ("ours", [{"micro": 2}]),
+        **(BOTH if HAS_BF16 else {}),
     },
     "cuda": {
         "a reference": ("hf", [{**REFERENCE, "micro": 4}]),
@@ -129,7 +137,7 @@ def main() -> None:
         for name, figures in table.items()
     ]
     title = f"{args.shape or shape} on {args.device}, median of {args.runs}, MFU of {peak / 1e9:,.0f} GFLOP/s"
-    report(title, rows, ratios(table, figure), args.json)
+    report(title, rows, {**ratios(table, figure), **bf16_ratio(table, figure, args.device)}, args.json)
     if args.plot:
         draw(table, figure, args.plot)
 

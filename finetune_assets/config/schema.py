@@ -30,7 +30,8 @@ class Model:
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Quantize the base model's linear layers to 8 or 4 bits (bitsandbytes; nf4 with double quantization)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the base model's weights; `auto` is bfloat16 where the device supports it, otherwise float32."""
+    """Data type of the base model's weights. `auto` is bfloat16 on a GPU that supports it, and on a CPU that is faster
+    with it (see `training.precision`); otherwise float32."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention backend. `auto` uses variable-length attention without padding (PyTorch's FlashAttention on CUDA,
     scaled dot product attention elsewhere), or the model's own attention if the results differ. `eager`, `sdpa` and
@@ -64,7 +65,8 @@ class Training:
     """Maximum global gradient norm; 0 disables clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "full_bf16", "full_fp16"] = "auto"
     """Mixed precision with float32 adapter weights (`bf16`, `fp16`), or everything in 16 bits (`full_bf16`,
-    `full_fp16`). `auto` is bf16 where the device supports it, otherwise fp32."""
+    `full_fp16`). `auto` is bf16 on a GPU that supports it, and on a CPU with AVX512-bf16 or AMX instructions that
+    multiplies faster in bf16 in a short measurement at the start; otherwise fp32."""
     gradient_checkpointing: bool | None = field(default=None, metadata=NOT_IDENTITY)
     """Recompute activations in the backward pass: much less memory, about a third slower. `null` enables it if the
     measured activations of one micro-batch do not fit."""

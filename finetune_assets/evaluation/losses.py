@@ -13,8 +13,9 @@ from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training.attention import select_attention
 from finetune_assets.training.batches import collate
 from finetune_assets.training.loss import SummedLoss
-from finetune_assets.training.model import autocast, base_of, compute_precision
+from finetune_assets.training.model import autocast, base_of
 from finetune_assets.training.order import Examples, evaluation_batches
+from finetune_assets.training.precision import auto_types, compute_precision, product_shape
 
 
 class RowLosses:
@@ -29,7 +30,8 @@ class RowLosses:
     def __init__(self, model: PeftModel | PreTrainedModel, config: ExperimentConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
         self.summed = SummedLoss(model)
-        self.precision = compute_precision(config.training, device)
+        types = auto_types(config.model, config.training, device, lambda: product_shape(base_of(model).config))
+        self.precision = compute_precision(config.training, types.bf16)
 
     @torch.inference_mode()
     def of(self, rows: Examples, progress: Callable[[int], None] = lambda done: None) -> NDArray[np.float64]:

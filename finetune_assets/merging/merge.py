@@ -13,7 +13,8 @@ from finetune_assets.evaluation.contenders import Contender, LoadedModels
 from finetune_assets.evaluation.rows import HeldOut
 from finetune_assets.training.embeddings import resize_embeddings
 from finetune_assets.training.generation_files import save_generation_files
-from finetune_assets.training.model import autocast, compute_precision, with_adapter_of
+from finetune_assets.training.model import autocast, base_of, with_adapter_of
+from finetune_assets.training.precision import auto_types, compute_precision, product_shape
 
 PLACES = 16
 """Positions per row at which logits are compared; all positions would take gigabytes with a large vocabulary."""
@@ -77,9 +78,12 @@ def positions(rows: HeldOut, most: int) -> list[Row]:
 
 def reference(contender: Contender, rows: list[Row], device: torch.device) -> list[Tensor]:
     """Compute logits of the unmerged base plus adapter, in the training precision; (places, vocabulary) per row."""
-    precision = compute_precision(contender.config.training, device)
+    training = contender.config.training
+    if training.precision == "auto" and device.type == "cpu":
+        training.precision = "fp32"  # a few rows, whose differences are to be those of the merge alone
     with LoadedModels(device).loaded(contender) as model:
-        return _logits(model, rows, device, precision)
+        types = auto_types(contender.config.model, training, device, lambda: product_shape(base_of(model).config))
+        return _logits(model, rows, device, compute_precision(training, types.bf16))
 
 
 def merged(contender: Contender, settings: Merge, output: Path) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parents[1]
 SIMULATED_CODE = (
     "preflight/simulation.py",
-    *(f"training/{name}.py" for name in ("batches", "lora", "lora_names", "loss", "model")),
+    *(f"training/{name}.py" for name in ("attention", "batches", "lora", "lora_names", "loss", "model", "precision")),
 )
 LIBRARIES = ("torch", "transformers", "peft")
 

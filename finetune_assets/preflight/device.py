@@ -8,7 +8,7 @@ from finetune_assets.config.gpus import computes_in_bf16, memory_gib
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
-from finetune_assets.training.telemetry import cpu_name, nvml
+from finetune_assets.training.telemetry import cpu_computes_in_bf16, cpu_name, nvml
 from finetune_assets.worker import gpus
 
 GIB = 1 << 30
@@ -84,7 +84,7 @@ def _one_machine(experiment: ExperimentConfig) -> Device:
             "of the cluster in hardware.gpu or hardware.memory_gib"
         )
     count = 1 if processes == "auto" else int(processes)
-    return Device("cpu", machine_bytes(), count, False, cpu_name())
+    return Device("cpu", machine_bytes(), count, cpu_computes_in_bf16(), cpu_name())
 
 
 def _query_first_gpu(visible: list[str], count: int) -> Device:

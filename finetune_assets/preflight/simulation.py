@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from finetune_assets.config.schema import Lora
 from finetune_assets.preflight.case import NotSimulated, Question, Simulated
+from finetune_assets.training.attention import attention_by_example
 from finetune_assets.training.batches import Batch
 from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.lora_names import lora_problem
@@ -179,7 +179,7 @@ def _step(model: PeftModel, question: Question) -> tuple[int, int]:
         model.to_empty(device="cpu")
         use_fused_lora(model)
         loss = SummedLoss(model)
-        loss.chunks_on = device
+        loss.simulated_device = device
         base = base_of(model)
         base.set_attn_implementation(SIMULATED)
         if question.checkpointing:
@@ -241,10 +241,7 @@ def _attention(lengths: list[int], device: str) -> Callable[..., tuple[Tensor, N
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         if device == "cuda":
             return _Flash.apply(query, key, value).transpose(1, 2), None
-        grouped = query.shape[1] != key.shape[1]
-        parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-        outputs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=grouped) for part in parts]
-        return torch.cat(outputs, 2).transpose(1, 2), None
+        return attention_by_example(query, key, value, lengths), None
 
     return attention
 

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -108,6 +109,19 @@ def load_newest(
     for name, part in parts.items():
         part.load_state_dict(restored.parts[name])
     return restored
+
+
+def newest_log(folder: Path, process: DistributedContext) -> dict[str, Any]:
+    """Training log of the newest checkpoint of any process; empty if no process has one."""
+    return max(process.everyones(_newest_log(folder)), key=lambda log: int(log.get("step", -1)))
+
+
+def _newest_log(folder: Path) -> dict[str, Any]:
+    for checkpoint in reversed(_checkpoints(folder)):
+        with suppress(OSError, ValueError):  # an unreadable checkpoint is reported when it is loaded
+            log = json.loads((checkpoint / LOG).read_text(encoding="utf-8"))
+            return {"step": log["step"], "active": log["active"]}
+    return {}
 
 
 def set_weights(model: PeftModel, weights: Mapping[str, Tensor], device: torch.device) -> None:

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils.logging import disable_progress_bar
 
 from finetune_assets.config.schema import ExperimentConfig, Lora, Model, Training
-from finetune_assets.config.validation import COMPUTED_AS_STORED
 from finetune_assets.errors import UserError
 from finetune_assets.sources.model_sizes import ModelSizeError, check_sizes, weights_in
 from finetune_assets.training.adapter_config import check_adapter
 from finetune_assets.training.lora_names import linear_names, lora_problem
+from finetune_assets.training.precision import auto_types, product_shape_of, weights_dtype
 from finetune_assets.training.warm_start import warm_start_problem
 from finetune_assets.training.weight_validation import explain, misfit, misquantized, stored_quantization
 from finetune_assets.worker.model_libraries import use_bitsandbytes
@@ -25,27 +25,13 @@ class ModelError(UserError):
     """The model is invalid or incompatible with the settings."""
 
 
-def weights_dtype(model: Model, training: Training, device: torch.device) -> torch.dtype:
-    """Data type of the base model's weights; `auto` follows a precision that computes in the weights' data type."""
-    name = model.dtype if model.dtype != "auto" else COMPUTED_AS_STORED.get(training.precision)
-    if name:
-        return getattr(torch, name)
-    return torch.bfloat16 if _computes_in_bf16(device) else torch.float32
-
-
-def compute_precision(training: Training, device: torch.device) -> str:
-    """Resolve `training.precision`: `auto` is bf16 where the device supports it, else fp32."""
-    if training.precision != "auto":
-        return training.precision
-    return "bf16" if _computes_in_bf16(device) else "fp32"
-
-
-def _computes_in_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
 def load_base(
-    folder: Path, model: Model, training: Training, device: torch.device, own_code: bool = False
+    folder: Path,
+    model: Model,
+    training: Training,
+    device: torch.device,
+    own_code: bool = False,
+    bf16: bool | None = None,
 ) -> PreTrainedModel:
     """Load the base model of a local folder onto `device`, quantized according to the settings.
 
@@ -55,6 +41,7 @@ def load_base(
         training: Training settings.
         device: Device of the weights.
         own_code: Run the Python code in the folder, because the experiment trusts this version; see `arguments.trusts`.
+        bf16: Whether `auto` types are bfloat16; None decides it for `device`, see `precision.auto_types`.
 
     Raises:
         ModelError: if the model cannot be loaded, its weights do not match its config, or the device does not support
@@ -64,7 +51,9 @@ def load_base(
         check_sizes(folder, weights_in(folder))
     except ModelSizeError as e:
         raise ModelError(f"model.base_model: {model.base_model} cannot be loaded: {e}") from e
-    dtype = weights_dtype(model, training, device)
+    if bf16 is None:
+        bf16 = auto_types(model, training, device, lambda: product_shape_of(folder, own_code)).bf16
+    dtype = weights_dtype(model, training, bf16)
     quantization = _quantization(model, dtype)
     disable_progress_bar()
     try:

@@ -103,7 +103,8 @@ class LoraFinetune(TrainingSetup):
             f"{self.training.macro_batch_size} on {self.process.world} x {self.process.device.type} in "
             f"{self.precision}; {self.log.trainable_parameters:,} trainable parameters"
         )
-        active = {name: value for name, value in self.log.active.items() if value and name != "mfu"}
+        details = ("mfu", "auto_types")
+        active = {name: value for name, value in self.log.active.items() if value and name not in details}
         self.reporter.write_line(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in active.items()))
         if self.estimate:
             self.reporter.write_line(self.estimate.describe())

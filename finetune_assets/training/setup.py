@@ -1,6 +1,7 @@
 """Set-up of a training before its first step: data, model, loss and compute options."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,18 +9,35 @@ from torch import Tensor
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import REWRITES_BASE
-from finetune_assets.training import memory
+from finetune_assets.training import checkpoint, memory
 from finetune_assets.training.attention import select_attention
 from finetune_assets.training.batches import Batch, collate
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, resize_embeddings
 from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.loss import SummedLoss
-from finetune_assets.training.model import autocast, compute_precision, layers_of, load_base, trainable, with_adapter
+from finetune_assets.training.model import autocast, layers_of, load_base, trainable, with_adapter
 from finetune_assets.training.order import Examples, read_packs
+from finetune_assets.training.precision import AutoTypes, auto_types, compute_precision, product_shape_of
 from finetune_assets.training.sharding import resident_bytes, shard
 from finetune_assets.training.state import TrainerState, TrainingPaths
 from finetune_assets.training.telemetry import CONVENTION, hardware_name, multiplied_weights, peak_flops
+
+
+def select_types(job: TrainingPaths, config: ExperimentConfig, process: DistributedContext) -> AutoTypes:
+    """Decide what `auto` selects, alike in all processes.
+
+    A resumed training keeps what its checkpoint was computed with, also on another machine; otherwise rank 0 decides.
+    """
+    if active := checkpoint.newest_log(job.checkpoints, process).get("active"):
+        types = AutoTypes.recorded(config.training, active)
+        types.warn_if_emulated(process.device)
+        return types
+    types = AutoTypes(False)
+    if process.reports:
+        shape = partial(product_shape_of, job.base_model, job.own_code)
+        types = auto_types(config.model, config.training, process.device, shape)
+    return AutoTypes(**process.share(types.to_dict()))
 
 
 class TrainingSetup:
@@ -29,6 +47,7 @@ class TrainingSetup:
         sequences: Train examples of each sequence.
         lengths: Length of each sequence, in tokens.
         learned: Number of target tokens of each sequence.
+        auto_types: What the setting `auto` selects for weights and precision.
         model: Base model with the adapter.
         parameters: Trainable parameters.
         summed_loss: Training loss of the model.
@@ -39,7 +58,8 @@ class TrainingSetup:
     def __init__(self, job: TrainingPaths, config: ExperimentConfig, process: DistributedContext) -> None:
         self.job, self.config, self.process = job, config, process
         self.training, self.log = config.training, TrainerState()
-        self.precision = compute_precision(config.training, process.device)
+        self.auto_types = select_types(job, config, process)
+        self.precision = compute_precision(config.training, self.auto_types.bf16)
         self.sharded = config.training.sharding == "fsdp" and process.world > 1
         self.estimate: memory.Estimate | None = None
         with memory.explained(config, process.device, lambda: self.estimate):
@@ -62,7 +82,9 @@ class TrainingSetup:
         where = (
             torch.device("cpu") if self.sharded and self.config.model.quantization == "none" else self.process.device
         )
-        base = load_base(self.job.base_model, self.config.model, self.training, where, self.job.own_code)
+        base = load_base(
+            self.job.base_model, self.config.model, self.training, where, self.job.own_code, self.auto_types.bf16
+        )
         self.multiplied_weights = multiplied_weights(base)
         tokenizer = experiment_tokenizer(self.job.base_model, self.config, self.job.own_code)
         self.new_tokens = resize_embeddings(base, tokenizer, self.config)
@@ -101,6 +123,7 @@ class TrainingSetup:
             "padding": not self.flat,
             "loss": self.summed_loss.way,
             "precision": self.precision,
+            "auto_types": self.auto_types.to_dict(),
             "weights": str(self.model.get_base_model().dtype).removeprefix("torch."),
             "quantization": self.config.model.quantization,
             "gradient_checkpointing": checkpointing,

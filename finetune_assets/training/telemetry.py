@@ -89,6 +89,14 @@ def cpu_name() -> str:
     return f"{match[1].strip() if match else platform.machine()}, {os.cpu_count()} cores"
 
 
+def cpu_computes_in_bf16() -> bool:
+    """Whether this machine's CPU has instructions for bfloat16, by the kernel's list.
+
+    Training asks PyTorch, and confirms it by a measurement (`precision.auto_types`); planning does not import PyTorch.
+    """
+    return bool(re.search(r"^flags\s*:.* (avx512_bf16|amx_bf16)\b", _cpu_info(), re.MULTILINE))
+
+
 def _cpu_info() -> str:
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

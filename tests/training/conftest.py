@@ -16,18 +16,49 @@ from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.sources.local import SAMPLE
+from finetune_assets.training import precision
 from finetune_assets.training.distributed import DistributedContext
+from finetune_assets.training.precision import INSTRUCTIONS, MatrixRates
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
 from finetune_assets.training.state import TrainingPaths
 
 ALONE = DistributedContext(rank=0, world=1, device=torch.device("cpu"))
+FAST, SLOW = MatrixRates(bf16=158.0, fp32=57.0), MatrixRates(bf16=57.0, fp32=57.0)
+"""Matrix rates that confirm and refute what a CPU's bfloat16 instructions promise."""
 MADE_FROM = {"fingerprint": "f" * 64, "experiment": "demo", "base_model": "packaged/demo-base", "revision": "r"}
 BASE: Path = PACKAGED["demo-base"]
 
 
 def configured(*overrides: str) -> ExperimentConfig:
     return load_experiment(ROOT / "configs", "demo", ["training.max_steps=3", *overrides]).config
+
+
+@pytest.fixture(autouse=True)
+def without_bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is float32 in this process, also on a machine whose CPU has instructions for bfloat16."""
+    hidden = {**torch.cpu.get_capabilities(), **dict.fromkeys(INSTRUCTIONS, False)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: hidden)
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[tuple[int, int]]]]:
+    """Fakes a CPU's capabilities and measured rates; the shapes that are measured."""
+
+    def fake(*capabilities: str, rates: MatrixRates = FAST) -> list[tuple[int, int]]:
+        measured: list[tuple[int, int]] = []
+
+        def measuring(*shape: int) -> MatrixRates:
+            measured.append(shape)  # type: ignore[arg-type]
+            return rates
+
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capabilities, True))
+        monkeypatch.setattr(precision, "measure", measuring)
+        precision._of_this_cpu.cache_clear()
+        return measured
+
+    yield fake
+    precision._of_this_cpu.cache_clear()
 
 
 @pytest.fixture(scope="session")
