@@ -113,6 +113,7 @@ def test_rows_of_weighted_sources_are_the_same(
     assert "packs.arrow" in one
 
 
+@pytest.mark.system
 def test_conversations_of_a_chat_template_are_the_same(tmp_path: Path, started: list[int]) -> None:
     rows, tokenizer = conversations(tmp_path / "rows"), tokenizer_with(QWEN25)
     one, two = (prepared(rows, tokenizer, chat_data(cutoff=512), tmp_path / count, count) for count in ("1", "2"))
