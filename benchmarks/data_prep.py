@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,14 @@ def peak_of_all() -> Iterator[list[float]]:
 
 
 def children() -> list[int]:
-    """PIDs of this process's children."""
-    tasks = Path("/proc/self/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    """PIDs of this process's children, without those that are about to start another program and share its memory."""
+    pids, own = [], Path("/proc/self/cmdline").read_bytes()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # the thread or the child has ended
+            for pid in (task / "children").read_text().split():
+                if Path(f"/proc/{pid}/cmdline").read_bytes() != own:
+                    pids.append(int(pid))
+    return pids
 
 
 def resident_mib(pid: int) -> float:
