@@ -24,7 +24,7 @@ from finetune_assets.data.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENCODED_TOGETHER = 256
+ENCODED_TOGETHER = 64
 """Number of texts that are tokenized at a time: enough for the tokenizer's threads, and an encoding takes 100 KB."""
 
 
