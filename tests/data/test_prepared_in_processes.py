@@ -12,6 +12,7 @@ from data.test_chat_tools import ASKED, CALLED, RESULT, SAID, TOOLS, tokenizer_w
 from data.tool_chats import QWEN25
 from planted import PLANTED
 from raw import ingest
+from tiers import tiered
 from tokenizers import NormalizedString, PreTokenizedString
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerBase
@@ -125,6 +126,7 @@ def test_conversations_of_a_chat_template_are_the_same(tmp_path: Path, started: 
     }
 
 
+@pytest.mark.system
 def test_few_rows_start_no_process_and_many_do(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, started: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +146,7 @@ class BySpaces:
         text.split(lambda _, part: [*part.split(" ", "merged_with_next")])
 
 
+@pytest.mark.system
 def test_a_tokenizer_with_a_part_in_python_is_used_in_one_process(tmp_path: Path, started: list[int]) -> None:
     assert NormalizedString("a b").split(" ", "merged_with_next")
     tokenizer = load_tokenizer(str(PACKAGED["demo-base"]))
@@ -171,7 +174,7 @@ def test_the_error_of_a_process_is_raised_and_no_file_is_left(
     assert {path.name for path in (tmp_path / "2").iterdir()} == {path.name for path in (tmp_path / "1").iterdir()}
 
 
-@pytest.mark.parametrize("threshold", [0.8, None])
+@pytest.mark.parametrize("threshold", tiered([0.8, None], [0.8]))
 def test_raw_rows_are_the_same(threshold: float | None, tmp_path: Path, started: list[int]) -> None:
     """Duplicates, near-duplicates, leaked answers, secrets and bad rows at the ends of batches, and conversations."""
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()[:300]
