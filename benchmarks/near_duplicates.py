@@ -39,7 +39,7 @@ def cost(rows: Path, model: Path) -> dict[str, float]:
     """CPU microseconds a row of the search, and of all else; imports and tokenizer are loaded before."""
     from finetune_assets.config.raw_data_schema import Columns
     from finetune_assets.config.schema import Data
-    from finetune_assets.data import prepare, quality
+    from finetune_assets.data import prepare, quality, selection
     from finetune_assets.data.ingest import PARQUET, write_raw
     from finetune_assets.data.readers import SourceFile
     from finetune_assets.data.tokenization import load_tokenizer
@@ -48,12 +48,14 @@ def cost(rows: Path, model: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for module, name in (
             *((quality, name) for name in ("words_of", "sign", "earlier_near_duplicates")),
-            (prepare, "near_duplicates_across"),
+            (selection, "near_duplicates_across"),
         ):
             stack.enter_context(patch.object(module, name, clocked(getattr(module, name), spent)))
         out, files = Path(folder), [SourceFile(rows.name, rows)]
-        raw, reading = timed(lambda: write_raw(files, Columns(), out))
-        prepared, preparing = timed(lambda: prepare.prepare_dataset(out / PARQUET, tokenizer, Data(), "salt", out))
+        raw, reading = timed(lambda: write_raw(files, Columns(), out, processes="1"))
+        prepared, preparing = timed(
+            lambda: prepare.prepare_dataset(out / PARQUET, tokenizer, Data(processes="1"), "salt", out)
+        )
     search = sum(spent.values())
     others = reading + preparing - search
     return {

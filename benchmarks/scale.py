@@ -48,8 +48,8 @@ def prepare(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         rows, out = Path(folder) / "rows.jsonl", Path(folder)
         write_rows(rows, count)
-        raw, raw_seconds = timed(lambda: write_raw([SourceFile(rows.name, rows)], Columns(), out))
-        made, seconds = timed(lambda: prepare_dataset(out / PARQUET, tokenizer, Data(), "salt", out))
+        raw, raw_seconds = timed(lambda: write_raw([SourceFile(rows.name, rows)], Columns(), out, processes="1"))
+        made, seconds = timed(lambda: prepare_dataset(out / PARQUET, tokenizer, Data(processes="1"), "salt", out))
     return {
         "rows": raw.rows,
         "examples": sum(made.examples.values()),

@@ -91,7 +91,7 @@ def _read(context: dg.AssetExecutionContext, project: Project, raw: RawLineage, 
 
     def build(folder: Path) -> None:
         threshold = THRESHOLD if source.config.checks.near_duplicates == "minhash" else None
-        statistics = write_raw(source.source.files(), source.config.columns, folder, threshold)
+        statistics = write_raw(source.source.files(), source.config.columns, folder, threshold, source.config.processes)
         statistics.ignored_files = [*source.source.ignored_files()]
         if not source.is_unchanged():
             raise DataError(f"{source.config.source}: rows changed during the read; materialize dolly_raw again")

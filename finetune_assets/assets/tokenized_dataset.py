@@ -124,7 +124,7 @@ def _same_as(lineage: Lineage, folder: Path, raw: ArtifactRef, base_model: Artif
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
-    from finetune_assets.data.prepare import EXAMPLE_SCHEMA
+    from finetune_assets.data.encoding import EXAMPLE_SCHEMA
 
     counts = dict(statistics)
     examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")

@@ -87,6 +87,9 @@ class Data:
     """Fraction of rows in the validation split. Rows are split by content, so a row never changes its split."""
     gate_fraction: float = 0.05
     """Fraction of rows held out for the champion gate alone."""
+    processes: str = not_identity("auto")
+    """Number of processes that prepare the rows on this machine; `auto` uses the cores of this job, up to 16, and fewer
+    for few rows. The examples are the same with every number."""
     near_duplicate_threshold: float | None = added(0.8)
     """Leave a row out of training if a held-out row has the same question (up to case, spaces and punctuation), the
     same question and answer under another system turn, or at least this estimated similarity: the Jaccard index of

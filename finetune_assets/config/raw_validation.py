@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from finetune_assets.config.cluster import AUTO
 from finetune_assets.config.raw_data_schema import Columns, RawDataConfig, RawSource
 from finetune_assets.display import shown_url
 
 Problem = tuple[str, str]
 """Dotted path of the setting, and description of the problem."""
+PROCESSES = re.compile("[1-9][0-9]{0,5}")
+MOST_PROCESSES = 256
+"""Maximum number of processes that prepare data on one machine."""
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -23,6 +27,7 @@ def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
     for key, number in arrivals.items():
         if number is not None and not 0 <= number < math.inf:
             yield key, f"{number} must be 0 or more"
+    yield from data_processes("processes", config.processes)
     yield from _address("source", config.source)
     yield from _columns("columns", config.columns)
     for name, source in config.sources.items():
@@ -44,6 +49,11 @@ def _raw_source(key: str, name: str, source: RawSource) -> Iterator[Problem]:
     if source.max_rows is not None and source.max_rows < 1:
         yield f"{key}.max_rows", f"{source.max_rows} must be at least 1"
     yield from _columns(f"{key}.columns", source.columns)
+
+
+def data_processes(key: str, number: str) -> Iterator[Problem]:
+    if number != AUTO and not (PROCESSES.fullmatch(number) and int(number) <= MOST_PROCESSES):
+        yield key, f"{number!r} must be {AUTO} or a number from 1 to {MOST_PROCESSES}"
 
 
 def _address(key: str, source: str | None) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
 from finetune_assets.config.errors import is_secret, shown, suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
 from finetune_assets.config.patterns import pattern_problem
-from finetune_assets.config.raw_validation import Problem, named, shares
+from finetune_assets.config.raw_validation import PROCESSES, Problem, data_processes, named, shares
 from finetune_assets.config.schema import (
     Data,
     ExperimentConfig,
@@ -39,7 +39,6 @@ REWRITES_BASE = ("pissa", "olora")
 """Initializations that move part of the base model's weights into the adapter."""
 LEAST_SIMILARITY = 0.7
 """Less similar texts are found too seldom by their MinHash signatures."""
-PROCESSES = re.compile("[1-9][0-9]{0,5}")
 PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]*")
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
 MOST_LAYERS = 10_000
@@ -53,6 +52,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _evaluations(config)
     yield from _ranges(config)
     yield from _split(config.data)
+    yield from data_processes("data.processes", config.data.processes)
     yield from _added_tokens(config.data.tokenization)
     yield from _trust(config.model)
     yield from _template(config.data.prompt_template)

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from finetune_assets.data.folding import Words, mixed, sequence_hashes, words_of
 from finetune_assets.data.near_duplicates import THRESHOLD, GrowingSignatures, Index, Signatures, sign
+from finetune_assets.data.processes import Processes
 from finetune_assets.data.rows import Row
 
 LEAST_EXCHANGE = 12
@@ -68,12 +70,14 @@ class NearDuplicates:
     all_held_out: list[int] = field(default_factory=list)
 
 
-Batch = tuple[NDArray[np.int64], Sequence[Row]]
+Batch = tuple[NDArray[np.int64], Sequence[Row] | pa.RecordBatch]
 """Rows with their numbers in the raw data."""
+ComparedBatch = tuple[NDArray[np.int64], ComparedRows]
+"""The same, as they are compared."""
 
 
 def near_duplicates_across(
-    held_out: Iterable[Batch], train: Iterable[Batch], threshold: float = THRESHOLD
+    held_out: Iterable[Batch], train: Iterable[Batch], threshold: float = THRESHOLD, processes: Processes | None = None
 ) -> NearDuplicates:
     """Find the training rows that repeat a held-out row; the order of the rows has no effect on which these are.
 
@@ -81,14 +85,16 @@ def near_duplicates_across(
         held_out: All held-out rows, in batches.
         train: All training rows, in batches.
         threshold: Minimum similarity of near-duplicates.
+        processes: Processes that compute signatures and hashes; by default this one.
     """
-    given = _HeldOut(held_out, threshold)
+    processes = processes or Processes(1)
+    given = _HeldOut(processes.map(_compared_batch, held_out), threshold)
     found = NearDuplicates()
     if not len(given.numbers):
         return found
     all_held_out: list[NDArray[np.int64]] = []
-    for numbers, rows in train:
-        mine, others = given.find(compared(rows))
+    for numbers, batch in processes.map(_compared_batch, train):
+        mine, others = given.find(batch)
         first = np.flatnonzero(np.diff(mine, prepend=-1))
         found.train += numbers[mine[first]].tolist()
         found.held_out += others[first].tolist()
@@ -100,11 +106,10 @@ def near_duplicates_across(
 class _HeldOut:
     """The held-out rows, indexed."""
 
-    def __init__(self, batches: Iterable[Batch], threshold: float) -> None:
+    def __init__(self, batches: Iterable[ComparedBatch], threshold: float) -> None:
         signatures, numbers = GrowingSignatures(), [np.empty(0, np.int64)]
         whole, beginnings = list[Keys](), list[Keys]()
-        for theirs, rows in batches:
-            batch = compared(rows)
+        for theirs, batch in batches:
             numbers.append(theirs)
             signatures.append(batch.signatures)
             whole.append(Keys(theirs[batch.whole.rows], batch.whole.hashes))
@@ -146,6 +151,11 @@ class _Groups:
         counts[once] = (high - low)[hit[once]]
         at = np.repeat(low[hit] - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
         return np.stack([np.repeat(keys.rows[hit], counts), self._rows[at]], axis=1)
+
+
+def _compared_batch(batch: Batch) -> ComparedBatch:
+    numbers, rows = batch
+    return numbers, compared(rows.to_pylist() if isinstance(rows, pa.RecordBatch) else rows)
 
 
 def compared(rows: Sequence[Row]) -> ComparedRows:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,21 +14,27 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from finetune_assets.config.cluster import AUTO
 from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.layouts import RowReader
 from finetune_assets.data.near_duplicates import THRESHOLD
-from finetune_assets.data.quality import Inspector, Quality
+from finetune_assets.data.processes import Processes, process_count
+from finetune_assets.data.quality import InspectedRows, Inspector, Quality, inspect_rows
 from finetune_assets.data.raw_files import rows_at
 from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.readers import SourceFile, SourceRecord, Unreadable, kept, read_records
 from finetune_assets.data.rows import Row
-from finetune_assets.data.sensitive import Sensitive, SensitiveScan, masked, masked_values
+from finetune_assets.data.sensitive import ScannedRows, Sensitive, SensitiveScan, masked, masked_values, scan_rows
 from finetune_assets.progress import ROWS, Progress
 
 PARQUET, QUARANTINE = "rows.parquet", "quarantine.jsonl"
 ROWS_PER_BATCH, BATCH_CHARACTERS = 5_000, 64 << 20
 """Maximum size of a batch, in rows and in characters, after which it is written."""
+INSPECTED_ROWS, INSPECTED_CHARACTERS = 1_000, 8 << 20
+"""Maximum size of a part of a batch that is inspected at a time."""
+BYTES_PER_PROCESS = 8 << 20
+"""Size of the files for each process from which several are faster than one, including their start."""
 SHOWN = 5
 """Maximum number of rows in each preview of good and bad rows."""
 REASONS = 50
@@ -89,17 +96,25 @@ class RawStatistics:
 
 
 def write_raw(
-    files: Sequence[SourceFile], columns: Columns, out: Path, near_duplicate_threshold: float | None = THRESHOLD
+    files: Sequence[SourceFile],
+    columns: Columns,
+    out: Path,
+    near_duplicate_threshold: float | None = THRESHOLD,
+    processes: str = AUTO,
 ) -> RawStatistics:
-    """Write `out/rows.parquet` and `out/quarantine.jsonl`, with at most `ROWS_PER_BATCH` rows in memory.
+    """Write `out/rows.parquet` and `out/quarantine.jsonl`, with at most some batches of rows in memory.
+
+    This process reads and writes the rows, and others hash, inspect and scan them.
 
     Args:
         files: Files to read, in order.
         columns: Column names of the source.
         out: Folder to write to.
         near_duplicate_threshold: Minimum similarity of near-duplicate rows; None counts equal rows only.
+        processes: Number of processes, or `auto`.
 
     Raises:
+        LostProcess: if one of several processes is killed.
         DataError: if a file as a whole cannot be read, no file contains a row, or no row has a column that the
             settings name.
     """
@@ -107,21 +122,27 @@ def write_raw(
     categories: Counter[str] = Counter()
     inspector = Inspector(near_duplicate_threshold)
     source_columns = _SourceColumns()
+    size = sum(file.path.stat().st_size for file in files if file.path.exists())
     with (
         open(out / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace") as bad,
         pq.ParquetWriter(out / PARQUET, RAW_SCHEMA, compression="zstd") as writer,
         Progress("reading raw data", None, ROWS) as progress,
+        Processes(process_count(processes, size, BYTES_PER_PROCESS), "processes (raw_data.yaml)") as inspecting,
     ):
         quarantine = _Quarantine(bad, counts)
         rows = (row for file in files for row in _good_rows(file, columns, quarantine, source_columns))
-        for batch in _batches(rows):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
-            for row in batch:
-                inspector.look(row)
-            scan.look(batch)
-            _count_categories(batch, categories)
-            _count(batch, counts)
-            progress.reach(counts.rows + counts.quarantined)
+
+        def written() -> Iterator[list[Row]]:
+            for batch in _batches(rows, ROWS_PER_BATCH, BATCH_CHARACTERS):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=RAW_SCHEMA))
+                _count_categories(batch, categories)
+                _count(batch, counts)
+                progress.reach(counts.rows + counts.quarantined)
+                yield from _batches(batch, INSPECTED_ROWS, INSPECTED_CHARACTERS)
+
+        for inspected, scanned in inspecting.map(partial(_inspected, near_duplicate_threshold), written()):
+            inspector.add(inspected)
+            scan.add(scanned)
     if not counts.rows + counts.quarantined:
         raise DataError(f"{', '.join(str(file.path) for file in files)}: no rows; the file is empty")
     source_columns.sum_up(counts)
@@ -133,6 +154,10 @@ def write_raw(
     for name in vars(counts).keys() - {"quality", "sensitive"}:
         setattr(counts, name, masked_values(getattr(counts, name)))
     return counts
+
+
+def _inspected(threshold: float | None, rows: list[Row]) -> tuple[InspectedRows, ScannedRows]:
+    return inspect_rows(rows, threshold), scan_rows(rows)
 
 
 def _count_categories(batch: list[Row], categories: Counter[str]) -> None:
@@ -163,8 +188,8 @@ def _count(batch: list[Row], counts: RawStatistics) -> None:
     counts.conversation_preview += conversations[: SHOWN - len(counts.conversation_preview)]
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Batches of at most `ROWS_PER_BATCH` rows, and not much more than `BATCH_CHARACTERS` of text."""
+def _batches(rows: Iterable[Row], most_rows: int, most_characters: int) -> Iterator[list[Row]]:
+    """Batches of at most so many rows, and not much more than so many characters."""
     batch: list[Row] = []
     size = 0
     for row in rows:
@@ -172,7 +197,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         turns = row["messages"] or ()
         size += len(row["instruction"]) + len(row["context"]) + len(row["response"])
         size += sum(len(turn["content"]) + len(turn.get("tool_calls") or "") for turn in turns)
-        if len(batch) == ROWS_PER_BATCH or size > BATCH_CHARACTERS:
+        if len(batch) == most_rows or size > most_characters:
             yield batch
             batch, size = [], 0
     if batch:

@@ -1,5 +1,8 @@
 """Converts raw Parquet rows to training-ready Arrow files, in one pass over the text and bounded memory.
 
+`data.processes` compute batches of rows; this process reads the rows and writes the examples in their order, so the
+number of processes changes no byte.
+
 The output folder contains `train.arrow`, `val.arrow` and `gate.arrow` (Arrow streams that `datasets.Dataset.from_file`
 can open too) and, with packing, `packs.arrow`: the train examples of each packed sequence.
 """
@@ -10,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,61 +21,25 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.dataset_statistics import FILL_BINS, LENGTH_BINS, Statistics, name_first
+from finetune_assets.data.encoding import TrainExamples, encoded_batches, example_schema
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.mixture import choose, choose_replayed
 from finetune_assets.data.packing import pack
-from finetune_assets.data.raw_files import RawPart
+from finetune_assets.data.processes import Processes, process_count
+from finetune_assets.data.raw_files import RawPart, number_of_rows
 from finetune_assets.data.rows import Split
-from finetune_assets.data.selection import Rows, describe_split, draw_rows, leave_out, select, taken_rows
-from finetune_assets.data.tokenization import IGNORED, Encoder, TokenizedRows
+from finetune_assets.data.selection import Rows, describe_split, draw_rows, leave_out, select
+from finetune_assets.data.tokenization import Encoder
 from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
 logger = logging.getLogger(__name__)
+ROWS_PER_PROCESS = 5_000
+"""Rows for each process from which several are faster than one, including their start (benchmarks/RESULTS.md)."""
 FREQUENT = 0.2
 """A prompt with more than this fraction of the rows explains an empty split. It is logged if more rows of a source than
 this are left out."""
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        pa.field("input_ids", pa.list_(pa.int32()), metadata={"doc": "tokens of prompt, response and end"}),
-        pa.field("labels", pa.list_(pa.int32()), metadata={"doc": "the same, or -100 where nothing is learned"}),
-        pa.field("prompt_length", pa.int32(), metadata={"doc": "tokens before the last response"}),
-        pa.field("row", pa.int64(), metadata={"doc": "index of the row in the raw data"}),
-        pa.field("category", pa.string(), metadata={"doc": "category of the row"}),
-    ]
-)
-SOURCE = pa.field("source", pa.string(), metadata={"doc": "name of the row's source; absent with a single source"})
 PACK_SCHEMA = pa.schema([pa.field("examples", pa.list_(pa.int32()), metadata={"doc": "indices into train.arrow"})])
-
-
-class TrainExamples(NamedTuple):
-    """Numbers of the train examples, each of shape (n,).
-
-    Attributes:
-        rows: Index of each example's row.
-        lengths: Number of tokens.
-        labelled: Number of labelled tokens.
-        truncated: Whether the example is truncated at `cutoff_len`.
-    """
-
-    rows: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    labelled: NDArray[np.int64]
-    truncated: NDArray[np.bool_]
-
-    def take(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> "TrainExamples":
-        return TrainExamples(self.rows[chosen], self.lengths[chosen], self.labelled[chosen], self.truncated[chosen])
-
-    @staticmethod
-    def joined(parts: Sequence["TrainExamples"]) -> "TrainExamples":
-        none = np.empty(0, np.int64)
-        parts = [TrainExamples(none, none, none, np.empty(0, np.bool_)), *parts]
-        return TrainExamples(
-            np.concatenate([part.rows for part in parts]),
-            np.concatenate([part.lengths for part in parts]),
-            np.concatenate([part.labelled for part in parts]),
-            np.concatenate([part.truncated for part in parts]),
-        )
 
 
 def prepare_dataset(
@@ -89,16 +55,20 @@ def prepare_dataset(
         out: Folder to write to.
 
     Raises:
+        LostProcess: if one of `data.processes` is killed.
         DataError: if a category does not occur, or no train or no validation example is left.
     """
     parts = [RawPart("", rows)] if isinstance(rows, Path) else [*rows]
     files = [part.file for part in parts]
     statistics = Statistics()
-    drawn = draw_rows(parts, split_salt)
-    taken = select(drawn, parts, data, statistics)
-    describe_split(files, drawn, taken, data, statistics)
-    leave_out(files, drawn, taken, data, statistics)
-    train = _write_examples(parts, Encoder(tokenizer, data), drawn, taken, data, statistics, out)
+    count = process_count(data.processes, number_of_rows(files), ROWS_PER_PROCESS)
+    with Processes(count, "data.processes") as processes:
+        drawn = draw_rows(parts, split_salt, processes)
+        taken = select(drawn, parts, data, statistics)
+        describe_split(files, drawn, taken, data, statistics)
+        leave_out(files, drawn, taken, data, statistics, processes)
+        encoder = Encoder(tokenizer, data)
+        train = _write_examples(parts, encoder, drawn, taken, data, statistics, out, processes)
     train = _mix(train, parts, drawn, data, statistics, out)
     _describe_train(train, drawn, statistics)
     _check_not_empty(statistics, data)
@@ -115,65 +85,30 @@ def _write_examples(
     data: Data,
     statistics: Statistics,
     out: Path,
+    processes: Processes,
 ) -> TrainExamples:
     """Write one Arrow stream per split."""
-    names = np.array([part.name for part in parts], object)
     several = sum(not part.replay for part in parts) > 1
-    schema = EXAMPLE_SCHEMA.append(SOURCE) if several else EXAMPLE_SCHEMA
+    files, names = [part.file for part in parts], [part.name for part in parts] if several else None
+    schema = example_schema(several)
     train: list[TrainExamples] = []
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), schema)) for split in Split
         }
         progress = stack.enter_context(Progress("tokenizing", int(taken.sum()), UNIT))
-        for chosen, batch in taken_rows([part.file for part in parts], taken):
-            progress.add(len(chosen))
-            examples = encoder.encode(batch)
-            _count_refused(examples, chosen, statistics)
-            statistics.omitted = dict(examples.omitted + Counter(statistics.omitted))
-            if not len(examples.rows):
-                continue
-            indices = chosen[examples.rows]
-            sides = np.array([drawn.side_of(i, data) for i in indices])
-            columns = [*_columns(examples, indices), pa.array(drawn.categories[indices], pa.string())]
-            columns += [pa.array(names[drawn.sources[indices]], pa.string())] if several else []
-            labelled = _labelled_tokens(examples)
-            statistics.without_label += int((labelled == 0).sum())
-            name_first(statistics.first_without_label, indices[labelled == 0])
-            for split, writer in writers.items():
-                kept = np.flatnonzero((sides == split) & (labelled > 0))
-                if len(kept):
-                    writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema).take(pa.array(kept)))
-                statistics.examples[split] += len(kept)
-                if split is Split.TRAIN:
-                    numbers = TrainExamples(indices, examples.lengths, labelled, examples.truncated)
-                    train.append(numbers.take(kept))
+        for batch in encoded_batches(files, names, encoder, drawn, taken, data, processes):
+            progress.add(batch.rows)
+            statistics.first_refused = statistics.first_refused or batch.first_refused
+            statistics.refused += batch.refused
+            statistics.omitted = dict(batch.omitted + Counter(statistics.omitted))
+            statistics.without_label += len(batch.without_label)
+            name_first(statistics.first_without_label, batch.without_label)
+            for split, examples in batch.examples.items():
+                writers[split].write_batch(examples)
+                statistics.examples[split] += len(examples)
+            train.append(batch.train)
     return TrainExamples.joined(train)
-
-
-def _count_refused(examples: TokenizedRows, chosen: NDArray[np.int64], statistics: Statistics) -> None:
-    if examples.refused and not statistics.refused:
-        row, reason = examples.refused[0]
-        statistics.first_refused = f"row {chosen[row]} of dolly_raw: {reason}"
-    statistics.refused += len(examples.refused)
-
-
-def _columns(examples: TokenizedRows, indices: NDArray[np.int64]) -> list[pa.Array]:
-    offsets = pa.array(np.concatenate([[0], np.cumsum(examples.lengths)]), pa.int32())
-    return [
-        pa.ListArray.from_arrays(offsets, pa.array(examples.input_ids)),
-        pa.ListArray.from_arrays(offsets, pa.array(examples.labels)),
-        pa.array(examples.prompt_lengths),
-        pa.array(indices),
-    ]
-
-
-def _labelled_tokens(examples: TokenizedRows) -> NDArray[np.int64]:
-    """Number of labelled tokens of each example, without its first token, which nothing predicts. Shape (n,)."""
-    starts = np.cumsum(examples.lengths) - examples.lengths
-    learned = (examples.labels != IGNORED).astype(np.int64)
-    learned[starts[examples.lengths > 0]] = 0
-    return np.add.reduceat(learned, starts)
 
 
 def _mix(

@@ -1,8 +1,8 @@
 """Renders rows as input text of the model, with the character spans to learn."""
 
 from collections.abc import Callable
-
-from transformers import PreTrainedTokenizerBase
+from functools import partial
+from typing import TYPE_CHECKING
 
 from finetune_assets.config.schema import PromptTemplate
 from finetune_assets.data.chat import ChatTemplate, Rendered
@@ -10,22 +10,28 @@ from finetune_assets.data.errors import RefusedRow
 from finetune_assets.data.layouts.instruction import conversation
 from finetune_assets.data.rows import Row
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Renderer = Callable[[Row], Rendered]
 
 
-def make_renderer(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+def make_renderer(template: PromptTemplate, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
     """Create the function that renders a row with the experiment's prompts or the tokenizer's chat template.
 
     Returns:
-        A function that raises `RefusedRow` if a row cannot be rendered.
+        A function that raises `RefusedRow` if a row cannot be rendered, and can be pickled.
 
     Raises:
         DataError: if `chat_template` is set and the tokenizer has none.
     """
     if not template.chat_template:
-        return lambda row: render_prompt(template, row)
-    chat = ChatTemplate(tokenizer)
-    return lambda row: chat.render(
+        return partial(render_prompt, template)
+    return partial(_render_chat, ChatTemplate(tokenizer))
+
+
+def _render_chat(chat: ChatTemplate, row: Row) -> Rendered:
+    return chat.render(
         row["messages"] or conversation(row["instruction"], row["context"], row["response"]), row.get("tools")
     )
 

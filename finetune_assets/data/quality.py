@@ -4,14 +4,15 @@ import hashlib
 import math
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_assets.data.folding import folded, sequence_hashes, words_of
-from finetune_assets.data.near_duplicates import THRESHOLD, GrowingSignatures, earlier_near_duplicates, sign
+from finetune_assets.data.near_duplicates import THRESHOLD, GrowingSignatures, Signatures, earlier_near_duplicates, sign
 from finetune_assets.data.rows import Row, texts_of
 
 SHOWN = 5
@@ -19,7 +20,6 @@ SHOWN = 5
 LEAST_LEAK = 20
 """Minimum length of a leaked response, in folded characters; shorter ones (`yes`, a name, a number) may legitimately
 occur in their question."""
-ROWS_PER_BATCH = 1_000
 
 
 def hashed(*parts: str) -> int:
@@ -54,45 +54,76 @@ class Quality:
     near_duplicate_threshold: float | None = None
 
 
-class Inspector:
-    """Inspects each row once and accumulates a `Quality`.
+class InspectedRows(NamedTuple):
+    """What the checks need of a batch of rows.
+
+    Attributes:
+        exact: Hash of each row; shape (n,).
+        folded: Hash of each row after folding, if near-duplicates are compared for equality only; else empty.
+        signatures: Signature of each row; None if near-duplicates are compared for equality only.
+        lengths: Number of rows by the number of bits of their length.
+        leaked: Indices of the rows with a leaked response.
+    """
+
+    exact: "array[int]"
+    folded: NDArray[np.uint64]
+    signatures: Signatures | None
+    lengths: Counter[int]
+    leaked: list[int]
+
+
+def inspect_rows(rows: Sequence[Row], threshold: float | None = THRESHOLD) -> InspectedRows:
+    """Inspect a batch of rows, independently of all others.
 
     Args:
+        rows: The rows.
         threshold: Minimum similarity of near-duplicates; None compares the rows for equality only.
+    """
+    texts = [texts_of(row) for row in rows]
+    exact = array("Q")
+    for row, parts in zip(rows, texts, strict=True):
+        columns = row["instruction"], row["context"], row["response"]
+        exact.append(hashed(*columns, *(parts if row["messages"] else ())))
+    words = words_of([part for parts in texts for part in parts])
+    offsets = np.cumsum([0, *(len(parts) for parts in texts)])
+    if threshold is None:
+        folded_hashes, signatures = sequence_hashes(words.folded, offsets), None
+    else:
+        folded_hashes, signatures = np.empty(0, np.uint64), sign(words, offsets)
+    counts = words.counts.tolist()
+    leaked = [
+        number
+        for number, (row, parts, start) in enumerate(zip(rows, texts, offsets[:-1].tolist(), strict=True))
+        if leaks(row, dict(zip(parts, counts[start : start + len(parts)], strict=True)))
+    ]
+    lengths = Counter(sum(map(len, parts)).bit_length() for parts in texts)
+    return InspectedRows(exact, folded_hashes, signatures, lengths, leaked)
+
+
+class Inspector:
+    """Accumulates the `Quality` of inspected rows, in their order.
+
+    Args:
+        threshold: As of `inspect_rows`.
     """
 
     def __init__(self, threshold: float | None = THRESHOLD) -> None:
         self._exact, self._folded, self._signatures = array("Q"), array("Q"), GrowingSignatures()
         self._lengths: Counter[int] = Counter()
-        self._waiting: list[tuple[Row, list[str]]] = []
         self._quality = Quality(near_duplicate_threshold=threshold)
 
-    def look(self, row: Row) -> None:
-        parts, texts = [row["instruction"], row["context"], row["response"]], texts_of(row)
-        self._exact.append(hashed(*parts, *(texts if row["messages"] else ())))
-        self._lengths[sum(map(len, texts)).bit_length()] += 1
-        self._waiting.append((row, texts))
-        if len(self._waiting) == ROWS_PER_BATCH:
-            self._inspect()
-
-    def _inspect(self) -> None:
-        rows, self._waiting = self._waiting, []
-        first = len(self._exact) - len(rows)
-        words = words_of([part for _, parts in rows for part in parts])
-        offsets = np.cumsum([0, *(len(parts) for _, parts in rows)])
-        if self._quality.near_duplicate_threshold is None:
-            self._folded.frombytes(sequence_hashes(words.folded, offsets).tobytes())
-        else:
-            self._signatures.append(sign(words, offsets))
-        counts = words.counts.tolist()
-        for number, ((row, parts), start) in enumerate(zip(rows, offsets[:-1].tolist(), strict=True), first):
-            if leaks(row, dict(zip(parts, counts[start : start + len(parts)], strict=True))):
-                self._quality.leaked += 1
-                if len(self._quality.first_leaked) < SHOWN:
-                    self._quality.first_leaked.append(number)
+    def add(self, rows: InspectedRows) -> None:
+        first = len(self._exact)
+        self._exact += rows.exact
+        self._folded.frombytes(rows.folded.tobytes())
+        if rows.signatures is not None:
+            self._signatures.append(rows.signatures)
+        self._lengths += rows.lengths
+        self._quality.leaked += len(rows.leaked)
+        named = self._quality.first_leaked
+        named += [first + row for row in rows.leaked[: SHOWN - len(named)]]
 
     def sum_up(self) -> Quality:
-        self._inspect()
         quality = self._quality
         exact = _repeats(self._exact)
         if quality.near_duplicate_threshold is None:

@@ -52,6 +52,11 @@ def raw_batches(
             yield index, as_schema(batch, schema)
 
 
+def number_of_rows(files: Sequence[Path]) -> int:
+    """Number of rows of several raw data artifacts, from their metadata."""
+    return sum(pq.ParquetFile(path).metadata.num_rows for path in files)
+
+
 def as_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """A batch with the columns of a later version of its schema."""
     if batch.schema.equals(schema):

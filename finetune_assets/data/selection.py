@@ -3,6 +3,7 @@
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ from finetune_assets.data.cross_split import near_duplicates_across
 from finetune_assets.data.dataset_statistics import SHOWN, Statistics
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.near_duplicates import THRESHOLD
+from finetune_assets.data.processes import Processes
 from finetune_assets.data.quality import hashed
 from finetune_assets.data.raw_files import RawPart, raw_batches, rows_at
-from finetune_assets.data.rows import Draw, Row, Split, draw, side_of
+from finetune_assets.data.rows import Draw, Split, draw, side_of
 from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
-ROWS_PER_BATCH = 1_000
+ROWS_PER_BATCH, DRAWN_PER_BATCH = 1_000, 2_500
 LONGEST_PROMPT = 80
 """Maximum length of a prompt that is named, in characters."""
 
@@ -51,17 +53,34 @@ class Rows(NamedTuple):
         return (self.sides >= data.gate_fraction) & (self.sides < 1 - data.val_fraction)
 
 
-def draw_rows(parts: Sequence[RawPart], salt: str) -> Rows:
+class _Draws(NamedTuple):
+    """Draws of a batch: index of its part, and side, rank and category of each row."""
+
+    part: int
+    sides: "array[float]"
+    ranks: "array[float]"
+    categories: list[str]
+
+
+def _draw_batch(salt: str, batch: tuple[int, pa.RecordBatch]) -> _Draws:
+    part, rows = batch
+    columns = rows.to_pydict()
+    draws = [draw(*texts, salt) for texts in zip(columns["instruction"], columns["context"], strict=True)]
+    categories = [sys.intern(category) for category in columns["category"]]
+    return _Draws(
+        part, array("d", (each.side for each in draws)), array("d", (each.rank for each in draws)), categories
+    )
+
+
+def draw_rows(parts: Sequence[RawPart], salt: str, processes: Processes) -> Rows:
     """Draw side and rank of each row, in the order of the parts."""
     sides, ranks, categories, counts = array("d"), array("d"), list[str](), [0] * len(parts)
-    for index, batch in raw_batches([part.file for part in parts], 10_000, ["instruction", "context", "category"]):
-        columns = batch.to_pydict()
-        counts[index] += len(batch)
-        for instruction, context in zip(columns["instruction"], columns["context"], strict=True):
-            side, rank = draw(instruction, context, salt)
-            sides.append(side)
-            ranks.append(rank)
-        categories += map(sys.intern, columns["category"])
+    batches = raw_batches([part.file for part in parts], DRAWN_PER_BATCH, ["instruction", "context", "category"])
+    for batch in processes.map(partial(_draw_batch, salt), batches):
+        counts[batch.part] += len(batch.sides)
+        sides += batch.sides
+        ranks += batch.ranks
+        categories += map(sys.intern, batch.categories)
     sources = np.repeat(np.arange(len(parts)), counts)
     replayed = np.array([part.replay for part in parts], np.bool_)[sources]
     return Rows(sources, replayed, np.array(sides), np.array(ranks), np.array(categories, object))
@@ -137,20 +156,30 @@ def describe_split(
     statistics.most_frequent_prompt_rows = int(counts.max())
 
 
-def leave_out(files: Sequence[Path], drawn: Rows, taken: NDArray[np.bool_], data: Data, statistics: Statistics) -> None:
+def leave_out(
+    files: Sequence[Path],
+    drawn: Rows,
+    taken: NDArray[np.bool_],
+    data: Data,
+    statistics: Statistics,
+    processes: Processes,
+) -> None:
     """Take no training row that repeats a held-out row, unless the settings keep them; then count them."""
     threshold, in_train = data.near_duplicate_threshold, drawn.in_train(data)
     if not (taken & ~in_train).any():
         return
     with Progress("comparing the splits", int(taken.sum()), UNIT) as progress:
 
-        def batches(chosen: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[Row]]]:
-            for numbers, batch in taken_rows(files, chosen, ["instruction", "context", "response", "messages"]):
+        def batches(chosen: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
+            for numbers, batch in taken_batches(files, chosen, ["instruction", "context", "response", "messages"]):
                 progress.add(len(numbers))
                 yield numbers, batch
 
         found = near_duplicates_across(
-            batches(taken & ~in_train), batches(taken & in_train), THRESHOLD if threshold is None else threshold
+            batches(taken & ~in_train),
+            batches(taken & in_train),
+            THRESHOLD if threshold is None else threshold,
+            processes,
         )
     if threshold is None:
         statistics.overlap, statistics.first_overlap = len(found.all_held_out), found.all_held_out[:SHOWN]
@@ -160,13 +189,13 @@ def leave_out(files: Sequence[Path], drawn: Rows, taken: NDArray[np.bool_], data
     taken[found.train] = False
 
 
-def taken_rows(
+def taken_batches(
     files: Sequence[Path], taken: NDArray[np.bool_], columns: list[str] | None = None
-) -> Iterator[tuple[NDArray[np.int64], list[Row]]]:
+) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
     """The taken rows with their numbers, in batches."""
     start = 0
     for _, batch in raw_batches(files, ROWS_PER_BATCH, columns):
         wanted = np.flatnonzero(taken[start : start + len(batch)])
         if len(wanted):
-            yield wanted + start, batch.take(pa.array(wanted)).to_pylist()
+            yield wanted + start, batch.take(pa.array(wanted))
         start += len(batch)

@@ -5,15 +5,14 @@ The prompt is masked by the tokens' character offsets, never by tokenizing it se
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.chat import Rendered, Span
@@ -21,6 +20,12 @@ from finetune_assets.data.errors import DataError, RefusedRow
 from finetune_assets.data.labels import IGNORED
 from finetune_assets.data.prompts import make_renderer
 from finetune_assets.data.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENCODED_TOGETHER = 64
+"""Number of texts that are tokenized at a time: enough for the tokenizer's threads, and an encoding takes 100 KB."""
 
 
 class Refused(NamedTuple):
@@ -61,7 +66,7 @@ class TokenizedRows:
 
 
 class Encoder:
-    """Renders and tokenizes rows with the settings of one experiment.
+    """Renders and tokenizes rows with the settings of one experiment. It can be pickled without the tokenizer's class.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -71,7 +76,7 @@ class Encoder:
         DataError: if the tokenizer is slow, or lacks an end token or chat template that the settings require.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
         self.render = make_renderer(data.prompt_template, tokenizer)
         self.settings = data.tokenization
         self.whole_text = data.prompt_template.chat_template
@@ -93,7 +98,6 @@ class Encoder:
         taken, rendered, refused = self._rendered(rows)
         if self.adds_bos and not self.whole_text:
             rendered = [_without_start(one, self.bos) for one in rendered]
-        encodings = self.backend.encode_batch([one.text for one in rendered], add_special_tokens=not self.whole_text)
         cutoff, count = self.settings.cutoff_len, len(rendered)
         lengths = np.empty(count, np.int64)
         prompts = np.empty(count, np.int32)
@@ -101,7 +105,7 @@ class Encoder:
         ids: list[int] = []
         answers: list[Span] = []  # start and end (exclusive) in `ids`
         masked: list[Span] = []
-        for i, (encoding, row) in enumerate(zip(encodings, rendered, strict=True)):
+        for i, (encoding, row) in enumerate(zip(self._encodings(rendered), rendered, strict=True)):
             tokens = encoding.ids
             if self.adds_eos and not self.whole_text and not self.settings.add_eos_token:
                 tokens.pop()
@@ -134,6 +138,11 @@ class Encoder:
                 refused.append(Refused(i, str(e)))
         return taken, rendered, refused
 
+    def _encodings(self, rendered: list[Rendered]) -> Iterator[Encoding]:
+        for start in range(0, len(rendered), ENCODED_TOGETHER):
+            texts = [row.text for row in rendered[start : start + ENCODED_TOGETHER]]
+            yield from self.backend.encode_batch(texts, add_special_tokens=not self.whole_text)
+
     def _last(self, encoding: Encoding, end: int, text: str) -> int:
         """Index after the last token of an answer. An answer at the end of the text extends to the example's end."""
         return 1 << 31 if end >= len(text) else token_behind(encoding, end, len(text))
@@ -161,7 +170,7 @@ def _inside(spans: list[Span], count: int) -> NDArray[np.bool_]:
     return np.cumsum(edges[:-1]) > 0
 
 
-def _added_by(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+def _added_by(tokenizer: "PreTrainedTokenizerBase") -> tuple[bool, bool]:
     """Whether the tokenizer adds its BOS token before a text, and its EOS token after it."""
     ids = tokenizer.backend_tokenizer.encode("a").ids  # type: ignore[attr-defined]
     bare = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids  # type: ignore[attr-defined]
@@ -214,7 +223,7 @@ def check_positions(folder: Path, data: Data) -> None:
 
 def load_tokenizer(
     folder: str, added_tokens: Sequence[str] = (), trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+) -> "PreTrainedTokenizerBase":
     """Load the tokenizer from the local folder of a base model or adapter.
 
     Args:
@@ -225,6 +234,8 @@ def load_tokenizer(
     Raises:
         DataError: if no tokenizer can be loaded.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as e:  # the parser, written in Rust, raises any exception type for a damaged file

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from finetune_assets.data.cores import available_cores
 from finetune_assets.errors import UserError
 from finetune_assets.progress import Progress
 from finetune_assets.progress.relay import from_environment
@@ -176,11 +177,6 @@ def _processes(spec: JobSpec, gpus: list[str]) -> int:
     return int(spec.processes)
 
 
-def _cores() -> int:
-    """Return the number of cores available to this process; a cluster may assign a job part of a machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> tuple[str, Meeting]:
     """Return the module to start (torchrun or the worker itself), and the first arguments and the environment of it."""
     if spec.processes is None:
@@ -229,7 +225,7 @@ def run_worker(worker: Worker, meanwhile: Callable[[], None] = lambda: None) -> 
     """
     user_error, crash = worker.folder / "user_error.json", worker.folder / "crash.json"
     environment = {
-        "OMP_NUM_THREADS": str(max(1, _cores() // worker.processes)),
+        "OMP_NUM_THREADS": str(max(1, available_cores() // worker.processes)),
         **openmp_waiting(),
         "WANDB_DIR": str(worker.cache),  # W&B creates a folder `wandb` in it
         "WANDB_DATA_DIR": str(worker.cache / "wandb"),

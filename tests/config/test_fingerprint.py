@@ -49,6 +49,7 @@ def changed(*overrides: str) -> list[bool]:
         ("training.keep=last", False, False, False),
         ("training.save_steps=5", False, False, False),
         ("training.processes_per_node=2", False, False, False),
+        ("data.processes=2", False, False, False),
         ("launcher={engine: slurm, nodes: 2, time_limit: '1:00:00'}", False, False, False),
         ("wandb.project=mine", False, False, False),
         ("subscribed=false", False, False, False),

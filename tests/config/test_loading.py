@@ -83,6 +83,8 @@ def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
         ("training.micro_batch_size=64", ["training.micro_batch_size", "64", "macro_batch_size 8"]),
         ("training.processes_per_node=many", ["training.processes_per_node", "many", "auto"]),
         ("training.processes_per_node=9", ["training.processes_per_node", "9", "macro_batch_size 8"]),
+        ("data.processes=0", ["data.processes", "'0'", "auto", "256"]),
+        ("data.processes=257", ["data.processes", "'257'"]),
         ("data.val_fraction=1.5", ["data.val_fraction", "1.5"]),
         ("data.val_fraction=0.97", ["data.val_fraction", "0.97"]),
         ("data.near_duplicate_threshold=0.5", ["data.near_duplicate_threshold", "0.5", "null"]),

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from planted import PLANTED
 
-from finetune_assets.data.prepare import EXAMPLE_SCHEMA
+from finetune_assets.data.encoding import EXAMPLE_SCHEMA
 from finetune_assets.data.preview import masked_tokens
 from finetune_assets.data.tables import conversations_table, rows_table
 from finetune_assets.data.tokenization import load_tokenizer

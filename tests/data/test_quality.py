@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune_assets.data.quality import Inspector, Quality, distance
+from finetune_assets.data.quality import Inspector, Quality, distance, inspect_rows
 
 
 def row(instruction: str, response: str = "It is so.", context: str = "", messages: Any = None) -> dict[str, Any]:
@@ -20,8 +20,7 @@ def row(instruction: str, response: str = "It is so.", context: str = "", messag
 
 def inspected(*rows: dict[str, Any], threshold: float | None = 0.8) -> Quality:
     inspector = Inspector(threshold)
-    for one in rows:
-        inspector.look(one)
+    inspector.add(inspect_rows(rows, threshold))
     return inspector.sum_up()
 
 

@@ -17,7 +17,7 @@ from finetune_assets.data.errors import BadRow, DataError
 from finetune_assets.data.ingest import write_raw
 from finetune_assets.data.layouts.values import shortened
 from finetune_assets.data.readers import SourceFile, read_records
-from finetune_assets.data.sensitive import KINDS, Sensitive, SensitiveScan, find, masked, masked_values
+from finetune_assets.data.sensitive import KINDS, Sensitive, SensitiveScan, find, masked, masked_values, scan_rows
 from finetune_assets.data.tables import conversations_table, rows_table
 
 AROUND = ["{}", "First.\n{}\nLast.", 'x = f("""{}""")', "a, b\n1,{}", "- **{}**", "é日本 {} 🎉"]
@@ -30,7 +30,7 @@ def row(instruction: str, response: str = "It is so.", messages: Any = None) -> 
 
 def scanned(*rows: dict[str, Any]) -> Sensitive:
     scan = SensitiveScan()
-    scan.look([*rows])
+    scan.add(scan_rows(rows))
     return scan.sum_up()
 
 
@@ -207,7 +207,7 @@ def test_counts_of_hidden_names_are_added() -> None:
 def test_row_numbers_go_over_batches() -> None:
     scan = SensitiveScan()
     for text in ("Why?", "max@mailbox.org", TOKEN):
-        scan.look([row("Who?"), row(text)])
+        scan.add(scan_rows([row("Who?"), row(text)]))
     assert [each["row"] for each in scan.sum_up().first] == [3, 5]
 
 

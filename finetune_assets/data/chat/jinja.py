@@ -3,15 +3,16 @@
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from finetune_assets.data.chat.limits import check_template
 from finetune_assets.data.chat.rendered import Span
 from finetune_assets.data.errors import DataError, RefusedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Pattern of the generation tag, as in transformers."""
@@ -33,7 +34,7 @@ class Jinja:
         DataError: if the tokenizer has no usable chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.name = tokenizer.name_or_path
         try:
             template = tokenizer.get_chat_template()
@@ -64,6 +65,8 @@ class Jinja:
             RefusedRow: if the template rejects the messages.
             DataError: if the template is invalid.
         """
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
         try:
             if self.template.endswith(FIXED):
                 _compile_jinja_template(self.template).globals[CLOCK] = TODAY.strftime

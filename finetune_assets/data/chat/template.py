@@ -3,9 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune_assets.data.chat.frames import Frame, FrameMaker, pieces_of
 from finetune_assets.data.chat.jinja import Jinja
@@ -22,6 +20,9 @@ from finetune_assets.data.chat.messages import (
 from finetune_assets.data.chat.rendered import Rendered, Span
 from finetune_assets.data.errors import RefusedRow
 from finetune_assets.data.rows import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Tools = list[dict[str, Any]] | None
 
@@ -48,9 +49,16 @@ class ChatTemplate:
         DataError: if the tokenizer has no usable chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.jinja = Jinja(tokenizer)
         self.maker = FrameMaker(self.jinja, list(tokenizer.get_added_vocab()))
+        self.cached = lru_cache(maxsize=10_000)(self._frame)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"jinja": self.jinja, "maker": self.maker}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self.cached = lru_cache(maxsize=10_000)(self._frame)
 
     def render(self, turns: Sequence[Turn], tools: str | None = None) -> Rendered:

@@ -7,9 +7,9 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_assets.data.rows import Row
 from finetune_assets.data.sensitive.keys import KEYS
@@ -49,8 +49,37 @@ class Sensitive:
     first: list[dict[str, Any]] = field(default_factory=list)
 
 
+class ScannedRows(NamedTuple):
+    """What a batch of rows contains.
+
+    Attributes:
+        rows: Number of rows.
+        findings: Each finding, with the index of its row and its field or turn.
+    """
+
+    rows: int
+    findings: list[tuple[int, str, Finding]]
+
+
+def scan_rows(rows: Sequence[Row]) -> ScannedRows:
+    """Scan rows; thousands at once, because a sieve in compiled code passes over most of them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    texts = pa.array(map(_joined, rows), pa.string())
+    return ScannedRows(
+        len(rows),
+        [
+            (index, where, finding)
+            for index in pc.indices_nonzero(pc.match_substring_regex(texts, SIEVE)).to_pylist()
+            for where, text in _texts(rows[index])
+            for finding in find(text)
+        ],
+    )
+
+
 class SensitiveScan:
-    """Scans the rows in order and accumulates a `Sensitive`."""
+    """Accumulates the `Sensitive` of scanned rows, in their order."""
 
     def __init__(self) -> None:
         self._seen = 0
@@ -58,17 +87,10 @@ class SensitiveScan:
         self._findings: Counter[str] = Counter()
         self._sensitive = Sensitive()
 
-    def look(self, rows: list[Row]) -> None:
-        """Scan the next rows; thousands at once, because a sieve in compiled code passes over most of them."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        texts = pa.array(map(_joined, rows), pa.string())
-        for index in pc.indices_nonzero(pc.match_substring_regex(texts, SIEVE)).to_pylist():
-            for where, text in _texts(rows[index]):
-                for finding in find(text):
-                    self._count(finding, self._seen + index, where)
-        self._seen += len(rows)
+    def add(self, scanned: ScannedRows) -> None:
+        for index, where, finding in scanned.findings:
+            self._count(finding, self._seen + index, where)
+        self._seen += scanned.rows
 
     def _count(self, finding: Finding, row: int, where: str) -> None:
         if finding.is_example:

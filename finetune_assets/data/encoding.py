@@ -1,0 +1,176 @@
+"""Encodes the selected rows as examples, batch by batch, in one or several processes."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from finetune_assets.config.schema import Data
+from finetune_assets.data.processes import Processes
+from finetune_assets.data.rows import Draw, Split, side_of
+from finetune_assets.data.selection import Rows, taken_batches
+from finetune_assets.data.tokenization import IGNORED, Encoder, TokenizedRows
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("input_ids", pa.list_(pa.int32()), metadata={"doc": "tokens of prompt, response and end"}),
+        pa.field("labels", pa.list_(pa.int32()), metadata={"doc": "the same, or -100 where nothing is learned"}),
+        pa.field("prompt_length", pa.int32(), metadata={"doc": "tokens before the last response"}),
+        pa.field("row", pa.int64(), metadata={"doc": "index of the row in the raw data"}),
+        pa.field("category", pa.string(), metadata={"doc": "category of the row"}),
+    ]
+)
+SOURCE = pa.field("source", pa.string(), metadata={"doc": "name of the row's source; absent with a single source"})
+
+
+class TrainExamples(NamedTuple):
+    """Numbers of the train examples, each of shape (n,).
+
+    Attributes:
+        rows: Index of each example's row.
+        lengths: Number of tokens.
+        labelled: Number of labelled tokens.
+        truncated: Whether the example is truncated at `cutoff_len`.
+    """
+
+    rows: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    labelled: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+
+    def take(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> "TrainExamples":
+        return TrainExamples(self.rows[chosen], self.lengths[chosen], self.labelled[chosen], self.truncated[chosen])
+
+    @staticmethod
+    def joined(parts: Sequence["TrainExamples"]) -> "TrainExamples":
+        none = np.empty(0, np.int64)
+        parts = [TrainExamples(none, none, none, np.empty(0, np.bool_)), *parts]
+        return TrainExamples(
+            np.concatenate([part.rows for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate([part.labelled for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+        )
+
+
+class RowBatch(NamedTuple):
+    """Rows to encode.
+
+    Attributes:
+        rows: The rows, of `RAW_SCHEMA`.
+        numbers: Number of each row; shape (n,).
+        sides: `Draw.side` of each row; shape (n,).
+        sources: Name of each row's source; shape (n,). None with a single source.
+    """
+
+    rows: pa.RecordBatch
+    numbers: NDArray[np.int64]
+    sides: NDArray[np.float64]
+    sources: NDArray[np.object_] | None
+
+
+class EncodedBatch(NamedTuple):
+    """Examples of a batch of rows.
+
+    Attributes:
+        rows: Number of rows.
+        examples: Examples of each split, without those without a label; a split without any is absent.
+        train: Numbers of the train examples.
+        without_label: Number of each row without a label.
+        refused: Number of rows that the template cannot render.
+        first_refused: The first of them and the reason; empty without any.
+        omitted: Number of rows by the part that the chat template does not render although nothing to learn is lost.
+    """
+
+    rows: int
+    examples: dict[Split, pa.RecordBatch]
+    train: TrainExamples
+    without_label: NDArray[np.int64]
+    refused: int
+    first_refused: str
+    omitted: Counter[str]
+
+
+def encoded_batches(
+    files: Sequence[Path],
+    names: Sequence[str] | None,
+    encoder: Encoder,
+    drawn: Rows,
+    taken: NDArray[np.bool_],
+    data: Data,
+    processes: Processes,
+) -> Iterator[EncodedBatch]:
+    """Encode the taken rows.
+
+    Args:
+        files: Parquet files of the raw data.
+        names: Name of each file's source; None with a single source.
+        encoder: Encoder of the experiment.
+        drawn: Draws of all rows.
+        taken: Mask of the rows to encode; shape (n,).
+        data: Data settings of the experiment.
+        processes: Processes that compute.
+    """
+    of_sources = None if names is None else np.array(names, object)
+    batches = (
+        RowBatch(
+            rows, numbers, drawn.sides[numbers], None if of_sources is None else of_sources[drawn.sources[numbers]]
+        )
+        for numbers, rows in taken_batches(files, taken)
+    )
+    yield from processes.map(partial(encode_batch, encoder, data), batches)
+
+
+def example_schema(has_sources: bool) -> pa.Schema:
+    """Schema of the examples; `source` is a column if there are several."""
+    return EXAMPLE_SCHEMA.append(SOURCE) if has_sources else EXAMPLE_SCHEMA
+
+
+def encode_batch(encoder: Encoder, data: Data, batch: RowBatch) -> EncodedBatch:
+    """Encode a batch of rows."""
+    encoded = encoder.encode(batch.rows.to_pylist())
+    refused = len(encoded.refused)
+    reason = f"row {batch.numbers[encoded.refused[0].row]} of dolly_raw: {encoded.refused[0].reason}" if refused else ""
+    if not len(encoded.rows):
+        none = np.empty(0, np.int64)
+        return EncodedBatch(len(batch.rows), {}, TrainExamples.joined([]), none, refused, reason, encoded.omitted)
+    numbers = batch.numbers[encoded.rows]
+    labelled = _labelled_tokens(encoded)
+    sides = np.array([side_of(Draw(side, 0.0), data) for side in batch.sides[encoded.rows].tolist()])
+    kept = {split: np.flatnonzero((sides == split) & (labelled > 0)) for split in Split}
+    columns = [*_columns(encoded, numbers), batch.rows.column("category").take(pa.array(encoded.rows))]
+    if batch.sources is not None:
+        columns.append(pa.array(batch.sources[encoded.rows], pa.string()))
+    examples = pa.RecordBatch.from_arrays(columns, schema=example_schema(batch.sources is not None))
+    return EncodedBatch(
+        len(batch.rows),
+        {split: examples.take(pa.array(rows)) for split, rows in kept.items() if len(rows)},
+        TrainExamples(numbers, encoded.lengths, labelled, encoded.truncated).take(kept[Split.TRAIN]),
+        numbers[labelled == 0],
+        refused,
+        reason,
+        encoded.omitted,
+    )
+
+
+def _columns(examples: TokenizedRows, numbers: NDArray[np.int64]) -> list[pa.Array]:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(examples.lengths)]), pa.int32())
+    return [
+        pa.ListArray.from_arrays(offsets, pa.array(examples.input_ids)),
+        pa.ListArray.from_arrays(offsets, pa.array(examples.labels)),
+        pa.array(examples.prompt_lengths),
+        pa.array(numbers),
+    ]
+
+
+def _labelled_tokens(examples: TokenizedRows) -> NDArray[np.int64]:
+    """Number of labelled tokens of each example, without its first token, which nothing predicts. Shape (n,)."""
+    starts = np.cumsum(examples.lengths) - examples.lengths
+    learned = (examples.labels != IGNORED).astype(np.int64)
+    learned[starts[examples.lengths > 0]] = 0
+    return np.add.reduceat(learned, starts)

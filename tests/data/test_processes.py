@@ -1,0 +1,153 @@
+"""Batches that other processes compute: the same results, errors and order as in one, and no process is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from batch_functions import end, process, refuse, refuse_some, slow_square
+from paths import ROOT
+from processes import running, runs
+
+from finetune_assets.data import cores
+from finetune_assets.data.cores import available_cores
+from finetune_assets.data.errors import DataError
+from finetune_assets.data.processes import MOST, LostProcess, Processes, process_count
+
+OWNER = """
+import sys
+sys.path.insert(0, {tests!r})
+from batch_functions import sleep
+from finetune_assets.data.processes import Processes
+with Processes(2) as processes:
+    list(processes.map(sleep, [{folder!r}] * 4))
+"""
+
+
+def left() -> list[int]:
+    """Processes of this test's that compute batches."""
+    mine = (each for each in running().values() if "finetune_assets.data.processes" in each.command)
+    return [each.pid for each in mine if each.parent == os.getpid()]
+
+
+def test_results_are_in_the_order_of_the_items_in_processes_that_end() -> None:
+    with Processes(2) as processes:
+        assert left() == []  # none is started before it is used
+        assert list(processes.map(slow_square, range(9))) == [number**2 for number in range(9)]
+        seen = list(processes.map(process, range(8)))
+        assert {pid for pid, *_ in seen} == {*left()}
+        assert len(left()) == 2
+        assert {facts for _, *facts in map(tuple, seen) for facts in [tuple(facts)]} == {("false", False, False)}
+    assert left() == []
+
+
+def test_items_are_taken_as_results_are_used() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    with Processes(2) as processes:
+        results = processes.map(slow_square, items())
+        for used in range(1, 30):
+            next(results)
+            assert len(taken) <= used + 3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_error_of_the_first_bad_item_is_raised_after_the_results_before_it(count: int) -> None:
+    results: list[int] = []
+    with pytest.raises(DataError) as error, Processes(count) as processes:
+        results.extend(processes.map(refuse_some, range(9)))
+    assert (results, type(error.value), str(error.value)) == ([0, 1, 2], DataError, "row 3 is bad")
+    assert left() == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_of_the_items_is_raised_after_the_results_before_it(count: int) -> None:
+    def items() -> Iterator[int]:
+        yield from (0, 1, 2)
+        raise DataError("line 4 cannot be read")
+
+    results: list[int] = []
+    with pytest.raises(DataError, match="line 4"), Processes(count) as processes:
+        results.extend(processes.map(slow_square, items()))
+    assert results == [0, 1, 4]
+
+
+def test_an_error_that_cannot_be_pickled_is_named_and_the_processes_compute_on() -> None:
+    with Processes(2) as processes:
+        with pytest.raises(RuntimeError) as error:
+            list(processes.map(refuse, [7]))
+        assert str(error.value) == "Unpicklable: number 7"
+        assert "in refuse" in error.value.__notes__[0]
+        assert list(processes.map(slow_square, [2])) == [4]
+
+
+def test_a_killed_process_is_named_with_the_setting() -> None:
+    with pytest.raises(LostProcess) as error, Processes(2, "data.processes") as processes:
+        list(processes.map(end, range(4)))
+    for fact in ("SIGKILL", "data.processes", "memory"):
+        assert fact in str(error.value)
+    assert error.value.retriable
+    assert left() == []
+
+
+def test_processes_end_when_their_owner_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER.format(tests=str(ROOT / "tests"), folder=str(tmp_path))]
+    with subprocess.Popen(command, cwd=ROOT) as owner:
+        deadline = time.monotonic() + 60
+        while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert all(runs(pid) for pid in pids)
+        owner.send_signal(signal.SIGKILL)
+    while any(runs(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_function_that_cannot_be_pickled_is_computed_here() -> None:
+    with Processes(2) as processes:
+        assert list(processes.map(lambda _: os.getpid(), range(2))) == [os.getpid()] * 2
+        assert left() == []
+
+
+def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(64)}, raising=False)
+    monkeypatch.setattr(cores, "_quotas", lambda _: iter(()))
+    assert process_count("3", 0, 100) == 3
+    assert [process_count("auto", size, 100) for size in (0, 199, 200, 550, 10**6)] == [1, 1, 2, 5, MOST]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert process_count("auto", 10**6, 100) == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/a\n", {"a/cpu.max": "max 100000"}, 64),
+        ("3:cpu,cpuacct:/job\n1:memory:/job\n", {"cpu/job/cpu.cfs_quota_us": "400000"}, 4),
+        ("3:cpu:/elsewhere\n", {"cpu/cpu.cfs_quota_us": "-1"}, 64),
+        ("", {}, 64),
+    ],
+)
+def test_a_cgroup_limits_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, groups: str, files: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(64)}, raising=False)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.with_name("cpu.cfs_period_us").write_text("100000")
+    assert available_cores(tmp_path) == expected
