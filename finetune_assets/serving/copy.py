@@ -1,8 +1,8 @@
-"""The servable copy of an adapter: the same update, in the only form that servers compute correctly.
+"""The servable copy of an adapter: the same update, in a form that all servers compute alike.
 
-vLLM reads one rank and one scale per adapter, `lora_alpha / r`, and ignores `rank_pattern` and `alpha_pattern` without
-an error. In the copy, each module's scale is part of its matrix B, all modules have the same rank, padded with zeros,
-and the scale of the adapter is 1.
+Servers limit the ranks of adapters, and not all of them read more than one rank and one scale: earlier versions of vLLM
+ignore `rank_pattern` and `alpha_pattern` without an error. In the copy, each module's scale is part of its matrix B,
+all modules have the same rank, padded with zeros, and the scale of the adapter is 1.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Settings whose adapter a vLLM server cannot serve, known before training.
+"""Settings whose adapter a vLLM server cannot serve, known before training; checked with vLLM 0.32.0.
 
 `rank_pattern`, `alpha_pattern`, rsLoRA, and ranks that the server does not allow are no problem: the servable copy has
 none of them (see `copy.py`).
@@ -12,17 +12,37 @@ from finetune_assets.config.schema import ExperimentConfig, Serving
 from finetune_assets.config.serving_validation import RANKS
 from finetune_assets.config.validation import REWRITES_BASE
 
-MERGE = "keep the setting, add `merge: {}` and serve merged_model"
+MERGE = "add `merge: {}` and serve merged_model"
 WITHOUT_LORA = (
+    "BailingMoeV2_5ForCausalLM",
+    "BailingMoeV3ForCausalLM",
     "BloomForCausalLM",
+    "Cohere2MoeForCausalLM",
+    "DbrxForCausalLM",
     "FalconForCausalLM",
+    "FalconMambaForCausalLM",
     "GPT2LMHeadModel",
     "GPTJForCausalLM",
-    "GPTNeoXForCausalLM",
-    "MPTForCausalLM",
+    "Gemma3nForCausalLM",
+    "HrmTextForCausalLM",
+    "IQuestLoopCoderForCausalLM",
+    "KimiLinearForCausalLM",
+    "Mamba2ForCausalLM",
+    "MambaForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "MiMoV2ForCausalLM",
+    "MiniMaxM3SparseForCausalLM",
+    "OrionForCausalLM",
     "StableLmForCausalLM",
+    "Step1ForCausalLM",
+    "Step3TextForCausalLM",
+    "Step3p5ForCausalLM",
+    "Zamba2ForCausalLM",
 )
-"""Architectures that vLLM loads, but not with `--enable-lora`: their classes do not implement `SupportsLoRA`."""
+"""Architectures of text models that vLLM 0.32.0 loads without adapters: their classes do not implement `SupportsLoRA`,
+and `--enable-lora` fails."""
+BITSANDBYTES = "bitsandbytes"
+"""Quantization method of weights that are stored as int8 or nf4. vLLM 0.32.0 does not have it any more."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,8 @@ class Problem:
         what: The setting and its value.
         why: What the server does.
         remedy: Settings that are servable.
-        refused: True if no vLLM server can serve the adapter; False if it depends on how the server was started.
+        refused: True if vLLM refuses the adapter or its base model; False if it serves the adapter with other answers
+            than those of the evaluation.
     """
 
     what: str
@@ -109,21 +130,26 @@ def _ranks(config: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _base(config: ExperimentConfig, base: Mapping[str, Any]) -> Iterator[Problem]:
+    name, quantization = config.model.base_model, config.model.quantization
     named = base.get("architectures")
     for architecture in named if isinstance(named, list) else []:
         if architecture in WITHOUT_LORA:
             yield Problem(
-                f"the architecture of model.base_model {config.model.base_model} is {architecture}",
-                "vLLM does not support adapters for it",
-                "use a base model of another architecture, or add `merge: {}` and serve merged_model",
+                f"model.base_model {name} is a {architecture}",
+                "vLLM does not load adapters for this architecture",
+                f"use a base model of another architecture, or {MERGE}",
             )
-    quantization = config.model.quantization
-    if quantization == "none":
-        return
-    started = "start the server with --quantization bitsandbytes, " if quantization == "nf4" else ""
-    yield Problem(
-        f"model.quantization is {quantization}",
-        "the adapter is trained on rounded weights, and a server of the published weights computes other logits",
-        f"{started}set it to none, or add `merge: {{}}` and serve merged_model",
-        refused=False,
-    )
+    stored = base.get("quantization_config")
+    if isinstance(stored, dict) and stored.get("quant_method") == BITSANDBYTES:
+        yield Problem(
+            f"the weights of model.base_model {name} are quantized with {BITSANDBYTES}",
+            "vLLM does not load them",
+            f"use the model's unquantized weights, or {MERGE}",
+        )
+    elif quantization != "none":
+        yield Problem(
+            f"model.quantization is {quantization}",
+            "the adapter is trained on rounded weights, and vLLM computes with the published ones, so answers differ",
+            f"set it to none, or {MERGE}",
+            refused=False,
+        )

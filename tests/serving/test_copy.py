@@ -16,13 +16,12 @@ from tiers import tiered
 from torch import Tensor
 from trainings import Train
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from finetune_assets.errors import UserError
 from finetune_assets.serving.copy import NotServable, write_servable_copy
 
 IDS = torch.arange(3, 63).reshape(2, 30)
-LEARNS_FAST = "training.learning_rate=0.02"
+LEARNS_FAST = "training.learning_rate=0.005"
 PREFIX = "base_model.model."
 
 
@@ -90,14 +89,14 @@ def base(folder: Path) -> PreTrainedModel:
 
 
 def as_served(base_folder: Path, adapter: Path) -> Tensor:
-    """Logits as vLLM 0.32 computes them: every module with the one scale `lora_alpha / r`, patterns are ignored."""
+    """Logits as a server computes them that reads one scale for all modules, as vLLM did before it read patterns."""
     model, tensors = base(base_folder), load_file(adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
-        update = scale * tensors[name.replace("lora_A", "lora_B")].float() @ tensors[name].float()
+        a, b = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()
         module = model.get_submodule(name.removeprefix(PREFIX).removesuffix(".lora_A.weight"))
-        module.weight.data += update.T if isinstance(module, Conv1D) else update
+        module.register_forward_hook(lambda _, x, out, a=a, b=b: out + x[0] @ a.T @ (scale * b).T)
     return logits(model)
 
 
@@ -177,7 +176,7 @@ def test_16_bit_matrices_and_embeddings_are_scaled_in_float32(tmp_path: Path) ->
         padded_a, padded_b = (found[module.format(side)] for side in "AB")
         assert padded_a.dtype == padded_b.dtype == torch.float32
         assert padded_a.shape[0] == padded_b.shape[1] == 8
-        assert torch.allclose(padded_b @ padded_a, b @ a * 12.4 / 4, rtol=1e-6)
+        assert torch.allclose(padded_b @ padded_a, b @ a * 12.4 / 4, atol=1e-5)
         assert not padded_a[4:].any()
         assert not padded_b[:, 4:].any()
 

@@ -69,20 +69,38 @@ def test_limit_of_the_servers_counts() -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_quantized_base_depends_on_the_server(quantization: str) -> None:
+def test_base_that_is_quantized_for_the_training_changes_answers(quantization: str) -> None:
     (problem,) = problems(configured(f"model.quantization={quantization}"))
     assert problem.what == f"model.quantization is {quantization}"
     assert not problem.refused
-    assert ("--quantization bitsandbytes" in problem.remedy) == (quantization == "nf4")
+    assert "set it to none" in problem.remedy
 
 
-def test_architecture_without_adapters_on_vllm() -> None:
-    config = configured()
-    assert problems(config, {"architectures": ["LlamaForCausalLM"]}) == []
-    assert problems(config, {"architectures": None}) == []
-    (problem,) = problems(config, {"architectures": ["GPT2LMHeadModel"]})
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+    ],
+)
+def test_base_that_no_server_loads(base: dict[str, object], named: str) -> None:
+    (problem,) = problems(configured(), base)
     assert problem.refused
-    assert "GPT2LMHeadModel" in problem.what
+    assert named in problem.what
+    assert "demo-base" in problem.what
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}},
+        {"architectures": None, "quantization_config": None},
+        {"architectures": "GPT2LMHeadModel", "quantization_config": "bitsandbytes"},
+        {},
+    ],
+)
+def test_nothing_is_reported_of_a_base_that_is_not_known_to_fail(base: dict[str, object]) -> None:
+    assert problems(configured(), base) == []
 
 
 def test_name_of_the_base_model_on_the_servers() -> None:
