@@ -120,6 +120,10 @@ def _merged(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
     return {"merge": identity(config.merge), "adapter": inputs["champion_adapter"]}
 
 
+def _servable(config: None, inputs: Inputs) -> dict[str, Any]:
+    return {name: inputs[name] for name in ("adapter", "base_name", "rank")}
+
+
 def _stack(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
     return {
         "stack": identity(config.stack),
@@ -173,6 +177,14 @@ EVALUATIONS = ArtifactKind(
 CHAMPIONS = ArtifactKind("champions", "champion_adapter", "1", retention=Retention(collected=False))
 """Numbered records that name adapters; not artifacts themselves."""
 MERGED = ArtifactKind("merged", "merged_model", "1", ("champion_adapter",), _merged)
+SERVABLE = ArtifactKind(
+    "servable",
+    code_version="1",
+    inputs=("adapter", "base_name", "rank"),
+    parts=_servable,
+    retention=Retention(with_kept=ADAPTERS.folder),
+)
+"""Adapters in the form that servers load: `adapter` is the fingerprint of the trained adapter."""
 STACKS = ArtifactKind("stacks", "stacked_adapter", "2", ("champions", "cached_base_model"), _stack)
 """`champions` are fingerprints, in the order of `stack.adapters`."""
 REPORTS = ArtifactKind("reports", "experiment_report", "1", retention=Retention(newest="keep_reports"))
@@ -189,6 +201,7 @@ KINDS = (
     EVALUATIONS,
     CHAMPIONS,
     MERGED,
+    SERVABLE,
     STACKS,
     REPORTS,
     IMPORTS,

@@ -9,6 +9,7 @@ import dagster as dg
 from finetune_assets.artifacts.base_identity import check_warm_start
 from finetune_assets.artifacts.history import predicted, read_plan, trainer_states
 from finetune_assets.artifacts.kinds import ADAPTERS, PLANS
+from finetune_assets.artifacts.layout import read_object
 from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
@@ -20,11 +21,13 @@ from finetune_assets.assets.materialization import (
 )
 from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.pictures import of_plan
-from finetune_assets.automation.conditions import auto_materialize
+from finetune_assets.automation.conditions import SERVABLE_CHECK, auto_materialize
 from finetune_assets.config.loading import dump
-from finetune_assets.display import code
+from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.display import code, markdown, message
 from finetune_assets.launch.local import run_alone
 from finetune_assets.resources.project import Project
+from finetune_assets.serving.servable import problems
 from finetune_assets.sources.base_models import is_shape_file
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -39,7 +42,13 @@ from finetune_assets.store.artifacts import ArtifactRef
             "fits",
             "The training's peak memory fits the hardware in the settings, or this machine. Otherwise training is "
             "blocked, and the check lists settings that fit.",
-        )
+        ),
+        check_of_each(
+            "training_plan",
+            SERVABLE_CHECK,
+            "A vLLM server can serve the adapter that these settings train. Otherwise the check lists settings that it "
+            "can serve; it warns only, except for experiments with `serving` settings, whose training is blocked.",
+        ),
     ],
     automation_condition=auto_materialize("tokenized_dataset", "cached_base_model"),
 )
@@ -85,7 +94,12 @@ def training_plan(
         trained = project.store().find(ADAPTERS.folder, adapter) is not None
         outcome = materialize_or_reuse(context, project, PLANS, name, make, force=not trained)
         plan = read_plan(project.store(), outcome.ref)
-        return result(outcome, [_fit_check(context, plan, outcome.hit)], lineage_tags(lineage), **_metadata(plan))
+        shape = project.store().fetch(cached_base_model, is_shape_file)
+        checks = [
+            _fit_check(context, plan, outcome.hit),
+            _servable_check(context, lineage.experiment.config, read_object(shape / "config.json")),
+        ]
+        return result(outcome, checks, lineage_tags(lineage), **_metadata(plan))
 
 
 def _fit_check(context: dg.AssetExecutionContext, plan: dict[str, Any], trained: bool) -> dg.AssetCheckResult:
@@ -101,6 +115,35 @@ def _fit_check(context: dg.AssetExecutionContext, plan: dict[str, Any], trained:
         metadata={
             **numbers,
             "advice": dg.MetadataValue.md("\n".join(f"- {code(setting)}" for setting in plan["advice"]) or "none"),
+        },
+    )
+
+
+def _servable_check(
+    context: dg.AssetExecutionContext, config: ExperimentConfig, base: dict[str, Any]
+) -> dg.AssetCheckResult:
+    """Result of the check `servable`.
+
+    Args:
+        context: Context of the asset step; a failure is written to its log.
+        config: The experiment's settings.
+        base: Content of the base model's `config.json`.
+    """
+    found = problems(config, base)
+    blocks = config.serving is not None and any(problem.refused for problem in found)
+    text = message(". ".join(map(str, found))) if found else "Servable"
+    if found:
+        (context.log.error if blocks else context.log.warning)(f"Check {SERVABLE_CHECK} failed: {text}")
+    return dg.AssetCheckResult(
+        passed=not found,
+        check_name=SERVABLE_CHECK,
+        severity=dg.AssetCheckSeverity.ERROR if blocks else dg.AssetCheckSeverity.WARN,
+        description=text,
+        metadata={
+            "problems": len(found),
+            "remedies": dg.MetadataValue.md(
+                "\n".join(f"- {markdown(problem.what)}: {markdown(problem.remedy)}" for problem in found) or "none"
+            ),
         },
     )
 

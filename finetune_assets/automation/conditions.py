@@ -27,6 +27,8 @@ from finetune_assets.resources.raw_versions import (
 
 PAGE = 1_000
 DOLLY_RAW = "dolly_raw"
+SERVABLE_CHECK = "servable"
+"""Check of `training_plan`, which blocks only experiments with `serving` settings."""
 Asked = dict[str, str | None]
 """Inputs of a request: the settings hash under `settings`, and each upstream asset's data version under its name."""
 
@@ -227,6 +229,24 @@ class HasSettings(dg.AutomationCondition):  # type: ignore[type-arg]
         return dg.AutomationResult(context, subset)
 
 
+class WarnsOnly(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True for a blocking check whose failure is a warning: `servable` of an experiment without `serving` settings.
+
+    Dagster ignores the severity here: a check that failed with a warning has not passed.
+    """
+
+    @property
+    def description(self) -> str:
+        return "A failure of this check is a warning"
+
+    def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
+        subset = context.candidate_subset
+        if not isinstance(context.key, dg.AssetCheckKey) or context.key.name != SERVABLE_CHECK:
+            return dg.AutomationResult(context, context.get_empty_subset())
+        unserved = _partitions(subset) - settings_hashes("served_adapter").keys()
+        return dg.AutomationResult(context, subset.compute_intersection_with_partition_keys(unserved))
+
+
 def auto_materialize(
     *inputs: str,
     only_while: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
@@ -250,11 +270,12 @@ def auto_materialize(
     asked = InputsChanged(*inputs, always_made=always_made) | condition.any_deps_match(
         condition.will_be_requested()
     ).allow(counted)
+    checked = condition.check_passed() | condition.will_be_requested() | WarnsOnly()
     ready = (
         ~condition.any_deps_missing().ignore(others)
         & ~condition.any_deps_in_progress().ignore(others)
         & ~condition.in_progress()
-        & condition.all_deps_blocking_checks_passed().ignore(unchecked)
+        & condition.all_deps_match(condition.all_checks_match(checked, blocking_only=True)).ignore(unchecked)
     )
     both = asked.with_label("Inputs changed") & HasSettings() & ready.with_label("Dependencies ready")
     return (both & only_while if only_while else both).with_label("Auto-materialize")

@@ -54,15 +54,18 @@ def _adapter(experiment: Experiment, split_salt: str) -> str | None:
 
 def _plan(experiment: Experiment, split_salt: str) -> str | None:
     """Hash of all settings that decide whether the training fits, even those that do not change the adapter."""
-    adapter, training, hardware = (
+    config = experiment.config
+    adapter, training, hardware, serving = (
         _adapter(experiment, split_salt),
-        experiment.config.training,
-        experiment.config.hardware,
+        config.training,
+        config.hardware,
+        config.serving,
     )
     return adapter and fingerprint(
         adapter=adapter,
         computed=[training.gradient_checkpointing, training.sharding, training.processes_per_node],
         hardware=[hardware.gpu, hardware.memory_gib, hardware.count],
+        **({"serving": serving.max_rank} if serving else {}),
     )
 
 
@@ -92,6 +95,11 @@ def _merge(experiment: Experiment, split_salt: str) -> str | None:
     return _identity(MERGED, experiment) if experiment.config.merge else None
 
 
+def _served(experiment: Experiment, split_salt: str) -> str | None:
+    serving = experiment.config.serving
+    return fingerprint(serving=asdict(serving)) if serving else None
+
+
 SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "cached_base_model": _base_model,
     "tokenized_dataset": _tokenized,
@@ -101,6 +109,7 @@ SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "champion_adapter": _champion,
     "merged_model": _merge,
     "stacked_adapter": _stack,
+    "served_adapter": _served,
 }
 """Functions that hash the settings of an asset, for assets that need more than the identity of their kind. The hash is
 None if the experiment does not configure the asset."""

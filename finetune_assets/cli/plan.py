@@ -14,11 +14,13 @@ import click
 
 from finetune_assets.artifacts.history import trainer_states
 from finetune_assets.artifacts.kinds import BASE_MODELS, TOKENIZED
+from finetune_assets.artifacts.layout import read_object
 from finetune_assets.artifacts.lineage import Lineage, RawLineage
 from finetune_assets.cli.terminal import EXPERIMENT, StoreCommand, as_json, new_table, out, styled
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.errors import UserError
 from finetune_assets.resources import deployment
+from finetune_assets.serving.servable import problems
 from finetune_assets.sources.base_models import BaseModelError, is_shape_file
 from finetune_assets.store.errors import ArtifactMissing
 
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 def plan(experiment: str, overrides: tuple[str, ...], as_json: bool) -> bool:
     """Estimate memory, steps, time and cost of training EXPERIMENT.
 
-    Needs no weights and, for a model that was planned before, no torch. Exit code 1 if it does not fit.
+    Needs no weights and, for a model that was planned before, no torch. Exit code 1 if it does not fit, or
+    if a vLLM server cannot serve the adapter and the experiment has `serving` settings.
 
     \b
     Examples:
@@ -53,11 +56,14 @@ def plan(experiment: str, overrides: tuple[str, ...], as_json: bool) -> bool:
     planned = make_plan(
         read_shape(folder, config, lineage.store.cache.simulations), config, dataset, trainer_states(lineage.store)
     )
+    found = problems(config, read_object(folder / "config.json"))
     if as_json:
-        out.print_json(json.dumps(planned.to_dict()), ensure_ascii=True)
+        out.print_json(json.dumps({**planned.to_dict(), "not_servable": list(map(str, found))}), ensure_ascii=True)
     else:
         show(experiment, planned)
-    return planned.fits
+        for problem in found:
+            out.print(styled(f"Not servable with vLLM: {problem}", "yellow"))
+    return planned.fits and not (config.serving and any(problem.refused for problem in found))
 
 
 def show(experiment: str, plan: "Plan") -> None:

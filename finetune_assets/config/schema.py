@@ -231,6 +231,23 @@ class Stack:
 
 
 @dataclass
+class Serving:
+    """vLLM servers that answer with the champion. Adapters are checked for them before training
+    (`training_plan`)."""
+
+    servers: list[str] = field(default_factory=list, metadata={**NOT_IDENTITY, **IN_FILE_ONLY})
+    """Servers: `http://host:port` or `https://host:port` of a vLLM, one for each replica, or `folder:./path` of vLLM's
+    adapter resolver. The bearer token is read from the environment variable `FINETUNE_SERVING_TOKEN`."""
+    max_rank: int = not_identity(64)
+    """Largest rank of an adapter that the servers load, as in vLLM's `--max-lora-rank`: 1, 8, 16, 32, 64, 128, 256, 320
+    or 512."""
+    base_name: str | None = field(default=None, metadata=NOT_IDENTITY)
+    """Name of the base model on the servers, as in vLLM's `--served-model-name`; `null` is `model.base_model`."""
+    verify_rows: int = not_identity(32)
+    """Number of gate rows whose log-probabilities on the servers are compared with the evaluation's."""
+
+
+@dataclass
 class Wandb:
     """Weights & Biases. Without this group (`null`), wandb is never imported."""
 
@@ -286,6 +303,8 @@ class ExperimentConfig:
     """How the champion is merged into its base model; `null` disables merging, an empty group merges with defaults."""
     stack: Stack | None = None
     """Champions of other experiments to combine instead of training."""
+    serving: Serving | None = field(default=None, metadata=NOT_IDENTITY)
+    """Servers that answer with the champion; with `null`, it is not served."""
     hardware: Hardware = field(default_factory=Hardware, metadata=NOT_IDENTITY)
     """Hardware that a training is planned for."""
     launcher: LauncherSettings = field(default_factory=LauncherSettings, metadata=NOT_IDENTITY)

@@ -19,6 +19,7 @@ from finetune_assets.assets.merged_model import merged_model
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
+from finetune_assets.automation.conditions import SERVABLE_CHECK
 from finetune_assets.automation.settings_hash import settings_hashes
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.resources.project import AUTOMATIC_TAG
@@ -53,6 +54,7 @@ OF_OTHERS = {("stacked_adapter", "champion_adapter")}
 """Of which asset all partitions count for another one."""
 CHECKED = {"tokenized_dataset", "training_plan"}
 """Assets with a blocking check of each experiment's own."""
+ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 DATA_VERSION_TAG = "dagster/data_version"
 EXPERIMENT = "model: {base_model: demo-base}\nsubscribed: true\n"
 
@@ -68,6 +70,7 @@ class World:
         failing: Assets whose step fails, by experiment.
         failing_checks: Experiments whose dataset fails its blocking check.
         too_large: Experiments whose training does not fit.
+        unservable: Experiments whose plan fails the check `servable`, and with which severity.
         raw_is_bad: Whether raw data fails its blocking check.
         source: Source of the runs that are started; the configured one if empty.
         cursor: What the last look remembers for the next one.
@@ -83,6 +86,7 @@ class World:
     failing: dict[str, set[str]] = field(default_factory=dict)
     failing_checks: set[str] = field(default_factory=set)
     too_large: set[str] = field(default_factory=set)
+    unservable: dict[str, dg.AssetCheckSeverity] = field(default_factory=dict)
     cursor: Any = None
     graphs: dict[tuple[str, ...], dg.Definitions] = field(default_factory=dict)
 
@@ -121,7 +125,8 @@ class World:
     def _like(self, name: str, partitions: dg.PartitionsDefinition) -> dg.AssetsDefinition:
         specs = []
         if name in CHECKED:
-            specs = [dg.AssetCheckSpec("good", asset=name, blocking=True, partitions_def=partitions)]
+            named = ["good", SERVABLE_CHECK] if name == "training_plan" else ["good"]
+            specs = [dg.AssetCheckSpec(check, asset=name, blocking=True, partitions_def=partitions) for check in named]
 
         @dg.asset(
             name=name,
@@ -141,6 +146,9 @@ class World:
                 raise dg.Failure("as the test wants it", allow_retries=False)
             bad = self.too_large if name == "training_plan" else self.failing_checks
             results = [dg.AssetCheckResult(check_name="good", passed=experiment not in bad)]
+            if name == "training_plan":
+                passed, severity = experiment not in self.unservable, self.unservable.get(experiment, ERROR)
+                results.append(dg.AssetCheckResult(check_name=SERVABLE_CHECK, passed=passed, severity=severity))
             overridden = {OVERRIDES_TAG: "1"} if OVERRIDES_TAG in context.run.tags else {}
             raw = self.raw_of_run(name, context)
             version = self.version_of(name, experiment, raw) + ("-overridden" if overridden else "")
@@ -527,6 +535,21 @@ def test_budget_is_used_up(trained: World) -> None:
     raw.write_text(text)
     training = TRAINING - {"training_plan"}
     assert trained.settle() == [{"a": training, "b": training}]
+
+
+def test_an_unservable_adapter_is_trained_unless_it_is_to_be_served(trained: World) -> None:
+    """Also where the training is requested without its plan, as after a day whose budget was used up."""
+    raw = trained.project.configs / "raw_data.yaml"
+    text = raw.read_text()
+    raw.write_text(text + "\narrivals: {gpu_hours_a_day: 0}\n")
+    trained.write("b", "serving: {servers: ['folder:./served']}\n")
+    trained.unservable = {"a": WARN, "b": ERROR}
+    trained.new_data("v2")
+    planned = {"tokenized_dataset", "training_plan"}
+    assert trained.settle() == [{"a": planned, "b": planned}]
+    raw.write_text(text)
+    assert trained.settle() == [{"a": TRAINING - {"training_plan"}}]
+    assert trained.trained_on("lora_adapter", "b") == "v1"
 
 
 def test_a_changed_gate_decides_again_and_measures_nothing(trained: World) -> None:

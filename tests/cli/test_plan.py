@@ -61,6 +61,26 @@ def test_the_demo_is_shown_by_part(project: TestProject, capsys: pytest.CaptureF
 
 
 @pytest.mark.system
+def test_what_a_server_cannot_serve_is_shown_and_fails_where_there_are_servers(
+    project: TestProject, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.write_experiment("dora", "model: {base_model: demo-base}\nlora: {use_dora: true}\n")
+    code, printed, _ = run(capsys, "plan", "dora")
+    assert code == 0
+    assert "lora.use_dora" in printed
+    project.write_experiment(
+        "dora",
+        "model: {base_model: demo-base}\nlora: {use_dora: true}\nserving: {servers: ['folder:./served']}\n",
+    )
+    code, printed, _ = run(capsys, "plan", "dora", "--json")
+    assert code == 1
+    found = json.loads(printed)
+    assert found["fits"]
+    (problem,) = found["not_servable"]
+    assert "lora.use_dora" in problem
+
+
+@pytest.mark.system
 def test_a_model_of_70_billion_is_planned_without_its_weights_and_the_second_time_without_torch(
     project: TestProject, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from finetune_assets.config.fields import IN_FILE_ONLY
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.overrides import read_override
 from finetune_assets.config.reference import reference
-from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.config.schema import ExperimentConfig, Serving
 from finetune_assets.config.typed_yaml import hints_of, required_type
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import BaseModelError
@@ -32,6 +32,7 @@ MARKED = {
     "launcher.kubernetes.service_account": "admin",
     "launcher.kubernetes.secrets": "[other]",
     "launcher.kubernetes.pod": "{hostNetwork: true}",
+    "serving.servers": "['http://host.example:8000']",
 }
 
 
@@ -62,6 +63,7 @@ def test_the_settings_that_decide_what_code_runs() -> None:
         ("launcher={<<: {slurm: {python: /tmp/python}}}", "launcher.slurm.python"),
         ("launcher.slurm={extra_arguments: [--uid=0]}", "launcher.slurm.extra_arguments"),
         ("launcher.kubernetes.pod.containers=[]", "launcher.kubernetes.pod"),
+        ("serving={servers: ['folder:/tmp/x']}", "serving.servers"),
         ("launcher.kubernetes={node_selector: {a: b}, secrets: [x]}", "launcher.kubernetes.secrets"),
     ],
 )
@@ -108,11 +110,13 @@ def test_file_sets_them_all(project: TestProject) -> None:
     lines += [f"  environment: {tree['launcher']['environment']}"]
     for engine in ("slurm", "kubernetes"):
         lines += [f"  {engine}:", *(f"    {name}: {value}" for name, value in tree["launcher"][engine].items())]
+    lines += ["serving:", f"  servers: {settings['serving.servers']}"]
     project.write_experiment("mine", "\n".join(lines))
     config = load_experiment(project.configs, "mine").config
     assert config.model.trust_remote_code == VERSION
     assert config.launcher.environment == {"LD_PRELOAD": "/tmp/x.so"}
     assert config.launcher.kubernetes.pod == {"hostNetwork": True}
+    assert config.serving == Serving(["http://host.example:8000"])
 
 
 def test_trust_of_a_file_is_for_its_own_model_alone(project: TestProject) -> None:
