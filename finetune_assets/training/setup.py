@@ -13,6 +13,7 @@ from finetune_assets.training.attention import select_attention
 from finetune_assets.training.batches import Batch, collate
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, resize_embeddings
+from finetune_assets.training.kernels import require_kernels, use_kernels
 from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, compute_precision, layers_of, load_base, trainable, with_adapter
@@ -42,6 +43,7 @@ class TrainingSetup:
         self.precision = compute_precision(config.training, process.device)
         self.sharded = config.training.sharding == "fsdp" and process.world > 1
         self.estimate: memory.Estimate | None = None
+        require_kernels(config, process.device)
         with memory.explained(config, process.device, lambda: self.estimate):
             self._load_data()
             self._load_model()
@@ -87,6 +89,7 @@ class TrainingSetup:
         layers = layers_of(self.summed_loss.decoder)
         if self.sharded:
             shard(self.summed_loss, layers, self.parameters, self.process)
+        replaced = use_kernels(self.model, self.config, lambda: self._logits(self.sequences[:1], False))
         self.flat = select_attention(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.model.eval()
         with self._autocast():
@@ -106,6 +109,7 @@ class TrainingSetup:
             "gradient_checkpointing": checkpointing,
             "fused_lora_layers": fused,
             "compiled_layers": len(layers) if self.training.compile else 0,
+            "liger_modules": replaced,
             "sharding": self.training.sharding if self.sharded else "none",
             "weights_mib": round(resident_bytes(self.model) / 2**20, 1),
             "processes": self.process.world,
