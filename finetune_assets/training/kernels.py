@@ -16,8 +16,10 @@ from finetune_assets.training.model import ModelError, base_of
 
 FUSED = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
 OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-TOLERANCE = 0.1
-"""Largest relative difference of the logits with and without the kernels: far above 16-bit rounding."""
+PACKAGES = {"liger_kernel": "liger-kernel", "triton": "triton"}
+TOLERANCE = 0.2
+"""Largest relative difference of logits and gradients with and without the kernels: far above 16-bit rounding, and far
+below that of a wrong rotary embedding or of an overwritten activation."""
 
 
 class UnsupportedKernels(UserError):
@@ -28,7 +30,7 @@ def require_kernels(config: ExperimentConfig, device: torch.device) -> None:
     """Check the requirements of `training.kernels` before the model is loaded.
 
     Raises:
-        UnsupportedKernels: without CUDA, or without liger-kernel.
+        UnsupportedKernels: without CUDA, or without a package.
     """
     kernels = config.training.kernels
     if kernels == "none":
@@ -37,15 +39,15 @@ def require_kernels(config: ExperimentConfig, device: torch.device) -> None:
         raise UnsupportedKernels(
             f"training.kernels: {kernels} requires a GPU with CUDA, found {device.type}; set it to none"
         )
-    if not find_spec("liger_kernel"):
-        raise UnsupportedKernels(
-            f"training.kernels: {kernels} requires the package liger-kernel, which is not installed; "
-            "run `pip install liger-kernel`, or set it to none"
-        )
+    for module, package in PACKAGES.items():
+        if not find_spec(module):
+            raise UnsupportedKernels(
+                f"training.kernels: {kernels} requires the package {package}, which is not installed; "
+                f"run `pip install {package}`, or set it to none"
+            )
 
 
-@torch.no_grad()
-def use_kernels(model: PeftModel, config: ExperimentConfig, logits: Callable[[], Tensor]) -> int:
+def use_kernels(model: PeftModel, config: ExperimentConfig, outputs: Callable[[], tuple[Tensor, Tensor]]) -> int:
     """Replace parts of the model by fused kernels, according to `training.kernels`.
 
     Rotary position embeddings are a function of the model's Python module, so they are replaced for every model of
@@ -54,7 +56,7 @@ def use_kernels(model: PeftModel, config: ExperimentConfig, logits: Callable[[],
     Args:
         model: Model with an adapter, on the GPU.
         config: The experiment's settings.
-        logits: Computes the logits of one example, which are compared with and without the kernels.
+        outputs: Computes logits and gradient of one example, which are compared with and without the kernels.
 
     Returns:
         Number of replaced modules.
@@ -73,15 +75,15 @@ def use_kernels(model: PeftModel, config: ExperimentConfig, logits: Callable[[],
             f"training.kernels: liger has no kernels for models of type {base.config.model_type} "
             f"(model.base_model {config.model.base_model}); set it to none"
         )
-    model.eval()
-    own, before = logits(), _own_forward(model)
+    expected, before = outputs(), _own_forward(model)
     _apply_liger_kernel_to_instance(model=base, **FUSED, **OWN_LOSS)
-    difference = float((logits() - own).abs().max() / own.abs().max())
-    if not difference <= TOLERANCE:
-        raise ModelError(
-            f"training.kernels: liger changes the outputs of model.base_model {config.model.base_model} (logits "
-            f"differ by {difference:.0%}); set it to none"
-        )
+    for name, with_kernels, without in zip(("logits", "gradients"), outputs(), expected, strict=True):
+        difference = float((with_kernels - without).norm() / without.norm())
+        if not difference <= TOLERANCE:
+            raise ModelError(
+                f"training.kernels: liger changes the {name} of model.base_model {config.model.base_model} by "
+                f"{difference:.0%}; set it to none"
+            )
     return _own_forward(model) - before
 
 

@@ -89,7 +89,7 @@ class TrainingSetup:
         layers = layers_of(self.summed_loss.decoder)
         if self.sharded:
             shard(self.summed_loss, layers, self.parameters, self.process)
-        replaced = use_kernels(self.model, self.config, lambda: self._logits(self.sequences[:1], False))
+        replaced = use_kernels(self.model, self.config, self._shortest_outputs)
         self.flat = select_attention(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.model.eval()
         with self._autocast():
@@ -158,6 +158,16 @@ class TrainingSetup:
         batch = collate(sequences, self.train, self.process.device, flat)
         with self._autocast():
             return self.summed_loss.logits(batch)[0].float()
+
+    def _shortest_outputs(self) -> tuple[Tensor, Tensor]:
+        """Compute the logits of the shortest sequence, and the gradient of the adapter, without dropout."""
+        self.model.eval()
+        shortest = [self.sequences[int(self.lengths.argmin())]]
+        batch = collate(shortest, self.train, self.process.device)
+        gradients = torch.autograd.grad(self._loss(batch), self.parameters, allow_unused=True)
+        with torch.no_grad():
+            logits = self._logits(shortest, False)
+        return logits, torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
     def _batch(self, sequences: list[list[int]]) -> Batch:
         return collate(sequences, self.train, self.process.device, self.flat)

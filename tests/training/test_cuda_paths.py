@@ -5,6 +5,7 @@ The values are computed too, so a training on the emulated GPU is compared with 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,16 +20,20 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from training.conftest import MADE_FROM, configured
 from training.measuring import Killed, die_at, equal, names, relative, weights
+from transformers import AutoModelForCausalLM
 
-from finetune_assets.config.schema import Training
+from finetune_assets.cli.conversation import LoadedModel
+from finetune_assets.config.schema import ExperimentConfig, Merge, Training
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.generation import answers
 from finetune_assets.evaluation.losses import RowLosses
+from finetune_assets.merging.merge import merged
 from finetune_assets.training import loss, memory, sharding, telemetry
 from finetune_assets.training.attention import varlen_attention
 from finetune_assets.training.distributed import DistributedContext, joined
 from finetune_assets.training.lora import kept_by_dropout
 from finetune_assets.training.memory import OutOfMemory
+from finetune_assets.training.model import ModelError, load_base
 from finetune_assets.training.optimizer import make_optimizer
 from finetune_assets.training.recipe import LoraFinetune
 from finetune_assets.training.reporting import Reporter
@@ -52,7 +57,7 @@ def make(dataset: Callable[..., Path], base_model: Callable[[str], Path], tmp_pa
     """Makes trainings of the tiny Llama on a device, the emulated GPU by default."""
 
     def make(*overrides: str, device: torch.device = CUDA, name: str = "run") -> LoraFinetune:
-        config = configured("model.dtype=auto", *SMALL, *overrides)
+        config = configured("model.dtype=auto", "training.precision=auto", *SMALL, *overrides)
         folder = tmp_path / name
         (folder / "output").mkdir(parents=True, exist_ok=True)
         rows = dataset(config.data.tokenization)
@@ -114,6 +119,7 @@ def test_fp16_scales_the_loss_on_cuda(gpu: Counter[str], make: Make) -> None:
     assert all(0 < entry["grad_norm"] < 1e3 for entry in run.log.history), "of unscaled gradients"
 
 
+@pytest.mark.system
 def test_a_killed_training_on_cuda_resumes_bit_equal(gpu: Counter[str], make: Make) -> None:
     steps = ("training.max_steps=4", "training.save_steps=2")
     undisturbed = make(*steps, name="undisturbed")
@@ -199,8 +205,8 @@ def test_the_bfloat16_loss_is_not_rounded(gpu: Counter[str], make: Make, monkeyp
     """PyTorch's result is: a sum of some thousand nats would have steps of 8 to 64."""
     run = make("data.tokenization.packing=true")
     monkeypatch.setitem(loss.CHUNK_BYTES, "cuda", 16 * 4 * 1024)
-    batch = run._batch(run.sequences[:4])
-    logits = run._logits(run.sequences[:4], True)[batch.learned]
+    batch = run._batch(run.sequences[:8])
+    logits = run._logits(run.sequences[:8], True)[batch.learned]
     exact = float(F.cross_entropy(logits.cpu(), batch.targets.cpu(), reduction="sum"))
     assert len(batch.targets) > 100
     run.model.eval()
@@ -281,12 +287,64 @@ def test_peak_rates_of_a_gpu(gpu: Counter[str], monkeypatch: pytest.MonkeyPatch)
 
 def test_evaluation_on_cuda(gpu: Counter[str], make: Make) -> None:
     """Losses and answers of a model, on the GPU as on a CPU."""
-    run, on_cpu = make(), make("model.dtype=bfloat16", device=torch.device("cpu"), name="cpu")
+    run, on_cpu = make(), make(device=torch.device("cpu"), name="cpu")
+    for each in (run, on_cpu):
+        each.model.get_base_model().set_attn_implementation("sdpa")  # as loaded, before a training selects another
     ours, theirs = (RowLosses(each.model, each.config, each.process.device).of(each.val) for each in (run, on_cpu))
     assert gpu[FORWARD] > 0
     assert ours == pytest.approx(theirs, rel=1e-2)
-    run.model.get_base_model().set_attn_implementation("sdpa")
     tokenizer = load_tokenizer(str(run.job.base_model))
     texts = answers(run.model.eval(), tokenizer, [[5, 6, 7], [8, 9]], 4)
     assert len(texts) == 2
     assert all(isinstance(text, str) for text in texts)
+
+
+@dataclass
+class Recorded:
+    """A contender that only reports where its model is loaded."""
+
+    config: ExperimentConfig
+    adapter: Path | None = Path("adapter")
+    device: torch.device | None = None
+
+    def load_base(self, device: torch.device) -> None:
+        self.device = device
+        raise Killed
+
+
+@pytest.mark.parametrize(("quantization", "device"), [("none", "cpu"), ("nf4", "cuda"), ("int8", "cuda")])
+def test_quantized_models_are_merged_on_the_gpu(
+    gpu: Counter[str], tmp_path: Path, quantization: str, device: str
+) -> None:
+    """bitsandbytes dequantizes there; a model that is not quantized need not fit on the GPU."""
+    contender: Any = Recorded(configured(f"model.quantization={quantization}"))
+    with pytest.raises(Killed):
+        merged(contender, Merge(), tmp_path)
+    assert contender.device == torch.device(device)
+
+
+def test_chats_are_on_the_gpu(gpu: Counter[str]) -> None:
+    contender: Any = Recorded(configured())
+    with pytest.raises(Killed):
+        LoadedModel(contender)
+    assert contender.device == torch.device("cuda")
+
+
+# ---- quantization
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_weights_are_loaded_onto_the_gpu(
+    gpu: Counter[str], base_model: Callable[[str], Path], quantization: str
+) -> None:
+    """And multiplied in bfloat16. No further: the parameters of bitsandbytes cannot hold emulated tensors."""
+    config = configured("model.dtype=auto", "training.precision=auto", f"model.quantization={quantization}")
+    loaded = mock.patch.object(AutoModelForCausalLM, "from_pretrained", side_effect=ValueError("seen"))
+    with loaded as loading, pytest.raises(ModelError):
+        load_base(base_model("llama"), config.model, config.training, CUDA)
+    arguments = loading.call_args.kwargs
+    assert (arguments["device_map"], arguments["dtype"]) == ({"": CUDA}, torch.bfloat16)
+    settings = arguments["quantization_config"]
+    assert (settings.load_in_8bit, settings.load_in_4bit) == (quantization == "int8", quantization == "nf4")
+    if quantization == "nf4":
+        assert settings.bnb_4bit_compute_dtype is torch.bfloat16
