@@ -68,7 +68,7 @@ def make(dataset: Callable[..., Path], base_model: Callable[[str], Path], tmp_pa
 
 
 def test_a_training_on_cuda(gpu: Counter[str], make: Make) -> None:
-    """In bfloat16 with FlashAttention and one call of the fused AdamW a step, from pinned memory; the same losses."""
+    """In bfloat16 with FlashAttention, from pinned memory, and with one call of the fused AdamW a step."""
     run = make()
     active = run.log.active
     assert (active["precision"], active["weights"]) == ("bf16", "bfloat16")
@@ -88,7 +88,10 @@ def test_a_training_on_cuda(gpu: Counter[str], make: Make) -> None:
     assert not [name for name in gpu if "scaled_dot_product" in name]
     assert gpu["aten::_fused_adamw_"] == 1
 
-    run = make(name="whole")
+
+@pytest.mark.system
+def test_a_training_on_cuda_has_the_losses_of_one_on_a_cpu(gpu: Counter[str], make: Make) -> None:
+    run = make()
     run.run()
     assert [entry["peak_memory_mib"] for entry in run.log.history] == [3072, 3072]
     assert all(type(tensor) is Tensor and tensor.isfinite().all() for tensor in weights(run).values())
@@ -111,6 +114,7 @@ def test_flash_attention_in_mixed_precision_with_float32_weights(gpu: Counter[st
     assert gpu[FORWARD] == LAYERS * len(work.batches)
 
 
+@pytest.mark.system
 def test_fp16_scales_the_loss_on_cuda(gpu: Counter[str], make: Make) -> None:
     run = make("training.precision=fp16")
     assert run.scaler.is_enabled()
@@ -285,6 +289,7 @@ def test_peak_rates_of_a_gpu(gpu: Counter[str], monkeypatch: pytest.MonkeyPatch)
     assert "measured here" in telemetry.peak_flops(CUDA, "bf16")[1]
 
 
+@pytest.mark.system
 def test_evaluation_on_cuda(gpu: Counter[str], make: Make) -> None:
     """Losses and answers of a model, on the GPU as on a CPU."""
     run, on_cpu = make(), make(device=torch.device("cpu"), name="cpu")
