@@ -5,6 +5,8 @@ counted. Recipes: (a) the reference example's on today's libraries, (b) the Hugg
 (d) LLaMA-Factory, (e) ours. (b) to (d) are first run once with each of their settings below, and go on with the best of
 them. Peers live in environments of their own: `python -m benchmarks.peers`; one that is not there is left out.
 
+On CUDA the comparison has parts, each of which ends within four minutes: see `benchmarks.train_gpu`.
+
 MFU is 4N floating point operations a token (frozen base; attention and adapter not counted) over the device's rate: on
 a CPU the fastest matrix multiplication that any of the processes measured on its one thread.
 """
@@ -14,15 +16,18 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import train_subject
+import torch
+
+from benchmarks import train_gpu, train_subject
 from benchmarks.bf16_ratio import BF16 as OURS_BF16
 from benchmarks.bf16_ratio import FP32 as OURS_FP32
 from benchmarks.bf16_ratio import bf16_ratio, precisions
 from benchmarks.harness import ROOT, arguments, interleaved, median, report
-from benchmarks.peers import python_of
+from benchmarks.peers import PEERS, python_of
 from finetune_assets.sources.local import SAMPLE
 
 ROWS = ROOT.parent / "shared" / "data" / "dolly" / "databricks-dolly-15k.jsonl"
@@ -50,46 +55,51 @@ CANDIDATES: dict[str, dict[str, tuple[str, list[dict[str, Any]]]]] = {
         "e ours": ("ours", [{"micro": 2}]),
         **(BOTH if HAS_BF16 else {}),
     },
-    "cuda": {
-        "a reference": ("hf", [{**REFERENCE, "micro": 4}]),
-        "b HF Trainer": ("hf", [{"micro": micro, "bf16": True} for micro in (2, 4, 8)]),
-        "c TRL": (
-            "trl",
-            [
-                {"micro": 2, "bf16": True, "packing": True, "attention": "flash_attention_2", "padding_free": True},
-                {"micro": 2, "bf16": True, "packing": True, "liger": True, "attention": "flash_attention_2"},
-                {"micro": 4, "bf16": True},
-            ],
-        ),
-        "d LLaMA-Factory": ("llamafactory", [{"micro": 4, "bf16": True}]),
-        "e ours": ("ours", [{"micro": 2}]),
-        "e ours, nf4": ("ours", [{"micro": 2, "quantization": "nf4"}]),
-        "e ours, int8": ("ours", [{"micro": 2, "quantization": "int8"}]),
-        "e ours, compiled": ("ours", [{"micro": 2, "compile": True}]),
-    },
 }
 """Of each recipe: the module that runs it, and the settings that are tried."""
-SIZES = {"cpu": ("13m", 512, 160, 5), "cuda": ("llama-3-8b", 4096, 2000, 12)}
+SIZES = {"cpu": ("13m", 512, 160, 5)}
 """Shape of the model, longest example, examples, steps."""
 
 
-def run(recipe: str, subject: Path, settings: dict[str, Any], device: str) -> dict[str, Any] | None:
-    """One side in a process of its own; None, with the reason told, if it does not run here."""
-    python = python_of(recipe) if recipe in ("trl", "llamafactory") else Path(sys.executable)
-    if not python.exists():
+def run(
+    recipe: str, subject: Path, settings: dict[str, Any], device: str, limit_s: float | None = None
+) -> dict[str, Any] | None:
+    """One side in a process of its own; None, with the reason told, if it does not run here or not within `limit_s`."""
+    python = interpreter(recipe)
+    if not python:
         print(f"  {recipe}: not installed (python -m benchmarks.peers)", file=sys.stderr)
         return None
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    packages = os.environ.get("PYTHONPATH") if python == Path(sys.executable) else None
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *([packages] if packages else [])]),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if device == "cpu":
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [str(python), "-m", f"benchmarks.train_recipes.{recipe}", str(subject), json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT, timeout=limit_s
+        )
+    except subprocess.TimeoutExpired as e:
+        print(f"  {recipe} {settings}: ended after {e.timeout:.0f} s: the time of the part is over", file=sys.stderr)
+        return None
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         print(f"  {recipe} {settings}: does not run here: {said}", file=sys.stderr)
         return None
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return {**figures, "settings": settings}
+
+
+def interpreter(recipe: str) -> Path | None:
+    """The Python of a recipe: a peer's own environment, or this one if it has the peer's package; None without it."""
+    own = Path(sys.executable)
+    if recipe not in PEERS:
+        return own
+    return python_of(recipe) if python_of(recipe).exists() else own if find_spec(recipe) else None
 
 
 def main() -> None:
@@ -100,11 +110,15 @@ def main() -> None:
     parser.add_argument("--only", help="recipes to run, by their letters, such as be")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="also draw the table, as SVG or PNG (pip install matplotlib)")
+    train_gpu.add_arguments(parser)
     args = parser.parse_args()
+    if args.device == "cuda":
+        train_gpu.main(args, run, ratios)
+        return
     shape, length, examples, steps = SIZES[args.device]
     if args.quick:
         examples, steps, args.runs = 60, 3, 1
-    figure = "tokens_per_s" if args.device == "cuda" else "tokens_per_cpu_s"
+    figure = "tokens_per_cpu_s"
     with tempfile.TemporaryDirectory() as folder:
         subject = train_subject.make(Path(folder), args.shape or shape, args.rows, examples, length, steps, args.device)
         where = Path(folder) / "subject.json"
@@ -155,7 +169,7 @@ def ratios(table: dict[str, dict[str, float]], figure: str) -> dict[str, float]:
         found["vs_best_peer"] = ours[figure] / max(peers)
     if "b HF Trainer" in table:
         found["rss_vs_hf_bf16"] = ours["peak_memory_mib"] / table["b HF Trainer"]["peak_memory_mib"]
-    for kind in ("nf4", "int8", "compiled"):
+    for kind in ("nf4", "int8", "compiled", "liger"):
         if f"e ours, {kind}" in table:
             found[f"{kind}_vs_bf16"] = table[f"e ours, {kind}"][figure] / ours[figure]
     return found

@@ -26,8 +26,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 TOOLS = ("uv", "pip-audit", "cyclonedx-bom")
 IN_THE_IMAGE = ("kubernetes", "postgres")
-GPU_ONLY = re.compile(r"torch|triton|cuda-.*|nvidia-(?!ml-py$).*")
-"""Names of what comes with a build of PyTorch, and differs between its builds."""
+GPU_ONLY = re.compile(r"torch|triton|liger-kernel|cuda-.*|nvidia-(?!ml-py$).*")
+"""Names of what comes with a build of PyTorch, and differs between its builds, and of what requires Triton."""
 ENTRY = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)[^\n]*(?:\n[ ]+--hash=[^\n]*)*\n", re.MULTILINE)
 
 Pins = dict[str, str]

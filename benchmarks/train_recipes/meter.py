@@ -8,20 +8,21 @@ from typing import Any
 
 import torch
 
-from finetune_assets.training.telemetry import multiplied_weights, peak_flops, peak_memory_mib
+from finetune_assets.training.telemetry import hardware_name, multiplied_weights, peak_flops, peak_memory_mib
 
 
 class Meter:
     """Counts from the end of the first step, in which caches fill and kernels are chosen, to the end of the last.
 
     Args:
-        model: The base, to know its operations a token.
+        model: The base without an adapter, or the number of its multiplied weights, to know its operations a token.
         device: Where it computes.
         precision: What the peak rate is taken of: `fp32` or `bf16`.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, precision: str) -> None:
-        self.flops_a_token, self.device = 4 * multiplied_weights(model), device
+    def __init__(self, model: torch.nn.Module | int, device: torch.device, precision: str) -> None:
+        multiplied = model if isinstance(model, int) else multiplied_weights(model)
+        self.flops_a_token, self.device = 4 * multiplied, device
         self.peak = max(peak_flops(device, precision)[0], peak_flops(device, "fp32")[0])
         self.began: tuple[float, float] | None = None
         self.tokens = self.steps = 0
@@ -53,6 +54,7 @@ class Meter:
             "grad_norm": self.grad_norm,
             "tokens": self.tokens,
             "steps": self.steps,
+            "hardware": hardware_name(self.device),
         }
         print(json.dumps({**figures, **more}))
 

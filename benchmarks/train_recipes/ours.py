@@ -30,12 +30,13 @@ def main() -> None:
             save_steps=None,
             precision=precision,
             compile=settings.get("compile", False),
+            kernels=settings.get("kernels", "none"),
         ),
         lora=Lora(rank=settings.get("rank", 16), dropout=settings.get("dropout", 0.05)),
     )
     job = TrainingPaths(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
     run = LoraFinetune(job, config, DistributedContext(0, 1, device), Reporter(print))
-    meter = Meter(run.model.get_base_model(), device, run.precision)
+    meter = Meter(run.multiplied_weights, device, run.precision)
     for number, work in run._work():
         step = run.train_step(number, work)
         meter.step_done(step.tokens)

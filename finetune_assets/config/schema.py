@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.config.data_schema import Data, DataChecks, PromptTemplate, Tokenization
-from finetune_assets.config.fields import IN_FILE_ONLY, NOT_IDENTITY, not_identity
+from finetune_assets.config.fields import IN_FILE_ONLY, NOT_IDENTITY, added, not_identity
 
 __all__ = ["Data", "DataChecks", "PromptTemplate", "Tokenization"]
 
@@ -75,6 +75,9 @@ class Training:
     for its computation."""
     compile: bool = False
     """Compile each layer with `torch.compile`. The first steps take minutes, so use it for long trainings on a GPU."""
+    kernels: Literal["none", "liger"] = added("none")
+    """`liger` computes rotary embeddings, RMSNorm and gated MLPs with the fused kernels of liger-kernel, which must be
+    installed (the extra `liger`). On CUDA only, and not with `compile`, which fuses these operations too."""
     group_by_length: bool = True
     """Without packing: batch sequences of similar length, which reduces padding (see `model.attention`)."""
     warm_start: str | None = None

@@ -58,6 +58,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _trust(config.model)
     yield from _template(config.data.prompt_template)
     yield from _batches(config.training)
+    yield from _kernels(config.training)
     yield from _types(config)
     yield from _quantized(config)
     yield from _lora(config.lora)
@@ -312,6 +313,14 @@ def _batches(training: Training) -> Iterator[Problem]:
             yield "training.processes_per_node", f"{number!r} must be auto or a number of at least 1"
         elif int(number) > macro:
             yield "training.processes_per_node", f"{number} processes are more than training.macro_batch_size {macro}"
+
+
+def _kernels(training: Training) -> Iterator[Problem]:
+    if training.kernels != "none" and training.compile:
+        yield (
+            "training.kernels",
+            f"{training.kernels} cannot be used with training.compile, which fuses the same operations; use one",
+        )
 
 
 def _types(config: ExperimentConfig) -> Iterator[Problem]:

@@ -75,6 +75,8 @@ def varlen_attention(
             raise UnsupportedAttention(f"the model's attention uses {name}, which {VARLEN} does not support")
     if kwargs.get("is_causal", True) is False or attention_mask is not None:
         raise UnsupportedAttention("the model's attention is not purely causal")
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # float32 rotary embeddings promote query and key
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
         return _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     lengths = cu_seq_lens_q.diff().tolist()

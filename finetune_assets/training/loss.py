@@ -58,7 +58,7 @@ class SummedLoss(nn.Module):
         hidden = self.decoder(**batch.inputs).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.learned]
         rows = self._chunk(hidden)
-        if self.way == "fused":
+        if self.way == "fused" and (torch.is_grad_enabled() or not hidden.is_cuda):
             return self._fused(hidden, batch.targets, rows)
         chunks = zip(hidden.split(rows), batch.targets.split(rows), strict=True)
         loss = partial(checkpoint, self._loss, use_reentrant=False) if torch.is_grad_enabled() else self._loss
@@ -99,7 +99,12 @@ class SummedLoss(nn.Module):
         options = nn.LinearCrossEntropyOptions(
             chunking_method=None, batch_chunk_size=rows, acc_policy="accurate" if kind == "cpu" else "auto"
         )
-        return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options).float()
+        loss = partial(F.linear_cross_entropy, reduction="sum", options=options)
+        if hidden.dtype == torch.float32:
+            return loss(hidden, weight, targets)
+        # In bfloat16 the result is rounded, by up to 0.4%, and so is the sum after each chunk: a call for each chunk
+        parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return torch.stack([loss(part, weight, target).float() for part, target in parts]).sum()
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         logits = self.head(hidden).float()

@@ -14,6 +14,7 @@ from finetune_assets.training.attention import select_attention
 from finetune_assets.training.batches import Batch, collate
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, resize_embeddings
+from finetune_assets.training.kernels import require_kernels, use_kernels
 from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, layers_of, load_base, trainable, with_adapter
@@ -62,6 +63,7 @@ class TrainingSetup:
         self.precision = compute_precision(config.training, self.auto_types.bf16)
         self.sharded = config.training.sharding == "fsdp" and process.world > 1
         self.estimate: memory.Estimate | None = None
+        require_kernels(config, process.device)
         with memory.explained(config, process.device, lambda: self.estimate):
             self._load_data()
             self._load_model()
@@ -109,6 +111,7 @@ class TrainingSetup:
         layers = layers_of(self.summed_loss.decoder)
         if self.sharded:
             shard(self.summed_loss, layers, self.parameters, self.process)
+        replaced = use_kernels(self.model, self.config, self._shortest_outputs)
         self.flat = select_attention(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.model.eval()
         with self._autocast():
@@ -129,6 +132,7 @@ class TrainingSetup:
             "gradient_checkpointing": checkpointing,
             "fused_lora_layers": fused,
             "compiled_layers": len(layers) if self.training.compile else 0,
+            "liger_modules": replaced,
             "sharding": self.training.sharding if self.sharded else "none",
             "weights_mib": round(resident_bytes(self.model) / 2**20, 1),
             "processes": self.process.world,
@@ -177,6 +181,16 @@ class TrainingSetup:
         batch = collate(sequences, self.train, self.process.device, flat)
         with self._autocast():
             return self.summed_loss.logits(batch)[0].float()
+
+    def _shortest_outputs(self) -> tuple[Tensor, Tensor]:
+        """Compute the logits of the shortest sequence, and the gradient of the adapter, without dropout."""
+        self.model.eval()
+        shortest = [self.sequences[int(self.lengths.argmin())]]
+        batch = collate(shortest, self.train, self.process.device)
+        gradients = torch.autograd.grad(self._loss(batch), self.parameters, allow_unused=True)
+        with torch.no_grad():
+            logits = self._logits(shortest, False)
+        return logits, torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
     def _batch(self, sequences: list[list[int]]) -> Batch:
         return collate(sequences, self.train, self.process.device, self.flat)
