@@ -12,17 +12,24 @@ from finetune_assets.training.state import TrainingPaths
 
 def main() -> None:
     subject, settings, device = given()
+    precision = settings.get("precision", "auto")
     config = ExperimentConfig(
-        model=Model(base_model=subject.model, quantization=settings.get("quantization", "none")),
+        model=Model(
+            base_model=subject.model,
+            dtype={"bf16": "bfloat16", "fp32": "float32"}.get(precision, "auto"),
+            quantization=settings.get("quantization", "none"),
+        ),
         data=Data(tokenization=Tokenization(cutoff_len=subject.length)),
         training=Training(
             epochs=1,
+            max_steps=settings.get("steps"),
             macro_batch_size=subject.sequences_a_step,
             micro_batch_size=settings["micro"],
             learning_rate=subject.learning_rate,
             lr_scheduler="constant",
             warmup_steps=0,
             save_steps=None,
+            precision=precision,
             compile=settings.get("compile", False),
         ),
         lora=Lora(rank=settings.get("rank", 16), dropout=settings.get("dropout", 0.05)),
