@@ -2,9 +2,9 @@
 
 Same random model, same real rows, same adapter, same global batch in tokens; one epoch, of which the first step is not
 counted. Recipes: (a) the reference example's on today's libraries, (b) the Hugging Face Trainer, (c) TRL's SFTTrainer,
-(d) LLaMA-Factory, (e) ours. (b) to (e) first run a few steps with each of their settings below, and go on with the best
-of them. Peers have environments of their own: `python -m benchmarks.peers`. One that is not installed or does not run is
-named in the JSON object under `missing`, with the reason.
+(d) LLaMA-Factory, (e) ours. (b) to (e) first run a few steps with each of the settings in `train_candidates`; the best
+of them is measured. Peers have environments of their own: `python -m benchmarks.peers`. One that is not installed or
+does not run is named in the JSON object under `missing`, with the reason.
 
 MFU is 4N floating point operations a token (frozen base; attention and adapter not counted) over the device's rate in
 the same precision: on a CPU the fastest matrix multiplication that any of the processes measured on its one thread.

@@ -1,4 +1,4 @@
-"""The comparison with other trainers: every side has as many settings, no peer is missing silently, ratios are right."""
+"""The comparison with other trainers: as many settings for every side, no peer missing silently, and its ratios."""
 
 import json
 import sys

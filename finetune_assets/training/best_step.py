@@ -69,7 +69,7 @@ class Selection:
         if every is None or not validation_tokens:
             return Selection(None, False, None, 0.0)
         if every == "auto":
-            tokens_per_step = float(lengths.sum()) / len(lengths) * training.macro_batch_size
+            tokens_per_step = float(lengths.sum()) / math.ceil(len(lengths) / training.macro_batch_size)
             cost = FORWARD_SHARE * validation_tokens / tokens_per_step
             every = max(1, math.ceil(cost / EVALUATION_SHARE))
         return Selection(int(every), training.keep != "last", training.patience, training.min_improvement)
