@@ -27,7 +27,7 @@ from finetune_assets.sources.local import SAMPLE
 
 ROWS = ROOT.parent / "shared" / "data" / "dolly" / "databricks-dolly-15k.jsonl"
 SHAPES = {"cpu": ["13m", "smollm2-135m"], "cuda": ["llama-3-8b"]}
-FIGURES = ("tokens_per_s", "tokens_per_cpu_s", "mfu", "peak_memory_mib", "loss", "grad_norm")
+FIGURES = ("tokens_per_s", "tokens_per_cpu_s", "mfu", "peak_flops", "peak_memory_mib", "loss", "grad_norm")
 Measurement = dict[str, Any]
 
 
@@ -142,8 +142,12 @@ def compared(
         sides = {name: lambda side=side: run(side[0], where, side[1], args.device) for name, side in best.items()}
         measured = interleaved(sides, args.runs)  # type: ignore[arg-type]
     every = [made for runs in measured.values() for made in runs]
+    peaks = {made["precision"]: 0.0 for made in every}
     for made in every:
-        made["mfu"] = made["flops"] / max(o["peak_flops"] for o in every if o["precision"] == made["precision"])
+        peaks[made["precision"]] = max(peaks[made["precision"]], made["peak_flops"])
+    for made in every:
+        made["peak_flops"] = peaks[made["precision"]]
+        made["mfu"] = made["flops"] / made["peak_flops"]
     table = {name: {key: median(runs, key) for key in FIGURES} for name, runs in measured.items()}
     return table, {name: settings for name, (_, settings) in best.items()}
 
@@ -153,7 +157,7 @@ def _lines(table: dict[str, dict[str, float]], best: dict[str, dict[str, Any]]) 
         (
             f"{name} {json.dumps(best[name])}",
             f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['tokens_per_cpu_s']:,.0f} a CPU-second, "
-            f"MFU {figures['mfu']:.1%}, {figures['peak_memory_mib']:,.0f} MiB, loss {figures['loss']:.3f}, "
+            f"MFU {figures['mfu']:.1%} of {figures['peak_flops'] / 1e9:,.0f} GFLOP/s, {figures['peak_memory_mib']:,.0f} MiB, loss {figures['loss']:.3f}, "
             f"grad_norm {figures['grad_norm']:.3f}",
         )
         for name, figures in table.items()

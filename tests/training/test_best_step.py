@@ -232,7 +232,7 @@ def test_the_plan_counts_measurements_and_the_earliest_stop(trained: Trained) ->
     without = work_of(run.job.dataset, configured(*settings, "training.eval_steps=null", "training.patience=null"), 1)
     assert (without.evaluations, without.evaluation_share, without.fewest_steps) == (0, 0, 16)
 
-    shape, states = Shape.read(BASE), [state_of(run)]
+    shape, states = Shape.read(BASE, False), [state_of(run)]
     plan = make_plan(shape, configured(*settings), run.job.dataset, states)
     plain = make_plan(shape, configured(*OVERFITTED, "training.eval_steps=null"), run.job.dataset, states)
     assert plan.hours
