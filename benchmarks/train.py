@@ -153,15 +153,15 @@ def compared(
 
 
 def _lines(table: dict[str, dict[str, float]], best: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    return [
-        (
-            f"{name} {json.dumps(best[name])}",
-            f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['tokens_per_cpu_s']:,.0f} a CPU-second, "
-            f"MFU {figures['mfu']:.1%} of {figures['peak_flops'] / 1e9:,.0f} GFLOP/s, {figures['peak_memory_mib']:,.0f} MiB, loss {figures['loss']:.3f}, "
-            f"grad_norm {figures['grad_norm']:.3f}",
-        )
-        for name, figures in table.items()
-    ]
+    return [(f"{name} {json.dumps(best[name])}", _line(figures)) for name, figures in table.items()]
+
+
+def _line(figures: dict[str, float]) -> str:
+    return (
+        f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['tokens_per_cpu_s']:,.0f} a CPU-second, "
+        f"MFU {figures['mfu']:.1%} of {figures['peak_flops'] / 1e9:,.0f} GFLOP/s, "
+        f"{figures['peak_memory_mib']:,.0f} MiB, loss {figures['loss']:.3f}, grad_norm {figures['grad_norm']:.3f}"
+    )
 
 
 def draw(table: dict[str, dict[str, float]], figure: str, path: Path) -> None:
