@@ -138,7 +138,7 @@ def compared(
             except DoesNotRun as e:
                 if is_ours(name):
                     raise
-                missing[name] = str(e)
+                missing[name] = f"{shape}: {e}"
         sides = {name: lambda side=side: run(side[0], where, side[1], args.device) for name, side in best.items()}
         measured = interleaved(sides, args.runs)  # type: ignore[arg-type]
     every = [made for runs in measured.values() for made in runs]
