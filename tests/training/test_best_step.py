@@ -99,14 +99,18 @@ def test_patience_saves_steps(trained: Trained, finetune: Finetune) -> None:
     assert run.held_out_loss() == measured[best]
 
 
-@pytest.mark.parametrize("after", tiered([-1, 0, 1, 3], {1}))
-def test_a_resumed_training_keeps_best_step_and_patience(trained: Trained, finetune: Finetune, after: int) -> None:
-    """Killed in the step that leads to the best evaluation, and after it, with and without a checkpoint between."""
+@pytest.mark.parametrize("kill", tiered([(-1, 1), (0, 1), (1, 3), (3, 3)], {(1, 3)}))
+def test_a_resumed_training_keeps_best_step_and_patience(
+    trained: Trained, finetune: Finetune, kill: tuple[int, int]
+) -> None:
+    """Killed some steps after the best one, with checkpoints after every step or every third one."""
+    after, every = kill
     overrides = (*OVERFITTED, "training.patience=3")
     undisturbed = trained(*overrides).run
     assert undisturbed.log.best
     killed_at = undisturbed.log.best["step"] + after
-    assert 3 <= killed_at < undisturbed.log.step, "after the first checkpoint, before the stop"
+    assert every <= killed_at < undisturbed.log.step, "after the first checkpoint, before the stop"
+    overrides = (*overrides, f"training.save_steps={every}")
     victim = finetune(*overrides, name="killed")
     die_at(victim, killed_at)
     with pytest.raises(Killed):
@@ -114,7 +118,7 @@ def test_a_resumed_training_keeps_best_step_and_patience(trained: Trained, finet
     resumed = finetune(*overrides, name="killed")
     taken = die_at(resumed, -1)
     resumed.run()
-    assert taken == [*range(killed_at // 3 * 3, undisturbed.log.step)]
+    assert taken == [*range(killed_at // every * every, undisturbed.log.step)]
     assert adapter_of(resumed) == adapter_of(undisturbed)
     assert resumed.log.best == undisturbed.log.best
     assert held_out(resumed) == held_out(undisturbed)
