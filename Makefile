@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Each of the many processes of a run would compile all modules anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-ui test test-system soak lint ui bench docs screenshots lock sbom audit pin clean
+.PHONY: demo demo-ui test test-system soak lint ui bench peers docs screenshots lock sbom audit pin clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/finetune demo
@@ -39,7 +39,7 @@ lint: $(VENV)/installed  ## style, import rules, types, definitions
 ui: $(VENV)/installed  ## Dagster's UI on http://127.0.0.1:3000, and its daemon
 	@$(BIN)/finetune ui $(ARGS)
 
-bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
+bench: $(VENV)/installed peers  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.data_prep
 	$(BIN)/python -m benchmarks.scale
@@ -47,6 +47,9 @@ bench: $(VENV)/installed  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.evaluation
+
+peers: $(VENV)/installed  ## environments of TRL and LLaMA-Factory in build/peers, which bench compares with
+	$(BIN)/python -m benchmarks.peers
 
 docs: $(VENV)/installed  ## write the generated parts of the documentation, and build it as a site in build/site
 	$(BIN)/python -m finetune_assets.config.reference

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace, run: Run, ratios: Callable[..., dict[str, flo
         run: Runs a recipe in a process of its own.
         ratios: Computes the ratios of a table.
     """
-    shape = args.shape or SHAPE
+    shape = args.shape[0] if args.shape else SHAPE
     examples, steps = (60, 3) if args.quick else (EXAMPLES, STEPS)
     ratios_of_parts: dict[str, dict[str, float]] = {}
     deadline = Deadline(PART_SECONDS)
@@ -111,9 +111,7 @@ def summary(sides: dict[str, list[Figures]], ratios: Callable[..., dict[str, flo
     described = {
         name: {**table[name], "settings": runs[0]["settings"], "runs": len(runs)} for name, runs in sides.items()
     }
-    found = ratios(table, "tokens_per_s")
-    if "rss_vs_hf_bf16" in found:
-        found["memory_vs_hf_bf16"] = found.pop("rss_vs_hf_bf16")
+    found = {name.replace("rss_", "memory_"): ratio for name, ratio in ratios(table, "tokens_per_s").items()}
     return {
         "hardware": every[0]["hardware"] if every else None,
         "peak_tflops": peak / 1e12,

@@ -15,6 +15,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 5,
         "tie_word_embeddings": True,
     },
+    "smollm2-135m": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-1b": {
         "vocab_size": 128_256,
         "hidden_size": 2048,

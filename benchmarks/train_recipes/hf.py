@@ -52,6 +52,7 @@ def loop(subject: Any, settings: dict[str, Any], device: torch.device, a_step: i
         "per_device_train_batch_size": settings["micro"],
         "gradient_accumulation_steps": max(1, round(a_step / settings["micro"])),
         "num_train_epochs": 1,
+        "max_steps": settings.get("steps", -1),
         "learning_rate": subject.learning_rate,
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": settings.get("checkpointing", False),

@@ -49,6 +49,7 @@ def main() -> None:
                 "per_device_train_batch_size": settings["micro"],
                 "gradient_accumulation_steps": max(1, round(subject.examples_a_step / settings["micro"])),
                 "num_train_epochs": 1,
+                "max_steps": settings.get("steps", -1),
                 "learning_rate": subject.learning_rate,
                 "lr_scheduler_type": "constant",
                 "disable_gradient_checkpointing": not settings.get("checkpointing", False),

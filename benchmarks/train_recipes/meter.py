@@ -22,7 +22,7 @@ class Meter:
 
     def __init__(self, model: torch.nn.Module | int, device: torch.device, precision: str) -> None:
         multiplied = model if isinstance(model, int) else multiplied_weights(model)
-        self.flops_a_token, self.device = 4 * multiplied, device
+        self.flops_a_token, self.device, self.precision = 4 * multiplied, device, precision
         self.peak = max(peak_flops(device, precision)[0], peak_flops(device, "fp32")[0])
         self.began: tuple[float, float] | None = None
         self.tokens = self.steps = 0
@@ -48,6 +48,7 @@ class Meter:
             "tokens_per_s": self.tokens / wall,
             "tokens_per_cpu_s": self.tokens / cpu,
             "flops": self.flops_a_token * per_second,
+            "precision": self.precision,
             "peak_flops": self.peak,
             "peak_memory_mib": peak_memory_mib(self.device),
             "loss": self.loss,

@@ -22,6 +22,7 @@ def main() -> None:
         data=Data(tokenization=Tokenization(cutoff_len=subject.length)),
         training=Training(
             epochs=1,
+            max_steps=settings.get("steps"),
             macro_batch_size=subject.sequences_a_step,
             micro_batch_size=settings["micro"],
             learning_rate=subject.learning_rate,

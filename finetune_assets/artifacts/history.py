@@ -18,6 +18,7 @@ PLAN_TYPES: dict[str, type | tuple[type, ...]] = {
     "summary": str,
     "device": dict,
     "work": (dict, type(None)),
+    "evaluations": (dict, type(None)),
     **dict.fromkeys(("hours", "cost", "peak_memory_mib", "usable_mib"), NUMBER),
 }
 """Fields of every plan, also of those that earlier versions made."""
@@ -47,6 +48,7 @@ def read_plan(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
     where = f"{ref.kind}/{ref.name}"
     plan = read_json(store.fetch(ref) / PLAN, where)
     plan.setdefault("summary", plan.get("told"))  # older name
+    plan.setdefault("evaluations", None)  # absent from plans of earlier versions
     try:
         check_types(plan, PLAN_TYPES)
         check_types(plan["device"], {"processes": int})
@@ -64,6 +66,7 @@ def predicted(plan: dict[str, Any]) -> dict[str, float]:
         "training_seconds": hours and round(3600 * hours, 1),
         "device_hours": hours and round(hours * devices, 4),
         "cost": plan["cost"] and round(plan["cost"], 2),
+        "evaluation_time_share": round((plan["evaluations"] or {}).get("time_share", 0.0), 4) or None,
     }
     return {name: value for name, value in values.items() if value is not None}
 

@@ -152,8 +152,8 @@ def _metadata(plan: dict[str, Any]) -> dict[str, Any]:
     """Metadata of a plan; predicted values have the names of the values measured later, for Dagster's plots."""
     from finetune_assets.data.tables import rows_table
 
-    evaluations = plan.get("evaluations") or {}
-    count = evaluations.get("count")
+    evaluations = plan["evaluations"] or {}
+    count, fewest = (evaluations.get(name) for name in ("count", "fewest_steps"))
     rows = [{"part": part, "MiB": f"{size:,.1f}"} for part, size in plan["memory_mib"].items()]
     return {
         **{f"predicted_{name}": value for name, value in predicted(plan).items()},
@@ -161,7 +161,8 @@ def _metadata(plan: dict[str, Any]) -> dict[str, Any]:
         "hardware": f"{plan['device']['processes']} x {plan['device']['name']}",
         "time_estimate_source": plan["known_from"],
         "gradient_checkpointing": plan["gradient_checkpointing"],
-        **({"evaluations": count, "evaluation_time_share": evaluations["time_share"]} if count else {}),
+        **({"evaluations": count} if count else {}),
+        **({"fewest_steps": fewest} if fewest and fewest < plan["work"]["steps"] else {}),
         "memory": dg.MetadataValue.md(rows_table(rows, ["part", "MiB"])),
         **of_plan(plan),
     }

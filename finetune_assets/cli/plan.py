@@ -84,7 +84,9 @@ def show(experiment: str, plan: "Plan") -> None:
         out.print("gradient checkpointing: on")
     out.print()
     if plan.work:
-        out.print(f"steps     {plan.work.steps:,}\ntokens    {plan.work.tokens:,}")
+        fewest = plan.work.fewest_steps
+        least = f", at least {fewest:,} (training.patience)" if fewest < plan.work.steps else ""
+        out.print(f"steps     {plan.work.steps:,}{least}\ntokens    {plan.work.tokens:,}")
         if plan.work.evaluations:
             out.print(f"measured  {plan.work.evaluations:,} times, about {plan.work.evaluation_share:.1%} of the time")
     estimate = "unknown:" if plan.hours is None else f"{duration(plan.hours)}, from"

@@ -33,7 +33,8 @@ class Plan:
         checkpointing: Whether gradient checkpointing will be on.
         advice: Settings that fit, if the current ones do not.
         work: Steps and tokens; None without a tokenized dataset.
-        hours: Training time in hours; None if the speed of the hardware is unknown.
+        hours: Training time in hours, evaluations included, if the training does not stop early; None if the speed of
+            the hardware is unknown.
         known_from: Source of the speed estimate, or why it is unknown.
         cost: Cost of all devices, in the currency of `hardware.price_per_hour`; None without a price.
     """
@@ -67,6 +68,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         work = self.work and {"steps": self.work.steps, "tokens": self.work.tokens}
+        evaluations = self.work and {
+            "count": self.work.evaluations,
+            "time_share": self.work.evaluation_share,
+            "fewest_steps": self.work.fewest_steps,
+        }
         return {
             "device": {"name": self.device.name, "processes": self.device.processes},
             "memory_mib": self.memory.described() if self.memory else {},
@@ -77,7 +83,7 @@ class Plan:
             "summary": self.summary(),
             "advice": self.advice,
             "work": work,
-            "evaluations": self.work and {"count": self.work.evaluations, "time_share": self.work.evaluation_share},
+            "evaluations": evaluations,
             "hours": self.hours,
             "known_from": self.known_from,
             "cost": self.cost,
@@ -157,4 +163,5 @@ def _hours(case: Case, work: TrainingWork | None, states: Iterable[dict[str, Any
     rate, known_from = speed(device.name, kind, past)
     if rate is None:
         return None, known_from
-    return 4 * weights * work.tokens / rate / device.processes / 3600, known_from
+    seconds = 4 * weights * work.tokens / rate / device.processes
+    return seconds * (1 + work.evaluation_share) / 3600, known_from

@@ -19,8 +19,9 @@ class TrainingWork:
         tokens: Number of tokens read by all processes, excluding padding.
         lengths: Lengths of the examples of the largest micro-batch, in tokens.
         learned: Number of learned tokens in the largest micro-batch.
-        evaluations: Number of evaluations during the training, if it does not stop early.
-        evaluation_share: Estimated time of these evaluations as a fraction of the training's.
+        evaluations: Number of evaluations before the last step, if the training does not stop early.
+        evaluation_share: Estimated time of these evaluations over that of the steps.
+        fewest_steps: Number of steps if the training stops as early as `training.patience` allows.
     """
 
     steps: int
@@ -29,6 +30,7 @@ class TrainingWork:
     learned: int
     evaluations: int = 0
     evaluation_share: float = 0.0
+    fewest_steps: int = 0
 
 
 def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> TrainingWork:
@@ -48,7 +50,8 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Trai
                 largest = max(largest, (int(lengths[batch].sum()), batch))
     members = [example for sequence in largest[1] for example in sequences[sequence]]
     validation = int(Examples.read(dataset / "val.arrow").lengths.sum())
-    evaluations = Selection.of(training, validation, lengths).evaluations(order.steps)
+    selection = Selection.of(training, validation, lengths)
+    evaluations = selection.evaluations(order.steps)
     return TrainingWork(
         order.steps,
         read,
@@ -56,6 +59,7 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Trai
         int(train.learned[members].sum()),
         evaluations,
         FORWARD_SHARE * evaluations * validation / read,
+        selection.fewest_steps(order.steps),
     )
 
 

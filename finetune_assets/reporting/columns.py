@@ -49,12 +49,14 @@ COLUMNS = (
     Column("peak GiB", "peak_memory_mib", "{:.1f}", 1 / 1024),
     Column("hours", "training_hours", "{:.3g}"),
     Column("cost", "cost", "{:,.2f}"),
+    Column("device hours saved", "saved_device_hours", "{:.3g}"),
+    Column("cost saved", "saved_cost", "{:,.2f}"),
 )
 EXPLAINED = (
     "Losses are in nats per token on held-out rows, for the base model, the champion that the run was compared with, "
     "and the run. Exact match and ROUGE-L are measured on generated answers to held-out rows. Forgetting is the loss "
     "of the run minus that of the base model on general text, in nats per token. Cost is hours x processes x "
-    "hardware.price_per_hour."
+    "hardware.price_per_hour. Hours and cost are saved where the training stopped early (training.patience)."
 )
 
 

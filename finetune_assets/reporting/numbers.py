@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from finetune_assets.evaluation.files import forgetting_of
+from finetune_assets.training.best_step import published, training_seconds
 
 Numbers = dict[str, float]
 
@@ -15,7 +16,7 @@ def of_training(state: Mapping[str, Any]) -> Numbers:
     history = state["history"]
     if not history:
         return {}
-    seconds, last = state["seconds"], history[-1]
+    seconds, last = training_seconds(state), history[-1]
     held_out = {f"held_out_loss_{when}": loss for when, loss in state["held_out_loss"].items() if loss is not None}
     return {
         "steps": state["step"],
@@ -23,25 +24,22 @@ def of_training(state: Mapping[str, Any]) -> Numbers:
         "training_seconds": round(seconds, 1),
         "training_hours": round(seconds / 3600, 4),
         "device_hours": round(seconds * state["active"]["processes"] / 3600, 4),
-        "tokens_per_second": round(state["tokens"] / seconds, 1),
+        "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
         "trainable_parameters": state["trainable_parameters"],
         "mfu": round(median(entry["mfu"] for entry in history), 3),
         "peak_memory_mib": state["peak_memory_mib"],
         "train_loss": round(last["loss"], 4),
         "grad_norm": round(last["grad_norm"], 4),
         **{name: round(loss, 4) for name, loss in held_out.items()},
-        **_of_best(state),
+        **_of_selection(state),
     }
 
 
-def _of_best(state: Mapping[str, Any]) -> Numbers:
-    """Step of the published adapter, and what stopping early saved; empty without evaluations."""
-    best = state.get("best")
-    if not best:
-        return {}
-    hours = state["seconds"] / state["step"] * best["saved_steps"] * state["active"]["processes"] / 3600
-    saved = {"saved_steps": best["saved_steps"], "saved_device_hours": round(hours, 4)} if best["saved_steps"] else {}
-    return {"published_step": best["step"] if best["is_published"] else state["step"], **saved}
+def _of_selection(state: Mapping[str, Any]) -> Numbers:
+    """Step of the published adapter, what stopping early saved, and the time of evaluations over that of the steps."""
+    share = state.get("evaluation_seconds", 0.0) / state["seconds"]
+    numbers = {name: round(number, 4) for name, number in published(state).items()}
+    return {**numbers, **({"evaluation_time_share": round(share, 4)} if share else {})}
 
 
 def of_evaluation(evaluation: Mapping[str, Any]) -> Numbers:

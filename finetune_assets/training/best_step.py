@@ -4,6 +4,7 @@ The held-out loss is that of the validation split. The gate's rows have no part 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ class Selection:
         if every is None or not validation_tokens:
             return Selection(None, False, None, 0.0)
         if every == "auto":
-            tokens_per_step = float(lengths.sum()) / len(lengths) * training.macro_batch_size
+            tokens_per_step = float(lengths.sum()) / math.ceil(len(lengths) / training.macro_batch_size)
             cost = FORWARD_SHARE * validation_tokens / tokens_per_step
             every = max(1, math.ceil(cost / EVALUATION_SHARE))
         return Selection(int(every), training.keep != "last", training.patience, training.min_improvement)
@@ -98,5 +99,51 @@ class Selection:
         return self.patience is not None and best is not None and best.without_improvement >= self.patience
 
     def evaluations(self, steps: int) -> int:
-        """Number of evaluations during `steps` steps, if training does not stop early."""
-        return sum(self.is_due(step, steps) for step in range(1, steps + 1))
+        """Number of evaluations before the last of `steps` steps, if training does not stop early.
+
+        The one after the last step is not counted: without these settings, training makes it as well.
+        """
+        return 0 if self.every is None else (steps - 1) // self.every
+
+    def fewest_steps(self, steps: int) -> int:
+        """Number of steps after which patience is exhausted if no evaluation improves on the first one."""
+        if self.every is None or self.patience is None:
+            return steps
+        return min(steps, (1 + self.patience) * self.every)
+
+
+def training_seconds(state: Mapping[str, Any]) -> float:
+    """Duration of the steps in a trainer state, and of the evaluations between them."""
+    return float(state["seconds"]) + float(state.get("evaluation_seconds", 0.0))
+
+
+def published(state: Mapping[str, Any], price_per_hour: float | None = None) -> dict[str, float]:
+    """Step of the published adapter and what stopping early saved, from a trainer state.
+
+    Args:
+        state: Content of `trainer_state.json`.
+        price_per_hour: Price of a device per hour.
+
+    Returns:
+        `published_step`; if training stopped early also `saved_steps`, `saved_device_hours` at the average speed of the
+        training, and with a price `saved_cost`. Empty without evaluations.
+    """
+    best = state.get("best")
+    if not best:
+        return {}
+    numbers: dict[str, float] = {"published_step": best["step"] if best["is_published"] else state["step"]}
+    if not best["saved_steps"]:
+        return numbers
+    hours = training_seconds(state) / state["step"] * best["saved_steps"] * state["active"]["processes"] / 3600
+    numbers |= {"saved_steps": best["saved_steps"], "saved_device_hours": hours}
+    return numbers if price_per_hour is None else {**numbers, "saved_cost": hours * price_per_hour}
+
+
+def describe_saved(numbers: Mapping[str, float]) -> str:
+    """What stopping early saved, such as `8 steps, 0.02 device hours and 0.05 of cost`; empty if nothing."""
+    if "saved_steps" not in numbers:
+        return ""
+    steps, hours = f"{numbers['saved_steps']:,} steps", f"{numbers['saved_device_hours']:,.3g} device hours"
+    if "saved_cost" not in numbers:
+        return f"{steps} and {hours}"
+    return f"{steps}, {hours} and {numbers['saved_cost']:,.3g} of cost"

@@ -17,6 +17,7 @@ from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.tokenization import Encoder
 from finetune_assets.display import code, markdown, plain
+from finetune_assets.training.best_step import describe_saved, published
 from finetune_assets.training.embeddings import experiment_tokenizer
 from finetune_assets.training.generation_files import experiment_turn_end, save_generation_files
 from finetune_assets.training.telemetry import hardware_name
@@ -196,18 +197,18 @@ def _trained(config: ExperimentConfig, state: dict[str, Any]) -> dict[str, str]:
         "rank, alpha, targets": f"{config.lora.rank}, {config.lora.alpha:g}, {code(config.lora.target_modules)}",
         "trainable parameters": f"{state['trainable_parameters']:,}",
         "steps, tokens": f"{state['step']:,}, {state['tokens']:,}",
-        "published step": _published_step(state),
+        "published step": _published_step(config, state),
     }
 
 
-def _published_step(state: dict[str, Any]) -> str:
-    """Step of the published adapter; empty if it is the last one of all planned steps."""
-    best = state.get("best") or {}
-    if not best:
+def _published_step(config: ExperimentConfig, state: dict[str, Any]) -> str:
+    """Step of the published adapter, and what stopping early saved; empty without evaluations."""
+    numbers = published(state, config.hardware.price_per_hour)
+    if not numbers:
         return ""
-    step = best["step"] if best["is_published"] else state["step"]
-    stopped = f", stopped early ({best['saved_steps']:,} steps saved)" if best["saved_steps"] else ""
-    return "" if step == state["steps"] else f"{step:,} of {state['steps']:,}{stopped}"
+    saved = describe_saved(numbers)
+    stopped = f", stopped early at step {state['step']:,} ({saved} saved)" if saved else ""
+    return f"{numbers['published_step']:,} of {state['steps']:,}{stopped}"
 
 
 def _combined(champions: dict[str, str]) -> str:

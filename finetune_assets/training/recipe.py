@@ -17,7 +17,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
 from finetune_assets.training import checkpoint, divergence, memory, output
 from finetune_assets.training.batches import collate
-from finetune_assets.training.best_step import BestStep, Selection
+from finetune_assets.training.best_step import BestStep, Selection, describe_saved, published
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.order import GlobalBatchSampler, evaluation_batches
@@ -226,14 +226,23 @@ class LoraFinetune(TrainingSetup):
 
     # ---- reporting and output
 
-    def _selection_line(self, best: BestStep) -> str:
-        line = f"Publishing the adapter of step {best.step} of {self.log.step}: lowest held-out loss"
+    def _selection_line(self, best: BestStep, numbers: dict[str, float]) -> str:
+        reason = ": lowest held-out loss" if best.is_published else ""
+        line = f"Publishing the adapter of step {numbers['published_step']} of {self.log.step}{reason}"
         if best.saved_steps:
             line += (
-                f". Stopped early: no improvement in {best.without_improvement} measurements; "
-                f"{best.saved_steps} of {self.order.steps} steps saved"
+                f". Stopped early at step {self.log.step} of {self.order.steps}: no improvement in "
+                f"{best.without_improvement} measurements; {describe_saved(numbers)} saved"
             )
         return line
+
+    def _measure_during(self, done: int) -> float | None:
+        """Measure the held-out loss between steps. After the last step, its time is not counted: it is always due."""
+        began = time.monotonic()
+        loss = self.held_out_loss()
+        if done < self.order.steps:
+            self.log.evaluation_seconds += time.monotonic() - began
+        return loss
 
     def _open_window(self) -> None:
         self.window = MetricWindow(torch.zeros((), device=self.process.device))
@@ -273,7 +282,7 @@ class LoraFinetune(TrainingSetup):
             mfu=4 * self.multiplied_weights * per_process / self.peak_flops,
             peak_memory_mib=peak_memory_mib(self.process.device),
             eta_seconds=seconds / window.steps * (self.order.steps - done),
-            held_out_loss=self.held_out_loss() if evaluate else None,
+            held_out_loss=self._measure_during(done) if evaluate else None,
         )
         self.log.history.append(report.to_dict())
         self.reporter.step(report)
@@ -300,8 +309,9 @@ class LoraFinetune(TrainingSetup):
         before, after = self.log.held_out_loss.values()
         if before is not None and after is not None:
             self.reporter.write_line(f"held-out loss {before:.4f} before, {after:.4f} after")
-        if self.selection.keeps_best and self.best:
-            self.reporter.write_line(self._selection_line(self.best))
+        choice = published(vars(self.log), self.config.hardware.price_per_hour)
+        if self.best and (self.best.is_published or self.best.saved_steps):
+            self.reporter.write_line(self._selection_line(self.best, choice))
         self.log.peak_memory_mib = peak_memory_mib(self.process.device)
         links = {name: link for name, tracker in self.reporter.trackers.items() if (link := tracker.link())}
         state = {**vars(self.log), **self.process.share(links)}
@@ -318,9 +328,7 @@ class LoraFinetune(TrainingSetup):
                 self.new_tokens.rows,
                 self.job.own_code,
             )
-        numbers = {name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}
-        if self.best:
-            numbers["published_step"] = self.best.step if self.best.is_published else self.log.step
+        numbers = {**{name: state[name] for name in ("steps", "tokens", "seconds", "peak_memory_mib")}, **choice}
         losses = {f"held_out_loss_{when}": loss for when, loss in self.log.held_out_loss.items()}
         for tracker in self.reporter.trackers.values():
             tracker.summarize({**numbers, **losses})

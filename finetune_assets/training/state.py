@@ -37,13 +37,15 @@ class TrainingPaths:
 class TrainerState:
     """Training log, stored in `trainer_state.json` and in every checkpoint.
 
-    `best` has the fields of `BestStep`, if the training evaluates.
+    `best` has the fields of `BestStep`, if the training evaluates. `seconds` is the duration of the steps alone, and
+    `evaluation_seconds` that of the evaluations between them.
     """
 
     step: int = 0
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     held_out_loss: dict[str, float | None] = field(default_factory=lambda: {"before": None, "after": None})
     trainable_parameters: int = 0
     peak_memory_mib: int = 0

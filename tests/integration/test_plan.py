@@ -2,8 +2,36 @@
 
 import json
 
+import pytest
 from integration.graph import Graph
 from projects import SHORT, TestProject
+
+OVERFITTED = (
+    "data.num_samples=40",
+    "data.val_fraction=0.3",
+    "training.max_steps=40",
+    "training.learning_rate=1e-2",
+    "training.lr_scheduler=constant",
+    "training.eval_steps=2",
+    "training.patience=2",
+)
+
+
+@pytest.mark.system
+def test_a_plan_and_its_training_name_measurements_and_what_stopping_saved(project: TestProject, graph: Graph) -> None:
+    experiment = project.configs / "experiments" / "demo.yaml"
+    experiment.write_text(experiment.read_text() + "\nhardware: {price_per_hour: 1000}\n")
+    trained = graph.run("*lora_adapter", overrides=OVERFITTED)
+    assert trained.success, trained.log
+    plan, metadata = trained.metadata("training_plan"), trained.metadata("lora_adapter")
+    assert (plan["evaluations"], plan["fewest_steps"], plan["predicted_steps"]) == (19, 6, 40)
+    assert plan["predicted_evaluation_time_share"] > 0
+    assert metadata["predicted_evaluation_time_share"] == plan["predicted_evaluation_time_share"]
+    assert metadata["evaluation_time_share"] > 0
+    assert metadata["steps"] + metadata["saved_steps"] == 40
+    assert metadata["published_step"] < metadata["steps"] < 40
+    assert metadata["saved_cost"] == pytest.approx(1000 * metadata["saved_device_hours"]) != 0
+    assert f"Publishing the adapter of step {metadata['published_step']} of {metadata['steps']}" in trained.log
 
 
 def test_what_does_not_fit_is_refused_with_what_would(project: TestProject, graph: Graph) -> None:
