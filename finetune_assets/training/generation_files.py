@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.chat.turn_end import TURNS, TurnEnd, turn_end
+from finetune_assets.data.serving_template import use_serving_template
 
 GENERATION = "generation_config.json"
 
@@ -20,10 +21,12 @@ def experiment_turn_end(tokenizer: PreTrainedTokenizerBase, config: ExperimentCo
 def save_generation_files(
     output: Path, base_folder: Path, tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig
 ) -> None:
-    """Write tokenizer and `generation_config.json`, so that generation stops where answers ended in training.
+    """Write tokenizer, chat template and `generation_config.json`, so that users generate as in training.
 
-    The settings are those of the base model, with the end mark of the chat template's turns as a further EOS token. It
-    becomes the tokenizer's EOS token too, unless the chat template writes the tokenizer's EOS token elsewhere.
+    The chat template renders plain messages as in training, and generation stops where answers ended in training.
+    The generation settings are those of the base model, with the end mark of the chat template's turns as another EOS
+    token. It becomes the tokenizer's EOS token too, unless the chat template writes the tokenizer's EOS token
+    elsewhere.
 
     Args:
         output: Folder to write to.
@@ -32,6 +35,7 @@ def save_generation_files(
         config: The resolved configuration.
     """
     ends = experiment_turn_end(tokenizer, config).tokens
+    use_serving_template(tokenizer, config.data)
     settings = _json(base_folder / GENERATION)
     base_ends = settings.get("eos_token_id", _json(base_folder / "config.json").get("eos_token_id"))
     known = base_ends if isinstance(base_ends, list) else [base_ends]
