@@ -13,8 +13,8 @@ REMEDY_OF_PROMPTS = (
     "such as a line break instead of a space, and remove white space before the answers"
 )
 REMEDY_OF_CHAT_TEMPLATE = (
-    "use a base model whose chat template renders a prompt as it renders it in a whole conversation, or repair its "
-    "chat_template.jinja"
+    "serve with the variables of the chat template that render it as in training (such as enable_thinking: false), or "
+    "repair the base model's chat_template.jinja"
 )
 
 

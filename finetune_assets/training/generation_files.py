@@ -6,9 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune_assets.artifacts.layout import CONFIG
+from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.chat.turn_end import TURNS, TurnEnd, turn_end
 from finetune_assets.data.serving_template import use_serving_template
+from finetune_assets.data.tokenization import load_tokenizer
 
 GENERATION = "generation_config.json"
 
@@ -16,6 +19,19 @@ GENERATION = "generation_config.json"
 def experiment_turn_end(tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig) -> TurnEnd:
     """How an answer of the experiment ends beside the tokenizer's EOS token."""
     return turn_end(tokenizer) if config.data.prompt_template.chat_template else TurnEnd()
+
+
+def adapter_tokenizer(adapter: Path, own_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a stored adapter with the chat template that renders plain messages as in training.
+
+    Adapters stored by earlier versions have no such template; it is determined by their tokenizer and settings.
+
+    Args:
+        adapter: Folder of the adapter.
+        own_code: Run the Python code in the folder, if the tokenizer requires it.
+    """
+    tokenizer = load_tokenizer(str(adapter), trust_remote_code=own_code)
+    return use_serving_template(tokenizer, load_resolved(adapter / CONFIG).data)
 
 
 def save_generation_files(

@@ -167,10 +167,23 @@ base = {_base(provenance)}
 {example}
 ```
 
+`chat_template.jinja` renders messages exactly as in training. {_messages(config)}Prompts that are filled in by hand
+may have other tokens.
+
 `config.yaml` contains all settings, `provenance.json` the inputs and library versions, `trainer_state.json` the
 training log. `sha256sum --check SHA256SUMS` verifies that the files are unchanged. `finetune adapter verify` compares
 them with the artifact in the store and shows their provenance.
 """
+
+
+def _messages(config: ExperimentConfig) -> str:
+    """The model card's sentence on the messages that the chat template takes."""
+    if config.data.prompt_template.chat_template:
+        return ""
+    return (
+        "Send one message with the role `user`, the instruction, and optionally one with the role `context` before it. "
+        "Other messages are refused, because training had none. "
+    )
 
 
 def _trained(config: ExperimentConfig, state: dict[str, Any]) -> dict[str, str]:

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 from data.chats import CHATML, FAMILIES
 from data.tool_chats import TOOL_FAMILIES
+from paths import ROOT
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig
 
+from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import Data, ExperimentConfig, Model, PromptTemplate, Tokenization
 from finetune_assets.data.questions import questions
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.embeddings import experiment_tokenizer
-from finetune_assets.training.generation_files import experiment_turn_end, save_generation_files
+from finetune_assets.training.generation_files import adapter_tokenizer, experiment_turn_end, save_generation_files
 from finetune_assets.training.output import PROMPT_LINES
 
 EOS = 2
@@ -117,6 +119,20 @@ def test_the_model_cards_lines_tokenize_a_prompt_as_in_training(
     scope: dict[str, Any] = {"tokenizer": AutoTokenizer.from_pretrained(tmp_path)}
     exec(PROMPT_LINES, scope)
     assert scope["inputs"]["input_ids"][0].tolist() == expected
+
+
+def test_an_adapter_of_an_earlier_version_is_given_its_chat_template(tmp_path: Path) -> None:
+    """Its own file, of the base model, is not used. The template is that of an adapter stored now."""
+    (stored,) = (ROOT / "tests" / "artifacts" / "old_store" / "store" / "tests" / "adapters").glob("*/*-*")
+    adapter = Path(shutil.copytree(stored, tmp_path / "adapter"))
+    assert not (adapter / "chat_template.jinja").exists()
+    (adapter / "chat_template.jinja").write_text(CHATML)
+    tokenizer, config = adapter_tokenizer(adapter), load_resolved(adapter / "config.yaml")
+    save_generation_files(tmp_path / "now", adapter, experiment_tokenizer(adapter, config), config)
+    assert tokenizer.chat_template == (tmp_path / "now" / "chat_template.jinja").read_text()
+    (expected,) = questions(["Which?"], tokenizer, config.data)
+    messages = [{"role": "user", "content": "Which?"}]
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == expected
 
 
 def test_the_template_of_the_base_is_not_that_of_an_adapter_with_prompts(tmp_path: Path) -> None:
