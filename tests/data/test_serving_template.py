@@ -207,7 +207,7 @@ def test_each_prompt_of_the_packaged_rows_is_that_of_the_evaluation(tmp_path: Pa
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("each", [64, pytest.param(1, marks=pytest.mark.system)])
+@pytest.mark.parametrize("each", [64, pytest.param(1, marks=[pytest.mark.system, pytest.mark.soak])])
 @pytest.mark.parametrize("form", ["demo", "default"])
 def test_prompts_of_real_rows_are_those_of_training(
     dolly: Path, stories260k: Path, tmp_path: Path, form: str, each: int
