@@ -176,7 +176,7 @@ EVALUATIONS = ArtifactKind(
 """`champion`, `general_text` and `tasks` are fingerprints, or None; `split` names the evaluated split."""
 CHAMPIONS = ArtifactKind("champions", "champion_adapter", "1", retention=Retention(collected=False))
 """Numbered records that name adapters; not artifacts themselves."""
-MERGED = ArtifactKind("merged", "merged_model", "1", ("champion_adapter",), _merged)
+MERGED = ArtifactKind("merged", "merged_model", "2", ("champion_adapter",), _merged)
 SERVABLE = ArtifactKind(
     "servable",
     code_version="1",

@@ -38,6 +38,12 @@ SPECS = [
         "data.checks.max_contaminated_share. Warns only.",
         blocking=False,
     ),
+    _spec(
+        "prompt_boundary",
+        "Share of training rows whose prompt has other tokens when a server renders it than in training is at most "
+        "data.checks.max_changed_prompts_share. Warns only.",
+        blocking=False,
+    ),
 ]
 LEAST_EXPECTED = 30
 """Minimum expected size of a split, in rows, below which `split_fractions` checks nothing: it varies too much."""
@@ -46,7 +52,7 @@ LEAST_EXPECTED = 30
 def dataset_checks(
     context: dg.AssetExecutionContext, statistics: dict[str, Any], data: Data
 ) -> list[dg.AssetCheckResult]:
-    """Evaluate all checks in SPECS but `contamination`.
+    """Evaluate all checks in SPECS but `contamination` and `prompt_boundary`.
 
     Args:
         context: Context of the asset step; failures are written to its log.

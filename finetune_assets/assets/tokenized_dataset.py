@@ -24,6 +24,7 @@ from finetune_assets.assets.materialization import (
 )
 from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_tokens
+from finetune_assets.assets.prompt_boundary import prompt_boundary_check
 from finetune_assets.automation.conditions import HasGoodRawData, auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
@@ -92,6 +93,7 @@ def tokenized_dataset(
         statistics = read_json(folder / STATISTICS, f"{TOKENIZED.folder}/{fingerprint}")
         checks = dataset_checks(context, statistics, config.data)
         checks.append(contamination_check(context, lineage, dolly_raw, outcome.ref))
+        checks.append(prompt_boundary_check(context, lineage, dolly_raw, cached_base_model, outcome.ref))
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
         outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))

@@ -13,10 +13,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.data.serving_template import use_serving_template
 from finetune_assets.display import plain
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, leaves_traces
 from finetune_assets.evaluation.generation import end_tokens
-from finetune_assets.evaluation.rows import questions
 from finetune_assets.store.errors import ArtifactMissing
 from finetune_assets.training.embeddings import resize_embeddings
 from finetune_assets.training.model import with_adapter_of
@@ -121,12 +121,11 @@ class Conversation:
     def answer(self, name: str, question: str) -> str:
         """Generate the answer of one contender, and print it token by token."""
         contender = next(contender for contender in self.contenders if contender.name == name)
-        loaded, tokenizer, config = self._model(contender), contender.tokenizer(), contender.config
+        loaded, config = self._model(contender), contender.config
+        tokenizer = use_serving_template(contender.tokenizer(), config.data)
         turns = [*self.history.get(name, []), {"role": "user", "content": question}]
-        if config.data.prompt_template.chat_template:
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        else:
-            (ids,) = questions([question], tokenizer, config.data)  # such prompts hold one question
+        asked = turns if config.data.prompt_template.chat_template else turns[-1:]  # other prompts hold one question
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         ends = {tokenizer.eos_token_id, *end_tokens(tokenizer, [_turn_end(tokenizer, config)])} - {None}
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         settings = GenerationConfig(

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.data.questions import questions
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.sensitive import masked_values
 from finetune_assets.evaluation.contenders import Contender, LoadedModels
@@ -24,7 +25,6 @@ from finetune_assets.evaluation.metrics import ANSWER_METRICS, GENERAL_LOSS, LOS
 from finetune_assets.evaluation.rows import (
     HeldOut,
     held_out,
-    questions,
     rendered_again,
     rendering,
     running_text,

@@ -1,6 +1,5 @@
 """Held-out rows for evaluation, rendered with the prompt template and tokenizer of each contender's experiment."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,6 @@ from finetune_assets.data.raw_files import rows_at
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.training.order import Examples
-
-FIRST_WORDS = ("The", "It", "In", "A", "Yes")
-"""Common first words of an answer; see `questions`."""
 
 
 @dataclass(frozen=True)
@@ -106,22 +102,6 @@ def unseen_rows(rows: HeldOut, raw: Sequence[Path], split: str, held_back: Holdo
     indices = rows.examples.table["row"].to_numpy()
     raw_rows = rows_at(raw, indices, ["instruction", "context"])
     return np.array([held_back.holds(row["instruction"], row["context"], split) for row in raw_rows], bool)
-
-
-def questions(prompts: list[str], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[list[int]]:
-    """Tokenize the user's prompts, up to where the answer begins.
-
-    The boundary depends on the first word of the answer, because a tokenizer may merge the preceding space with it. The
-    boundary that most of `FIRST_WORDS` give is the one most common in training.
-    """
-    blank = {"context": "", "category": "", "messages": None}
-    rows = [{**blank, "instruction": prompt, "response": word} for prompt in prompts for word in FIRST_WORDS]
-    encoded = Encoder(tokenizer, data).encode(rows)
-    starts = np.cumsum(encoded.lengths) - encoded.lengths
-    spans = zip(starts, encoded.prompt_lengths, strict=True)
-    candidates = [tuple(encoded.input_ids[start : start + length].tolist()) for start, length in spans]
-    each = len(FIRST_WORDS)
-    return [[*Counter(candidates[at : at + each]).most_common(1)[0][0]] for at in range(0, len(candidates), each)]
 
 
 def running_text(texts: list[str], tokenizer: PreTrainedTokenizerBase, most: int, window: int) -> Examples | None:

@@ -17,14 +17,16 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from finetune_assets.artifacts.layout import CONFIG
+from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.serving_validation import RANKS
 from finetune_assets.errors import UserError
 from finetune_assets.sources.base_models import is_tokenizer_file
 from finetune_assets.sources.json_files import read_json_object
 from finetune_assets.training.adapter_config import ADAPTER_CONFIG, MOST_BYTES, check_adapter
-from finetune_assets.training.generation_files import GENERATION
+from finetune_assets.training.generation_files import GENERATION, adapter_tokenizer
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CHAT_TEMPLATE = "adapter_model.safetensors", "chat_template.jinja"
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 NEUTRAL: dict[str, Any] = {
     "peft_type": "LORA",
@@ -84,6 +86,10 @@ def write_servable_copy(adapter: Path, out: Path, base_name: str, max_rank: int)
     for path in sorted(adapter.iterdir()):
         if path.is_file() and (path.name == GENERATION or _is_tokenizer_file(path.name)):
             shutil.copyfile(path, out / path.name)
+    if (adapter / CONFIG).is_file() and not load_resolved(adapter / CONFIG).model.trust_remote_code:
+        template = adapter_tokenizer(adapter).chat_template  # earlier versions stored none, or the base model's
+        if isinstance(template, str):
+            (out / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _is_tokenizer_file(name: str) -> bool:

@@ -6,8 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune_assets.artifacts.layout import CONFIG
+from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.chat.turn_end import TURNS, TurnEnd, turn_end
+from finetune_assets.data.serving_template import use_serving_template
+from finetune_assets.data.tokenization import load_tokenizer
 
 GENERATION = "generation_config.json"
 
@@ -17,13 +21,28 @@ def experiment_turn_end(tokenizer: PreTrainedTokenizerBase, config: ExperimentCo
     return turn_end(tokenizer) if config.data.prompt_template.chat_template else TurnEnd()
 
 
+def adapter_tokenizer(adapter: Path, own_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a stored adapter with the chat template that renders plain messages as in training.
+
+    Adapters stored by earlier versions have no such template; it is determined by their tokenizer and settings.
+
+    Args:
+        adapter: Folder of the adapter.
+        own_code: Run the Python code in the folder, if the tokenizer requires it.
+    """
+    tokenizer = load_tokenizer(str(adapter), trust_remote_code=own_code)
+    return use_serving_template(tokenizer, load_resolved(adapter / CONFIG).data)
+
+
 def save_generation_files(
     output: Path, base_folder: Path, tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig
 ) -> None:
-    """Write tokenizer and `generation_config.json`, so that generation stops where answers ended in training.
+    """Write tokenizer, chat template and `generation_config.json`, so that users generate as in training.
 
-    The settings are those of the base model, with the end mark of the chat template's turns as a further EOS token. It
-    becomes the tokenizer's EOS token too, unless the chat template writes the tokenizer's EOS token elsewhere.
+    The chat template renders plain messages as in training, and generation stops where answers ended in training.
+    The generation settings are those of the base model, with the end mark of the chat template's turns as another EOS
+    token. It becomes the tokenizer's EOS token too, unless the chat template writes the tokenizer's EOS token
+    elsewhere.
 
     Args:
         output: Folder to write to.
@@ -32,6 +51,7 @@ def save_generation_files(
         config: The resolved configuration.
     """
     ends = experiment_turn_end(tokenizer, config).tokens
+    use_serving_template(tokenizer, config.data)
     settings = _json(base_folder / GENERATION)
     base_ends = settings.get("eos_token_id", _json(base_folder / "config.json").get("eos_token_id"))
     known = base_ends if isinstance(base_ends, list) else [base_ends]

@@ -99,12 +99,12 @@ class SummedLoss(nn.Module):
         options = nn.LinearCrossEntropyOptions(
             chunking_method=None, batch_chunk_size=rows, acc_policy="accurate" if kind == "cpu" else "auto"
         )
-        loss = partial(F.linear_cross_entropy, reduction="sum", options=options)
+        summed = partial(F.linear_cross_entropy, reduction="sum", options=options)
         if hidden.dtype == torch.float32:
-            return loss(hidden, weight, targets)
+            return summed(hidden, weight, targets)
         # In bfloat16 the result is rounded, by up to 0.4%, and so is the sum after each chunk: a call for each chunk
         parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return torch.stack([loss(part, weight, target).float() for part, target in parts]).sum()
+        return torch.stack([summed(part, weight, target).float() for part, target in parts]).sum()
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         logits = self.head(hidden).float()

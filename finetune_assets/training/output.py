@@ -15,7 +15,6 @@ from finetune_assets.artifacts.layout import CARD, CONFIG, NOT_ON_THE_HUB, PROVE
 from finetune_assets.artifacts.update_spectrum import write_updates
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
-from finetune_assets.data.tokenization import Encoder
 from finetune_assets.display import code, markdown, plain
 from finetune_assets.training.best_step import describe_saved, published
 from finetune_assets.training.embeddings import experiment_tokenizer
@@ -24,6 +23,10 @@ from finetune_assets.training.telemetry import hardware_name
 from finetune_assets.training.updates import updates
 
 VERSIONS = ("finetune-assets", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+PROMPT_LINES = """\
+messages = [{"role": "user", "content": "What ...?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+"""The model card's lines that tokenize a prompt as in training."""
 
 
 def save(
@@ -101,25 +104,6 @@ def _base(made_from: dict[str, Any]) -> str:
     return f"{repo!r}  # trained at revision {made_from['revision']}"
 
 
-def prompt_lines(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The model card's lines that tokenize a prompt as in training."""
-    template = config.data.prompt_template
-    if template.chat_template:
-        turn = '[{"role": "user", "content": "What ...?"}]'
-        prompt = f"tokenizer.apply_chat_template({turn}, tokenize=False, add_generation_prompt=True)"
-        return f'prompt = {prompt}\ninputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)'
-    encoder = Encoder(tokenizer, config.data)
-    start = encoder.bos if encoder.adds_bos else ""
-    form = template.prompt_no_input.removeprefix(start)
-    if encoder.adds_eos:  # the tokenizer would add it to the prompt
-        form = start + form
-    prompt = f'{form!r}.format(instruction="What ...?")'
-    # Tokenizers merge a space at the end with the first word of the answer, as in training
-    prompt = f"{prompt}.rstrip(' ')" if form != form.rstrip(" ") else prompt
-    special = ", add_special_tokens=False" if encoder.adds_eos else ""
-    return f'prompt = {prompt}\ninputs = tokenizer(prompt, return_tensors="pt"{special})'
-
-
 def _generation(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str:
     """The model card's lines that load the adapter and generate an answer."""
     end = experiment_turn_end(tokenizer, config)
@@ -127,7 +111,7 @@ def _generation(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, ro
     return f"""{_loading(config, rows)}
 settings = GenerationConfig.from_pretrained(adapter)  # stops at the end of an answer
 
-{prompt_lines(config, tokenizer)}
+{PROMPT_LINES}
 output = model.generate(**inputs, generation_config=settings, max_new_tokens=64, do_sample=False{stops})
 answer = output[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""
@@ -186,10 +170,23 @@ base = {_base(provenance)}
 {example}
 ```
 
+`chat_template.jinja` renders messages exactly as in training. {_messages(config)}Prompts that are filled in by hand
+may have other tokens.
+
 `config.yaml` contains all settings, `provenance.json` the inputs and library versions, `trainer_state.json` the
 training log. `sha256sum --check SHA256SUMS` verifies that the files are unchanged. `finetune adapter verify` compares
 them with the artifact in the store and shows their provenance.
 """
+
+
+def _messages(config: ExperimentConfig) -> str:
+    """The model card's sentence on the messages that the chat template takes."""
+    if config.data.prompt_template.chat_template:
+        return ""
+    return (
+        "Send one message with the role `user`, the instruction, and optionally one with the role `context` before it. "
+        "Other messages are refused, because training had none. "
+    )
 
 
 def _trained(config: ExperimentConfig, state: dict[str, Any]) -> dict[str, str]:

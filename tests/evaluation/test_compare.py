@@ -17,13 +17,14 @@ from trainings import Train, Trained
 from transformers import AutoModelForCausalLM
 
 from finetune_assets import progress
+from finetune_assets.data.questions import questions
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import PACKAGED as TEXTS
 from finetune_assets.data.texts import read_texts
 from finetune_assets.evaluation.compare import Comparison
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, LoadedModels
 from finetune_assets.evaluation.losses import RowLosses
-from finetune_assets.evaluation.rows import held_out, questions
+from finetune_assets.evaluation.rows import held_out
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.sources.local import SAMPLE
 from finetune_assets.training.order import Examples

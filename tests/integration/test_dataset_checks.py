@@ -69,6 +69,7 @@ def test_warnings_name_their_rows(project: TestProject, monkeypatch: pytest.Monk
         "left_out",
         "split_fractions",
         "contamination",
+        "prompt_boundary",
     }
     assert all(check.severity is dg.AssetCheckSeverity.WARN for check in checks.values() if not check.passed)
     assert "300 rows" in str(checks["split_fractions"].description)
@@ -76,3 +77,35 @@ def test_warnings_name_their_rows(project: TestProject, monkeypatch: pytest.Monk
     assert checks["left_out"].metadata["rows"].value > 100
     assert checks["contamination"].metadata["rows"].value == 1
     assert "row 500" in str(checks["contamination"].description)
+
+
+def test_prompts_whose_tokens_change_warn_and_leave_the_dataset_as_it_is(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packaged tokenizer has no token for a space and a `z`: for such answers alone, the space at the end of the
+    demo's prompts is a token of its own. The threshold is no part of the dataset."""
+    answers = ["z", "The Thames", "z too", "A boat"] * 25
+    rows = [{"instruction": f"What is number {i}?", "response": answer} for i, answer in enumerate(answers)]
+    keep = ["data.near_duplicate_threshold=null", "data.checks.max_overlap_share=1.0"]
+    warned = evaluated(project, monkeypatch, rows, *keep)["prompt_boundary"]
+    assert not warned.passed
+    assert warned.severity is dg.AssetCheckSeverity.WARN
+    assert warned.metadata["fraction"].value == pytest.approx(0.5, abs=0.1)
+    first = int(str(warned.metadata["first_rows"].value).split(",")[0])
+    assert rows[first]["response"].startswith("z")
+    for named in (f"dolly_raw: {first}", "max_changed_prompts_share = 0.01", "prompt_no_input", "[' ']"):
+        assert named in str(warned.description), warned.description
+    (dataset,) = project.published("tokenized")
+    manifest = project.store.manifest("tokenized", dataset)
+    threshold = "data.checks.max_changed_prompts_share=0.7"
+    allowed = evaluated(project, monkeypatch, rows, *keep, threshold)["prompt_boundary"]
+    assert allowed.passed
+    assert allowed.metadata["rows"].value == warned.metadata["rows"].value, "found after a cache hit too"
+    assert project.published("tokenized") == [dataset]
+    assert project.store.manifest("tokenized", dataset) == manifest
+    assert manifest is not None
+    assert {file.path for file in manifest.files} == {
+        *(f"{split}.arrow" for split in ("train", "val", "gate", "packs")),
+        "statistics.json",
+        "preview.md",
+    }

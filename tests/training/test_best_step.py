@@ -76,6 +76,7 @@ def test_the_published_adapter_is_that_of_the_lowest_held_out_loss(trained: Trai
     assert f"| published step | {best} of 16 |" in card
 
 
+@pytest.mark.system
 def test_the_last_step_is_what_it_was(trained: Trained, finetune: Finetune) -> None:
     last = trained(*OVERFITTED, "training.keep=last").run
     without = finetune(*OVERFITTED, "training.eval_steps=null", name="without")
@@ -124,6 +125,7 @@ def test_a_resumed_training_keeps_best_step_and_patience(
     assert held_out(resumed) == held_out(undisturbed)
 
 
+@pytest.mark.system
 def test_a_training_killed_after_its_stop_is_not_continued(finetune: Finetune) -> None:
     overrides = (*OVERFITTED, "training.patience=1", "training.save_steps=1")
     stopped = finetune(*overrides)
@@ -151,6 +153,7 @@ def test_every_kind_of_adapter_is_restored(finetune: Finetune, base_model: Calla
     assert run.held_out_loss() == min(losses.values()) == losses[run.log.best["step"]]
 
 
+@pytest.mark.system
 def test_the_gates_rows_have_no_part_in_it(trained: Trained, finetune: Finetune, tmp_path: Path) -> None:
     whole = trained(*OVERFITTED).run
     without = finetune(*OVERFITTED)
@@ -209,6 +212,7 @@ def test_step_and_savings_are_named(finetune: Finetune, keep: str) -> None:
         assert names(text, step, 16, saved, f"{hours:,.3g}", f"{7200 * hours:,.3g}")
 
 
+@pytest.mark.system
 def test_only_measurements_between_the_steps_count_as_their_time(trained: Trained) -> None:
     """Those before the first and after the last step are made without these settings as well."""
     measured = trained(*OVERFITTED, "training.keep=last").run
@@ -226,6 +230,7 @@ def test_auto_takes_at_most_its_share_of_the_measured_time(trained: Trained) -> 
     assert 0 < of_training(state_of(run))["evaluation_time_share"] <= EVALUATION_SHARE
 
 
+@pytest.mark.system
 def test_the_plan_counts_measurements_and_the_earliest_stop(trained: Trained) -> None:
     run = trained(*OVERFITTED).run
     settings = (*OVERFITTED, "training.patience=2", "hardware.price_per_hour=3")

@@ -63,6 +63,7 @@ def test_packed_equals_alone_in_bf16(finetune: Finetune) -> None:
     assert (leaking - alone).abs().mean() > 1
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("capabilities", tiered([(), NATIVE], [NATIVE]))
 def test_bf16_gradients_are_fp32s_within_rounding(
     cpu: Callable[..., list[tuple[int, int]]],
@@ -176,6 +177,7 @@ def test_bf16_output_layer_multiplies_in_bf16_where_the_cpu_can(
     assert copies() >= 1, "where products in bfloat16 are emulated, those in float32 are faster"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("capabilities", tiered([(), NATIVE], [NATIVE]))
 def test_resumed_training_in_bf16_ends_bit_equal(
     cpu: Callable[..., list[tuple[int, int]]],

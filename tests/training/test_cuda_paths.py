@@ -105,6 +105,7 @@ def test_a_training_on_cuda_has_the_losses_of_one_on_a_cpu(gpu: Counter[str], ma
         assert value == pytest.approx(on_cpu.log.held_out_loss[when], rel=2e-3)
 
 
+@pytest.mark.system
 def test_flash_attention_in_mixed_precision_with_float32_weights(gpu: Counter[str], make: Make) -> None:
     """Rotary embeddings in float32 promote query and key, which FlashAttention takes in 16 bits only."""
     run = make("training.precision=bf16", "model.dtype=float32")

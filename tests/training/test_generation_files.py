@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 from data.chats import CHATML, FAMILIES
 from data.tool_chats import TOOL_FAMILIES
+from paths import ROOT
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig
 
+from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import Data, ExperimentConfig, Model, PromptTemplate, Tokenization
-from finetune_assets.evaluation.rows import questions
+from finetune_assets.data.questions import questions
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.embeddings import experiment_tokenizer
-from finetune_assets.training.generation_files import experiment_turn_end, save_generation_files
-from finetune_assets.training.output import prompt_lines
+from finetune_assets.training.generation_files import adapter_tokenizer, experiment_turn_end, save_generation_files
+from finetune_assets.training.output import PROMPT_LINES
 
 EOS = 2
 SYSTEM_ONLY = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
@@ -102,7 +104,9 @@ def test_a_mark_of_ordinary_text_is_known_as_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pieces", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
 @pytest.mark.parametrize("prompt", ["<s>[INST] {instruction} [/INST] ", "[INST] {instruction} [/INST]"])
 @pytest.mark.parametrize("add_eos", [True, False])
-def test_the_model_cards_lines_tokenize_a_prompt_as_in_training(pieces: str, prompt: str, add_eos: bool) -> None:
+def test_the_model_cards_lines_tokenize_a_prompt_as_in_training(
+    tmp_path: Path, pieces: str, prompt: str, add_eos: bool
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(PACKAGED["demo-base"])
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
@@ -110,7 +114,38 @@ def test_the_model_cards_lines_tokenize_a_prompt_as_in_training(pieces: str, pro
     config = ExperimentConfig(
         model=Model(base_model="x"), data=Data(prompt_template=template, tokenization=tokenization)
     )
-    scope: dict[str, Any] = {"tokenizer": tokenizer}
-    exec(prompt_lines(config, tokenizer), scope)
     (expected,) = questions(["What ...?"], tokenizer, config.data)
+    save_generation_files(tmp_path, PACKAGED["demo-base"], tokenizer, config)
+    scope: dict[str, Any] = {"tokenizer": AutoTokenizer.from_pretrained(tmp_path)}
+    exec(PROMPT_LINES, scope)
     assert scope["inputs"]["input_ids"][0].tolist() == expected
+
+
+def test_an_adapter_of_an_earlier_version_is_given_its_chat_template(tmp_path: Path) -> None:
+    """Its own file, of the base model, is not used. The template is that of an adapter stored now."""
+    (stored,) = (ROOT / "tests" / "artifacts" / "old_store" / "store" / "tests" / "adapters").glob("*/*-*")
+    adapter = Path(shutil.copytree(stored, tmp_path / "adapter"))
+    assert not (adapter / "chat_template.jinja").exists()
+    (adapter / "chat_template.jinja").write_text(CHATML)
+    tokenizer, config = adapter_tokenizer(adapter), load_resolved(adapter / "config.yaml")
+    save_generation_files(tmp_path / "now", adapter, experiment_tokenizer(adapter, config), config)
+    assert tokenizer.chat_template == (tmp_path / "now" / "chat_template.jinja").read_text()
+    (expected,) = questions(["Which?"], tokenizer, config.data)
+    messages = [{"role": "user", "content": "Which?"}]
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == expected
+
+
+def test_the_template_of_the_base_is_not_that_of_an_adapter_with_prompts(tmp_path: Path) -> None:
+    """Nor any other of the templates of the base, of which a server would choose one for tools."""
+    base = Path(shutil.copytree(PACKAGED["demo-base"], tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(CHATML)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text(CHATML)
+    config = ExperimentConfig(model=Model(base_model="x"))
+    tokenizer = experiment_tokenizer(base, config)
+    assert {*tokenizer.chat_template} == {"default", "tool_use"}
+    save_generation_files(tmp_path / "out", base, tokenizer, config)
+    assert [path.name for path in (tmp_path / "out").rglob("*.jinja")] == ["chat_template.jinja"]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = saved.apply_chat_template([{"role": "user", "content": "Which?"}], tokenize=False)
+    assert prompt == "<s>" + config.data.prompt_template.prompt_no_input.format(instruction="Which?")

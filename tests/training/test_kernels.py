@@ -83,6 +83,7 @@ def make(dataset: Callable[..., Path], base_model: Callable[[str], Path], tmp_pa
         yield make
 
 
+@pytest.mark.system
 def test_kernels_replace_all_but_the_loss(make: Make, liger: Liger) -> None:
     plain, fused = make(), make(LIGER)
     assert plain.log.active["liger_modules"] == 0

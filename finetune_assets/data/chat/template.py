@@ -9,6 +9,7 @@ from finetune_assets.data.chat.frames import Frame, FrameMaker, pieces_of
 from finetune_assets.data.chat.jinja import Jinja
 from finetune_assets.data.chat.messages import (
     CONTENT,
+    FORMS,
     Message,
     Shape,
     fields,
@@ -89,6 +90,23 @@ class ChatTemplate:
         pairs = list(zip(located.turns, located.spans, strict=True))
         spans = tuple(span for turn, span in pairs if turn in learned)
         return Rendered(text, spans, tuple(span for turn, span in pairs if turn not in learned), frame.omitted)
+
+    def prompt(self, turns: Sequence[Turn], tools: str | None = None) -> str:
+        """Render a conversation up to its last assistant turn that is learned, as a server that asks for this turn.
+
+        Args:
+            turns: The turns.
+            tools: JSON list of tool definitions.
+
+        Raises:
+            RefusedRow: if the template rejects the turns before it.
+        """
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("weight") != 0)
+        messages, definitions = parsed(turns[:last]), json.loads(tools) if tools else None
+        form = FORMS[0]
+        if any("tool_calls" in message for message in messages):
+            form = self.frame(shapes(messages), definitions is not None, prompt=True).form
+        return self.jinja.render(formed(messages, form), definitions, prompt=True)[0]
 
     def _rewritten_as_marked(self, messages: list[Message]) -> Rendered:
         """A conversation whose words the template rewrites, such as in upper case, with its own generation marks.
