@@ -32,17 +32,39 @@ def convert(path: Path, output: Path) -> None:
         GgufError: if the file is damaged, or of an architecture or a tokenizer that is not supported.
     """
     header = read_header(path)
-    architecture = architecture_of(header)
-    factors = header.tensors.get(ROPE_FREQS)
-    values = config_values(header, architecture, None if factors is None else _values(header, factors).tolist())
-    tensors = check_tensors(header, architecture, values)
+    architecture, values, tensors = shape_of(header)
     tokenizer = build_tokenizer(header)
     _write_weights(header, architecture, values, tensors, output)
     tokenizer.save_pretrained(output)
-    generation = {f"{name}_token_id": values[f"{name}_token_id"] for name in ("bos", "pad")}
-    generation["eos_token_id"] = ends(header) or None  # type: ignore[assignment]
-    for name, tree in (("config.json", values), ("generation_config.json", generation)):
-        (output / name).write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    generation = {**{f"{name}_token_id": values[f"{name}_token_id"] for name in ("bos", "pad")}}
+    generation["eos_token_id"] = ends(header) or None
+    _write_json(output / "config.json", values)
+    _write_json(output / "generation_config.json", generation)
+
+
+def write_config(path: Path, output: Path) -> None:
+    """Write only config.json of a GGUF file's model.
+
+    Raises:
+        GgufError: if the file is damaged, or of an architecture that is not supported.
+    """
+    _write_json(output / "config.json", shape_of(read_header(path))[1])
+
+
+def shape_of(header: Header) -> tuple[Architecture, dict[str, Any], dict[str, str]]:
+    """Architecture, values of config.json, and the names of the tensors by their names in transformers.
+
+    Raises:
+        GgufError: if metadata and tensors do not fit together, or are not supported.
+    """
+    architecture = architecture_of(header)
+    factors = header.tensors.get(ROPE_FREQS)
+    values = config_values(header, architecture, None if factors is None else _values(header, factors).tolist())
+    return architecture, values, check_tensors(header, architecture, values)
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
 
 
 def _write_weights(
@@ -74,7 +96,7 @@ def _write_weights(
     if len(shards) > 1:
         total = sum(prod(header.tensors[name].shape) for name in tensors.values()) * BYTES
         index = {"metadata": {"total_size": total}, "weight_map": of}
-        (output / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        _write_json(output / INDEX, index)
 
 
 def _shards(header: Header, tensors: dict[str, str]) -> Iterator[list[str]]:
