@@ -93,20 +93,17 @@ def export(folder: Path, kind: str, tokenizer: PreTrainedTokenizerBase, ends: li
 
 
 def load_exported(path: Path, device: torch.device) -> PreTrainedModel:
-    """Load a GGUF file with transformers' own reader, in float32.
+    """Load a GGUF file with transformers' reader of weights, in float32.
 
-    transformers 5.23 ignores the scaling of rotary embeddings that a file of Llama 3.1 contains, so that is read here.
+    The configuration is read here: transformers 5.23 ignores a file's scaling of rotary embeddings, and the size of
+    Qwen3's heads.
     """
-    scaled = {"config": _config_of(path)} if ROPE_FREQS in read_header(path).tensors else {}
+    values = shape_of(read_header(path))[1]
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **scaled
+        path.parent, gguf_file=path.name, config=config, dtype=torch.float32, local_files_only=True
     )
     return model.to(device).eval()
-
-
-def _config_of(path: Path) -> PretrainedConfig:
-    values = shape_of(read_header(path))[1]
-    return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def _check_config(config: PretrainedConfig, folder: Path) -> Architecture:
