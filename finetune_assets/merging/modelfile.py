@@ -93,7 +93,7 @@ def _of_chat(tokenizer: PreTrainedTokenizerBase) -> Template:
         if rest != [user_end, answer_end, prompt]:
             raise _refused("a system message changes other turns")
         before = before.removeprefix(bos)
-        user_start = _common_end(after, begin, answer_end)
+        user_start = _common_end(after, start, answer_end)
         head, added = after.removesuffix(user_start), start.removesuffix(user_start)
         if added:
             if not (added.startswith(before) and added.endswith(head)):
@@ -146,7 +146,7 @@ def _refused(reason: str) -> ExportError:
 
 def _escaped(text: str) -> str:
     """Literal text in a Go template."""
-    return text.replace("{{", '{{ "{{" }}')
+    return text.replace("{", '{{ "{" }}')
 
 
 def _quoted(text: str) -> str:

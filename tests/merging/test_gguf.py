@@ -66,6 +66,7 @@ def test_files_compute_as_the_adapter_did(trained: Train, tmp_path: Path) -> Non
     assert (out / "gguf" / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\n")
 
 
+@pytest.mark.system
 def test_without_the_setting_there_is_no_file(trained: Train, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     assert exports(trained(LEARNS_FAST), out, Merge()) == {}
@@ -74,6 +75,7 @@ def test_without_the_setting_there_is_no_file(trained: Train, tmp_path: Path) ->
     assert [path.name for path in (out / "gguf").iterdir()] == ["model-bf16.gguf"]
 
 
+@pytest.mark.system
 def test_wrong_weights_in_a_file_are_measured(
     trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +122,7 @@ def model(base_model: Callable[[str], Path], tmp_path: Path) -> Callable[[str], 
     return make
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama3", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", tiered(["llama", "llama-tied", "llama3", "qwen2", "qwen3", "mistral"], {"llama"}))
 def test_architectures(model: Callable[[str], Path], name: str) -> None:
     folder = model(name)
     path = export(folder, "f16", load_tokenizer(str(folder)), [EOS], True)
@@ -131,7 +133,7 @@ def test_architectures(model: Callable[[str], Path], name: str) -> None:
     assert (expected - actual).abs().mean() / expected.std(-1).mean() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["gpt-neox", "phi3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", tiered(["gpt-neox", "phi3", "gemma2", "gpt2"], {"gpt-neox"}))
 def test_other_architectures_are_refused_before_merging(model: Callable[[str], Path], name: str) -> None:
     folder = model(name)
     kind = json.loads((folder / "config.json").read_text())["model_type"]

@@ -229,5 +229,5 @@ def block_sizes() -> Callable[[int], tuple[int, int] | None]:
 
 def shortened(value: object) -> str:
     """The beginning of a value's representation."""
-    text = repr(value[:5] if isinstance(value, list | str | bytes) else value)
+    text = repr(value[:5] if isinstance(value, list) else value[:100] if isinstance(value, str) else value)
     return text if len(text) <= 80 else text[:80] + "..."
