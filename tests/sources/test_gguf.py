@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import quantize
 from limited import run_limited
 from safetensors.torch import load_file
+from tiers import tiered
 from transformers import AutoModelForCausalLM
 
 from finetune_assets.data.tokenization import load_tokenizer
@@ -248,7 +249,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", tiered(REFUSED, {"architecture", "fewer layers", "a scale of logits", "pre-tokenizer"}))
 def test_files_that_are_not_converted(exported: Path, tmp_path: Path, name: str) -> None:
     change, named = REFUSED[name]
     path = rewritten(exported, tmp_path / "model.gguf", change)
@@ -256,7 +257,7 @@ def test_files_that_are_not_converted(exported: Path, tmp_path: Path, name: str)
         convert(path, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "F32"])
+@pytest.mark.parametrize("kind", tiered(["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "F32"], {"Q4_1"}))
 def test_quantized_weights(exported: Path, tmp_path: Path, kind: str) -> None:
     original = load_file(BASE / "model.safetensors")["model.layers.2.mlp.up_proj.weight"].float()
     packed = quantize(original.numpy(), GGMLQuantizationType[kind])
