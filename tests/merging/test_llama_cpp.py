@@ -42,20 +42,28 @@ def test_answers_of_each_architecture(model: Callable[[str], Path], name: str) -
     tokenizer = load_tokenizer(str(folder))
     alone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
-    prompts = [[1, *torch.randint(3, 1000, (length,), generator=generator).tolist()] for length in (5, 60, 150)]
+    prompts = [[1, *torch.randint(3, 1000, (length,), generator=generator).tolist()] for length in range(5, 200, 5)]
     with llama_cpp.running(export(folder, "f16", tokenizer, [2], True)) as server:
-        for prompt in prompts:
-            assert largest_difference(server, alone, prompt) < 0.01
+        differences = [largest_difference(server, alone, prompt) for prompt in prompts]
+    known = [difference for difference in differences if difference is not None]
+    assert len(known) >= 30
+    assert max(known) < 0.02
 
 
-def largest_difference(server: LlamaCpp, model: PreTrainedModel, prompt: list[int]) -> float:
-    """Largest difference of the log-probabilities of the five tokens that llama.cpp finds most likely."""
+def largest_difference(server: LlamaCpp, model: PreTrainedModel, prompt: list[int]) -> float | None:
+    """Largest difference of the log-probabilities of the five tokens that llama.cpp finds most likely.
+
+    None if it does not report those of the first token, as for the first byte of a character.
+    """
     body = {"n_predict": 6, "temperature": 0, "n_probs": 5, "ignore_eos": True, "cache_prompt": False}
-    first = server.post("/completion", prompt=prompt, **body)["completion_probabilities"][0]["top_logprobs"]
+    answer = server.post("/completion", prompt=prompt, return_tokens=True, **body)
+    first = answer["completion_probabilities"][0]
+    if first["id"] != answer["tokens"][0]:
+        return None
     with torch.inference_mode():
         expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-    assert len(first) == 5
-    return max(abs(entry["logprob"] - float(expected[entry["id"]])) for entry in first)
+    assert len(first["top_logprobs"]) == 5
+    return max(abs(entry["logprob"] - float(expected[entry["id"]])) for entry in first["top_logprobs"])
 
 
 @pytest.mark.real_data
@@ -88,6 +96,7 @@ def test_a_real_model(tmp_path: Path) -> None:
                 assert server.tokens(text) == tokenizer(text)["input_ids"], text
             assert server.post("/apply-template", messages=messages)["prompt"] == prompt
             found = largest_difference(server, alone, ids)
+            assert found is not None
             print(f"{kind}: log-probabilities differ by {found:.3f} at most")
             assert found < tolerance
             if kind == "f16":
