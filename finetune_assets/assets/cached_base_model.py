@@ -17,8 +17,9 @@ from finetune_assets.store.artifacts import ArtifactRef
     automation_condition=auto_materialize(only_while=HasGoodRawData()),
 )
 def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
-    """Safetensors weights and tokenizer of the experiment's base model, from the package, a folder, a GGUF file or a Hub
-    commit.
+    """Safetensors weights and tokenizer of the experiment's base model.
+
+    It comes from the package, a folder, a GGUF file or a Hub commit.
 
     Experiments that use the same model at the same commit share one copy. When a branch moves, its new commit is
     stored as an additional copy.

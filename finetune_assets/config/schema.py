@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.config.data_schema import Data, DataChecks, PromptTemplate, Tokenization
-from finetune_assets.config.fields import IN_FILE_ONLY, NOT_IDENTITY, added, not_identity
+from finetune_assets.config.fields import ADDED, IN_FILE_ONLY, NOT_IDENTITY, added, not_identity
 
 __all__ = ["Data", "DataChecks", "PromptTemplate", "Tokenization"]
 
@@ -199,7 +199,7 @@ class Merge:
     max_difference: float | None = not_identity(None)
     """Maximum mean difference of the logits for the blocking check `merge`, as a fraction of their spread; `null` uses
     1e-5 for float32, and 0.02 for 16 bits or an int8 base."""
-    gguf: list[str] | None = added(None)
+    gguf: list[str] | None = field(default=None, metadata=ADDED)
     """Formats of GGUF files to write as well, for llama.cpp and Ollama: `f16`, `bf16` (16 bits) and `q8_0` (8 bits).
     An Ollama Modelfile names the first one."""
     modelfile: bool = added(True)

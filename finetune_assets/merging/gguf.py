@@ -119,13 +119,17 @@ def _check_config(config: PretrainedConfig, folder: Path) -> Architecture:
         "hidden_act": (getattr(config, "hidden_act", "silu"), ("silu",)),
         "attention_bias": (bool(getattr(config, "attention_bias", False)), (False,)),
         "mlp_bias": (bool(getattr(config, "mlp_bias", False)), (False,)),
-        "rope_parameters.rope_type": (rope["rope_type"], ("default", "llama3") if architecture.permutes else ("default",)),
+        "rope_parameters.rope_type": (
+            rope["rope_type"],
+            ("default", "llama3") if architecture.permutes else ("default",),
+        ),
         "rope_parameters.partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
     }
     for key, (value, supported) in expected.items():
         if value not in supported:
             raise ExportError(
-                f"{folder}/config.json: {key} is {value!r}, which a GGUF file of {architecture.name} cannot express; {ADVICE}"
+                f"{folder}/config.json: {key} is {value!r}, which a GGUF file of {architecture.name} cannot "
+                f"express; {ADVICE}"
             )
     return architecture
 
@@ -240,8 +244,8 @@ def _data(
             data = quantize(values, kinds[tensor])
         if kinds[tensor] == GGMLQuantizationType.F16 and not np.isfinite(data).all():
             raise ExportError(
-                f"merge.gguf: tensor {tensor} has the value {np.abs(values).max():.3g}, which float16 cannot represent; "
-                "use bf16 in place of f16"
+                f"merge.gguf: tensor {tensor} has the value {np.abs(values).max():.3g}, which float16 cannot "
+                "represent; use bf16 in place of f16"
             )
         yield data
 

@@ -23,7 +23,8 @@ NEUTRAL = {
 }
 """Settings of a BPE model, with the values that llama.cpp's has."""
 PROBE = (
-    "\n \n\n \t\t \n  \n    \U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f ✅ 3 33 333 3333 33333 3.3 3..3 កាន់ ?我想在apple工作1314151天～ "
+    "\n \n\n \t\t \n  \n    \U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f ✅ 3 33 333 3333 33333 3.3 3..3 "
+    "កាន់ ?我想在apple工作1314151天～ "
     "------======= нещо '''```\"\"\"......!!!???? I've been 'told he's there, 'RE you SURE? 'M not, a'lL x_y"
 )
 """Digits, contractions, scripts and white space on which pre-tokenizers differ; after the probe of llama.cpp."""
@@ -105,9 +106,9 @@ def _checked(tree: dict[str, Any], model: dict[str, Any]) -> str:
     pre = of_json(tree.get("pre_tokenizer"), bool(model.get("ignore_merges")))
     if pre is None:
         raise ExportError(
-            f"tokenizer.json: llama.cpp has no pre-tokenizer that splits exactly as {json.dumps(tree.get('pre_tokenizer'))} "
-            f"with ignore_merges {bool(model.get('ignore_merges'))} does; supported: those of "
-            f"{', '.join(each.name for each in PRE_TOKENIZERS)}; {ADVICE}"
+            "tokenizer.json: llama.cpp has no pre-tokenizer that splits exactly as "
+            f"{json.dumps(tree.get('pre_tokenizer'))} with ignore_merges {bool(model.get('ignore_merges'))} does; "
+            f"supported: those of {', '.join(each.name for each in PRE_TOKENIZERS)}; {ADVICE}"
         )
     return pre.name
 
@@ -117,10 +118,14 @@ def _special(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> dict[st
     more = [index for index in ends if index != ids["eos"]]
     if len(more) > 2:
         raise ExportError(
-            f"generation_config.json: an answer ends with one of {len(ends)} tokens ({[*ends]}); a GGUF file has room for "
-            f"3; {ADVICE}"
+            f"generation_config.json: an answer ends with one of {len(ends)} tokens ({[*ends]}); a GGUF file has room "
+            f"for 3; {ADVICE}"
         )
-    return {name: index for name, index in {**ids, **dict(zip(("eot", "eom"), more, strict=False))}.items() if index is not None}
+    return {
+        name: index
+        for name, index in {**ids, **dict(zip(("eot", "eom"), more, strict=False))}.items()
+        if index is not None
+    }
 
 
 def check_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
@@ -139,7 +144,9 @@ def check_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence
         expected, actual = (each.encode(text, add_special_tokens=False) for each in (tokenizer, exported))
         if expected != actual:
             where = f"held-out row {number}" if number else "the probe"
-            at = next((i for i, pair in enumerate(zip(expected, actual, strict=False)) if pair[0] != pair[1]), len(actual))
+            at = next(
+                (i for i, pair in enumerate(zip(expected, actual, strict=False)) if pair[0] != pair[1]), len(actual)
+            )
             raise ExportError(
                 f"{path.name}: the tokens of {where} differ from token {at + 1} on: {actual[at : at + 5]}, expected "
                 f"{expected[at : at + 5]}; {ADVICE}"

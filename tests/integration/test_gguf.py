@@ -36,7 +36,9 @@ def test_the_demo_answers_as_in_its_evaluation(project: TestProject, graph: Grap
     run = graph.run(["*champion_adapter", "merged_model"])
     assert run.success, run.log
     store = project.store
-    (merged,), (tokenized,), (evaluated,) = (project.published(kind.folder) for kind in (MERGED, TOKENIZED, EVALUATIONS))
+    (merged,), (tokenized,), (evaluated,) = (
+        project.published(kind.folder) for kind in (MERGED, TOKENIZED, EVALUATIONS)
+    )
     folder = store.fetch(store.resolve(MERGED.folder, merged, "merged_model"))
     evaluation = read_evaluation(store.fetch(store.resolve(EVALUATIONS.folder, evaluated, "adapter_evaluation")))
     config = load_experiment(project.configs, "demo").config

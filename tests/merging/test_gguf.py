@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiers import tiered
@@ -16,7 +15,7 @@ from trainings import Train, Trained
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune_assets.assets.merged_model import OF_GGUF
-from finetune_assets.config.schema import ExperimentConfig, Merge
+from finetune_assets.config.schema import Merge
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.contenders import Contender
 from finetune_assets.evaluation.rows import held_out
@@ -27,7 +26,6 @@ from finetune_assets.merging.gguf_tokenizer import ExportError, check_tokens
 from finetune_assets.merging.merge import LogitDifference, merged, positions, reference
 from finetune_assets.sources.gguf.header import read_header
 from finetune_assets.sources.gguf.pre_tokenizers import PRE_TOKENIZERS
-from finetune_assets.training.embeddings import experiment_tokenizer
 
 LEARNS_FAST = "training.learning_rate=0.02"
 EOS = 2
@@ -76,9 +74,7 @@ def test_without_the_setting_there_is_no_file(trained: Train, tmp_path: Path) ->
 
 
 @pytest.mark.system
-def test_wrong_weights_in_a_file_are_measured(
-    trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_weights_in_a_file_are_measured(trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "interleaved", lambda rows, heads: rows)  # llama.cpp would rotate other pairs
     differences = exports(trained(LEARNS_FAST), tmp_path / "merged", Merge(gguf=["bf16"]))
     assert differences["bf16"].share > OF_GGUF["bf16"]
@@ -242,9 +238,11 @@ def test_a_token_that_strips_spaces_is_refused(model: Callable[[str], Path]) -> 
     from tokenizers import AddedToken
 
     folder = model("llama")
-    tokenizer = changed_tokenizer(folder, lambda each: each.add_special_tokens([AddedToken("<pad>", lstrip=True)]) and None)
+    tokenizer = changed_tokenizer(
+        folder, lambda each: each.add_special_tokens([AddedToken("<pad>", lstrip=True)]) and None
+    )
     tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
-    with pytest.raises(ExportError, match="'<(mask|pad)>' has lstrip"):
+    with pytest.raises(ExportError, match=r"'<(mask|pad)>' has lstrip"):
         check_exportable(folder, tokenizer)
 
 

@@ -20,7 +20,13 @@ from finetune_assets.sources.gguf.pre_tokenizers import PRE_TOKENIZERS, PreToken
 
 __all__ = ["model"]
 pytestmark = pytest.mark.system
-TEXTS = [PROBE, "In 1984, it's 12345  people\n\n in Haloholm.", "<s>a</s> b", " \t x\r\n\r\n y ", "naïve ſtraße I'LL ½ ²³"]
+TEXTS = [
+    PROBE,
+    "In 1984, it's 12345  people\n\n in Haloholm.",
+    "<s>a</s> b",
+    " \t x\r\n\r\n y ",
+    "naïve ſtraße I'LL ½ ²³",
+]
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS, ids=lambda pre: pre.name)

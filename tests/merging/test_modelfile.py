@@ -27,9 +27,11 @@ CHATML = (
 TEMPLATES = {
     "chatml": CHATML.replace("DEFAULT", "false"),
     "chatml with a default system message": CHATML.replace("DEFAULT", "true"),
-    "llama 3": "{{ bos_token }}{% for m in messages %}{{ '<|h|>' + m.role + '<|e|>\n\n' + m.content + '<|eot|>' }}{% endfor %}"
+    "llama 3": "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|h|>' + m.role + '<|e|>\n\n' + m.content + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|h|>assistant<|e|>\n\n' }}{% endif %}",
-    "without system messages": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
+    "without system messages": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no') }}"
     "{% elif m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ m.content + '</s>' }}{% endif %}"
     "{% endfor %}",
     "braces": "{% for m in messages %}{{ '{{' + m.role + '}{' + m.content + '}' }}{% endfor %}"
@@ -107,11 +109,12 @@ def test_the_file() -> None:
     text = modelfile("model-q8_0.gguf", Template("{{ .Prompt }}\n{{ .Response }}", "You help."), ["</s>", "<|im_end|>"])
     assert text == (
         'FROM ./model-q8_0.gguf\nTEMPLATE """{{ .Prompt }}\n{{ .Response }}"""\nSYSTEM """You help."""\n'
-        'PARAMETER stop """</s>"""\nPARAMETER stop """<|im_end|>"""\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n'
+        'PARAMETER stop """</s>"""\nPARAMETER stop """<|im_end|>"""\nPARAMETER temperature 0\n'
+        "PARAMETER repeat_penalty 1\n"
     )
 
 
 def test_quotation_marks_that_end_a_value_are_refused() -> None:
-    template = _prompts("data.prompt_template.prompt_no_input='\"\"\"{instruction}### Response:'")
+    template = _prompts('data.prompt_template.prompt_no_input=\'"""{instruction}### Response:\'')
     with pytest.raises(ExportError, match=r"merge\.modelfile"):
         modelfile("model.gguf", template, [])

@@ -84,7 +84,8 @@ def running(model: Path) -> Iterator[LlamaCpp]:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         try:
             lines = iter(process.stdout.readline, "")
             url = next((line.split()[1] for line in lines if line.startswith("listening")), None)

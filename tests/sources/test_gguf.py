@@ -65,7 +65,9 @@ def test_a_large_model_has_shards(exported: Path, tmp_path: Path, monkeypatch: p
     out = converted(exported, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len({*index["weight_map"].values()}) == 5
-    assert index["metadata"]["total_size"] == sum(each.nbytes for each in load_file(BASE / "model.safetensors").values())
+    assert index["metadata"]["total_size"] == sum(
+        each.nbytes for each in load_file(BASE / "model.safetensors").values()
+    )
     ids = torch.arange(3, 60)[None]
     with torch.inference_mode():
         logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (BASE, out)]
@@ -133,7 +135,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "no text": (file(pair("k", STRING, text(b"\xff\xfe")), pairs=1), "k is not UTF-8"),
     "a key twice": (file(pair("k", U32, b"1234") * 2, pairs=2), "key k occurs twice"),
     "an alignment of 0": (file(pair("general.alignment", U32, b"\0" * 4), pairs=1), "general.alignment is 0"),
-    "dimensions": (file(b"", text("t") + struct.pack("<I", 1 << 31), tensors=1), "dimensions of tensor t is 2,147,483,648"),
+    "dimensions": (
+        file(b"", text("t") + struct.pack("<I", 1 << 31), tensors=1),
+        "dimensions of tensor t is 2,147,483,648",
+    ),
     "a huge tensor": (file(b"", tensor(shape=(1 << 62, 1 << 62)), tensors=1), "truncated: tensor t"),
     "an empty tensor": (file(b"", tensor(shape=(0,)), tensors=1), r"tensor t has the shape \[0\]"),
     "a type of tensors": (file(b"", tensor(kind=999), tensors=1), "tensor t has the unknown type 999"),
@@ -249,7 +254,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", tiered(REFUSED, {"architecture", "fewer layers", "a scale of logits", "pre-tokenizer"}))
+@pytest.mark.parametrize(
+    "name", tiered(REFUSED, {"architecture", "fewer layers", "a scale of logits", "pre-tokenizer"})
+)
 def test_files_that_are_not_converted(exported: Path, tmp_path: Path, name: str) -> None:
     change, named = REFUSED[name]
     path = rewritten(exported, tmp_path / "model.gguf", change)

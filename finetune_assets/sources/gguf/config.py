@@ -116,12 +116,13 @@ def check_tensors(header: Header, architecture: Architecture, values: dict[str, 
     present, expected = {*header.tensors} - {ROPE_FREQS}, {*tensors.values()}
     if missing := sorted(expected - present):
         raise GgufError(
-            f"{header.path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); download or convert "
-            "the file again"
+            f"{header.path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); download or "
+            "convert the file again"
         )
     if unknown := sorted(present - expected):
         raise GgufError(
-            f"{header.path}: tensor {shortened(unknown[0])} is not one of the architecture {architecture.name}. {REFUSED}"
+            f"{header.path}: tensor {shortened(unknown[0])} is not one of the architecture "
+            f"{architecture.name}. {REFUSED}"
         )
     for tensor, name in tensors.items():
         shape, actual = _shape(tensor, values), header.tensors[name].shape
@@ -172,7 +173,8 @@ def _llama3(header: Header, rope: dict[str, Any], factors: list[float], head_dim
     expected = rope_factors(scaled, head_dim)
     if len(factors) != len(expected) or not all(map(_is_close, factors, expected)):
         raise GgufError(
-            f"{header.path}: tensor {ROPE_FREQS} is {shortened(factors)}, which is not the scaling of Llama 3.1. {REFUSED}"
+            f"{header.path}: tensor {ROPE_FREQS} is {shortened(factors)}, which is not the scaling of Llama "
+            f"3.1. {REFUSED}"
         )
     return scaled
 

@@ -107,7 +107,9 @@ class _Reader:
 
     def bytes(self, count: int, what: str) -> bytes:
         if count > self.size - self.at:
-            raise self.problem(f"truncated: {what} of {count:,} bytes at offset {self.at:,}, file of {self.size:,} bytes")
+            raise self.problem(
+                f"truncated: {what} of {count:,} bytes at offset {self.at:,}, file of {self.size:,} bytes"
+            )
         if self.at + count > MOST_HEADER_BYTES:
             raise self.problem(f"the header exceeds {MOST_HEADER_BYTES:,} bytes at {what}")
         self.at += count
@@ -196,9 +198,7 @@ def _tensor_table(reader: _Reader, count: int, metadata: dict[str, Any]) -> dict
             raise reader.problem(
                 f"truncated: tensor {entry.name} ends at byte {data + end:,}, file of {reader.size:,} bytes"
             )
-    tensors = {
-        row.name: TensorEntry(row.name, row.shape, row.type, data + row.start, row.size) for row in rows
-    }
+    tensors = {row.name: TensorEntry(row.name, row.shape, row.type, data + row.start, row.size) for row in rows}
     if len(tensors) < count:
         raise reader.problem("a tensor's name occurs twice")
     return tensors

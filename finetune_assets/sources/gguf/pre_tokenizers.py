@@ -53,9 +53,7 @@ PRE_TOKENIZERS = (
         splits=True,
     ),
     PreTokenizer("qwen2", ("deepseek-r1-qwen", "kormo", "f2llmv2"), (_split(r"\p{N}"),)),
-    PreTokenizer(
-        "llama-bpe", ("llama3", "llama-v3"), (_split(r"\p{N}{1,3}"),), ignores_merges=True, adds_bos=True
-    ),
+    PreTokenizer("llama-bpe", ("llama3", "llama-v3"), (_split(r"\p{N}{1,3}"),), ignores_merges=True, adds_bos=True),
 )
 
 
