@@ -25,7 +25,7 @@ NEUTRAL = {
 PROBE = (
     "\n \n\n \t\t \n  \n    \U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f ✅ 3 33 333 3333 33333 3.3 3..3 "
     "កាន់ ?我想在apple工作1314151天～ "
-    "------======= нещо '''```\"\"\"......!!!???? I've been 'told he's there, 'RE you SURE? 'M not, a'lL x_y"
+    "------======= нещо '''```\"\"\"......!!!???? I've been 'sold he's there, 'RE you SURE? 'M not, a'lL x_y"
 )
 """Digits, contractions, scripts and white space on which pre-tokenizers differ; after the probe of llama.cpp."""
 

@@ -11,6 +11,7 @@ from projects import TestProject
 from servers import llama_cpp
 
 from finetune_assets.artifacts.kinds import BASE_MODELS, EVALUATIONS, MERGED, TOKENIZED
+from finetune_assets.cli.plan import shape_of
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.files import read_evaluation
@@ -106,3 +107,9 @@ def test_a_converted_model_of_somebody_else_is_not_used(project: TestProject, gr
     with pytest.raises(ForeignContent, match=r"mine\.gguf"):
         Project().lineage("demo").expected(BASE_MODELS)
     assert ref.name == name
+
+
+def test_a_plan_reads_the_shape_without_converting(project: TestProject, exported: Path) -> None:
+    config = json.loads((shape_of(Project().lineage("demo")) / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (192, 4, 1024)
+    assert project.published(BASE_MODELS.folder) == []

@@ -1,20 +1,25 @@
 """A GGUF file of a merged model computes and tokenizes as the model does; what it cannot is refused."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from tiers import tiered
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from training.conftest import ALONE, BASE
 from trainings import Train, Trained
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune_assets.assets.merged_model import OF_GGUF
+from finetune_assets.assets.merged_model import OF_GGUF, _merge_check
+from finetune_assets.config.errors import ConfigError
+from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.schema import Merge
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.contenders import Contender
@@ -257,3 +262,26 @@ def test_the_chat_template_and_all_ends_are_in_the_file(model: Callable[[str], P
     assert metadata["tokenizer.ggml.add_bos_token"] is False
     with pytest.raises(ExportError, match=r"4 tokens \(\[2, 17, 23, 29\]\)"):
         export(folder, "f16", tokenizer, [EOS, 17, 23, 29], False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "named"),
+    [
+        ("merge.gguf=[q4_0]", "merge.gguf", "'q4_0' is not a format; use f16, bf16, q8_0"),
+        ("merge.gguf=[f16,f16]", "merge.gguf", "twice"),
+        ("merge.gguf_max_difference=-1", "merge.gguf_max_difference", "-1"),
+    ],
+)
+def test_impossible_settings(setting: str, key: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: .*{named}"):
+        load_experiment(ROOT / "configs", "demo", ["merge={}", setting])
+
+
+@pytest.mark.parametrize(("limit", "passed"), [(None, False), (0.1, True), (0.05, False)])
+def test_a_file_that_is_too_far_off_fails_the_check(limit: float | None, passed: bool) -> None:
+    close = {"share": 0.001, "mean": 0.01, "largest": 0.1, "rows": 8}
+    comparison = {**close, "dtype": "bfloat16", "quantization": "none", "gguf": {"f16": close, "q8_0": {"share": 0.06}}}
+    context: Any = SimpleNamespace(log=logging.getLogger())
+    result = _merge_check(context, comparison, Merge(gguf=["f16", "q8_0"], gguf_max_difference=limit))
+    assert result.passed is passed
+    assert "model-q8_0.gguf: 6.000%" in (result.description or "")
