@@ -2,7 +2,7 @@
 
 Another namespace, or somebody who may write only to the shared base models, may have published other files under a
 model's name. The revision of a folder is a hash of its files. For a commit on the Hub, the hashes of its files are
-recorded in this namespace at the first use.
+recorded in this namespace at the first use; for a GGUF file, when this namespace converts it.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from huggingface_hub.errors import HTTPError
 from finetune_assets.artifacts.kinds import BASE_MODELS
 from finetune_assets.artifacts.layout import NOT_ON_THE_HUB
 from finetune_assets.sources import hub
-from finetune_assets.sources.base_models import BaseModelError, folder_revision, is_small_file
+from finetune_assets.sources.base_models import BaseModelError, folder_revision, is_gguf, is_small_file
 from finetune_assets.sources.pins import Pins
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ForeignContent
@@ -39,7 +39,12 @@ def find_base_model(pins: Pins, name: str, trusted: str | None = None) -> Artifa
     if manifest is None:
         return None
     where = f"{store.url}/{store.prefix(BASE_MODELS.folder, name)}"
-    if repo.startswith(NOT_ON_THE_HUB):
+    if is_gguf(repo):
+        recorded = pins.hashes(repo, revision)
+        if recorded is None:
+            return None
+        check_files(manifest, recorded, where)
+    elif repo.startswith(NOT_ON_THE_HUB):
         if folder_revision({file.path: file.sha256 for file in manifest.files}) != revision:
             raise ForeignContent(
                 f"{where}: the hashes of its files result in another revision than {revision}; somebody else wrote it, "

@@ -17,7 +17,9 @@ from finetune_assets.store.artifacts import ArtifactRef
     automation_condition=auto_materialize(only_while=HasGoodRawData()),
 )
 def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
-    """Safetensors weights and tokenizer of the experiment's base model, from the package, a folder or a Hub commit.
+    """Safetensors weights and tokenizer of the experiment's base model.
+
+    It comes from the package, a folder, a GGUF file or a Hub commit.
 
     Experiments that use the same model at the same commit share one copy. When a branch moves, its new commit is
     stored as an additional copy.
@@ -30,16 +32,17 @@ def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg
         name = f"{source.repo}/{source.revision}"
 
         def make() -> ArtifactRef:
-            files, hashes = collect(source, lineage.trusts_own_code)
-            ref = lineage.store.publish(
-                files,
-                BASE_MODELS.folder,
-                name,
-                BASE_MODELS.fingerprint(None, repo=source.repo, revision=source.revision),
-                made_from={"repo": source.repo, "revision": source.revision},
-                replace=project.force,
-                expected=hashes,
-            )
+            with lineage.store.cache.workspace("build") as workspace:
+                files, hashes = collect(source, lineage.trusts_own_code, workspace)
+                ref = lineage.store.publish(
+                    files,
+                    BASE_MODELS.folder,
+                    name,
+                    BASE_MODELS.fingerprint(None, repo=source.repo, revision=source.revision),
+                    made_from={"repo": source.repo, "revision": source.revision},
+                    replace=project.force,
+                    expected=hashes,
+                )
             if source.folder is None:
                 lineage.pins.record_hashes(source.repo, source.revision, hashes)
             return ref

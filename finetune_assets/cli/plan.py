@@ -4,10 +4,13 @@ Memory by part, from the base model's configuration alone; steps and tokens, exa
 materialized; hours and cost, by what earlier trainings on the same hardware took.
 """
 
+import atexit
 import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 import click
@@ -22,6 +25,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.resources import deployment
 from finetune_assets.serving.servable import problems
 from finetune_assets.sources.base_models import BaseModelError, is_shape_file
+from finetune_assets.sources.gguf.convert import write_config
 from finetune_assets.store.errors import ArtifactMissing
 
 if TYPE_CHECKING:
@@ -113,6 +117,11 @@ def shape_of(lineage: Lineage) -> Path:
     source = replace(lineage, asks_hub=True).base_source()
     if source.folder:
         return source.folder
+    if source.gguf:
+        folder = Path(mkdtemp(prefix="finetune-plan-"))
+        atexit.register(rmtree, folder, ignore_errors=True)
+        write_config(source.gguf, folder)
+        return folder
     with hub.explained(UserError, f"model.base_model: '{source.repo}'", source.repo, ""):
         found = hub.client().hf_hub_download(source.repo, "config.json", revision=source.revision)
     return Path(found).parent

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.config.data_schema import Data, DataChecks, PromptTemplate, Tokenization
-from finetune_assets.config.fields import IN_FILE_ONLY, NOT_IDENTITY, added, not_identity
+from finetune_assets.config.fields import ADDED, IN_FILE_ONLY, NOT_IDENTITY, added, not_identity
 
 __all__ = ["Data", "DataChecks", "PromptTemplate", "Tokenization"]
 
@@ -21,7 +21,7 @@ class Model:
     """The frozen base model."""
 
     base_model: str = MISSING
-    """A packaged name (`demo-base`), a Hub id (`owner/name`), or a local folder (`./path` or `/path`)."""
+    """A packaged name (`demo-base`), a Hub id (`owner/name`), or a local folder or GGUF file (`./path` or `/path`)."""
     revision: str = "main"
     """Branch, tag or commit on the Hub, pinned to its commit. Not used for a folder."""
     trust_remote_code: str | None = field(default=None, metadata={**NOT_IDENTITY, **IN_FILE_ONLY})
@@ -204,6 +204,13 @@ class Merge:
     max_difference: float | None = not_identity(None)
     """Maximum mean difference of the logits for the blocking check `merge`, as a fraction of their spread; `null` uses
     1e-5 for float32, and 0.02 for 16 bits or an int8 base."""
+    gguf: list[str] | None = field(default=None, metadata=ADDED)
+    """Formats of GGUF files to write as well, for llama.cpp and Ollama: `f16`, `bf16` (16 bits) and `q8_0` (8 bits).
+    An Ollama Modelfile names the first one."""
+    modelfile: bool = added(True)
+    """Write the Ollama Modelfile. Disable it for a chat template that Ollama cannot express."""
+    gguf_max_difference: float | None = not_identity(None)
+    """Like `max_difference`, for the GGUF files; `null` uses 0.02 for 16 bits and 0.05 for 8 bits."""
 
 
 @dataclass

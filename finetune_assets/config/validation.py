@@ -17,6 +17,7 @@ from finetune_assets.config.schema import (
     Hardware,
     LmEval,
     Lora,
+    Merge,
     Model,
     PromptTemplate,
     Stack,
@@ -43,6 +44,7 @@ LEAST_SIMILARITY = 0.7
 PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]*")
 INIT_SCHEMES = ("gaussian", "pissa", "olora", "orthogonal")
 MOST_LAYERS = 10_000
+GGUF_FORMATS = ("f16", "bf16", "q8_0")
 WANDB_NOT_ALLOWED = "/\\#?%:"
 """Characters that Weights & Biases refuses in the name of a project."""
 WANDB_MOST_CHARACTERS = 128
@@ -62,6 +64,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _types(config)
     yield from _quantized(config)
     yield from _lora(config.lora)
+    yield from _merge(config.merge) if config.merge else ()
     yield from _stack(config.stack) if config.stack else ()
     yield from impossible_serving_settings(config.serving) if config.serving else ()
     yield from _hardware(config.hardware)
@@ -196,6 +199,7 @@ def _ranges(config: ExperimentConfig) -> Iterator[Problem]:
             yield key, f"{value} must be above 0 and finite"
     not_negative = {
         "merge.max_difference": (config.merge and config.merge.max_difference) or 0.0,
+        "merge.gguf_max_difference": (config.merge and config.merge.gguf_max_difference) or 0.0,
         "training.min_improvement": training.min_improvement,
         "training.warmup_steps": training.warmup_steps,
         "training.weight_decay": training.weight_decay,
@@ -251,6 +255,15 @@ def _split(data: Data) -> Iterator[Problem]:
         )
     if data.categories == []:
         yield "data.categories", "an empty list selects no rows; use null to select all"
+
+
+def _merge(merge: Merge) -> Iterator[Problem]:
+    formats = merge.gguf or []
+    for name in formats:
+        if name not in GGUF_FORMATS:
+            yield "merge.gguf", f"{name!r} is not a format; use {', '.join(GGUF_FORMATS)}"
+    if len({*formats}) < len(formats):
+        yield "merge.gguf", f"{formats} names a format twice; remove one"
 
 
 def _stack(stack: Stack) -> Iterator[Problem]:

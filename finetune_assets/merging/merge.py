@@ -133,6 +133,13 @@ def compare(
         use_safetensors=True,
         trust_remote_code=own_code,
     )
+    return difference(model, rows, wanted, device)
+
+
+def difference(
+    model: PreTrainedModel | Any, rows: list[Row], wanted: list[Tensor], device: torch.device
+) -> LogitDifference:
+    """Compare the logits of a model with the `wanted` logits."""
     merged_logits = _logits(model.eval(), rows, device, "as stored")
     differences = [(actual - expected).abs() for actual, expected in zip(merged_logits, wanted, strict=True)]
     total = sum(part.numel() for part in differences)

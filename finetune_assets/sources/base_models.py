@@ -1,4 +1,4 @@
-"""Sources of base models: the package, a local folder, or the Hub at a pinned commit."""
+"""Sources of base models: the package, a local folder or GGUF file, or the Hub at a pinned commit."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from finetune_assets.config.errors import suggest
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.errors import UserError
 from finetune_assets.sources import hub
+from finetune_assets.sources.gguf.convert import VERSION, convert
 from finetune_assets.sources.json_files import read_json_object
 from finetune_assets.sources.model_sizes import AGAIN, check_sizes
 from finetune_assets.store.hashing import sha256
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
     CODE,
 )
 SMALL_FILES = (*TOKENIZER_FILES, "generation_config.json", INDEX)
+GGUF = ".gguf"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,12 +52,14 @@ class BaseModelSource:
         revision: The commit; for a folder, a hash of its content.
         folder: Local folder with its files; None for the Hub.
         hashes: sha256 of a folder's files, from which its revision is computed; empty for the Hub.
+        gguf: A GGUF file, which is converted.
     """
 
     repo: str
     revision: str
     folder: Path | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
+    gguf: Path | None = None
 
     @property
     def version(self) -> str:
@@ -92,7 +96,7 @@ def locate(
     """Resolve `model.base_model` and `model.revision` to a pinned version.
 
     Args:
-        base_model: A packaged name, a folder (`./path`, `/path`, `~/path`), or a Hub id.
+        base_model: A packaged name, a folder or GGUF file (`./path`, `/path`, `~/path`), or a Hub id.
         revision: Branch, tag or commit on the Hub. A full commit hash needs no request, so a model in the store can be
             used while the Hub is down.
         root: Folder that relative paths start from.
@@ -105,6 +109,8 @@ def locate(
         return _pin_folder(f"packaged/{base_model}", PACKAGED[base_model])
     if base_model.startswith((".", "/", "~")):
         folder = (root / Path(base_model).expanduser()).resolve()
+        if folder.suffix == GGUF:
+            return _pin_gguf(folder)
         if not folder.is_dir():
             raise BaseModelError(f"model.base_model: folder {folder} does not exist")
         return _pin_folder(f"local/{folder.name}", folder)
@@ -113,16 +119,24 @@ def locate(
         return BaseModelSource(base_model, commit_of(base_model, revision))
 
 
-def collect(source: BaseModelSource, trusted: bool = False) -> tuple[dict[str, Path], dict[str, str]]:
+def collect(
+    source: BaseModelSource, trusted: bool = False, workspace: Path | None = None
+) -> tuple[dict[str, Path], dict[str, str]]:
     """Local paths of the files that training needs, and their sha256, by name: safetensors, configuration, tokenizer.
 
     Args:
         source: The model; a model on the Hub is downloaded.
         trusted: Allow a model with its own code. Otherwise it is refused before its weights are downloaded.
+        workspace: Empty folder that a GGUF file is converted to.
 
     Raises:
         BaseModelError: if files are missing or damaged, the weights are pickled, or the model needs code.
     """
+    if source.gguf:
+        assert workspace is not None
+        convert(source.gguf, workspace)
+        paths = _collected(source, workspace, trusted)
+        return paths, {name: sha256(path) for name, path in paths.items()}
     if source.folder:
         return _collected(source, source.folder, trusted), dict(source.hashes)
     folder, files = _from_hub(source, trusted)
@@ -225,11 +239,26 @@ def _pin_folder(repo: str, folder: Path) -> BaseModelSource:
     return BaseModelSource(repo, folder_revision(content), folder, content)
 
 
+def is_gguf(repo: str) -> bool:
+    """Whether a model of this name is converted from a GGUF file; its revision is not a hash of the converted files."""
+    return repo.startswith("local/") and repo.endswith(GGUF)
+
+
+def _pin_gguf(path: Path) -> BaseModelSource:
+    if path.is_dir():
+        return _pin_folder(f"local/{path.stem}", path)
+    if not path.is_file():
+        raise BaseModelError(f"model.base_model: file {path} does not exist")
+    return BaseModelSource(f"local/{path.name}", fingerprint(gguf=sha256(path), converter=VERSION)[:40], gguf=path)
+
+
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _check_files(names: Collection[str], where: str) -> None:
+    if CONFIG not in names and (gguf := next((name for name in sorted(names) if name.endswith(GGUF)), None)):
+        raise BaseModelError(f"{where}: no config.json; name the GGUF file itself: {where}/{gguf}")
     if CONFIG not in names:
         adapter = "an adapter; name the base model that it was trained on" if "adapter_config.json" in names else None
         raise BaseModelError(f"{where}: no config.json, so this is {adapter or 'not a transformers model'}")

@@ -1,0 +1,1 @@
+"""Base models in GGUF files: their header, their tokenizer, and their weights as safetensors."""
