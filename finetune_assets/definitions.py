@@ -16,6 +16,7 @@ from finetune_assets.assets.dolly_raw import dolly_raw
 from finetune_assets.assets.experiment_report import experiment_report
 from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.merged_model import merged_model
+from finetune_assets.assets.served_adapter import served_adapter
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
@@ -59,6 +60,7 @@ def project_definitions() -> dg.Definitions:
                 lora_adapter,
                 adapter_evaluation,
                 champion_adapter,
+                served_adapter,
                 merged_model,
                 stacked_adapter,
                 experiment_report,

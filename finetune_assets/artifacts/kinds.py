@@ -172,6 +172,10 @@ EVALUATIONS = ArtifactKind(
 """`champion`, `general_text` and `tasks` are fingerprints, or None; `split` names the evaluated split."""
 CHAMPIONS = ArtifactKind("champions", "champion_adapter", "1", retention=Retention(collected=False))
 """Numbered records that name adapters; not artifacts themselves."""
+SERVED = ArtifactKind("served", "served_adapter", "1", retention=Retention(collected=False))
+"""Numbered records that name what servers answer with; not artifacts themselves."""
+SERVABLE = ArtifactKind("servable", retention=Retention(with_kept=ADAPTERS.folder))
+"""Copies of adapters as servers load them, named by adapter and settings."""
 MERGED = ArtifactKind("merged", "merged_model", "1", ("champion_adapter",), _merged)
 STACKS = ArtifactKind("stacks", "stacked_adapter", "2", ("champions", "cached_base_model"), _stack)
 """`champions` are fingerprints, in the order of `stack.adapters`."""
@@ -188,6 +192,8 @@ KINDS = (
     ADAPTERS,
     EVALUATIONS,
     CHAMPIONS,
+    SERVABLE,
+    SERVED,
     MERGED,
     STACKS,
     REPORTS,

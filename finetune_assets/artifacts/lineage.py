@@ -24,6 +24,7 @@ from finetune_assets.artifacts.kinds import (
     KIND_OF,
     PLANS,
     RAW,
+    SERVED,
     ArtifactKind,
 )
 from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE, SOURCES, read_object
@@ -108,7 +109,7 @@ class Lineage:
         """The experiment's artifact of a kind."""
         if kind is RAW:
             return self.raw.raw()
-        if kind is CHAMPIONS:
+        if kind in (CHAMPIONS, SERVED):
             return self.champion()
         if kind is BASE_MODELS:
             source = self.base_source()

@@ -92,6 +92,10 @@ def _merge(experiment: Experiment, split_salt: str) -> str | None:
     return _identity(MERGED, experiment) if experiment.config.merge else None
 
 
+def _served(experiment: Experiment, split_salt: str) -> str | None:
+    return fingerprint(serving=asdict(experiment.config.serving)) if experiment.config.serving else None
+
+
 SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "cached_base_model": _base_model,
     "tokenized_dataset": _tokenized,
@@ -100,6 +104,7 @@ SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "adapter_evaluation": _evaluation,
     "champion_adapter": _champion,
     "merged_model": _merge,
+    "served_adapter": _served,
     "stacked_adapter": _stack,
 }
 """Functions that hash the settings of an asset, for assets that need more than the identity of their kind. The hash is

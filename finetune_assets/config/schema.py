@@ -247,6 +247,22 @@ class Wandb:
 
 
 @dataclass
+class Serving:
+    """Servers that answer with the champion (`served_adapter`)."""
+
+    servers: list[str] = field(default_factory=list, metadata=IN_FILE_ONLY)
+    """Servers: `folder:./path` or `folder:/path` for a folder in the layout of vLLM's `lora_filesystem_resolver`, and
+    `http://host:port` or `https://host:port` for each replica of a vLLM server. FINETUNE_SERVING_TOKEN is sent to the
+    latter as bearer token."""
+    max_rank: int = 64
+    """Largest rank that the servers accept (vLLM's `--max-lora-rank`): 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
+    base_name: str | None = None
+    """Name of the base model on the servers (vLLM's `--served-model-name`); `null` uses `model.base_model`."""
+    verify_rows: int = 32
+    """Number of gate rows on which the servers' log-probabilities are compared with those of the evaluation."""
+
+
+@dataclass
 class Hardware:
     """Hardware that a training is planned for (`training_plan`, `finetune plan`); defaults to this machine."""
 
@@ -284,6 +300,8 @@ class ExperimentConfig:
     """How the champion is merged into its base model; `null` disables merging, an empty group merges with defaults."""
     stack: Stack | None = None
     """Champions of other experiments to combine instead of training."""
+    serving: Serving | None = field(default=None, metadata=NOT_IDENTITY)
+    """Servers that answer with the champion, or `null`."""
     hardware: Hardware = field(default_factory=Hardware, metadata=NOT_IDENTITY)
     """Hardware that a training is planned for."""
     launcher: LauncherSettings = field(default_factory=LauncherSettings, metadata=NOT_IDENTITY)

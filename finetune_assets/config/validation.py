@@ -25,6 +25,7 @@ from finetune_assets.config.schema import (
     Training,
     Wandb,
 )
+from finetune_assets.config.serving_validation import serving_problems
 
 SECRET_VALUE = re.compile(
     r"://[^/?#\s]*:[^/?#\s]*@|-----BEGIN [A-Z ]*PRIVATE KEY|\b(?:gh[opsur]|github_pat|hf|glpat|xox[abeprs])[_-]\w{16}"
@@ -61,6 +62,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _quantized(config)
     yield from _lora(config.lora)
     yield from _stack(config.stack) if config.stack else ()
+    yield from serving_problems(config.serving) if config.serving else ()
     yield from _hardware(config.hardware)
     yield from _launcher(config)
     yield from _wandb(config.wandb) if config.wandb else ()

@@ -1,0 +1,1 @@
+"""Serving the champion: servers, verification by numbers, alias and rollback."""

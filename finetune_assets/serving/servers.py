@@ -1,0 +1,50 @@
+"""The servers of an experiment, from its settings."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune_assets.config.schema import ExperimentConfig, Serving
+from finetune_assets.config.serving_validation import FOLDER
+from finetune_assets.serving.folders import ServingFolder
+from finetune_assets.serving.vllm import TOKEN_VARIABLE, VllmServer
+
+DEFAULT_FOLDER = Path(".finetune/serving")
+"""Folder that vLLM servers load from if the settings name none, in the project."""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where the adapters of one experiment are served.
+
+    Attributes:
+        folders: Folders of adapters. vLLM servers load from the first one, and must see it under the same path.
+        replicas: vLLM servers.
+        settings: The settings, with the name of the base model.
+    """
+
+    folders: list[ServingFolder]
+    replicas: list[VllmServer]
+    settings: Serving
+
+    @property
+    def shown(self) -> list[str]:
+        """Names of the servers, without credentials."""
+        return [f"{FOLDER}{folder.path}" for folder in self.folders] + [replica.shown for replica in self.replicas]
+
+
+def servers_of(config: ExperimentConfig, root: Path) -> Servers | None:
+    """The servers of an experiment; None without the group `serving`.
+
+    Args:
+        config: Settings of the experiment.
+        root: Folder that relative paths start from.
+    """
+    if config.serving is None:
+        return None
+    settings = replace(config.serving, base_name=config.serving.base_name or config.model.base_model)
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    paths = [Path(name.removeprefix(FOLDER)).expanduser() for name in settings.servers if name.startswith(FOLDER)]
+    folders = [ServingFolder(root / path) for path in paths or [DEFAULT_FOLDER]]
+    replicas = [VllmServer(name, token) for name in settings.servers if not name.startswith(FOLDER)]
+    return Servers(folders, replicas, settings)
