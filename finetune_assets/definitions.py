@@ -24,6 +24,7 @@ from finetune_assets.automation.alert_sensors import alert_on_failure, alert_on_
 from finetune_assets.automation.dead_runs import dead_runs_sensor
 from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
+from finetune_assets.automation.serving import serving_sensor
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.io_manager import ArtifactIOManager
 from finetune_assets.resources.project import Project
@@ -66,7 +67,14 @@ def project_definitions() -> dg.Definitions:
                 experiment_report,
             ]
         ),
-        sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
+        sensors=[
+            raw_data_sensor,
+            experiments_sensor,
+            serving_sensor,
+            dead_runs_sensor,
+            alert_on_failure,
+            alert_on_standstill,
+        ],
         schedules=[raw_data_schedule],
         jobs=[prepare_data, train_and_evaluate],
         resources={

@@ -98,6 +98,7 @@ class Serving:
         assert rollout.serves
         for place in self.servers.folders:
             place.write_alias(rollout.serves)
+        self._keep_previous(rollout)
         self._retire(rollout, {record.name for record in history})
         return rollout
 
@@ -175,6 +176,20 @@ class Serving:
             self._unload(rollout, replica, rollout.name)
         for folder in self.servers.folders:
             folder.remove(rollout.name)
+
+    def _keep_previous(self, rollout: Rollout) -> None:
+        """Load the adapter before where a server lost it, so that a rollback needs no loading."""
+        assert rollout.serves
+        previous, folder = rollout.serves.previous, self.servers.folders[0]
+        if previous is None or previous not in folder.names():
+            return
+        for replica in self.servers.replicas:
+            try:
+                if previous not in replica.models():
+                    replica.load(previous, str((folder.path / previous).resolve()))
+                    self.log(f"{replica.shown}: loaded {previous} again, for a rollback")
+            except ServerError as e:
+                rollout.notes.append(f"{previous} is not loaded for a rollback: {e}")
 
     def _retire(self, rollout: Rollout, earlier: Iterable[str]) -> None:
         """Unload the experiment's adapters other than what serves and the one before."""

@@ -33,12 +33,13 @@ class Servers:
         return [f"{FOLDER}{folder.path}" for folder in self.folders] + [replica.shown for replica in self.replicas]
 
 
-def servers_of(config: ExperimentConfig, root: Path) -> Servers | None:
+def servers_of(config: ExperimentConfig, root: Path, seconds: float | None = None) -> Servers | None:
     """The servers of an experiment; None without the group `serving`.
 
     Args:
         config: Settings of the experiment.
         root: Folder that relative paths start from.
+        seconds: Time limit of one answer, of which only one attempt is made; by default that of `vllm.py`.
     """
     if config.serving is None:
         return None
@@ -46,5 +47,5 @@ def servers_of(config: ExperimentConfig, root: Path) -> Servers | None:
     token = os.environ.get(TOKEN_VARIABLE) or None
     paths = [Path(name.removeprefix(FOLDER)).expanduser() for name in settings.servers if name.startswith(FOLDER)]
     folders = [ServingFolder(root / path) for path in paths or [DEFAULT_FOLDER]]
-    replicas = [VllmServer(name, token) for name in settings.servers if not name.startswith(FOLDER)]
+    replicas = [VllmServer(name, token, seconds) for name in settings.servers if not name.startswith(FOLDER)]
     return Servers(folders, replicas, settings)

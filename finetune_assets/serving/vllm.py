@@ -76,10 +76,13 @@ class VllmServer:
     Args:
         url: Its address, `http://host:port`.
         token: Bearer token; it is never shown.
+        seconds: Time limit of one answer, of which only one attempt is made; by default `TIMEOUT_SECONDS` and
+            `ATTEMPTS`.
     """
 
-    def __init__(self, url: str, token: str | None = None) -> None:
+    def __init__(self, url: str, token: str | None = None, seconds: float | None = None) -> None:
         self.url, self._token = url.rstrip("/"), token
+        self.seconds, self.attempts = seconds or TIMEOUT_SECONDS, 1 if seconds else ATTEMPTS
 
     def __repr__(self) -> str:
         return self.shown
@@ -213,11 +216,11 @@ class VllmServer:
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         """Send a request, and again after a pause if the server is overloaded or not reached."""
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, self.attempts + 1):
             try:
                 return self._attempt(method, path, body)
             except ServerError as e:
-                if attempt == ATTEMPTS or (e.status and e.status < 500 and e.status != 429):
+                if attempt == self.attempts or (e.status and e.status < 500 and e.status != 429):
                     raise
                 time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         raise AssertionError("unreachable")
@@ -233,16 +236,14 @@ class VllmServer:
                 f"{self.url}{path}",
                 json=body,
                 auth=self._authorize,
-                timeout=TIMEOUT_SECONDS,
+                timeout=self.seconds,
                 allow_redirects=False,
                 stream=True,
             ) as response:
-                content = _read(response, where)
+                content = _read(response, where, self.seconds)
                 status = int(response.status_code)
         except requests.Timeout as e:
-            raise ServerError(
-                f"{where}: no answer within {TIMEOUT_SECONDS:g} s; check the server's load", TIMEOUT
-            ) from e
+            raise ServerError(f"{where}: no answer within {self.seconds:g} s; check the server's load", TIMEOUT) from e
         except requests.RequestException as e:
             raise ServerError(f"{where}: {type(e).__name__}; check that the server runs and its address") from e
         if status == 200:
@@ -266,12 +267,12 @@ class VllmServer:
         return ServerError(f"{self.shown}{path}: not an answer of vLLM: {problem}", ERROR, 200)
 
 
-def _read(response: Any, where: str) -> bytes:
-    content, end = bytearray(), time.monotonic() + TIMEOUT_SECONDS
+def _read(response: Any, where: str, seconds: float) -> bytes:
+    content, end = bytearray(), time.monotonic() + seconds
     for chunk in response.iter_content(1 << 16):
         content += chunk
         if time.monotonic() > end:
-            raise ServerError(f"{where}: no complete answer within {TIMEOUT_SECONDS:g} s", TIMEOUT)
+            raise ServerError(f"{where}: no complete answer within {seconds:g} s", TIMEOUT)
         if len(content) > MOST_BYTES:
             raise ServerError(f"{where}: more than {MOST_BYTES:,} bytes", ERROR, 200)
     return bytes(content)
