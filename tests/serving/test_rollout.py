@@ -10,8 +10,8 @@ import pytest
 import yaml
 from commands import run
 from integration.graph import Graph
-from serving.conftest import World, models
 from servers.vllm import Vllm, running
+from serving.conftest import World, models
 
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.errors import UserError
