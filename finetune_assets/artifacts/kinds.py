@@ -174,6 +174,8 @@ CHAMPIONS = ArtifactKind("champions", "champion_adapter", "1", retention=Retenti
 """Numbered records that name adapters; not artifacts themselves."""
 SERVED = ArtifactKind("served", "served_adapter", "1", retention=Retention(collected=False))
 """Numbered records that name what servers answer with; not artifacts themselves."""
+OF_CHAMPION = (CHAMPIONS, SERVED)
+"""Kinds whose artifact is the champion itself."""
 SERVABLE = ArtifactKind("servable", retention=Retention(with_kept=ADAPTERS.folder))
 """Copies of adapters as servers load them, named by adapter and settings."""
 MERGED = ArtifactKind("merged", "merged_model", "1", ("champion_adapter",), _merged)

@@ -1,4 +1,4 @@
-"""Comparisons of log-probabilities that tell apart which adapter a server answered with."""
+"""Comparisons of log-probabilities that show which adapter a server answered with."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ def sums(scored: Sequence[Scored], learned: Sequence[Sequence[int]]) -> "NDArray
 def projection(answered: "NDArray[np.float64]", start: "NDArray[np.float64]", end: "NDArray[np.float64]") -> float:
     """How far the answers are on the way from one model to another: 0 at `start`, 1 at `end`.
 
-    Noise of single rows averages out, so it tells apart models that differ by less than the noise of one row.
+    Noise of single rows averages out, so it distinguishes models that differ by less than the noise of one row.
     """
     way = end - start
     return float(way @ (answered - start) / (way @ way))

@@ -45,26 +45,21 @@ def compare(experiment: str, champion: Record, served: Served | None, servers: S
         )
     if served is None:
         return
-    kept = [name for name in (served.name, served.previous) if name]
-    for folder in servers.folders:
-        for name in sorted({*kept} - {*folder.names()}):
-            yield Finding(LOST, f"{experiment}: {folder.path} does not have {name}")
-    for replica in servers.replicas:
+    for server in servers.every:
         try:
-            yield from _differences(experiment, replica, served, kept)
+            names = server.names()
+            for name in (served.name, served.previous):
+                if name and name not in names:
+                    yield Finding(LOST, f"{experiment}: {server.shown} does not have {name}")
+            if isinstance(server, VllmServer) and served.name in names and not _answers_as_verified(server, served):
+                answers = f"answers to {served.name} otherwise than when it was verified"
+                yield Finding(WRONG, f"{experiment}: {server.shown} {answers}")
         except ServerError as e:
             yield Finding(UNREACHABLE, f"{experiment}: {e}")
 
 
-def _differences(experiment: str, replica: VllmServer, served: Served, kept: list[str]) -> Iterator[Finding]:
-    listed = replica.models()
-    for name in kept:
-        if name not in listed:
-            yield Finding(LOST, f"{experiment}: {replica.shown} does not list {name}")
-    if served.name in listed and served.probe and not answers_as_probed(replica, served.name, served.probe):
-        yield Finding(
-            WRONG, f"{experiment}: {replica.shown} answers to {served.name} otherwise than when it was verified"
-        )
+def _answers_as_verified(server: VllmServer, served: Served) -> bool:
+    return not served.probe or answers_as_probed(server, served.name, served.probe)
 
 
 def strangers(servers: Servers, known: Collection[str]) -> Iterator[Finding]:
@@ -74,15 +69,11 @@ def strangers(servers: Servers, known: Collection[str]) -> Iterator[Finding]:
         servers: The servers of an experiment.
         known: Names that serve, and those before them, of all experiments.
     """
-    for folder in servers.folders:
-        for name in folder.names():
-            if name not in known:
-                yield Finding(FOREIGN, f"{folder.path} has {name}, which is no champion")
-    for replica in servers.replicas:
+    for server in servers.every:
         try:
-            listed = replica.models()
+            names = server.names()
         except ServerError:
             continue  # reported as unreachable
-        for name, model in listed.items():
-            if model.parent and name not in known:
-                yield Finding(FOREIGN, f"{replica.shown} serves {name}, which is no champion")
+        for name in names:
+            if name not in known:
+                yield Finding(FOREIGN, f"{server.shown} has {name}, which is no champion")

@@ -29,15 +29,20 @@ class ServingFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def publish(self, name: str, copy: Path) -> Path:
+    @property
+    def shown(self) -> str:
+        return f"folder:{self.path}"
+
+    def at(self, name: str) -> Path:
+        """Absolute path of an adapter's folder."""
+        return self.path.resolve() / name
+
+    def load(self, name: str, copy: Path) -> None:
         """Copy an adapter's files into the folder of its name, unless it is there.
 
         Args:
             name: Name of the adapter; it never gets other bytes.
             copy: The files.
-
-        Returns:
-            The adapter's folder.
 
         Raises:
             UserError: if the folder of this name has other files.
@@ -45,7 +50,7 @@ class ServingFolder:
         target = self.path / name
         if target.exists() or target.is_symlink():
             self._check(target, copy)
-            return target
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self.path / f"{PARTIAL}{uuid.uuid4().hex}"
         try:
@@ -58,7 +63,6 @@ class ServingFolder:
             if not target.is_dir():
                 raise
             self._check(target, copy)  # another run was faster
-        return target
 
     def _check(self, target: Path, copy: Path) -> None:
         if target.is_symlink() or _hashes(target) != _hashes(copy):
@@ -69,9 +73,10 @@ class ServingFolder:
 
     def names(self) -> list[str]:
         """Names of the adapters in the folder."""
-        return sorted(path.parent.name for path in self.path.glob("*/adapter_config.json"))
+        found = (path.parent.name for path in self.path.glob("*/adapter_config.json"))
+        return sorted(name for name in found if not name.startswith(PARTIAL))
 
-    def remove(self, name: str) -> None:
+    def unload(self, name: str) -> None:
         """Remove an adapter; a server that has loaded it keeps it in memory."""
         target = self.path / name
         if not target.is_dir() or target.is_symlink():

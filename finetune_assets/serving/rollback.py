@@ -39,14 +39,12 @@ def move_back(store: ArtifactStore, champion: Record, servers: Servers, by: str)
     target, current = earlier[-1], history[-1]
     if target.name == current.name:
         return current
+    for server in servers.every:
+        if target.name not in server.names():
+            raise NotLoaded(f"{server.shown} does not have {target.name} any more")
     for replica in servers.replicas:
-        if target.name not in replica.models():
-            raise NotLoaded(f"{replica.shown} does not list {target.name} any more")
         if target.probe and not answers_as_probed(replica, target.name, target.probe):
             raise NotLoaded(f"{replica.shown} answers to {target.name} otherwise than when it was verified")
-    for folder in servers.folders:
-        if target.name not in folder.names():
-            raise NotLoaded(f"{folder.path} does not have {target.name} any more")
     record = replace(target, action=ROLLED_BACK, champion=champion.number, previous=current.name, by=by)
     record = records.append(record, current.number)
     for folder in servers.folders:

@@ -16,7 +16,7 @@ from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.serving.copies import servable_copy
 from finetune_assets.serving.errors import LEAK, OTHER_BASE, ServerError
 from finetune_assets.serving.gate_rows import GateRows, gate_rows
-from finetune_assets.serving.servers import Servers
+from finetune_assets.serving.servers import Server, Servers
 from finetune_assets.serving.state import Served, ServedRecords, served_name
 from finetune_assets.serving.verify import Verdict, Verification
 from finetune_assets.serving.vllm import Model, VllmServer
@@ -103,9 +103,11 @@ class Serving:
         return rollout
 
     def _publish(self, name: str, copy: ArtifactRef) -> Path:
+        """Copy the files into each folder; returns the one that replicas load from."""
         files = self.lineage.store.fetch(copy)
-        published = [folder.publish(name, files) for folder in self.servers.folders]
-        return published[0].resolve()
+        for folder in self.servers.folders:
+            folder.load(name, files)
+        return self.servers.folders[0].at(name)
 
     def _load_and_verify(
         self,
@@ -129,7 +131,7 @@ class Serving:
                 )
             if name not in listed:
                 check_unload(replica, name, folder)
-                replica.load(name, str(folder))
+                replica.load(name, folder)
             rows = self._rows(listed[base_name], champion, adapter)
             others = [
                 other for other, model in listed.items() if other not in (name, before, base_name) and model.parent
@@ -172,10 +174,8 @@ class Serving:
         """Unload an adapter that was not verified, unless it serves: then nothing else would."""
         if is_current:
             return
-        for replica in self.servers.replicas:
-            self._unload(rollout, replica, rollout.name)
-        for folder in self.servers.folders:
-            folder.remove(rollout.name)
+        for server in self.servers.every:
+            self._unload(rollout, server, rollout.name)
 
     def _keep_previous(self, rollout: Rollout) -> None:
         """Load the adapter before where a server lost it, so that a rollback needs no loading."""
@@ -185,8 +185,8 @@ class Serving:
             return
         for replica in self.servers.replicas:
             try:
-                if previous not in replica.models():
-                    replica.load(previous, str((folder.path / previous).resolve()))
+                if previous not in replica.names():
+                    replica.load(previous, folder.at(previous))
                     self.log(f"{replica.shown}: loaded {previous} again, for a rollback")
             except ServerError as e:
                 rollout.notes.append(f"{previous} is not loaded for a rollback: {e}")
@@ -198,7 +198,7 @@ class Serving:
         in_use = set()
         for replica in self.servers.replicas:
             try:
-                listed = replica.models()
+                listed = replica.names()
             except ServerError as e:
                 rollout.notes.append(str(e))
                 in_use |= {*retired}
@@ -211,16 +211,16 @@ class Serving:
         for folder in self.servers.folders:
             for name in retired:
                 if name not in in_use:
-                    folder.remove(name)
+                    folder.unload(name)
 
-    def _unload(self, rollout: Rollout, replica: VllmServer, name: str) -> bool:
+    def _unload(self, rollout: Rollout, server: Server, name: str) -> bool:
         """Unload an adapter; an error becomes a note, because what serves is not affected."""
         try:
-            replica.unload(name)
+            server.unload(name)
         except ServerError as e:
             rollout.notes.append(f"{name} was not unloaded: {e}")
             return False
-        self.log(f"{replica.shown}: unloaded {name}")
+        self.log(f"{server.shown}: unloaded {name}")
         return True
 
 
@@ -244,9 +244,9 @@ def check_unload(replica: VllmServer, name: str, folder: Path) -> None:
         ServerError: with the diagnosis `unload leaks`, if the server still answers to the name.
     """
     probe = f"{name}-unload-check-{uuid.uuid4().hex[:8]}"
-    replica.load(probe, str(folder))
+    replica.load(probe, folder)
     replica.unload(probe)
-    if probe in replica.models() or replica.answers_to(probe):
+    if probe in replica.names() or replica.answers_to(probe):
         raise ServerError(
             f"{replica.shown} still answers to {probe} after it was unloaded, so memory fills up and old adapters "
             "keep answering; restart the server, or update it",

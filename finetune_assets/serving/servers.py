@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from finetune_assets.config.schema import ExperimentConfig, Serving
 from finetune_assets.config.serving_validation import FOLDER
@@ -11,6 +12,23 @@ from finetune_assets.serving.vllm import TOKEN_VARIABLE, VllmServer
 
 DEFAULT_FOLDER = Path(".finetune/serving")
 """Folder that vLLM servers load from if the settings name none, in the project."""
+
+
+class Server(Protocol):
+    """Where adapters are served: a folder, or a replica of a vLLM server."""
+
+    @property
+    def shown(self) -> str:
+        """Its address, without credentials."""
+
+    def names(self) -> list[str]:
+        """Names of the adapters that it has."""
+
+    def load(self, name: str, copy: Path) -> None:
+        """Add an adapter, whose files are in the folder `copy`."""
+
+    def unload(self, name: str) -> None:
+        """Remove an adapter; nothing happens if it is not there."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +46,14 @@ class Servers:
     settings: Serving
 
     @property
+    def every(self) -> list[Server]:
+        """Replicas, and then the folders that they load from."""
+        return [*self.replicas, *self.folders]
+
+    @property
     def shown(self) -> list[str]:
-        """Names of the servers, without credentials."""
-        return [f"{FOLDER}{folder.path}" for folder in self.folders] + [replica.shown for replica in self.replicas]
+        """Addresses of the servers, without credentials."""
+        return [server.shown for server in self.every]
 
 
 def servers_of(config: ExperimentConfig, root: Path, seconds: float | None = None) -> Servers | None:

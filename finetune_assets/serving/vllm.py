@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune_assets.display import shown_url
@@ -105,9 +106,13 @@ class VllmServer:
             if isinstance(entry, dict)
         }
 
-    def load(self, name: str, folder: str) -> None:
-        """Load an adapter from a folder that the server sees."""
-        self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+    def names(self) -> list[str]:
+        """Names of the adapters that the server lists."""
+        return sorted(name for name, model in self.models().items() if model.parent)
+
+    def load(self, name: str, copy: Path) -> None:
+        """Load an adapter from a folder that the server sees under the same path."""
+        self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(copy)})
 
     def unload(self, name: str) -> None:
         """Unload an adapter; nothing happens if the server does not list it."""

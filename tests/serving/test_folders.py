@@ -22,14 +22,17 @@ def copy(tmp_path: Path) -> Path:
 
 def test_an_adapter_is_written_whole(tmp_path: Path, copy: Path) -> None:
     folder = ServingFolder(tmp_path / "deep" / "adapters")
-    target = folder.publish("demo-1-0123abcd", copy)
+    folder.load("demo-1-0123abcd", copy)
+    target = folder.at("demo-1-0123abcd")
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {
         "adapter_config.json": b"{}",
         "adapter_model.safetensors": b"weights",
     }
     assert folder.names() == ["demo-1-0123abcd"]
     assert [path.name for path in folder.path.iterdir()] == ["demo-1-0123abcd"]
-    assert folder.publish("demo-1-0123abcd", copy) == target
+    written = target.stat().st_mtime_ns
+    folder.load("demo-1-0123abcd", copy)
+    assert target.stat().st_mtime_ns == written
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,22 +46,23 @@ def test_a_failure_leaves_nothing(tmp_path: Path, copy: Path, monkeypatch: pytes
 
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(OSError, match="No space"):
-        folder.publish("demo-1-0123abcd", copy)
+        folder.load("demo-1-0123abcd", copy)
     assert seen[0] == [], "a server sees no adapter before it is whole"
     assert [*folder.path.iterdir()] == []
 
 
 def test_a_name_never_gets_other_bytes(tmp_path: Path, copy: Path) -> None:
     folder = ServingFolder(tmp_path / "adapters")
-    target = folder.publish("demo-1-0123abcd", copy)
+    folder.load("demo-1-0123abcd", copy)
+    target = folder.at("demo-1-0123abcd")
     (copy / "adapter_model.safetensors").write_bytes(b"others")
     with pytest.raises(UserError, match="demo-1-0123abcd"):
-        folder.publish("demo-1-0123abcd", copy)
+        folder.load("demo-1-0123abcd", copy)
     assert (target / "adapter_model.safetensors").read_bytes() == b"weights"
-    folder.remove("demo-1-0123abcd")
+    folder.unload("demo-1-0123abcd")
     target.symlink_to(copy)
     with pytest.raises(UserError, match="demo-1-0123abcd"):
-        folder.publish("demo-1-0123abcd", copy)
+        folder.load("demo-1-0123abcd", copy)
 
 
 def test_the_alias_is_a_file_of_its_own(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from integration.graph import Graph
 from projects import TestProject
-from serving.conftest import TEMPLATE
 from servers.vllm import Vllm
+from serving.conftest import TEMPLATE
 
 from finetune_assets.plots import style
 from finetune_assets.serving.state import ServedRecords

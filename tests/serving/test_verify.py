@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from servers.vllm import Vllm
 from serving.conftest import WRONG, World
-from tiers import tiered
 
 from finetune_assets.serving import vllm as client
 from finetune_assets.serving.errors import (
@@ -65,7 +64,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", tiered(FAULTS, ("as base", "stale cache", "wrong template")))
+@pytest.mark.system
+@pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_diagnosed_and_the_adapter_before_serves_on(
     world: World, vllm: Vllm, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
