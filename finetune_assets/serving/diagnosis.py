@@ -1,9 +1,6 @@
 """Comparisons of log-probabilities that show which adapter a server answered with."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from finetune_assets.serving.vllm import Generated, Scored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,15 +8,6 @@ if TYPE_CHECKING:
 
 LEAST_CORRELATION = 0.9
 """Correlation of the answers' change with that of the right adapter from which a wrong scale is diagnosed."""
-NOT_AMONG_ALTERNATIVES = 10.0
-"""Difference in nats for a token that is not among the most probable ones."""
-
-
-def sums(scored: Sequence[Scored], learned: Sequence[Sequence[int]]) -> "NDArray[np.float64]":
-    """Summed log-probability of the learned tokens of each row; shape (rows,)."""
-    import numpy as np
-
-    return np.array([sum(row.tokens[at] for at in positions) for row, positions in zip(scored, learned, strict=True)])
 
 
 def projection(answered: "NDArray[np.float64]", start: "NDArray[np.float64]", end: "NDArray[np.float64]") -> float:
@@ -42,12 +30,3 @@ def scale_of(
     if not lengths or float(change @ right) / lengths < LEAST_CORRELATION:
         return None
     return projection(answered, base, expected)
-
-
-def first_differences(generated: Sequence[Generated], scored: Sequence[Scored], starts: Sequence[int]) -> float:
-    """Mean difference of the first generated tokens' log-probabilities from the scored ones at the same positions."""
-    differences = []
-    for answer, row, start in zip(generated, scored, starts, strict=True):
-        expected = row.alternatives[start].get(answer.token)
-        differences.append(NOT_AMONG_ALTERNATIVES if expected is None else abs(answer.logprob - expected))
-    return sum(differences) / len(differences)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+SHORT_ANSWER = 64
+"""Rows with at most so many tokens of answers are preferred, because each token is one request."""
 BASE, CHAMPION, CHALLENGER = "base", "champion", "challenger"
 """Columns of the evaluation."""
 
@@ -46,9 +48,9 @@ class GateRows:
     messages: list[list[dict[str, Any]] | None]
     champion: str | None = None
 
-    @property
-    def prompts(self) -> list[list[int]]:
-        return [ids[:start] for ids, start in zip(self.ids, self.starts, strict=True)]
+    def prompt(self, row: int) -> list[int]:
+        """Token ids of a row's prompt."""
+        return self.ids[row][: self.starts[row]]
 
     @property
     def tokens(self) -> int:
@@ -121,7 +123,9 @@ def gate_rows(lineage: Lineage, adapter: ArtifactRef, recorded: str | None, coun
         )
     data = load_resolved(store.fetch(adapter, lambda path: path == CONFIG) / CONFIG).data
     usable = np.asarray(table["comparable"]) & (examples.lengths < min(data.tokenization.cutoff_len, longest))
-    found = np.flatnonzero(usable & (np.asarray(table["tokens"]) > 0))
+    tokens = np.asarray(table["tokens"])
+    short = np.flatnonzero(usable & (tokens > 0) & (tokens <= SHORT_ANSWER))
+    found = short if len(short) >= count else np.flatnonzero(usable & (tokens > 0))
     if not len(found):
         raise StoreError(
             f"no row of the {split} split is shorter than {longest} tokens (the server's --max-model-len), so no "

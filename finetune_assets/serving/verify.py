@@ -6,11 +6,12 @@ the server too: how closely it reproduces its own evaluation gives the precision
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune_assets.serving.diagnosis import first_differences, projection, scale_of, sums
+from finetune_assets.serving.diagnosis import projection, scale_of
 from finetune_assets.serving.errors import (
     BASE,
     OTHER,
@@ -24,12 +25,14 @@ from finetune_assets.serving.errors import (
 )
 from finetune_assets.serving.gate_rows import BASE as BASE_COLUMN
 from finetune_assets.serving.gate_rows import CHALLENGER, CHAMPION, GateRows
-from finetune_assets.serving.vllm import Generated, Scored, VllmServer
+from finetune_assets.serving.vllm import Generated, VllmServer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+T = TypeVar("T")
+R = TypeVar("R")
 FLOAT32_NOISE = 0.001
 """Mean difference of the base model's log-probabilities, in nats per token, up to which server and evaluation both
 compute in float32. Measured on the packaged model: below 1e-5; with bfloat16 on one side: 0.003 to 0.02."""
@@ -37,9 +40,11 @@ TOLERANCE = {"float32": 0.005, "16 bits": 0.05}
 """Largest mean difference of the answers' log-probabilities from the evaluation's, in nats per token. The mean is over
 the rows' tokens, of the absolute differences of the rows' sums."""
 FIRST_TOKEN_TOLERANCE = {"float32": 0.01, "16 bits": 0.15}
-"""The same for the first token of an ordinary answer, compared with the log-probabilities of the prompt's tokens."""
-BATCH = 4
-"""Prompts of one request."""
+"""The same for the first token of an answer in chat, compared with that of the same tokens in completions."""
+REQUESTS = 8
+"""Requests at a time."""
+PROBE_TOKENS = 8
+"""Maximum number of tokens of a probe, each of which is one request."""
 MOST_OTHERS = 8
 """Maximum number of other adapters that are asked for their numbers to find out which one answered."""
 
@@ -53,7 +58,7 @@ class Verdict:
         diagnosis: What it answers with instead; empty if it passed.
         reason: Both as text, with the numbers.
         numbers: Measured values, in nats per token.
-        probe: One row, by which the server can be asked again with one request: token ids, positions of the answer,
+        probe: One row, by which the server can be asked again with few requests: token ids, positions of the answer,
             its summed log-probability on this server, and the tolerance in nats per token.
     """
 
@@ -89,11 +94,11 @@ class Verification:
     ) -> None:
         self.server, self.name, self.rows, self.base_name = server, name, rows, base_name
         self.previous, self.was_evaluated, self.others = previous, was_evaluated, others
-        self._scores: dict[str, list[Scored]] = {}
+        self._logprobs: dict[str, list[list[float]]] = {}
         self.numbers: dict[str, Any] = {"rows": len(rows.ids), "tokens": rows.tokens}
 
     def run(self) -> Verdict:
-        """Compare completions, ordinary answers and chat."""
+        """Compare completions and chat."""
         expected = -self.rows.losses[CHALLENGER]
         answered, base = self._sums(self.name), self._sums(self.base_name)
         self._choose_tolerance(base)
@@ -111,9 +116,8 @@ class Verification:
             return self._failed(*self._diagnose(answered, expected, references))
         if self._is_without_effect(expected, -self.rows.losses[BASE_COLUMN]):
             return self._failed(BASE, "the adapter has no effect on these rows")
-        for problem in (self._ordinary(), self._chat(answered, expected)):
-            if problem:
-                return self._failed(*problem)
+        if problem := self._chat(answered, expected):
+            return self._failed(*problem)
         return Verdict(
             True, "", self._text("answers as the challenger"), self.numbers, self._probe(answered, references)
         )
@@ -164,7 +168,7 @@ class Verification:
         references: "dict[str, NDArray[np.float64]]",
     ) -> tuple[str, str]:
         """What the server answered as, and an explanation."""
-        fresh = sums(self._score(self.name, salt=uuid.uuid4().hex), self.rows.learned)
+        fresh = _sums(self._ask(self.name, salt=uuid.uuid4().hex))
         if self._distance(fresh, expected) <= self.tolerance < self._distance(answered, expected):
             return STALE, "without its prefix cache, the server answers as the challenger"
         nearest = min(references, key=lambda name: self._distance(answered, references[name]))
@@ -179,35 +183,6 @@ class Verification:
             return SCALE, f"the answers are those of an update scaled by about {scale:.2g}"
         return UNKNOWN, "the answers are those of no adapter that is known here"
 
-    def _ordinary(self) -> tuple[str, str] | None:
-        """Compare the first tokens of ordinary answers, for which a server reads its prefix cache."""
-        rows = [*range(len(self.rows.ids))]
-        generated, scored = self._generate(), self._scored(self.name)
-        difference = first_differences(generated, scored, self.rows.starts)
-        self.numbers["first_token_difference"] = difference
-        if difference <= FIRST_TOKEN_TOLERANCE[self.precision]:
-            return None
-        fresh = first_differences(self._generate(uuid.uuid4().hex), scored, self.rows.starts)
-        return self._misrouted(generated, rows, fresh)
-
-    def _misrouted(self, generated: list[Generated], rows: list[int], fresh: float) -> tuple[str, str]:
-        """What ordinary answers are, if they are not those of the adapter.
-
-        Args:
-            generated: The answers.
-            rows: Indices of their rows.
-            fresh: Difference of the same answers without the prefix cache.
-        """
-        most, starts = FIRST_TOKEN_TOLERANCE[self.precision], [self.rows.starts[row] for row in rows]
-        if fresh <= most:
-            return STALE, "ordinary answers come from the prefix cache of another adapter"
-        for diagnosis, name in ((BASE, self.base_name), (PREVIOUS, self.previous)):
-            if name:
-                scored = [self._scored(name)[row] for row in rows]
-                if first_differences(generated, scored, starts) <= most:
-                    return diagnosis, f"ordinary answers are those of {name}"
-        return UNKNOWN, "ordinary answers differ from the scored ones"
-
     def _chat(self, answered: "NDArray[np.float64]", expected: "NDArray[np.float64]") -> tuple[str, str] | None:
         """Compare the rendering of messages, and the first tokens of the answers to them."""
         chosen = [row for row, messages in enumerate(self.rows.messages) if messages]
@@ -215,37 +190,50 @@ class Verification:
         if not chosen:
             return None
         try:
-            generated = [self.server.chat(self.name, self.rows.messages[row] or []) for row in chosen]
+            generated = self._each(lambda row: self.server.chat(self.name, self.rows.messages[row] or []), chosen)
         except ServerError as e:
             if e.diagnosis != TEMPLATE:
                 raise
             return TEMPLATE, str(e)
-        prompts = self.rows.prompts
-        differing = [at for at, row in enumerate(chosen) if generated[at].prompt != prompts[row]]
-        scored = [self._scored(self.name)[row] for row in chosen]
-        starts = [self.rows.starts[row] for row in chosen]
         chat_sums = answered[chosen].copy()
+        differing = [at for at, row in enumerate(chosen) if generated[at].prompt != self.rows.prompt(row)]
         for at in differing:
-            row, start = chosen[at], len(generated[at].prompt)
-            (again,) = self.server.score(self.name, [generated[at].prompt + self.rows.ids[row][starts[at] :]])
-            answer = [position for position in self.rows.learned[row] if position >= starts[at]]
-            moved = sum(again.tokens[position - starts[at] + start] for position in answer)
-            chat_sums[at] += moved - sum(scored[at].tokens[position] for position in answer)
-            scored[at], starts[at] = again, start
+            chat_sums[at] += self._change(chosen[at], generated[at].prompt)
         tokens = sum(len(self.rows.learned[row]) for row in chosen)
         distance = float(abs(chat_sums - expected[chosen]).sum() / tokens)
         self.numbers |= {"chat_distance": distance, "chat_prompts_that_differ": len(differing)}
         if distance > self.tolerance:
             return TEMPLATE, self._differing_prompt(generated[differing[0]], chosen[differing[0]], len(differing))
-        difference = first_differences(generated, scored, starts)
-        self.numbers["chat_first_token_difference"] = difference
+        self.numbers["chat_first_token_difference"] = difference = self._first_difference(generated, self.name)
         if difference <= FIRST_TOKEN_TOLERANCE[self.precision]:
             return None
-        again_chat = [self.server.chat(self.name, self.rows.messages[row] or [], uuid.uuid4().hex) for row in chosen]
-        return self._misrouted(generated, chosen, first_differences(again_chat, scored, starts))
+        return self._misrouted(generated, chosen)
+
+    def _change(self, row: int, prompt: list[int]) -> float:
+        """How a row's summed log-probability changes with another prompt."""
+        ids, start = self.rows.ids[row], self.rows.starts[row]
+        after = [at for at in self.rows.learned[row] if at >= start]
+        again = self._each(lambda at: self.server.logprob(self.name, prompt + ids[start:at], ids[at]), after)
+        return sum(again) - sum(self._scored(self.name)[row][-len(after) :])
+
+    def _first_difference(self, generated: list[Generated], name: str) -> float:
+        """Mean difference of the first tokens' log-probabilities from those that completions give as `name`."""
+        logprobs = self._each(lambda answer: self.server.logprob(name, answer.prompt, answer.token), generated)
+        return sum(abs(a.logprob - b) for a, b in zip(generated, logprobs, strict=True)) / len(generated)
+
+    def _misrouted(self, generated: list[Generated], chosen: list[int]) -> tuple[str, str]:
+        """What the answers in chat are, if they are not those of the adapter."""
+        most, salt = FIRST_TOKEN_TOLERANCE[self.precision], uuid.uuid4().hex
+        fresh = self._each(lambda row: self.server.chat(self.name, self.rows.messages[row] or [], salt), chosen)
+        if self._first_difference(fresh, self.name) <= most:
+            return STALE, "without its prefix cache, the server answers in chat as the challenger"
+        for diagnosis, name in ((BASE, self.base_name), (PREVIOUS, self.previous)):
+            if name and self._first_difference(generated, name) <= most:
+                return diagnosis, f"answers in chat are those of {name}"
+        return UNKNOWN, "answers in chat differ from those in completions"
 
     def _differing_prompt(self, generated: Generated, row: int, count: int) -> str:
-        expected = self.rows.prompts[row]
+        expected = self.rows.prompt(row)
         pairs = enumerate(zip(generated.prompt, expected, strict=False))
         first = next((at for at, (ours, theirs) in pairs if ours != theirs), min(len(expected), len(generated.prompt)))
         return (
@@ -256,24 +244,26 @@ class Verification:
 
     # ---- requests
 
-    def _score(self, name: str, salt: str | None = None) -> list[Scored]:
-        ids = self.rows.ids
-        batches = (ids[at : at + BATCH] for at in range(0, len(ids), BATCH))
-        return [scored for batch in batches for scored in self.server.score(name, batch, salt)]
+    def _each(self, ask: Callable[[T], R], of: Iterable[T]) -> list[R]:
+        """Results of several requests at a time, in order."""
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return [*pool.map(ask, of)]
 
-    def _scored(self, name: str) -> list[Scored]:
-        """Scores of all rows, asked for once."""
-        if name not in self._scores:
-            self._scores[name] = self._score(name)
-        return self._scores[name]
+    def _ask(self, name: str, salt: str | None = None) -> list[list[float]]:
+        """Log-probability of each learned token of each row."""
+        ids, learned = self.rows.ids, self.rows.learned
+        wanted = [(row, at) for row, positions in enumerate(learned) for at in positions]
+        logprobs = iter(self._each(lambda one: self.server.logprob(name, *_until(ids, *one), salt), wanted))
+        return [[next(logprobs) for _ in positions] for positions in learned]
+
+    def _scored(self, name: str) -> list[list[float]]:
+        """Log-probabilities of all rows, asked for once."""
+        if name not in self._logprobs:
+            self._logprobs[name] = self._ask(name)
+        return self._logprobs[name]
 
     def _sums(self, name: str) -> "NDArray[np.float64]":
-        return sums(self._scored(name), self.rows.learned)
-
-    def _generate(self, salt: str | None = None) -> list[Generated]:
-        prompts = self.rows.prompts
-        batches = (prompts[at : at + BATCH] for at in range(0, len(prompts), BATCH))
-        return [generated for batch in batches for generated in self.server.generate(self.name, batch, salt)]
+        return _sums(self._scored(name))
 
     # ---- results
 
@@ -301,23 +291,34 @@ class Verification:
 
         apart = np.min([abs(answered - other) for other in references.values()], axis=0)
         row = int(apart.argmax())
+        learned = self.rows.learned[row][:PROBE_TOKENS]
         return {
-            "ids": self.rows.ids[row],
-            "learned": self.rows.learned[row],
-            "logprob": float(answered[row]),
+            "ids": self.rows.ids[row][: learned[-1] + 1],
+            "learned": learned,
+            "logprob": sum(self._scored(self.name)[row][:PROBE_TOKENS]),
             "tolerance": self.tolerance,
         }
 
 
 def answers_as_probed(server: VllmServer, name: str, probe: dict[str, Any]) -> bool:
-    """Whether a server still answers as when it was verified; one request.
+    """Whether a server still answers as when it was verified; at most `PROBE_TOKENS` requests.
 
     Args:
         server: The server.
         name: Name of the adapter.
         probe: `Verdict.probe` of the verification.
     """
-    (scored,) = server.score(name, [probe["ids"]])
-    learned = probe["learned"]
-    difference = sum(scored.tokens[at] for at in learned) - probe["logprob"]
-    return abs(difference) <= probe["tolerance"] * len(learned)
+    ids, learned = probe["ids"], probe["learned"]
+    difference = sum(server.logprob(name, ids[:at], ids[at]) for at in learned) - probe["logprob"]
+    return bool(abs(difference) <= probe["tolerance"] * len(learned))
+
+
+def _until(ids: list[list[int]], row: int, at: int) -> tuple[list[int], int]:
+    """The tokens before a position of a row, and the token there."""
+    return ids[row][:at], ids[row][at]
+
+
+def _sums(logprobs: list[list[float]]) -> "NDArray[np.float64]":
+    import numpy as np
+
+    return np.array([sum(row) for row in logprobs])

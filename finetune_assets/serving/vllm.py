@@ -23,8 +23,8 @@ ATTEMPTS, PAUSE_SECONDS = 3, 0.5
 """Attempts of a request that met an overloaded or restarting server, and the first pause, doubled each time."""
 MOST_BYTES = 64 << 20
 """Largest answer that is read, in bytes."""
-ALTERNATIVES = 3
-"""Most probable tokens at each position that are asked for, beside the token itself."""
+GREEDY = {"max_tokens": 1, "temperature": 0.0, "repetition_penalty": 1.0}
+"""Settings of all requests, of which a model's `generation_config.json` may have others."""
 LORA_METRIC = re.compile(r"^vllm:lora_requests_info\{([^}]*)\} (\S+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 Message = Mapping[str, Any]
@@ -41,19 +41,6 @@ class Model:
 
     parent: str | None
     max_length: int | None
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Log-probabilities of the tokens of one prompt.
-
-    Attributes:
-        tokens: Log-probability of each token, in nats; 0.0 for the first one.
-        alternatives: Log-probabilities of the most probable tokens at each position, by token id.
-    """
-
-    tokens: list[float]
-    alternatives: list[dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -132,29 +119,30 @@ class VllmServer:
             raise
         return True
 
-    def score(self, name: str, prompts: Sequence[Sequence[int]], salt: str | None = None) -> list[Scored]:
-        """Log-probabilities of all tokens of some prompts.
+    def logprob(self, name: str, prompt: Sequence[int], token: int, salt: str | None = None) -> float:
+        """Log-probability of a token after a prompt, in nats.
+
+        The server is asked for an answer of one token, and allowed only this one: an ordinary request, with which vLLM
+        reads its prefix cache, and whose log-probability is that before the restriction. Log-probabilities of the
+        prompt's own tokens would need fewer requests, but vLLM 0.32 ends on a CPU if it computes them for an adapter
+        beside other requests.
 
         Args:
             name: Model or adapter.
-            prompts: Token ids.
-            salt: Separates these requests from the server's prefix cache.
+            prompt: Token ids.
+            token: Token id.
+            salt: Separates the request from the server's prefix cache.
         """
-        body = {"prompt": [[*ids] for ids in prompts], "max_tokens": 1, "temperature": 0.0}
-        choices = self._choices(name, body | {"prompt_logprobs": ALTERNATIVES}, salt, len(prompts))
-        return [self._scored(choice, ids) for choice, ids in zip(choices, prompts, strict=True)]
-
-    def generate(self, name: str, prompts: Sequence[Sequence[int]], salt: str | None = None) -> list[Generated]:
-        """First greedy token of each prompt, as an ordinary request, for which the server reads its prefix cache."""
-        body = {"prompt": [[*ids] for ids in prompts], "max_tokens": 1, "temperature": 0.0}
-        choices = self._choices(name, body | {"logprobs": 1, "return_token_ids": True}, salt, len(prompts))
+        path, body = "/v1/completions", {"model": name, "prompt": [*prompt], **GREEDY, "allowed_token_ids": [token]}
+        body |= {"logprobs": 0, "return_token_ids": True, **({"cache_salt": salt} if salt else {})}
+        answer = self._json("POST", path, body)
         try:
-            return [
-                Generated([*ids], int(choice["token_ids"][0]), _number(choice["logprobs"]["token_logprobs"][0]))
-                for choice, ids in zip(choices, prompts, strict=True)
-            ]
+            (choice,) = answer["choices"]
+            if choice["token_ids"] != [token]:
+                raise ValueError(f"token {choice['token_ids']} instead of {token}")
+            return _number(choice["logprobs"]["token_logprobs"][0])
         except (KeyError, IndexError, TypeError, ValueError) as e:
-            raise self._invalid("/v1/completions", f"no first token ({e!r})") from e
+            raise self._invalid(path, f"no log-probability of the token ({e!r})") from e
 
     def chat(self, name: str, messages: Sequence[Message], salt: str | None = None) -> Generated:
         """First greedy token of the answer to messages, which the server renders with its chat template.
@@ -163,7 +151,7 @@ class VllmServer:
             ServerError: also with the diagnosis `wrong template`, if the server cannot render the messages.
         """
         path = "/v1/chat/completions"
-        body = {"messages": [*messages], "max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 0}
+        body = {"messages": [*messages], **GREEDY, "logprobs": True, "top_logprobs": 0}
         body |= {"model": name, "return_token_ids": True, **({"cache_salt": salt} if salt else {})}
         try:
             answer = self._json("POST", path, body)
@@ -191,26 +179,6 @@ class VllmServer:
         _, labels = max(found, key=lambda entry: entry[0])  # the gauge's value is the time of its last update
         names = ",".join(labels.get(f"{state}_lora_adapters", "") for state in ("running", "waiting"))
         return {name.strip() for name in names.split(",") if name.strip()}
-
-    def _choices(self, name: str, body: dict[str, Any], salt: str | None, count: int) -> list[Any]:
-        body = {"model": name, **body, **({"cache_salt": salt} if salt else {})}
-        choices = self._json("POST", "/v1/completions", body).get("choices")
-        if not isinstance(choices, list) or len(choices) != count:
-            raise self._invalid("/v1/completions", f"expected {count} choices")
-        return sorted(choices, key=lambda choice: choice.get("index", 0))
-
-    def _scored(self, choice: Mapping[str, Any], ids: Sequence[int]) -> Scored:
-        try:
-            positions = choice["prompt_logprobs"]
-            if len(positions) != len(ids):
-                raise ValueError(f"{len(positions)} positions for {len(ids)} tokens")
-            found: list[dict[int, float]] = [{}] + [
-                {int(token): _number(entry["logprob"]) for token, entry in position.items()}
-                for position in positions[1:]
-            ]
-            return Scored([0.0] + [found[at][token] for at, token in enumerate(ids) if at], found)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise self._invalid("/v1/completions", f"no log-probabilities of the prompt ({e!r})") from e
 
     def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         content = self._send(method, path, body)

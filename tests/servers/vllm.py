@@ -81,8 +81,7 @@ class Vllm:
         answers_as: Answer to every adapter as this one, or as the base model ("").
         only_chat: `answers_as` concerns chat alone.
         scale: Factor on every adapter's update.
-        stale: Answer prompts that another adapter has seen as that one, except where log-probabilities of the prompt or
-            a cache of one's own are asked for.
+        stale: Answer prompts that another adapter has seen as that one, except where a cache of one's own is asked for.
         leaks: Answer to adapters that were unloaded.
         failing: Answer these paths with a status.
         hangs: Seconds before each answer.
@@ -247,14 +246,11 @@ class _Handler(BaseHTTPRequestHandler):
         logprobs = self.computed_by.logprobs(folder, ids, vllm.scale if folder else 1.0)
         if vllm.noise:
             logprobs = logprobs + vllm.noise * torch.randn_like(logprobs)
-        token = int(logprobs[-1].argmax())
+        allowed = body.get("allowed_token_ids")
+        token = allowed[int(logprobs[-1, allowed].argmax())] if allowed else int(logprobs[-1].argmax())
         first = {"token": self.computed_by.tokenizer.decode([token]), "logprob": float(logprobs[-1, token])}
         shown = {"content": [first]} if form == "content" else {"token_logprobs": [first["logprob"]]}
-        found = {"token_ids": [token], "logprobs": shown, "finish_reason": "length"}
-        if "prompt_logprobs" in body:
-            pairs = zip(logprobs[:-1], ids[1:], strict=True)
-            found["prompt_logprobs"] = [None, *(position(row, one, body["prompt_logprobs"]) for row, one in pairs)]
-        return found
+        return {"token_ids": [token], "logprobs": shown, "finish_reason": "length"}
 
     def answering(self, body: dict[str, Any], ids: list[int], form: str) -> str:
         """Name of the adapter that answers instead of the one that is asked for."""
@@ -263,13 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
             return name
         if vllm.answers_as is not None and (form == "content" or not vllm.only_chat):
             return vllm.answers_as
-        if "prompt_logprobs" in body or "cache_salt" in body:
+        if "cache_salt" in body:
             return name
         first = vllm.seen.setdefault(tuple(ids), name)
         return first if vllm.stale else name
-
-
-def position(logprobs: torch.Tensor, token: int, count: int) -> dict[str, Any]:
-    """Log-probabilities of a token and of the most probable ones, as vLLM writes them."""
-    tokens = dict.fromkeys([token, *logprobs.topk(count).indices.tolist()])
-    return {str(one): {"logprob": float(logprobs[one]), "rank": 1} for one in tokens}

@@ -103,15 +103,15 @@ def test_a_password_of_netrc_is_not_sent(
         b"{",
         b"[" * 10_000,
         b'{"choices": []}',
-        b'{"choices": [{"prompt_logprobs": [null]}]}',
-        b'{"choices": [{"prompt_logprobs": [null, {"7": {"logprob": NaN}}]}]}',
-        b'{"choices": [{"prompt_logprobs": [null, {"8": {"logprob": -1.0}}]}]}',
+        b'{"choices": [{"token_ids": [7]}]}',
+        b'{"choices": [{"token_ids": [7], "logprobs": {"token_logprobs": [NaN]}}]}',
+        b'{"choices": [{"token_ids": [8], "logprobs": {"token_logprobs": [-1.0]}}]}',
     ],
 )
 def test_an_answer_that_is_not_vllms_is_refused(server: Answers, body: bytes) -> None:
     server.answers = [(200, body, {})]
     with pytest.raises(ServerError) as error:
-        VllmServer(server.url).score("demo", [[5, 7]])
+        VllmServer(server.url).logprob("demo", [5], 7)
     assert error.value.diagnosis == ERROR
     assert "/v1/completions" in str(error.value)
 

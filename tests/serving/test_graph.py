@@ -35,7 +35,7 @@ def test_each_champion_is_served(project: TestProject, vllm: Vllm, monkeypatch: 
         run = graph.run()
         assert run.success, run.log
         names.append(str(run.metadata("served_adapter")["serves"]))
-        answers.append(VllmServer(vllm.url).score(names[-1], [[5, 6, 7, 8]])[0].tokens)
+        answers.append(VllmServer(vllm.url).logprob(names[-1], [5, 6, 7, 8], 9))
         (check,) = (found for found in run.result.get_asset_check_evaluations() if found.check_name == "verified")
         numbers = {key: entry.value for key, entry in check.metadata.items()}
         assert (numbers["rows"], numbers["chat_rows"]) == (32, 32)

@@ -77,7 +77,7 @@ def test_each_fault_is_diagnosed_and_the_adapter_before_serves_on(
     world.promote("a")
     first = world.serve()
     assert first.passed, first
-    before = VllmServer(vllm.url).score(first.name, [QUESTION])
+    before = VllmServer(vllm.url).logprob(first.name, QUESTION, 9)
 
     if fault.diagnosis == TIMEOUT:
         monkeypatch.setattr(client, "TIMEOUT_SECONDS", 0.2)
@@ -104,7 +104,7 @@ def test_each_fault_is_diagnosed_and_the_adapter_before_serves_on(
         time.sleep(1)  # until the requests that were given up are answered
     if fault.diagnosis != TOKEN:
         vllm.base_name = "demo-base"
-    assert VllmServer(vllm.url).score(first.name, [QUESTION]) == before
+    assert VllmServer(vllm.url).logprob(first.name, QUESTION, 9) == before
     if fault.diagnosis not in (ERROR, TIMEOUT, TOKEN):
         assert failed.name not in vllm.adapters, "unloaded"
     again = world.serve()
