@@ -80,6 +80,7 @@ class Vllm:
         template: Chat template; None renders with the adapter's own `chat_template.jinja`.
         answers_as: Answer to every adapter as this one, or as the base model ("").
         only_chat: `answers_as` concerns chat alone.
+        base_as: Answer to the base model as this adapter.
         scale: Factor on every adapter's update.
         stale: Answer prompts that another adapter has seen as that one, except where a cache of one's own is asked for.
         leaks: Answer to adapters that were unloaded.
@@ -96,6 +97,7 @@ class Vllm:
     template: str | None = None
     answers_as: str | None = None
     only_chat: bool = False
+    base_as: str = ""
     scale: float = 1.0
     stale: bool = False
     leaks: bool = False
@@ -256,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Name of the adapter that answers instead of the one that is asked for."""
         vllm, name = self.served, str(body["model"])
         if name == vllm.base_name:
-            return name
+            return vllm.base_as or name
         if vllm.answers_as is not None and (form == "content" or not vllm.only_chat):
             return vllm.answers_as
         if "cache_salt" in body:

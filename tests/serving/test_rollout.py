@@ -151,6 +151,22 @@ def test_sixteen_bits_are_measured_and_tolerated(world: World, vllm: Vllm) -> No
 
 
 @pytest.mark.system
+def test_a_server_that_confuses_the_base_alone_serves_the_adapter(world: World, vllm: Vllm) -> None:
+    """As vLLM 0.32 does on a CPU while requests of an adapter run."""
+    world.configure(vllm.url)
+    world.promote("a")
+    vllm.base_as = world.serve().name
+    world.promote("b", against="a")
+    (verdict,) = world.serve().verdicts.values()
+    assert verdict.passed, verdict
+    assert verdict.numbers["base_noise"] > 1
+    vllm.scale = 0.9
+    world.promote("c", against="b")
+    (verdict,) = world.serve().verdicts.values()
+    assert verdict.diagnosis == "another base"
+
+
+@pytest.mark.system
 def test_verify_rows_is_the_number_of_rows(world: World, vllm: Vllm) -> None:
     world.configure(vllm.url, verify_rows=3)
     world.promote("a")
