@@ -35,7 +35,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 FLOAT32_NOISE = 0.001
 """Mean difference of the base model's log-probabilities, in nats per token, up to which server and evaluation both
-compute in float32. Measured on the packaged model: below 1e-5; with bfloat16 on one side: 0.003 to 0.02."""
+compute in float32. Measured on the packaged model with vLLM 0.32 on a CPU: 1.2e-6 in float32, 0.016 in bfloat16 against
+an evaluation in float32; adapters 1e-6, and 0.019 to 0.022."""
 TOLERANCE = {"float32": 0.005, "16 bits": 0.05}
 """Largest mean difference of the answers' log-probabilities from the evaluation's, in nats per token. The mean is over
 the rows' tokens, of the absolute differences of the rows' sums."""
