@@ -16,6 +16,7 @@ from finetune_assets.assets.dolly_raw import dolly_raw
 from finetune_assets.assets.experiment_report import experiment_report
 from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.merged_model import merged_model
+from finetune_assets.assets.served_adapter import served_adapter
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
@@ -23,6 +24,7 @@ from finetune_assets.automation.alert_sensors import alert_on_failure, alert_on_
 from finetune_assets.automation.dead_runs import dead_runs_sensor
 from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
+from finetune_assets.automation.serving import serving_sensor
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.io_manager import ArtifactIOManager
 from finetune_assets.resources.project import Project
@@ -59,12 +61,20 @@ def project_definitions() -> dg.Definitions:
                 lora_adapter,
                 adapter_evaluation,
                 champion_adapter,
+                served_adapter,
                 merged_model,
                 stacked_adapter,
                 experiment_report,
             ]
         ),
-        sensors=[raw_data_sensor, experiments_sensor, dead_runs_sensor, alert_on_failure, alert_on_standstill],
+        sensors=[
+            raw_data_sensor,
+            experiments_sensor,
+            serving_sensor,
+            dead_runs_sensor,
+            alert_on_failure,
+            alert_on_standstill,
+        ],
         schedules=[raw_data_schedule],
         jobs=[prepare_data, train_and_evaluate],
         resources={

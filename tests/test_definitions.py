@@ -34,6 +34,7 @@ def test_the_graph() -> None:
         "lora_adapter": {"training_plan", "tokenized_dataset", "cached_base_model"},
         "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model"},
         "champion_adapter": {"lora_adapter", "adapter_evaluation"},
+        "served_adapter": {"champion_adapter"},
         "merged_model": {"champion_adapter", "tokenized_dataset"},
         "experiment_report": {"adapter_evaluation"},
         "stacked_adapter": {"champion_adapter", "tokenized_dataset", "cached_base_model"},
@@ -41,7 +42,7 @@ def test_the_graph() -> None:
 
 
 PARTITIONED = ["cached_base_model", "tokenized_dataset", "training_plan", "lora_adapter"]
-PARTITIONED += ["adapter_evaluation", "champion_adapter", "merged_model", "stacked_adapter"]
+PARTITIONED += ["adapter_evaluation", "champion_adapter", "served_adapter", "merged_model", "stacked_adapter"]
 
 
 @pytest.mark.parametrize("key", PARTITIONED)

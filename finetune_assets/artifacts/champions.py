@@ -4,20 +4,18 @@ Each record is one small file that is written only if its number is unused, so h
 consistent. An interrupted promotion has no effect, and of two concurrent promotions one fails with `ChampionMoved`.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from finetune_assets.artifacts.kinds import ADAPTERS, CHAMPIONS, STACKS
+from finetune_assets.artifacts.records import NumberedRecords, now, record_fields
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing, StoreError
-from finetune_assets.store.json_object import MOST_BYTES, InvalidJson, check_time, check_types, parse_object
+from finetune_assets.store.json_object import InvalidJson
 
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back"
-RECORD = re.compile(r"(\d{8})\.json")
 FINGERPRINT = re.compile("[0-9a-f]{64}")
 KINDS = (ADAPTERS.folder, STACKS.folder)
 MAYBE = (str, type(None))
@@ -77,20 +75,12 @@ def parse_record(content: bytes, where: str) -> Record:
         StoreError: if the record is invalid.
     """
     try:
-        tree = parse_object(content)
-        check_types(tree, {name: types for name, types in TYPES.items() if name in tree or name in REQUIRED})
-        if unknown := sorted(tree.keys() - TYPES.keys()):
-            raise InvalidJson(f"unknown field '{unknown[0][:60]}'")
-        record = Record(**tree)
-        named = RECORD.fullmatch(where.rpartition("/")[2])
-        if not named or record.number != int(named[1]):
-            raise InvalidJson(f"number {record.number} differs from its key")
+        record = Record(**record_fields(content, where, TYPES, REQUIRED))
         for value in (record.adapter, record.against, record.evaluation, record.before):
             if value is not None and not FINGERPRINT.fullmatch(value):
                 raise InvalidJson(f"'{value[:60]}' is not a fingerprint")
         if record.kind not in KINDS:
             raise InvalidJson(f"kind '{record.kind[:60]}' is not one of {', '.join(KINDS)}")
-        check_time(record.at)
     except InvalidJson as e:
         raise StoreError(f"{where}: invalid champion record ({e}); delete it") from e
     return record
@@ -106,15 +96,15 @@ class Champions:
 
     def __init__(self, store: ArtifactStore, experiment: str) -> None:
         self.store, self.experiment = store, experiment
+        self.records = NumberedRecords(store, CHAMPIONS.folder, experiment, parse_record)
 
     def current(self) -> Record | None:
         """The record of the current champion, or None if no adapter was promoted yet."""
-        numbers = self._numbers()
-        return self._read(numbers[-1]) if numbers else None
+        return self.records.current()
 
     def history(self) -> list[Record]:
         """All records, oldest first."""
-        return [self._read(number) for number in self._numbers()]
+        return self.records.history()
 
     def champion(self) -> ArtifactRef | None:
         """The current champion, or None if no adapter was promoted yet.
@@ -155,10 +145,9 @@ class Champions:
         Raises:
             ChampionMoved: if another record was appended since then.
         """
-        before = self._read(after).adapter if after else None
-        record = replace(record, experiment=self.experiment, number=after + 1, before=before, at=_now())
-        content = json.dumps(asdict(record), indent=1, sort_keys=True).encode()
-        if not self.store.objects.create(self._key(record.number), content):
+        before = self.records.read(after).adapter if after else None
+        record = replace(record, experiment=self.experiment, number=after + 1, before=before, at=now())
+        if not self.records.create(record.number, asdict(record)):
             raise ChampionMoved(
                 f"{self.experiment}: another adapter was promoted in the meantime (record {record.number}); to compare "
                 "with it, materialize adapter_evaluation and champion_adapter again"
@@ -246,26 +235,7 @@ class Champions:
             raise StoreError(f"{self.experiment}: the adapter of record {to} is already the champion")
         return target
 
-    def _numbers(self) -> list[int]:
-        names = (stored.key.rpartition("/")[2] for stored in self.store.objects.listing(self._prefix))
-        return sorted(int(match[1]) for name in names if (match := RECORD.fullmatch(name)))
-
-    def _read(self, number: int) -> Record:
-        key = self._key(number)
-        return parse_record(self.store.objects.get(key, MOST_BYTES), f"{self.store.url}/{key}")
-
-    @property
-    def _prefix(self) -> str:
-        return f"{self.store.namespace}/{CHAMPIONS.folder}/{self.experiment}/"
-
-    def _key(self, number: int) -> str:
-        return f"{self._prefix}{number:08d}.json"
-
 
 def _need_reason(reason: str) -> None:
     if not reason.strip():
         raise StoreError("--reason is required; it is recorded in the promotion history")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -185,6 +185,10 @@ SERVABLE = ArtifactKind(
     retention=Retention(with_kept=ADAPTERS.folder),
 )
 """Adapters in the form that servers load: `adapter` is the fingerprint of the trained adapter."""
+SERVED = ArtifactKind("served", "served_adapter", "1", retention=Retention(collected=False))
+"""Numbered records that name what servers answer with; not artifacts themselves."""
+OF_CHAMPION = (CHAMPIONS, SERVED)
+"""Kinds whose artifact is the champion itself."""
 STACKS = ArtifactKind("stacks", "stacked_adapter", "2", ("champions", "cached_base_model"), _stack)
 """`champions` are fingerprints, in the order of `stack.adapters`."""
 REPORTS = ArtifactKind("reports", "experiment_report", "1", retention=Retention(newest="keep_reports"))
@@ -202,6 +206,7 @@ KINDS = (
     CHAMPIONS,
     MERGED,
     SERVABLE,
+    SERVED,
     STACKS,
     REPORTS,
     IMPORTS,

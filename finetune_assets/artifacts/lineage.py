@@ -19,9 +19,9 @@ from finetune_assets.artifacts.imports import Import, import_external
 from finetune_assets.artifacts.kinds import (
     ADAPTERS,
     BASE_MODELS,
-    CHAMPIONS,
     EVALUATIONS,
     KIND_OF,
+    OF_CHAMPION,
     PLANS,
     RAW,
     ArtifactKind,
@@ -108,7 +108,7 @@ class Lineage:
         """The experiment's artifact of a kind."""
         if kind is RAW:
             return self.raw.raw()
-        if kind is CHAMPIONS:
+        if kind in OF_CHAMPION:
             return self.champion()
         if kind is BASE_MODELS:
             source = self.base_source()

@@ -96,8 +96,7 @@ def _merge(experiment: Experiment, split_salt: str) -> str | None:
 
 
 def _served(experiment: Experiment, split_salt: str) -> str | None:
-    serving = experiment.config.serving
-    return fingerprint(serving=asdict(serving)) if serving else None
+    return fingerprint(serving=asdict(experiment.config.serving)) if experiment.config.serving else None
 
 
 SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
@@ -108,8 +107,8 @@ SETTINGS: dict[str, Callable[[Experiment, str], str | None]] = {
     "adapter_evaluation": _evaluation,
     "champion_adapter": _champion,
     "merged_model": _merge,
-    "stacked_adapter": _stack,
     "served_adapter": _served,
+    "stacked_adapter": _stack,
 }
 """Functions that hash the settings of an asset, for assets that need more than the identity of their kind. The hash is
 None if the experiment does not configure the asset."""

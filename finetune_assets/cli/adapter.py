@@ -35,9 +35,12 @@ from finetune_assets.cli.terminal import (
 from finetune_assets.cli.verification import against_manifest, against_sums, published_artifact
 from finetune_assets.config.errors import ConfigError, suggest
 from finetune_assets.config.loading import experiment_names, load_experiment
+from finetune_assets.errors import UserError
 from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources import deployment
+from finetune_assets.serving.rollback import move_back
+from finetune_assets.serving.servers import servers_of
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 from finetune_assets.store.gc import inventory
@@ -155,6 +158,7 @@ def roll_back(experiment: str, to: int | None, reason: str) -> None:
         f"{record.adapter[:SHORT]} is the champion of {experiment} again (record {record.number}); "
         f"{(record.before or '')[:SHORT]} is excluded from automatic promotion"
     )
+    _move_alias(store, record)
     _log_to_wandb(store, record)
 
 
@@ -327,6 +331,17 @@ def _log_to_wandb(store: ArtifactStore, record: Record) -> None:
         out.print(f"Weights & Biases: not updated, the settings cannot be read: {e}")
         return
     log_champion(settings, record, store, out.print)
+
+
+def _move_alias(store: ArtifactStore, record: Record) -> None:
+    """Let the experiment's servers answer with its champion again, if they still have it loaded."""
+    try:
+        servers = servers_of(load_experiment(deployment.configs(), record.experiment).config, deployment.root())
+        if servers:
+            served = move_back(store, record, servers, _user())
+            out.print(f"{served.name} serves {record.experiment} again (record {served.number}); no files were moved")
+    except UserError as e:  # the champion has changed all the same
+        out.print(f"The servers still answer as before: {e}. To serve the champion, materialize served_adapter")
 
 
 def _user() -> str:

@@ -1,1 +1,1 @@
-"""Adapters on servers: which settings a server supports, and the form of an adapter that it computes correctly."""
+"""Serving the champion: what servers support, the form of an adapter that they load, verification, alias and rollback."""

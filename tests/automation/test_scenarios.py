@@ -16,6 +16,7 @@ from finetune_assets.assets.cached_base_model import cached_base_model
 from finetune_assets.assets.champion_adapter import champion_adapter
 from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.merged_model import merged_model
+from finetune_assets.assets.served_adapter import served_adapter
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
@@ -43,12 +44,13 @@ REAL = {
         adapter_evaluation,
         champion_adapter,
         merged_model,
+        served_adapter,
         stacked_adapter,
     )
 }
 UPSTREAM = {name: sorted(key.to_user_string() for key in asset.dependency_keys) for name, asset in REAL.items()}
-ALL = set(REAL) - {"merged_model", "stacked_adapter"}
-"""What an experiment needs that is neither merged nor stacked."""
+ALL = set(REAL) - {"merged_model", "served_adapter", "stacked_adapter"}
+"""What an experiment needs that is neither merged, served nor stacked."""
 TRAINING = {"training_plan", "lora_adapter", "adapter_evaluation", "champion_adapter"}
 OF_OTHERS = {("stacked_adapter", "champion_adapter")}
 """Of which asset all partitions count for another one."""
@@ -565,6 +567,16 @@ def test_what_an_experiment_is_merged_into_follows_its_champion(trained: World) 
     assert trained.settle() == [{"a": {"merged_model"}}]
     trained.new_data("2")
     assert "merged_model" in set().union(*(look.get("a", set()) for look in trained.settle()))
+
+
+@pytest.mark.system
+def test_what_is_served_follows_the_champion_and_the_servers(trained: World) -> None:
+    trained.write("a", "serving: {servers: ['folder:./one']}\n")
+    assert trained.settle() == [{"a": {"served_adapter"}}]
+    trained.write("a", "serving: {servers: ['folder:./one', 'folder:./two']}\n")
+    assert trained.settle() == [{"a": {"served_adapter"}}]
+    trained.new_data("2")
+    assert "served_adapter" in set().union(*(look.get("a", set()) for look in trained.settle()))
 
 
 @pytest.mark.system

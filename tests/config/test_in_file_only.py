@@ -24,6 +24,7 @@ VERSION = "owner/x@" + "0" * 40
 MARKED = {
     "model.trust_remote_code": VERSION,
     "evaluation.lm_eval.folder": "./tasks",
+    "serving.servers": "[http://example.org:8000]",
     "launcher.environment": "{LD_PRELOAD: /tmp/x.so}",
     "launcher.slurm.python": "/tmp/python",
     "launcher.slurm.extra_arguments": "[--wrap=id]",

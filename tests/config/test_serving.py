@@ -6,7 +6,9 @@ from projects import TestProject
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.config.schema import Serving
+from finetune_assets.serving.servers import servers_of
 
+EXPERIMENT = "model: {base_model: demo-base}\nserving: {servers: [%s]%s}\n"
 SERVERS = ["http://127.0.0.1:8000", "https://gpu-1.example.org", "http://[::1]:8000/", "folder:./served"]
 
 
@@ -47,3 +49,18 @@ def test_invalid_settings_name_key_and_value(project: TestProject, serving: str,
     for text in ("mine.yaml", *named):
         assert text in str(error.value)
     assert "planted" not in str(error.value)
+
+
+def test_servers_of_an_experiment(project: TestProject) -> None:
+    project.write_experiment("mine", EXPERIMENT % ("'folder:./adapters', http://a:1, https://b", ", max_rank: 8"))
+    config = load_experiment(project.configs, "mine").config
+    servers = servers_of(config, project.root)
+    assert servers
+    assert [folder.path for folder in servers.folders] == [project.root / "adapters"]
+    assert [replica.url for replica in servers.replicas] == ["http://a:1", "https://b"]
+    assert (servers.settings.base_name, servers.settings.max_rank) == ("demo-base", 8)
+    project.write_experiment("mine", EXPERIMENT % ("http://a:1", ""))
+    servers = servers_of(load_experiment(project.configs, "mine").config, project.root)
+    assert servers
+    assert [folder.path for folder in servers.folders] == [project.root / ".finetune" / "serving"]
+    assert servers_of(load_experiment(project.configs, "demo").config, project.root) is None
