@@ -1,1 +1,1 @@
-"""Serving the champion: what servers support, the form of an adapter that they load, verification, alias and rollback."""
+"""Serving the champion: what servers support, the adapters that they load, verification, alias and rollback."""

@@ -33,7 +33,6 @@ MARKED = {
     "launcher.kubernetes.service_account": "admin",
     "launcher.kubernetes.secrets": "[other]",
     "launcher.kubernetes.pod": "{hostNetwork: true}",
-    "serving.servers": "['http://host.example:8000']",
 }
 
 

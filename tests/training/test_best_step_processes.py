@@ -49,7 +49,7 @@ def test_one_and_two_ranks_agree(machine: Callable[..., Machine]) -> None:
     assert ours["measured"] == pytest.approx(theirs["measured"], rel=1e-4)
     weights, others = load(one.adapter()), load(two.adapter())
     assert weights.keys() == others.keys()
-    # As in test_graph: Adam turns rounding differences of near-zero gradients into differences of about the learning rate
+    # Adam turns rounding differences of near-zero gradients into differences of about the learning rate
     difference = torch.cat([(weights[name] - others[name]).flatten() for name in weights])
     moved = torch.cat([value.flatten() for value in weights.values()])
     assert difference.norm() / moved.norm() < 1e-3
