@@ -171,7 +171,7 @@ def _messages(
         rows = rows_at(_raw_files(lineage, dataset), numbers)
     except (UserError, KeyError):
         return [None] * len(numbers)
-    return [_prompt_messages(row) for row in rows]
+    return [_prompt_messages(row, data) for row in rows]
 
 
 def _raw_files(lineage: Lineage, dataset: ArtifactRef) -> list[Path]:
@@ -185,10 +185,13 @@ def _raw_files(lineage: Lineage, dataset: ArtifactRef) -> list[Path]:
     return [store.fetch(ref, lambda path: path == PARQUET) / PARQUET for ref in sources]
 
 
-def _prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _prompt_messages(row: Mapping[str, Any], data: Data) -> list[dict[str, Any]] | None:
     """The messages before the last answer; None for a conversation with tools, which servers parse."""
     from finetune_assets.data.layouts.instruction import conversation
+    from finetune_assets.data.serving_template import prompt_messages
 
+    if not data.prompt_template.chat_template:
+        return prompt_messages(row)  # type: ignore[arg-type]
     turns = row["messages"] or conversation(row["instruction"], row["context"], row["response"])
     messages = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     if row.get("tools") or messages[-1]["role"] != "assistant" or any(len(message) > 2 for message in messages):

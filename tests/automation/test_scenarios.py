@@ -548,7 +548,7 @@ def test_an_unservable_adapter_is_trained_unless_it_is_to_be_served(trained: Wor
     trained.unservable = {"a": WARN, "b": ERROR}
     trained.new_data("v2")
     planned = {"tokenized_dataset", "training_plan"}
-    assert trained.settle() == [{"a": planned, "b": planned}]
+    assert trained.settle() == [{"a": planned, "b": planned | {"served_adapter"}}]
     raw.write_text(text)
     assert trained.settle() == [{"a": TRAINING - {"training_plan"}}]
     assert trained.trained_on("lora_adapter", "b") == "v1"

@@ -116,7 +116,7 @@ def test_file_sets_them_all(project: TestProject) -> None:
     assert config.model.trust_remote_code == VERSION
     assert config.launcher.environment == {"LD_PRELOAD": "/tmp/x.so"}
     assert config.launcher.kubernetes.pod == {"hostNetwork": True}
-    assert config.serving == Serving(["http://host.example:8000"])
+    assert config.serving == Serving(["http://example.org:8000"])
 
 
 def test_trust_of_a_file_is_for_its_own_model_alone(project: TestProject) -> None:

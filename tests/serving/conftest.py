@@ -32,12 +32,8 @@ from finetune_assets.sources.local import SAMPLE
 from finetune_assets.store.artifacts import ArtifactRef
 
 __all__ = ["base_model", "dataset", "trained"]
-TEMPLATE = (
-    "{{ bos_token }}{% set parts = messages[-1].content.split('\n\n', 1) %}### Instruction: {{ parts[0] }}\n"
-    "{% if parts[1:] %}### Input: {{ parts[1] }}\n{% endif %}### Response:"
-)
-"""A chat template that renders the demo's prompt, without the space that the tokenizer merges with the answer."""
-WRONG = TEMPLATE.replace("Response:", "Response: ").replace("Instruction", "Question")
+WRONG = "{{ bos_token }}### Question: {{ messages[-1].content }}\n### Response:"
+"""A chat template of other prompts."""
 ADAPTER_OF = {"a": "training.seed=1", "b": "training.seed=2", "c": "training.seed=3"}
 STRONG = ("training.max_steps=8", "training.macro_batch_size=2", "training.micro_batch_size=2")
 
@@ -142,7 +138,6 @@ def world(
         folder = project.root / f"adapter-{letter}"
         if not folder.exists():
             shutil.copytree(adapter_of(letter), folder)
-            (folder / "chat_template.jinja").write_text(TEMPLATE)
         made_from = {"experiment": "demo", "tokenized_dataset": "2" * 64, "fingerprint": fingerprint}
         adapter = store.find(ADAPTERS.folder, fingerprint) or store.publish(
             folder, ADAPTERS.folder, fingerprint, fingerprint, made_from

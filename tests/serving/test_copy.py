@@ -134,7 +134,6 @@ def test_copy_computes_the_logits_of_the_adapter(
 
 def test_copy_has_the_files_of_the_tokenizer_and_no_others(adapter: Callable[[Variant], Path], tmp_path: Path) -> None:
     folder, copy = adapter(VARIANTS["both patterns"]), tmp_path / "copy"
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     copy.mkdir()
     write_servable_copy(folder, copy, "the base", max_rank=16)
     names = {path.name for path in copy.iterdir()}

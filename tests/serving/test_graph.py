@@ -7,7 +7,6 @@ import yaml
 from integration.graph import Graph
 from projects import TestProject
 from servers.vllm import Vllm
-from serving.conftest import TEMPLATE
 
 from finetune_assets.plots import style
 from finetune_assets.serving.state import ServedRecords
@@ -28,7 +27,6 @@ def train(project: TestProject, url: str, **training: float) -> None:
 
 def test_each_champion_is_served(project: TestProject, vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(style, "png", lambda figure: b"")
-    vllm.template = TEMPLATE  # as `vllm serve --chat-template`
     graph, names, answers = Graph(), [], []
     for steps in (10, 30):
         train(project, vllm.url, max_steps=steps)

@@ -176,7 +176,7 @@ def test_verify_rows_is_the_number_of_rows(world: World, vllm: Vllm) -> None:
 
 
 @pytest.mark.system
-def test_another_max_rank_or_base_name_is_another_copy(world: World, vllm: Vllm) -> None:
+def test_another_base_name_is_another_copy(world: World, vllm: Vllm) -> None:
     vllm.base_name = "company/base"
     world.configure(vllm.url, base_name="company/base")
     world.promote("a")
@@ -185,6 +185,9 @@ def test_another_max_rank_or_base_name_is_another_copy(world: World, vllm: Vllm)
     config = json.loads((vllm.adapters[first.name] / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "company/base"
     world.configure(vllm.url, base_name="company/base", max_rank=128)
+    assert not world.serve().moved, "its rank is that of the adapter"
+    vllm.base_name = "company/other"
+    world.configure(vllm.url, base_name="company/other")
     second = world.serve()
     assert second.moved
     assert second.name != first.name
