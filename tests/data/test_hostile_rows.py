@@ -210,6 +210,7 @@ def test_texts_of_lists_in_dictionaries_are_read_whole(tmp_path: Path, monkeypat
     assert all(texts == ["t" * 2_000] * 2 for texts in records)
 
 
+@pytest.mark.system
 def test_metadata_names_the_first_hundred_of_many_categories(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(line({**GOOD, "category": f"c{n}" * 100}) for n in range(20_000)))

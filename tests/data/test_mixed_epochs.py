@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from raw import ingest
+from tiers import tiered
 
 from finetune_assets.config.schema import Data, Tokenization, Training
 from finetune_assets.data.prepare import prepare_dataset
@@ -32,7 +33,7 @@ def sources(dolly: Path, tmp_path_factory: pytest.TempPathFactory) -> list[RawPa
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", tiered([True, False], {False}))
 def test_an_epoch_has_the_shares_and_each_row_once(
     sources: list[RawPart], stories260k: Path, tmp_path: Path, packing: bool
 ) -> None:

@@ -341,7 +341,12 @@ def answers(result: dg.ExecuteInProcessResult) -> dict[str, str]:
     return found
 
 
-LOADED = {"weights of more layers", "weights of another shape"}
+LOADED = {
+    "weights of more layers",
+    "weights of another shape",
+    "a weight that is missing",
+    "target that is not in the model",
+}
 """Found only when a training loads them."""
 
 

@@ -117,6 +117,7 @@ def test_checks_are_of_each_source(project: TestProject, sources: tuple[Path, Pa
     assert check.metadata["two: row_drop_fraction"].value == 0
 
 
+@pytest.mark.system
 def test_a_bad_version_of_a_source_holds_back_no_other(project: TestProject, sources: tuple[Path, Path]) -> None:
     """Its last good version stays in use, the run fails, and automation continues with what is good."""
     one, two = sources

@@ -110,7 +110,7 @@ MARKUP = {
 """Provenance of manifests that are valid."""
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", tiered(HOSTILE, HOSTILE.keys() - {"many small values"}))
 def test_a_hostile_manifest_is_one_clear_error(name: str, project: TestProject) -> None:
     raw = HOSTILE[name]()
     if not name.startswith("another"):

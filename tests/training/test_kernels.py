@@ -142,6 +142,7 @@ def test_only_kernels_that_are_used_are_part_of_a_fingerprint() -> None:
     assert identity(configured(LIGER).training) == {**settings, "kernels": "liger"}
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not find_spec("liger_kernel"), reason="liger-kernel is not installed")
 def test_the_interface_of_liger_kernel() -> None:
     """Where it is installed, with a GPU or without."""

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from processes import runs
-from tiers import tiered
 
 from finetune_assets.worker import gpus, warm
 from finetune_assets.worker.process import FORKSERVER, OFF
@@ -169,7 +168,8 @@ def owner(program: Callable[..., warm.Process], tmp_path: Path) -> Iterator[Call
         process.wait()
 
 
-@pytest.mark.parametrize("victim", tiered(["owner", "server", "child"], {"owner"}))
+@pytest.mark.system
+@pytest.mark.parametrize("victim", ["owner", "server", "child"])
 def test_a_kill_leaves_no_process(owner: Callable[[str], tuple[int, int, int]], victim: str) -> None:
     numbers = dict(zip(("owner", "server", "child"), owner("child.wait()"), strict=True))
     os.kill(numbers[victim], signal.SIGKILL)
