@@ -140,7 +140,8 @@ def test_the_demo_and_its_ui_leave_no_secret(project: TestProject) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with running(project, ["finetune", "--demo", "ui", "--port", str(port)], "Serving dagster-webserver on") as ui:
-        ui.wait_for_ticks("raw_data_sensor", 1)
+        looked = "Sensor raw_data_sensor"
+        ui.wait_for("a look at the rows", lambda: looked in ui.log.read_text(), asks=False)
         assert shown(ui.log.read_text()) == []
     assert found(project.root) == []
 
