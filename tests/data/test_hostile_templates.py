@@ -40,7 +40,8 @@ def tokenizer_with(template: str) -> object:
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_without_bounds_is_refused(name: str) -> None:
-    outcome = run_limited(lambda: Jinja(tokenizer_with(BOMBS[name])))  # type: ignore[arg-type]
+    tokenizer = tokenizer_with(BOMBS[name])
+    outcome = run_limited(lambda: Jinja(tokenizer))  # type: ignore[arg-type]
     outcome.check(("DataError",))
     assert str(PACKAGED["demo-base"]) in outcome.text
 
