@@ -173,7 +173,7 @@ def _add_tokenizer(writer: GGUFWriter, values: TokenizerValues, tokenizer: PreTr
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     if tokenizer.chat_template:
-        writer.add_chat_template(str(tokenizer.chat_template))
+        writer.add_chat_template(tokenizer.get_chat_template())  # of several named ones, that of training
 
 
 class _Weights:
