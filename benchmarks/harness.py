@@ -5,7 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,10 @@ def in_process(module: str, *args: str) -> dict[str, Any]:
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def report(title: str, rows: list[tuple[str, str]], ratios: Mapping[str, float | str | None], as_json: bool) -> None:
-    """Print figures and ratios. A ratio that cannot be measured is None, with the reason as an entry of its own."""
+def report(title: str, rows: list[tuple[str, str]], ratios: dict[str, float], as_json: bool) -> None:
+    """Print figures and ratios."""
     print(title)
-    shown = ((name, f"{ratio:.3f}" if isinstance(ratio, int | float) else str(ratio)) for name, ratio in ratios.items())
-    for name, value in [*rows, *shown]:
+    for name, value in [*rows, *((name, f"{ratio:.3f}") for name, ratio in ratios.items())]:
         print(f"  {name:<40} {value}")
     if as_json:
         print(json.dumps(ratios))

@@ -63,7 +63,7 @@ class Deadline:
         seconds: Time for the whole part; None for no limit.
         clock: Returns seconds.
         longest: Duration of the longest run so far, in seconds.
-        left_out: Descriptions of the runs that were not begun.
+        left_out: Descriptions of the runs that were left out.
     """
 
     seconds: float | None

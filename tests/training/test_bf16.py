@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from raw import ingest
-from tiers import tiered
 from torch import nn
 from training.conftest import ALONE, MADE_FROM, FinishedRun, configured
 from training.measuring import (
@@ -64,7 +63,7 @@ def test_packed_equals_alone_in_bf16(finetune: Finetune) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("capabilities", tiered([(), NATIVE], [NATIVE]))
+@pytest.mark.parametrize("capabilities", [(), NATIVE])
 def test_bf16_gradients_are_fp32s_within_rounding(
     cpu: Callable[..., list[tuple[int, int]]],
     finetune: Finetune,
@@ -178,7 +177,7 @@ def test_bf16_output_layer_multiplies_in_bf16_where_the_cpu_can(
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("capabilities", tiered([(), NATIVE], [NATIVE]))
+@pytest.mark.parametrize("capabilities", [(), NATIVE])
 def test_resumed_training_in_bf16_ends_bit_equal(
     cpu: Callable[..., list[tuple[int, int]]],
     finetune: Finetune,
