@@ -571,8 +571,9 @@ def test_what_an_experiment_is_merged_into_follows_its_champion(trained: World) 
 
 @pytest.mark.system
 def test_what_is_served_follows_the_champion_and_the_servers(trained: World) -> None:
+    """The first servers also have the check `servable` made again, which blocks from then on."""
     trained.write("a", "serving: {servers: ['folder:./one']}\n")
-    assert trained.settle() == [{"a": {"served_adapter"}}]
+    assert trained.settle() == [{"a": TRAINING | {"served_adapter"}}]
     trained.write("a", "serving: {servers: ['folder:./one', 'folder:./two']}\n")
     assert trained.settle() == [{"a": {"served_adapter"}}]
     trained.new_data("2")
