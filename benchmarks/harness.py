@@ -5,6 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def interleaved(sides: dict[str, Callable[[], dict[str, float]]], runs: int) -> Runs:
-    """Run the sides in turn, `runs` times each."""
+    """Run the sides in turn, `runs` times each, with a line on stderr for each run."""
     measured: Runs = {name: [] for name in sides}
-    for _ in range(runs):
+    for run in range(runs):
         for name, side in sides.items():
+            began = time.monotonic()
             measured[name].append(side())
+            print(f"run {run + 1} of {runs}: {name}, {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     return measured
 
 

@@ -33,10 +33,11 @@ def refuse(number: int) -> int:
     raise Unpicklable("number", str(number))
 
 
-def end(number: int) -> int:
-    if number == 1:
+def end(owner: int) -> None:
+    """Kill this process unless it is the owner of the others."""
+    if os.getpid() != owner:
         os.kill(os.getpid(), signal.SIGKILL)
-    return number
+    time.sleep(0.2)
 
 
 def process(_: int) -> tuple[int, str, bool, bool]:

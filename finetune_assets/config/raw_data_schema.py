@@ -119,9 +119,9 @@ class RawDataConfig:
     checks: RawChecks = field(default_factory=RawChecks, metadata=NOT_IDENTITY)
     """Thresholds of the other checks."""
     processes: str = not_identity("auto")
-    """Number of processes that inspect the rows on this machine (duplicates, secrets, leaked answers), beside the one
-    that reads them; `auto` uses the cores of this job, up to 16, and none for small files. 1 does everything in one
-    process. The raw data is the same with every number."""
+    """Number of processes that inspect the rows on this machine (duplicates, secrets, leaked answers), with the one
+    that reads them; `auto` uses the cores of this job, up to 16, and one for small files. The raw data is the same with
+    every number."""
     arrivals: Arrivals = field(default_factory=Arrivals, metadata=NOT_IDENTITY)
     """When new data is read automatically."""
     split_salt: str = "finetune-assets"

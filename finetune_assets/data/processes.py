@@ -1,7 +1,8 @@
 """Computes batches in several processes of this machine: in order, in bounded memory, and without temporary files.
 
-The processes are fresh interpreters rather than forks, because the steps of a Dagster run may be threads of one
-process. They import neither torch nor pandas, which takes seconds and hundreds of MiB. Each ends when its owner does,
+This process is one of them: a thread of it computes while the others start, which takes each about a CPU second. The
+others are fresh interpreters rather than forks, because the steps of a Dagster run may be threads of one process. They
+import neither torch nor pandas, which takes seconds and hundreds of MiB. Each ends when its owner does,
 even by SIGKILL: its stdin is a pipe that closes then.
 
 `python -m finetune_assets.data.processes FILE` is such a process; FILE is the descriptor of its connection.
@@ -32,13 +33,13 @@ from finetune_assets.data.cores import available_cores
 from finetune_assets.errors import UserError
 
 MOST = 16
-"""Maximum number of processes with `auto`. This process reads the rows and writes the results, and keeps no more than
-about so many others busy (benchmarks/RESULTS.md)."""
+"""Maximum number of processes with `auto`. This process also reads the rows and writes the results, and keeps no more
+than about so many busy (benchmarks/RESULTS.md)."""
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""Environment of the processes. They use all cores together, so each has one thread."""
+"""Environment of the other processes. They use all cores together, so each has one thread."""
 TORCH, PANDAS = "torch", "pandas"
-"""Packages that count as not installed in the processes: transformers imports the one where it renders chat templates,
-and pyarrow the other for its first array."""
+"""Packages that count as not installed in the other processes: transformers imports the one where it renders chat
+templates, and pyarrow the other for its first array."""
 LIFELINE = 0
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -57,14 +58,14 @@ class Processes:
     They are started when they are first used.
 
     Args:
-        count: Number of processes; 1 computes in this process.
+        count: Number of processes with this one; 1 starts none.
         setting: Name of the setting that chooses the number, for messages.
     """
 
     def __init__(self, count: int, setting: str = "processes") -> None:
         self.count, self.setting = count, setting
         self._children: list[_Child] = []
-        self._idle: SimpleQueue[_Child] = SimpleQueue()
+        self._idle: SimpleQueue[_Child | _Here] = SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -102,7 +103,7 @@ class Processes:
         iterator, error = iter(items), None
         while True:
             try:
-                calls.append(threads.submit(self._call, pickled, next(iterator)))
+                calls.append(threads.submit(self._call, function, pickled, next(iterator)))
             except StopIteration:
                 break
             except Exception as e:
@@ -116,24 +117,32 @@ class Processes:
             raise error
 
     def _started(self) -> ThreadPoolExecutor:
-        """The threads, of which each waits for a process."""
+        """The threads, of which each waits for a process or computes itself."""
         if not self._threads:
-            for _ in range(self.count):
-                self._children.append(_Child(self.setting))
-                self._idle.put(self._children[-1])
+            self._children = [_Child(self.setting) for _ in range(self.count - 1)]
+            for child in self._children:
+                self._idle.put(child)
+            self._idle.put(_Here())
             self._threads = ThreadPoolExecutor(self.count, "data-process")
         return self._threads
 
-    def _call(self, function: bytes, item: Any) -> Any:
-        child = self._idle.get()
+    def _call(self, function: Callable[[T], R], pickled: bytes, item: T) -> R:
+        process = self._idle.get()
         try:
-            return child.call(function, item)
+            return process.call(function, pickled, item)
         finally:
-            self._idle.put(child)
+            self._idle.put(process)
+
+
+class _Here:
+    """This process."""
+
+    def call(self, function: Callable[[T], R], pickled: bytes, item: T) -> R:
+        return function(item)
 
 
 class _Child:
-    """A process, and the connection to it."""
+    """Another process, and the connection to it."""
 
     def __init__(self, setting: str) -> None:
         self._setting = setting
@@ -149,20 +158,20 @@ class _Child:
                 pass_fds=[theirs.fileno()],
             )
 
-    def call(self, function: bytes, item: Any) -> Any:
-        """Compute a pickled function of an item in the process.
+    def call(self, function: Callable[[T], R], pickled: bytes, item: T) -> R:
+        """Compute a function of an item in the process, which is sent its pickle.
 
         Raises:
             Exception: as the function raised it.
             LostProcess: if the process ends.
         """
         try:
-            self._connection.send_bytes(b"" if function is self._function else function)
+            self._connection.send_bytes(b"" if pickled is self._function else pickled)
             self._connection.send_bytes(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
             is_error, result = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as e:
             raise self._lost() from e
-        self._function = b"" if is_error else function  # it may have failed to load
+        self._function = b"" if is_error else pickled  # it may have failed to load
         if is_error:
             raise result
         return result
