@@ -33,8 +33,9 @@ ROWS_PER_BATCH, BATCH_CHARACTERS = 5_000, 64 << 20
 """Maximum size of a batch, in rows and in characters, after which it is written."""
 INSPECTED_ROWS, INSPECTED_CHARACTERS = 1_000, 8 << 20
 """Maximum size of a part of a batch that is inspected at a time."""
-BYTES_PER_PROCESS = 8 << 20
-"""Size of the files for each process from which several are faster than one, including their start."""
+BYTES_PER_PROCESS = 4 << 20
+"""Size of the files for each process with `auto`: about twice what is read in the time that a process takes to start;
+the 13 MB of Dolly are read 1.4 times as fast by two processes (benchmarks/RESULTS.md)."""
 SHOWN = 5
 """Maximum number of rows in each preview of good and bad rows."""
 REASONS = 50

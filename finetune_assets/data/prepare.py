@@ -35,7 +35,8 @@ from finetune_assets.progress import Progress
 
 logger = logging.getLogger(__name__)
 ROWS_PER_PROCESS = 5_000
-"""Rows for each process from which several are faster than one, including their start (benchmarks/RESULTS.md)."""
+"""Rows for each process with `auto`: about three times what is prepared in the time that a process takes to start
+(benchmarks/RESULTS.md)."""
 FREQUENT = 0.2
 """A prompt with more than this fraction of the rows explains an empty split. It is logged if more rows of a source than
 this are left out."""

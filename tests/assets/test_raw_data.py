@@ -7,6 +7,8 @@ import pytest
 from integration.graph import Graph
 from projects import TestProject
 
+from finetune_assets.data.processes import Processes
+
 GOOD = [{"question": f"Question {i}?", "answer": f"Answer {i}.", "context_id": i, "notes": "n"} for i in range(120)]
 
 
@@ -58,3 +60,22 @@ def test_quarantine_names_the_file_with_the_most_bad_rows_first(inbox: Path) -> 
     assert not run.success
     assert "60 of 161 rows" in message
     assert message.index("c.jsonl 59 of 60") < message.index("a.jsonl 1 of 101") < message.index("c.jsonl:1:")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_number_of_processes_is_that_of_the_configuration(
+    project: TestProject, inbox: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(inbox / "a.jsonl", *GOOD)
+    with (project.configs / "raw_data.yaml").open("a") as raw:
+        raw.write(f"\nprocesses: '{count}'\n")
+    used: list[int] = []
+    create = Processes.__init__
+
+    def counted(processes: Processes, count: int, setting: str) -> None:
+        used.append(count)
+        create(processes, count, setting)
+
+    monkeypatch.setattr(Processes, "__init__", counted)
+    assert Graph().run(["dolly_raw"], None).success
+    assert used == [count]
