@@ -1,4 +1,4 @@
-"""A real vLLM server under a real daemon: new data, a worse challenger, a rollback and a killed server, under traffic."""
+"""A real vLLM server and a real daemon: new data, a worse challenger, a rollback and a killed server, under traffic."""
 
 import json
 import time
