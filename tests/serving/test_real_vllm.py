@@ -130,7 +130,7 @@ def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()
     vllm, prompt, token = VllmServer(server.url), [1, 35, 77, 200], 100
     configure(project, server.url, "demo")
-    ranks = {"rank": 8, "rank_pattern": {"down_proj": 4}, "alpha_pattern": {"v_proj": 32}}
+    ranks = {"rank": 8, "rank_pattern": {"down_proj": 4}}
     short = {"epochs": None, "max_steps": 30}
     configure(project, server.url, "ranks", lora=ranks, training=short, evaluation={"generated_rows": 4})
     client = Client(server.url, project.store, ("demo", "ranks"), BASE, prompt, token)
