@@ -7,21 +7,24 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from integration.daemon import Daemon
 from integration.daemon import running as daemon_running
+from integration.graph import Graph
 from projects import TestProject
 from servers import real_vllm
 from servers.real_vllm import Client
+from transformers import AutoModelForCausalLM
 
 from benchmarks.vllm_server import VllmProcess
 from finetune_assets.artifacts.champions import Champions
-from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS
+from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, MERGED
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.data.serving_template import serving_template
 from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.files import read_evaluation
-from finetune_assets.evaluation.generation import readable
+from finetune_assets.evaluation.generation import answers, readable
 from finetune_assets.evaluation.metrics.exact_match import exact_match
 from finetune_assets.resources.project import Project
 from finetune_assets.serving.gate_rows import GateRows, gate_rows
@@ -38,6 +41,8 @@ FOLDER = "adapters"
 SAME, APART = 1e-3, 0.05
 """Differences of log-probabilities between answers of one adapter, and between adapters."""
 SECONDS = 1200
+ANSWER_TOKENS = 8
+"""`evaluation.max_new_tokens` of the demo."""
 
 
 @pytest.fixture
@@ -106,23 +111,30 @@ def file_times(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.glob("*/*"))}
 
 
-def all_gate_rows(experiment: str) -> GateRows:
-    lineage = Project().lineage(experiment)
+def evaluated(project: TestProject) -> tuple[GateRows, float]:
+    """All gate rows of the demo's champion, and the share of exact matches in its evaluation."""
+    lineage = Project().lineage("demo")
     champion = lineage.champions.current()
     assert champion
-    adapter = lineage.champions.adapter(champion)
-    return gate_rows(lineage, adapter, champion.evaluation, 10_000, real_vllm.LONGEST)
+    assert champion.evaluation
+    rows = gate_rows(lineage, lineage.champions.adapter(champion), champion.evaluation, 10_000, real_vllm.LONGEST)
+    evaluation = project.store.resolve(EVALUATIONS.folder, champion.evaluation, "adapter_evaluation")
+    found = read_evaluation(project.store.fetch(evaluation))
+    assert len(rows.ids) == found["generated_rows"]
+    return rows, found["contenders"]["challenger"]["exact_match"]
 
 
-def matches(url: str, model: str, rows: GateRows, most: int) -> int:
-    """Rows whose answer to plain messages in chat is the expected one."""
+def matching(given: list[str], rows: GateRows) -> float:
+    """Share of answers that match those of the rows exactly."""
     tokenizer = load_tokenizer(str(PACKAGED[BASE]))
-    found = 0
-    for row, messages in enumerate(rows.messages):
-        assert messages
-        expected = readable(tokenizer, rows.ids[row][rows.starts[row] :])
-        found += exact_match(real_vllm.chat(url, model, messages, most).strip(), expected)
-    return found
+    expected = [readable(tokenizer, ids[start:]) for ids, start in zip(rows.ids, rows.starts, strict=True)]
+    found = [exact_match(answer.strip(), wanted) for answer, wanted in zip(given, expected, strict=True)]
+    return sum(found) / len(found)
+
+
+def chatted(url: str, model: str, rows: GateRows) -> list[str]:
+    """A server's answers to the plain messages of rows."""
+    return [real_vllm.chat(url, model, messages or [], ANSWER_TOKENS) for messages in rows.messages]
 
 
 def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox: Path, server: VllmProcess) -> None:
@@ -159,15 +171,8 @@ def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox
         assert abs(expected[first.name] - expected[second.name]) > SAME, "the running server's answer has changed"
         assert second.previous == first.name
 
-        rows, most = all_gate_rows("demo"), load_experiment(project.configs, "demo").config.evaluation.max_new_tokens
-        evaluation = Champions(project.store, "demo").current()
-        assert evaluation
-        known = read_evaluation(
-            project.store.fetch(project.store.resolve(EVALUATIONS.folder, evaluation.evaluation, "adapter_evaluation"))
-        )
-        assert len(rows.ids) == known["generated_rows"]
-        found = matches(server.url, second.name, rows, most)
-        assert found / len(rows.ids) == pytest.approx(known["contenders"]["challenger"]["exact_match"])
+        rows, share = evaluated(project)
+        assert matching(chatted(server.url, second.name, rows), rows) == pytest.approx(share)
 
         trained = len(project.published(ADAPTERS.folder))
         configure(project, server.url, "demo", training={"epochs": None, "max_steps": 2})
@@ -207,3 +212,22 @@ def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox
     assert {answer.name for answer in client.answers} == expected.keys()
     assert client.wrong(expected, SAME) == []
     print(f"{len(client.answers)} answers to clients")
+
+    merged_model_answers_alike(project)
+
+
+def merged_model_answers_alike(project: TestProject) -> None:
+    """The champion merged into its base model: served as a plain model, and its GGUF file in transformers."""
+    path = project.configs / "experiments" / "demo.yaml"
+    path.write_text(path.read_text() + "merge: {gguf: [bf16]}\n")
+    run = Graph().run("merged_model")
+    assert run.success, run.log
+    (merged,) = project.published(MERGED.folder)
+    folder = project.store.fetch(project.store.resolve(MERGED.folder, merged, "merged_model"))
+    rows, share = evaluated(project)
+    with real_vllm.running(folder, "merged", project.root) as plain:
+        assert matching(chatted(plain.url, "merged", rows), rows) == pytest.approx(share)
+    gguf = AutoModelForCausalLM.from_pretrained(folder / "gguf", gguf_file="model-bf16.gguf", dtype=torch.float32)
+    prompts = [rows.prompt(row) for row in range(len(rows.ids))]
+    tokenizer = load_tokenizer(str(folder))
+    assert matching(answers(gguf.eval(), tokenizer, prompts, ANSWER_TOKENS), rows) == pytest.approx(share)
