@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Each of the many processes of a run would compile all modules anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-ui test test-system soak lint ui bench peers docs screenshots lock sbom audit pin clean
+.PHONY: demo demo-ui test test-system soak lint ui bench peers vllm docs screenshots lock sbom audit pin clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/finetune demo
@@ -47,9 +47,13 @@ bench: $(VENV)/installed peers  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.serving
 
 peers: $(VENV)/installed  ## environments of TRL and LLaMA-Factory in build/peers, which bench compares with
 	$(BIN)/python -m benchmarks.peers
+
+vllm: $(VENV)/installed  ## environment of a vLLM server on the CPU in build/vllm, which its tests and benchmarks start; 2.4 GB
+	$(BIN)/python -m benchmarks.vllm_server
 
 docs: $(VENV)/installed  ## write the generated parts of the documentation, and build it as a site in build/site
 	$(BIN)/python -m finetune_assets.config.reference

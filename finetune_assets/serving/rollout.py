@@ -129,16 +129,20 @@ class Serving:
                     f"the server with --served-model-name {base_name}",
                     OTHER_BASE,
                 )
+            began = time.monotonic()
             if name not in listed:
                 check_unload(replica, name, folder)
                 replica.load(name, folder)
+            loaded = time.monotonic()
             rows = self._rows(listed[base_name], champion, adapter)
             others = [
                 other for other, model in listed.items() if other not in (name, before, base_name) and model.parent
             ]
             previous = before if before in listed else None
             was_evaluated = rows.champion == self._adapters.get(before or "")
-            return Verification(replica, name, rows, base_name, previous, was_evaluated, others).run()
+            verdict = Verification(replica, name, rows, base_name, previous, was_evaluated, others).run()
+            verdict.numbers.update(load_s=loaded - began, verify_s=time.monotonic() - loaded)
+            return verdict
         except ServerError as e:
             return Verdict(False, e.diagnosis, f"{name}: {e.diagnosis}: {e}")
 
