@@ -12,11 +12,11 @@ from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.artifacts.streams import is_good, newest_version
 from finetune_assets.config.fingerprint import fingerprint, identity
-from finetune_assets.config.raw_data_schema import Columns, HubDataset, RawDataConfig, RawSource
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS, Columns, HubDataset, RawDataConfig, RawSource
 from finetune_assets.data.errors import DataError, Unreachable
 from finetune_assets.errors import UserError
 from finetune_assets.sources.local import count_rows
-from finetune_assets.sources.names import SAMPLE, UNNAMED, source_name
+from finetune_assets.sources.names import UNNAMED, source_name
 from finetune_assets.sources.pins import Pins
 from finetune_assets.sources.raw_data import open_source
 from finetune_assets.sources.source import Source, SourceContext
@@ -226,7 +226,7 @@ def name_of_single(config: RawDataConfig) -> str:
     """Name of the source where there is only one."""
     if config.sources:
         return next(iter(config.sources))
-    return SAMPLE if config.source == SAMPLE else UNNAMED
+    return config.source if config.source in PACKAGED_ROWS else UNNAMED
 
 
 def all_sources(config: RawDataConfig, root: Path) -> str:

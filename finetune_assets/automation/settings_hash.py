@@ -13,8 +13,8 @@ from finetune_assets.artifacts.raw_lineage import name_of_single
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import Experiment, experiment_files, load_experiment, load_raw_data_config
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS
 from finetune_assets.resources import deployment
-from finetune_assets.sources.names import SAMPLE
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def settings_hashes(asset: str) -> dict[str, str]:
         experiment = _loaded(configs, name, base, deployment.file_stamp(configs / "experiments" / f"{name}.yaml"))
         if not experiment or not experiment.config.subscribed:
             continue
-        if unknown := sorted({*_sources(experiment)} - sources - {SAMPLE}):
+        if unknown := sorted({*_sources(experiment)} - sources - {*PACKAGED_ROWS}):
             _warn(name, tuple(unknown), tuple(sorted(sources)))
         if not sources.issuperset(_sources(experiment)):
             continue

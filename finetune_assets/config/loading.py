@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune_assets.config.errors import MOST_SHOWN, ConfigError, names_secret, suggest
 from finetune_assets.config.overrides import read_override
-from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS, Columns, RawDataConfig
 from finetune_assets.config.raw_validation import impossible_raw_settings
 from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
 from finetune_assets.config.sweeps import GridReader, Point, points, settings_tree, sweep_files
@@ -208,7 +208,7 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
                 raise ConfigError(str(path), key, "cannot be set together with `sources`; set it for each source")
     for key, problem in impossible_raw_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
-    if config.source == "sample":
+    if config.source in PACKAGED_ROWS:
         config.columns = Columns()  # the packaged rows use the default names; the file's names are for other sources
     return config
 

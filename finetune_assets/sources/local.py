@@ -10,11 +10,13 @@ from typing import Any
 
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.readers import ENDINGS, SourceFile, read_records, suffix_of
+from finetune_assets.sources import names
 from finetune_assets.sources.listing import list_names, refuse_saved_dataset
 from finetune_assets.sources.source import SourceContext
 from finetune_assets.store.hashing import sha256
 
 SAMPLE = Path(__file__).parent.parent / "sample" / "dolly_sample.jsonl"
+SAMPLE_TOWNS = SAMPLE.with_name("towns.jsonl")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class LocalSource:
         return self.other_files
 
 
-def open_sample(context: SourceContext) -> LocalSource:
-    return LocalSource([SourceFile(SAMPLE.name, SAMPLE)])
+def open_packaged(context: SourceContext) -> LocalSource:
+    """Packaged rows, by the name of the source."""
+    path = {names.SAMPLE: SAMPLE, names.SAMPLE_TOWNS: SAMPLE_TOWNS}[context.config.source]
+    return LocalSource([SourceFile(path.name, path)])
 
 
 def open_local(context: SourceContext) -> LocalSource:
