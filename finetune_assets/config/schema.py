@@ -347,6 +347,8 @@ class StoreConfig:
     """Number of versions of the raw data to keep."""
     keep_adapters: int = 20
     """Number of adapters per experiment to keep, with their inputs and evaluations. Champions are always kept."""
+    keep_indexes: int = 5
+    """Number of retrieval indexes to keep. Those that a kept dataset or adapter was made with are always kept."""
     keep_reports: int = 5
     """Number of `experiment_report` pages to keep."""
     keep_days: float = 7.0

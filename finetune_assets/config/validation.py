@@ -138,7 +138,7 @@ def _wandb(wandb: Wandb) -> Iterator[Problem]:
 
 def impossible_store_settings(config: StoreConfig) -> Iterator[Problem]:
     """All problems of the store's settings."""
-    for name in ("keep_raw", "keep_adapters", "keep_reports"):
+    for name in ("keep_raw", "keep_indexes", "keep_adapters", "keep_reports"):
         if getattr(config, name) < 1:
             yield name, f"{getattr(config, name)} must be at least 1"
     if not 0 <= config.keep_days < math.inf:
