@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune_assets.config.documents_schema import DocumentsConfig
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, Model
@@ -52,11 +53,11 @@ class ArtifactKind:
         versions = (replace(self, code_version=code, parts=parts) for code, parts in self.earlier)
         return [version.fingerprint(config, **inputs) for version in versions]
 
-    def fingerprint(self, config: ExperimentConfig | RawDataConfig | None, **inputs: Any) -> str:
+    def fingerprint(self, config: ExperimentConfig | RawDataConfig | DocumentsConfig | None, **inputs: Any) -> str:
         """Fingerprint of an artifact of this kind, 64 hex digits.
 
         Args:
-            config: The settings: an experiment's, or the raw data's for `RAW`.
+            config: The settings: an experiment's, the raw data's for `RAW`, or a document set's for `INDEXES`.
             inputs: A value for each name in `self.inputs`: the fingerprint of an asset's artifact, or plain data.
 
         Raises:
@@ -69,6 +70,10 @@ class ArtifactKind:
 
 def _raw(config: RawDataConfig, inputs: Inputs) -> dict[str, Any]:
     return {"columns": identity(config.columns), "content": inputs["content"]}
+
+
+def _index(config: DocumentsConfig, inputs: Inputs) -> dict[str, Any]:
+    return {"documents": identity(config), "content": inputs["content"], "model": inputs["model"]}
 
 
 def _base_model(config: None, inputs: Inputs) -> dict[str, Any]:
@@ -143,6 +148,11 @@ def _without_source(model: Model) -> dict[str, Any]:
 
 RAW = ArtifactKind("raw", "dolly_raw", "4", ("content",), _raw, Retention(newest="keep_raw"), earlier=(("3", _raw),))
 """`content` identifies every byte of the source: file hashes in reading order, or a Hub commit."""
+INDEXES = ArtifactKind(
+    "indexes", "retrieval_index", "1", ("content", "model"), _index, Retention(newest="keep_indexes")
+)
+"""`content` identifies every document: names and hashes of files, a Hub commit, or the version of the raw data whose
+contexts are the documents. `model` identifies the model of a dense index, or is None."""
 BASE_MODELS = ArtifactKind(SHARED, "cached_base_model", "1", ("repo", "revision"), _base_model)
 """Shared by all namespaces, and named by repository and commit instead of a fingerprint."""
 TOKENIZED = ArtifactKind(
@@ -198,6 +208,7 @@ CHECKPOINTS = ArtifactKind(CHECKPOINTS_FOLDER)
 
 KINDS = (
     RAW,
+    INDEXES,
     BASE_MODELS,
     TOKENIZED,
     PLANS,

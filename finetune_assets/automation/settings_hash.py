@@ -11,7 +11,7 @@ from finetune_assets.artifacts.champions import Champions
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, KIND_OF, MERGED, STACKS, TOKENIZED, ArtifactKind
 from finetune_assets.artifacts.raw_lineage import name_of_single
 from finetune_assets.config.errors import ConfigError
-from finetune_assets.config.fingerprint import fingerprint
+from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import Experiment, experiment_files, load_experiment, load_raw_data_config
 from finetune_assets.config.raw_data_schema import PACKAGED_ROWS
 from finetune_assets.resources import deployment
@@ -76,7 +76,7 @@ def _evaluation(experiment: Experiment, split_salt: str) -> str | None:
 def _champion(experiment: Experiment, split_salt: str) -> str | None:
     if experiment.config.stack or experiment.sweep:
         return None
-    return fingerprint(gate=asdict(experiment.config.gate))
+    return fingerprint(gate=identity(experiment.config.gate))
 
 
 def _stack(experiment: Experiment, split_salt: str) -> str | None:
@@ -88,7 +88,7 @@ def _stack(experiment: Experiment, split_salt: str) -> str | None:
     if None in records:
         return None
     champions = [record.adapter for record in records if record]
-    return fingerprint(stack=_identity(STACKS, experiment, champions=champions), gate=asdict(experiment.config.gate))
+    return fingerprint(stack=_identity(STACKS, experiment, champions=champions), gate=identity(experiment.config.gate))
 
 
 def _merge(experiment: Experiment, split_salt: str) -> str | None:

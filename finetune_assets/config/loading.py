@@ -225,6 +225,15 @@ def load_store_config(configs: Path) -> StoreConfig:
     return config
 
 
+def load_file(schema: type[T], path: Path) -> T:
+    """Load the settings of one file over the defaults of its schema, without rules between settings.
+
+    Raises:
+        ConfigError: naming the file, the setting, its value, and the valid options.
+    """
+    return _merge(schema, [_read_layer(path, schema)], path)
+
+
 def base_settings(configs: Path) -> dict[str, Any]:
     """Settings that every experiment starts from: `base.yaml` merged over the defaults; required ones are `???`."""
     base = OmegaConf.merge(_defaults(ExperimentConfig), _read_layer(configs / "base.yaml", ExperimentConfig).settings)
