@@ -13,6 +13,7 @@ from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.materialization import Outcome, job, materialize_or_reuse
 from finetune_assets.assets.pictures import of_evaluation as pictures
+from finetune_assets.config.retrieval_validation import gate_mode
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.numbers import of_evaluation
@@ -160,15 +161,18 @@ def promote_if_better(lineage: Lineage, challenger: ArtifactRef, evaluation: Art
     Returns:
         The decision, with its reason and the numbers that the gate compared.
     """
-    from finetune_assets.evaluation.files import forgetting_of, gain_of, read_evaluation
+    from finetune_assets.evaluation.files import forgetting_of, gain_of, loss_increases, read_evaluation
     from finetune_assets.evaluation.gate import judge
 
     champions, experiment = lineage.champions, lineage.experiment
     current = champions.current()
     champion = champions.adapter(current) if current else None
     folder = lineage.store.fetch(evaluation)
-    gain, opponent = gain_of(folder, experiment.config.gate.confidence)
-    verdict = judge(gain, forgetting_of(read_evaluation(folder)), experiment.config.gate, f"the {opponent}")
+    gate, mode = experiment.config.gate, gate_mode(experiment.config)
+    gain, opponent = gain_of(folder, gate.confidence, mode)
+    increases = loss_increases(folder, gate.max_loss_of)
+    forgetting = forgetting_of(read_evaluation(folder))
+    verdict = judge(gain, forgetting, gate, f"the {opponent}", mode, increases)
     if current and current.adapter == challenger.fingerprint:
         reason = f"{name(challenger)} is already the champion (record {current.number})"
         return Decision(False, reason, verdict.numbers, champion, is_champion=True)
