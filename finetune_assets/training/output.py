@@ -179,8 +179,8 @@ base = {_base(provenance)}
 {_index_line(config, provenance)}{example}
 ```
 
-{_retrieval(config)}`chat_template.jinja` renders messages exactly as in training. {_messages(config)}Prompts that are filled in by hand
-may have other tokens.
+{_retrieval(config)}`chat_template.jinja` renders messages exactly as in training. {_messages(config)}Prompts that are
+filled in by hand may have other tokens.
 
 `config.yaml` contains all settings, `provenance.json` the inputs and library versions, `trainer_state.json` the
 training log. `sha256sum --check SHA256SUMS` verifies that the files are unchanged. `finetune adapter verify` compares
