@@ -12,8 +12,7 @@ from itertools import groupby
 from finetune_assets.sample.world import ATTRIBUTES, World, make_world, town_names
 
 TOWNS = 900
-FACTS_PER_TOWN = 3
-"""Number of facts in the document of a town."""
+FACTS_PER_TOWN = 4
 QUESTION_CATEGORY = "closed_qa"
 
 
@@ -29,11 +28,11 @@ def _facts(rng: random.Random) -> dict[str, str]:
     return {attribute: rng.choice(ATTRIBUTES[attribute][0]) for attribute in attributes}
 
 
-def paragraphs(world: World, seed: int = 19) -> dict[str, str]:
-    """The document of each town: one paragraph that states its facts."""
+def paragraphs(world: World, seed: int = 19) -> dict[str, dict[str, str]]:
+    """The document of each town: town -> attribute -> a paragraph that states the fact."""
     rng = random.Random(seed)
     return {
-        town: " ".join(rng.choice(ATTRIBUTES[name][1]).format(t=town, v=value) for name, value in facts.items())
+        town: {name: rng.choice(ATTRIBUTES[name][1]).format(t=town, v=value) for name, value in facts.items()}
         for town, facts in world.facts.items()
     }
 
@@ -42,19 +41,19 @@ def documents(world: World) -> Iterator[tuple[str, str]]:
     """Name and text of Markdown files, one for each first letter of a town."""
     texts = paragraphs(world)
     for letter, towns in groupby(texts, key=lambda town: town[0]):
-        sections = [f"## {town}\n\n{texts[town]}\n" for town in towns]
-        yield f"towns-{letter.lower()}.md", "\n".join([f"# Towns with {letter}\n", *sections])
+        sections = ["\n\n".join([f"## {town}", *texts[town].values()]) for town in towns]
+        yield f"towns-{letter.lower()}.md", "\n\n".join([f"# Towns with {letter}", *sections]) + "\n"
 
 
 def question_rows(world: World, seed: int = 23) -> list[dict[str, str]]:
-    """One question about each town in Dolly's schema; its context is the town's paragraph."""
+    """One question about each town in Dolly's schema; its context is the paragraph that the answer is in."""
     rng = random.Random(seed)
     texts = paragraphs(world)
     rows = []
     for town, facts in world.facts.items():
         attribute = rng.choice(list(facts))
         question = rng.choice(ATTRIBUTES[attribute][2]).format(t=town)
-        row = {"instruction": question, "context": texts[town], "response": facts[attribute]}
+        row = {"instruction": question, "context": texts[town][attribute], "response": facts[attribute]}
         rows.append({**row, "category": QUESTION_CATEGORY})
     rng.shuffle(rows)
     return rows
