@@ -86,7 +86,13 @@ def _tokenized(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
         "split_salt": inputs["split_salt"],
         "raw": inputs["dolly_raw"],
         "tokenizer": inputs["tokenizer"],
+        **_retrieval(config, inputs),
     }
+
+
+def _retrieval(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    """The index that an experiment retrieves from, if it does."""
+    return {"retrieval_index": inputs["retrieval_index"]} if config.data.retrieval else {}
 
 
 def _tokenized_4(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
@@ -118,6 +124,7 @@ def _evaluation(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
         "champion": inputs["champion"],
         "general_text": inputs["general_text"],
         "split": inputs["split"],
+        **_retrieval(config, inputs),
     }
 
 
@@ -159,11 +166,12 @@ TOKENIZED = ArtifactKind(
     "tokenized",
     "tokenized_dataset",
     "5",
-    ("dolly_raw", "tokenizer", "split_salt"),
+    ("dolly_raw", "tokenizer", "split_salt", "retrieval_index"),
     _tokenized,
     earlier=(("4", _tokenized_4),),
 )
-"""`tokenizer` maps each tokenizer file of the base model to its sha256."""
+"""`tokenizer` maps each tokenizer file of the base model to its sha256; `retrieval_index` is the fingerprint of the
+index of the experiment's document set, or None."""
 ADAPTERS = ArtifactKind(
     "adapters",
     "lora_adapter",
@@ -179,11 +187,12 @@ EVALUATIONS = ArtifactKind(
     "evaluations",
     "adapter_evaluation",
     "3",
-    ("lora_adapter", "champion", "general_text", "tasks", "split"),
+    ("lora_adapter", "champion", "general_text", "tasks", "split", "retrieval_index"),
     _evaluation,
     Retention(with_kept=ADAPTERS.folder),
 )
-"""`champion`, `general_text` and `tasks` are fingerprints, or None; `split` names the evaluated split."""
+"""`champion`, `general_text`, `tasks` and `retrieval_index` are fingerprints, or None; `split` names the evaluated
+split."""
 CHAMPIONS = ArtifactKind("champions", "champion_adapter", "1", retention=Retention(collected=False))
 """Numbered records that name adapters; not artifacts themselves."""
 MERGED = ArtifactKind("merged", "merged_model", "2", ("champion_adapter",), _merged)

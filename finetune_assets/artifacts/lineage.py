@@ -15,20 +15,24 @@ from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.base_check import find_base_model
 from finetune_assets.artifacts.champions import Champions, Record
+from finetune_assets.artifacts.document_lineage import DocumentLineage
 from finetune_assets.artifacts.imports import Import, import_external
 from finetune_assets.artifacts.kinds import (
     ADAPTERS,
     BASE_MODELS,
     EVALUATIONS,
+    INDEXES,
     KIND_OF,
     OF_CHAMPION,
     PLANS,
     RAW,
+    TOKENIZED,
     ArtifactKind,
 )
 from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE, SOURCES, read_object
 from finetune_assets.artifacts.raw_lineage import RawLineage
 from finetune_assets.artifacts.streams import earlier_versions
+from finetune_assets.config.documents import load_documents
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import Experiment
 from finetune_assets.data.rows import HoldoutRows
@@ -55,11 +59,14 @@ class Lineage:
         raw: The raw data.
         experiment: The experiment.
         asks_hub: Resolve a branch of the base model on the Hub; otherwise use the recorded commit.
+        index_version: Fingerprint of the retrieval index of the experiment's document set, or `NO_GOOD_INDEX`; computed
+            by reading the documents if not given.
     """
 
     raw: RawLineage
     experiment: Experiment
     asks_hub: bool = False
+    index_version: str | None = None
 
     @property
     def store(self) -> ArtifactStore:
@@ -116,8 +123,50 @@ class Lineage:
             if ref := self.find_base_model(name):
                 return ref
             raise self.store.missing(kind.folder, name, made_by=kind.asset or kind.folder)
+        if kind is INDEXES:
+            if index := self.index():
+                return index
+            raise ArtifactMissing(f"experiment {self.experiment.name} retrieves nothing: data.retrieval is not set")
+        if kind is ADAPTERS:
+            return self.adapter()
+        return self._stored(kind)
+
+    def _stored(self, kind: ArtifactKind) -> ArtifactRef:
         name = self.fingerprint(kind)
         return canonical(self.store, self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder))
+
+    def adapter(self) -> ArtifactRef:
+        """The adapter to evaluate: that of the current settings and inputs.
+
+        After a change of the documents alone, an experiment with `data.retrieval.retrain: false` is not trained again;
+        its champion is then evaluated with the new index.
+        """
+        try:
+            return self._stored(ADAPTERS)
+        except ArtifactMissing:
+            retrieval = self.experiment.config.data.retrieval
+            champion = self.champions.champion() if retrieval and not retrieval.retrain else None
+            if champion is None or self.experiment.overrides:
+                raise
+            return champion
+
+    @cached_property
+    def documents(self) -> DocumentLineage | None:
+        """The document set that the experiment retrieves from; None without `data.retrieval`."""
+        retrieval = self.experiment.config.data.retrieval
+        if retrieval is None:
+            return None
+        config = load_documents(self.raw.configs, retrieval.documents)
+        return DocumentLineage(retrieval.documents, config, self.raw, version=self.index_version)
+
+    def index(self) -> ArtifactRef | None:
+        """The retrieval index that the experiment's rows are retrieved from; None without `data.retrieval`."""
+        return self.documents.index() if self.documents else None
+
+    def version_without_index(self, **known: ArtifactRef) -> str:
+        """A version of the tokenized dataset that a change of the documents alone does not change."""
+        inputs = {name: self._input(name, known) for name in TOKENIZED.inputs if name != INDEXES.asset}
+        return TOKENIZED.fingerprint(self.experiment.config, **inputs, retrieval_index="")
 
     def _inputs(self, kind: ArtifactKind, known: Mapping[str, ArtifactRef]) -> dict[str, Any]:
         return {name: self._input(name, known) for name in kind.inputs}
@@ -360,6 +409,10 @@ def _identity(item: ArtifactRef | Import | None) -> str | None:
     return item.fingerprint if item else None
 
 
+def _index(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> str | None:
+    return lineage.documents.fingerprint if lineage.documents else None
+
+
 def _champion_before(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> str | None:
     record = lineage.opponent(lineage._upstream("lora_adapter", known))
     return record.adapter if record else None
@@ -382,6 +435,7 @@ def _rows(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> Any:
 
 LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
     "dolly_raw": _rows,
+    "retrieval_index": _index,
     "split_salt": lambda lineage, known: lineage.raw.config.split_salt,
     "tokenizer": lambda lineage, known: lineage.tokenizer(lineage._upstream("cached_base_model", known)),
     "warm_start": lambda lineage, known: _identity(lineage.warm_start()),

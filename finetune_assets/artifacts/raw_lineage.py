@@ -124,6 +124,7 @@ class RawLineage:
         asks_hub: Resolve a branch on the Hub; otherwise use the recorded commit.
         version: Fingerprint of the raw data, or `NO_GOOD_VERSION`; computed by reading the sources if not given.
         connect: Creates the boto3 client, for a source on S3.
+        configs: Folder of the configuration files; by default `configs` in `root`.
     """
 
     def __init__(
@@ -134,8 +135,10 @@ class RawLineage:
         asks_hub: bool = False,
         version: str | None = None,
         connect: Callable[[], Any] | None = None,
+        configs: Path | None = None,
     ) -> None:
         self.store, self.config, self.root, self.given = store, config, root, version
+        self.connect, self.configs = connect, configs or root / "configs"
         self.pins = Pins(store, "dataset", made_by="dolly_raw", asks_hub=asks_hub)
         context = SourceContext(config, root, self.pins.commit_of, connect, store.cache.root / "downloads")
         named = config.sources or {name_of_single(config): RawSource(config.source, config.columns, config.hub)}

@@ -1,4 +1,5 @@
-"""Experiment partitions: one per file in `configs/experiments/`."""
+"""Partitions: experiments, one per file in `configs/experiments/`, and document sets, one per file in
+`configs/documents/`."""
 
 import warnings
 from collections.abc import Callable
@@ -6,7 +7,9 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.artifacts.kinds import ArtifactKind
+from finetune_assets.artifacts.kinds import INDEXES, ArtifactKind
+from finetune_assets.config.documents import document_sets as document_set_names
+from finetune_assets.config.documents import users_of_documents
 from finetune_assets.config.loading import experiment_names
 from finetune_assets.resources import deployment
 
@@ -16,6 +19,13 @@ OWNERS = ["team:finetune"]
 UNPARTITIONED = ("dolly_raw", "experiment_report")
 """Assets of the deployment, not of an experiment."""
 experiments = dg.StaticPartitionsDefinition(experiment_names(deployment.configs()))
+document_sets = dg.StaticPartitionsDefinition(document_set_names(deployment.configs()))
+retrieved_from = dg.AssetDep(
+    "retrieval_index",
+    partition_mapping=dg.StaticPartitionMapping(users_of_documents(deployment.configs())),
+)
+"""Dependency of an experiment's asset on the index of its document set, if it has one. Its version is looked up in the
+settings of each run; experiments that begin to use another set are shown below it once the definitions are reloaded."""
 
 
 def check_of_each(asset: str, name: str, description: str, blocking: bool = True) -> dg.AssetCheckSpec:
@@ -25,6 +35,12 @@ def check_of_each(asset: str, name: str, description: str, blocking: bool = True
         return dg.AssetCheckSpec(
             name, asset=asset, blocking=blocking, partitions_def=experiments, description=description
         )
+
+
+def _partitions_of(kind: ArtifactKind) -> dg.PartitionsDefinition | None:
+    if kind.asset in UNPARTITIONED:
+        return None
+    return document_sets if kind is INDEXES else experiments
 
 
 def project_asset(
@@ -43,7 +59,7 @@ def project_asset(
         owners=OWNERS,
         tags={"finetune/kind": kind.folder},
         code_version=kind.code_version,
-        partitions_def=None if kind.asset in UNPARTITIONED else experiments,
+        partitions_def=_partitions_of(kind),
         **options,
     )
     return decorator

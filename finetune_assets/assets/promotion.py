@@ -41,7 +41,7 @@ def evaluate(
     champion = lineage.champions.adapter(against) if against else None
     imported = lineage.import_external_inputs()
     text, tasks = imported.get("general_text"), imported.get("tasks")
-    fingerprint = lineage.fingerprint(EVALUATIONS, lora_adapter=adapter)
+    fingerprint, index = lineage.fingerprint(EVALUATIONS, lora_adapter=adapter), lineage.index()
 
     def make() -> ArtifactRef:
         unseen = lineage.held_back(adapter, *([champion] if champion else []))
@@ -74,6 +74,7 @@ def evaluate(
                 "general_text": text.fingerprint if text else None,
                 "tasks": tasks.fingerprint if tasks else None,
                 "split": lineage.split,
+                **({"retrieval_index": index.fingerprint} if index else {}),
                 HELD_BACK: asdict(unseen) if some_were_seen else None,
             },
         )

@@ -16,13 +16,14 @@ from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
     column_schema,
+    ignoring_index,
     lineage_tags,
     materialize_or_reuse,
     publish_built,
     result,
     trains_later,
 )
-from finetune_assets.assets.partitions import project_asset
+from finetune_assets.assets.partitions import project_asset, retrieved_from
 from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.assets.prompt_boundary import prompt_boundary_check
 from finetune_assets.automation.conditions import HasGoodRawData, auto_materialize
@@ -42,8 +43,11 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     TOKENIZED,
     "arrow",
     dagster_type=ARTIFACT,
+    deps=[retrieved_from],
     check_specs=SPECS,
-    automation_condition=auto_materialize("dolly_raw", "cached_base_model", only_while=HasGoodRawData()),
+    automation_condition=auto_materialize(
+        "dolly_raw", "cached_base_model", "retrieval_index", only_while=HasGoodRawData()
+    ),
 )
 def tokenized_dataset(
     context: dg.AssetExecutionContext,
@@ -65,6 +69,10 @@ def tokenized_dataset(
             "dolly_raw": dolly_raw.fingerprint,
             "cached_base_model": cached_base_model.fingerprint,
         }
+        tags = lineage_tags(lineage)
+        if lineage.documents:
+            made_from["retrieval_index"] = lineage.documents.index().fingerprint
+            tags |= ignoring_index(lineage, dolly_raw=dolly_raw, cached_base_model=cached_base_model)
 
         def build(folder: Path) -> None:
             from finetune_assets.data.prepare import prepare_dataset
@@ -97,7 +105,7 @@ def tokenized_dataset(
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
         outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))
-        return result(outcome, checks, lineage_tags(lineage), dolly_raw=dolly_raw.fingerprint, **metadata)
+        return result(outcome, checks, tags, dolly_raw=dolly_raw.fingerprint, **metadata)
 
 
 def _raw_parts(lineage: Lineage, raw: ArtifactRef) -> list["RawPart"]:

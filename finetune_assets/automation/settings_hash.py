@@ -10,6 +10,7 @@ from typing import Any
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, KIND_OF, MERGED, STACKS, TOKENIZED, ArtifactKind
 from finetune_assets.artifacts.raw_lineage import name_of_single
+from finetune_assets.config.data_schema import Retrieval
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import Experiment, experiment_files, load_experiment, load_raw_data_config
@@ -134,6 +135,18 @@ def settings_hashes(asset: str) -> dict[str, str]:
         if settings := _settings(asset, experiment, salt):
             hashes[name] = settings
     return hashes
+
+
+def retrieval_of_experiments() -> dict[str, Retrieval]:
+    """Settings of the subscribed experiments that retrieve."""
+    configs = deployment.configs()
+    base = deployment.file_stamp(configs / "base.yaml")
+    retrieval = {}
+    for name in experiment_files(configs):
+        experiment = _loaded(configs, name, base, deployment.file_stamp(configs / "experiments" / f"{name}.yaml"))
+        if experiment and experiment.config.subscribed and experiment.config.data.retrieval:
+            retrieval[name] = experiment.config.data.retrieval
+    return retrieval
 
 
 def _settings(asset: str, experiment: Experiment, split_salt: str) -> str | None:

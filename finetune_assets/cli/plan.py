@@ -48,7 +48,9 @@ def plan(experiment: str, overrides: tuple[str, ...], as_json: bool) -> bool:
       finetune plan demo --set hardware.gpu=H100 --set model.quantization=nf4
     """
     raw_config = load_raw_data_config(deployment.configs(), deployment.raw_data())
-    raw = RawLineage(deployment.store(), raw_config, deployment.root(), connect=deployment.s3_client)
+    raw = RawLineage(
+        deployment.store(), raw_config, deployment.root(), connect=deployment.s3_client, configs=deployment.configs()
+    )
     lineage = Lineage(raw, load_experiment(deployment.configs(), experiment, list(overrides)))
     config = lineage.experiment.config
     folder = shape_of(lineage)

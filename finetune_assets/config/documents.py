@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune_assets.config.documents_schema import INDEX_KINDS, DocumentsConfig
 from finetune_assets.config.errors import ConfigError, suggest
-from finetune_assets.config.loading import NAMES, can_be_partition, load_file
+from finetune_assets.config.loading import NAMES, can_be_partition, experiment_names, load_experiment, load_file
 from finetune_assets.config.raw_validation import Problem, address_problems, column_problems, named, shares
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,31 @@ def document_sets(configs: Path) -> list[str]:
         elif path.suffix in (".yaml", ".yml"):
             logger.warning("Invalid document set file name %s: %s", path, NAMES)
     return names
+
+
+def users_of_documents(configs: Path) -> dict[str, list[str]]:
+    """Names of the experiments that retrieve from each document set, by set.
+
+    Only files that mention `retrieval` are loaded, and none without document sets. Invalid experiments are left out:
+    they are reported where they are used.
+    """
+    users: dict[str, list[str]] = {name: [] for name in document_sets(configs)}
+    for name in experiment_names(configs) if users else []:
+        try:
+            retrieval = load_experiment(configs, name).config.data.retrieval if _may_retrieve(configs, name) else None
+        except ConfigError:
+            continue
+        if retrieval and retrieval.documents in users:
+            users[retrieval.documents].append(name)
+    return {name: experiments for name, experiments in users.items() if experiments}
+
+
+def _may_retrieve(configs: Path, experiment: str) -> bool:
+    """Whether a file that an experiment's settings are read from mentions `retrieval`."""
+    own = configs / "experiments" / f"{experiment}.yaml"
+    if not own.exists():
+        return True  # a point of a sweep
+    return any(b"retrieval" in path.read_bytes() for path in (configs / "base.yaml", own) if path.is_file())
 
 
 def load_documents(configs: Path, name: str) -> DocumentsConfig:

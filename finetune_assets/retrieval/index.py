@@ -14,11 +14,14 @@ from typing import Any, NamedTuple, Protocol
 from finetune_assets.config.documents_schema import INDEX_KINDS, DocumentsConfig, IndexSettings, PassageSettings
 from finetune_assets.data.errors import DataError
 from finetune_assets.retrieval.documents import Document
+from finetune_assets.retrieval.near_duplicates import near_duplicate_passages
 from finetune_assets.retrieval.passages import PASSAGES_FILE, Passages, PassageStatistics, write_passages
 from finetune_assets.store.hashing import sha256
 from finetune_assets.store.json_object import read_json
 
 INDEX_FILE, INDEX_FOLDER = "index.json", "index"
+SHOWN = 5
+"""Number of passages in the preview."""
 
 
 class Hit(NamedTuple):
@@ -80,7 +83,7 @@ class Index:
     """
 
     def __init__(self, folder: Path, models: Path | None = None) -> None:
-        described = read_json(folder / INDEX_FILE, f"the retrieval index in {folder}")
+        described = read_description(folder)
         self.kind: str = described["index"]["kind"]
         self.fingerprint: str = described["fingerprint"]
         self.statistics: dict[str, Any] = described["statistics"]
@@ -94,6 +97,11 @@ class Index:
         A query has fewer hits if fewer passages have anything in common with it.
         """
         return self._searcher.search(queries, min(k, len(self.passages)))
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`index.json` of an artifact's folder: settings, counts, near-duplicates and the first passages."""
+    return read_json(folder / INDEX_FILE, f"the retrieval index in {folder}")
 
 
 def open_index(folder: Path, models: Path | None = None) -> Index:
@@ -127,6 +135,11 @@ def build_index(
         "index": asdict(config.index),
         "passages": asdict(config.passages),
         "statistics": statistics.to_dict(),
+        "near_duplicates": near_duplicate_passages(passages),
+        "preview": [
+            {"title": passages.titles[number], "text": passages.texts[number], "source": passages.sources[number]}
+            for number in range(min(SHOWN, len(passages)))
+        ],
         "fingerprint": sha256(folder / PASSAGES_FILE),
         **extra,
     }

@@ -48,6 +48,7 @@ PASSAGES = pa.schema(
             nullable=False,
             metadata={"doc": "title of the document or heading above the passage; may be empty"},
         ),
+        pa.field("words", pa.int32(), nullable=False, metadata={"doc": "words of the text, as the index counts them"}),
     ]
 )
 """Columns of `passages.arrow`, an Arrow file that is memory-mapped."""
@@ -136,8 +137,9 @@ class PassageWriter:
         self._known.add(number)
         self._new += 1
         self.statistics.passages += 1
-        self.statistics.words += count_words(text)
-        self._rows.append(dict(zip(PASSAGES.names, (identifier, text, source, position, title), strict=True)))
+        words = count_words(text)
+        self.statistics.words += words
+        self._rows.append(dict(zip(PASSAGES.names, (identifier, text, source, position, title, words), strict=True)))
         self._characters += len(text)
         if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
             self.write()
@@ -204,6 +206,7 @@ class Passages:
         texts: Text of each passage.
         sources: Document of each passage.
         titles: Title of each passage.
+        words: Number of words of each passage.
     """
 
     def __init__(self, folder: Path, settings: PassageSettings) -> None:
@@ -212,6 +215,8 @@ class Passages:
         self.ids, self.texts, self.sources, self.titles = (
             Column(self.table[name]) for name in ("id", "text", "source", "title")
         )
+
+        self.words: NDArray[np.int32] = self.table["words"].to_numpy()
 
     def __len__(self) -> int:
         return len(self.ids)
