@@ -11,6 +11,7 @@ from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import HELD_BACK, SOURCES, TRAINER_STATE
 from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.artifacts.passages import retrieval_of_adapter
 from finetune_assets.assets.materialization import (
     asset_step,
     job,
@@ -86,6 +87,7 @@ def training_job(
     experiment = lineage.experiment
     repo, _, revision = base_model.name.rpartition("/")
     raw = lineage.store.manifest(dataset.kind, dataset.name)
+    retrieval = retrieval_of_adapter(lineage, dataset)
     return job(
         project,
         experiment,
@@ -104,6 +106,7 @@ def training_job(
             "dolly_raw": provenance.text(raw.made_from, "dolly_raw") if raw else None,
             SOURCES: lineage.source_names(),
             "warm_start": warm_start.fingerprint if warm_start else None,
+            **({"retrieval": retrieval} if retrieval else {}),
             HELD_BACK: asdict(lineage.held_back(*([warm_start] if warm_start else []))),
         },
         processes=experiment.config.training.processes_per_node,

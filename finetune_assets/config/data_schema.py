@@ -69,7 +69,8 @@ class Retrieval:
     distractors only."""
     distractors: Literal["retrieved", "random"] = "retrieved"
     """The other passages of a row: `retrieved` uses the highest-ranked wrong ones of the index that also serves,
-    `random` draws them by content from all documents."""
+    `random` draws them by content from all documents. Golden passages of held-out rows are no distractors in
+    training."""
     order: Literal["seeded", "ranked"] = "seeded"
     """Order of the passages in training rows: `seeded` shuffles them by content, `ranked` orders them as the index
     does. In the mode `retrieved`, passages are always ranked."""
@@ -80,6 +81,9 @@ class Retrieval:
     rows whose golden passage is not in the documents."""
     refusal: str = ""
     """Text of a refusal, such as `The documents do not answer this.`; required by `without_golden: refuse`."""
+    closed_book: bool = False
+    """Train on the questions alone, without passages: a control that shows what training with passages gains.
+    Held-out rows have the same passages with either value."""
     retrain: bool = not_identity(False)
     """Train automatically when only the documents have changed. By default, a change of the documents evaluates the
     champion again and trains nothing."""

@@ -1,31 +1,17 @@
 """Loads and validates document sets, `configs/documents/NAME.yaml`."""
 
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from finetune_assets.config.documents_schema import INDEX_KINDS, DocumentsConfig
 from finetune_assets.config.errors import ConfigError, suggest
-from finetune_assets.config.loading import NAMES, can_be_partition, experiment_names, load_experiment, load_file
+from finetune_assets.config.loading import document_sets, experiment_names, load_experiment, load_file
 from finetune_assets.config.raw_validation import Problem, address_problems, column_problems, named, shares
 
-logger = logging.getLogger(__name__)
 MOST_WORDS = 100_000
 """Maximum length of a passage, in words."""
 MOST_K = 1000
-
-
-def document_sets(configs: Path) -> list[str]:
-    """Sorted names of the document sets. No file is opened, so an invalid file affects no other set."""
-    folder = configs / "documents"
-    names = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix == ".yaml" and can_be_partition(path.stem):
-            names.append(path.stem)
-        elif path.suffix in (".yaml", ".yml"):
-            logger.warning("Invalid document set file name %s: %s", path, NAMES)
-    return names
 
 
 def users_of_documents(configs: Path) -> dict[str, list[str]]:

@@ -78,6 +78,18 @@ def experiment_files(configs: Path) -> list[str]:
     return names
 
 
+def document_sets(configs: Path) -> list[str]:
+    """Sorted names of the document sets. No file is opened, so an invalid file affects no other set."""
+    folder = configs / "documents"
+    names = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix == ".yaml" and can_be_partition(path.stem):
+            names.append(path.stem)
+        elif path.suffix in (".yaml", ".yml"):
+            logger.warning("Invalid document set file name %s: %s", path, NAMES)
+    return names
+
+
 def can_be_partition(name: str) -> bool:
     """Whether an experiment or a sweep can have this name."""
     return bool(EXPERIMENT_NAME.fullmatch(name)) and "..." not in name
@@ -157,6 +169,10 @@ def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> 
     for other in config.stack.adapters if config.stack else ():
         if not _has_file(configs, other) and other not in (known := experiment_names(configs)):
             raise ConfigError(str(path), f"stack.adapters.{other}", f"no such experiment; {suggest(other, known)}")
+    if config.data.retrieval and (chosen := config.data.retrieval.documents) not in (sets := document_sets(configs)):
+        key = "data.retrieval.documents"
+        hint = suggest(chosen, sets) if sets else f"add {configs / 'documents' / 'NAME.yaml'}"
+        raise ConfigError(_who_set(key, layers, path), key, f"no document set '{chosen}'; {hint}")
     if point:
         config.subscribed = False
     return Experiment(name, config, tuple(overrides), point.sweep if point else None)

@@ -35,6 +35,7 @@ def impossible_retrieval_settings(config: ExperimentConfig) -> Iterator[Problem]
         return
     yield from _passages(config.data.retrieval)
     yield from _targets(config.data.retrieval)
+    yield from _control(config.data.retrieval)
     if config.data.tokenization.train_on_inputs:
         yield (
             "data.tokenization.train_on_inputs",
@@ -62,6 +63,13 @@ def _passages(retrieval: Retrieval) -> Iterator[Problem]:
     elif share == 0 and (retrieval.cite or retrieval.without_golden == "refuse"):
         what = "cites its golden passage" if retrieval.cite else "is answered: all are refusals"
         yield "data.retrieval.golden_share", f"{share:g} leaves no training row that {what}; use more than 0"
+
+
+def _control(retrieval: Retrieval) -> Iterator[Problem]:
+    used = {"cite": retrieval.cite, "without_golden": retrieval.without_golden == "refuse"}
+    for name, is_set in used.items():
+        if retrieval.closed_book and is_set:
+            yield f"data.retrieval.{name}", "cannot be learned with closed_book: true, which trains without passages"
 
 
 def _targets(retrieval: Retrieval) -> Iterator[Problem]:
