@@ -67,7 +67,7 @@ def test_an_adapter_reads_about_towns_that_nothing_was_trained_on(
     assert code == 0, err
     assert commands.run(capsys, "adapter", "verify", str(tmp_path / "adapter"))[0] == 0
     answer, *sources = run_card(tmp_path / "adapter", question, monkeypatch, capsys)
-    assert answer == sample["challenger"].strip()
+    assert answer.startswith(sample["challenger"].strip())
     (town,) = {*re.findall(r"\w+", question)} & {*new_towns().facts}
     assert any(town in source for source in sources)
 
