@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RETRIES, RETRY_SECONDS = 3, 20
 """Maximum retries of a step, and the delay before the first retry in seconds, doubled for each further retry."""
+TAG_CHARACTERS = 32
+"""Characters of a fingerprint in a tag, of which Dagster allows 63."""
 ARTIFACT = dg.PythonObjectDagsterType(ArtifactRef)
 """Type of an asset with checks: Dagster 1.13 infers it from `MaterializeResult[...]` only for assets without checks."""
 
@@ -201,7 +203,7 @@ def ignoring_index(lineage: Lineage, **known: ArtifactRef) -> dict[str, str]:
     retrieval = lineage.experiment.config.data.retrieval
     if retrieval is None or retrieval.retrain:
         return {}
-    return {TRAINING_VERSION_TAG: lineage.version_without_index(**known)}
+    return {TRAINING_VERSION_TAG: lineage.version_without_index(**known)[:TAG_CHARACTERS]}
 
 
 def fraction_check(
