@@ -8,6 +8,7 @@ import pytest
 from paths import ROOT
 
 from finetune_assets.artifacts.kinds import KIND_OF
+from finetune_assets.config.documents import document_sets
 from finetune_assets.config.loading import experiment_names
 from finetune_assets.definitions import project_definitions
 
@@ -29,10 +30,11 @@ def test_the_graph() -> None:
     assert parents == {
         "dolly_raw": set(),
         "cached_base_model": set(),
-        "tokenized_dataset": {"dolly_raw", "cached_base_model"},
+        "retrieval_index": {"dolly_raw"},
+        "tokenized_dataset": {"dolly_raw", "cached_base_model", "retrieval_index"},
         "training_plan": {"tokenized_dataset", "cached_base_model"},
         "lora_adapter": {"training_plan", "tokenized_dataset", "cached_base_model"},
-        "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model"},
+        "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model", "retrieval_index"},
         "champion_adapter": {"lora_adapter", "adapter_evaluation"},
         "served_adapter": {"champion_adapter"},
         "merged_model": {"champion_adapter", "tokenized_dataset"},
@@ -50,6 +52,12 @@ def test_one_partition_an_experiment(key: str) -> None:
     asset = project_definitions().resolve_asset_graph().get(dg.AssetKey(key))
     assert asset.partitions_def is not None
     assert sorted(asset.partitions_def.get_partition_keys()) == experiment_names(ROOT / "configs")
+
+
+def test_one_partition_a_document_set() -> None:
+    asset = project_definitions().resolve_asset_graph().get(dg.AssetKey("retrieval_index"))
+    assert asset.partitions_def is not None
+    assert sorted(asset.partitions_def.get_partition_keys()) == document_sets(ROOT / "configs")
 
 
 def test_every_asset_explains_itself() -> None:

@@ -27,7 +27,7 @@ from finetune_assets.assets.materialization import (
 from finetune_assets.assets.partitions import project_asset, retrieved_from
 from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.assets.prompt_boundary import prompt_boundary_check
-from finetune_assets.automation.conditions import HasGoodRawData, auto_materialize
+from finetune_assets.automation.conditions import HasGoodData, auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import is_tokenizer_file
@@ -47,7 +47,7 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     deps=[retrieved_from],
     check_specs=SPECS,
     automation_condition=auto_materialize(
-        "dolly_raw", "cached_base_model", "retrieval_index", only_while=HasGoodRawData()
+        "dolly_raw", "cached_base_model", "retrieval_index", only_while=HasGoodData()
     ),
 )
 def tokenized_dataset(

@@ -14,6 +14,7 @@ import dagster as dg
 
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.settings_hash import retrieval_of_experiments, settings_hashes
+from finetune_assets.resources.index_versions import newest_good_index
 from finetune_assets.resources.raw_versions import (
     DATA_VERSION_TAG,
     GOOD_TAG,
@@ -66,7 +67,7 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
         memory.count_own(context.key.to_user_string(), instance)
         hashes = settings_hashes(context.key.to_user_string())
         documents = _documents() if RETRIEVAL_INDEX in self.inputs else {}
-        known = {name for name in _partitions(context.candidate_subset) & hashes.keys() if memory.has(documents, name)}
+        known = _partitions(context.candidate_subset) & hashes.keys()
         memory.seen = {name: memory.inputs_of(name, hashes[name], self.inputs, source, documents) for name in known}
         changed = {name for name, inputs in memory.seen.items() if memory.asked.get(name) != inputs}
         changed |= memory.again & known if self.always_made else set()
@@ -172,10 +173,6 @@ class RequestMemory:
         for record, _ in self._new(instance, asset, f"own {asset}"):
             self.unmade.pop(record.partition_key or "", None)
 
-    def has(self, documents: Mapping[str, str], experiment: str) -> bool:
-        """Whether the document set of an experiment, if any, has a good index."""
-        return experiment not in documents or documents[experiment] in self.versions.get(RETRIEVAL_INDEX, {})
-
     def inputs_of(
         self, experiment: str, settings: str, upstream: Sequence[str], source: str, documents: Mapping[str, str]
     ) -> Asked:
@@ -219,8 +216,8 @@ def _partitions(subset: Any) -> Set[str]:
     return subset.expensively_compute_partition_keys() if subset else set()
 
 
-class HasGoodRawData(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True while a version of the configured source has passed its blocking checks.
+class HasGoodData(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True while a version of the configured source has passed its blocking checks, and one of the experiment's index.
 
     A later version that failed them changes nothing: the last good version is still used.
 
@@ -230,12 +227,16 @@ class HasGoodRawData(dg.AutomationCondition):  # type: ignore[type-arg]
 
     @property
     def description(self) -> str:
-        return "A version of the configured raw data passed its blocking checks"
+        return "A version of the configured raw data, and of the documents, passed its blocking checks"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         subset, instance = context.candidate_subset, context.asset_graph_view.instance
         if not subset.is_empty and newest_good(instance, configured_source()) is None:
             subset = context.get_empty_subset()
+        if not subset.is_empty and (documents := _documents()):
+            good = {name for name in {*documents.values()} if newest_good_index(instance, name)}
+            waiting = {name for name, wanted in documents.items() if wanted not in good}
+            subset = subset.compute_intersection_with_partition_keys(_partitions(subset) - waiting)
         return dg.AutomationResult(context, subset)
 
 
