@@ -1,9 +1,8 @@
 """Passages of an experiment's rows: from the index of its document set, in the store."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.config.schema import Data
@@ -41,17 +40,3 @@ def row_contexts(
     folder, longest = lineage.store.fetch(used), data.tokenization.cutoff_len
     held_out = held_out_passages(raw, folder, data, salt, models)
     return RowContexts(folder, data.retrieval, salt, Encoder(tokenizer, data), longest, held_out, models)
-
-
-def retrieval_of_adapter(lineage: Lineage, dataset: ArtifactRef) -> dict[str, Any] | None:
-    """What an adapter is to be asked with, from the provenance of its dataset; None without `data.retrieval`."""
-    from finetune_assets.retrieval.contexts import BETWEEN, PASSAGE
-
-    retrieval = lineage.experiment.config.data.retrieval
-    manifest = lineage.store.manifest(dataset.kind, dataset.name)
-    index = manifest.made_from.get("retrieval_index") if manifest else None
-    if retrieval is None or index is None:
-        return None
-    settings = asdict(retrieval)
-    names = ("documents", "passages", "cite", "without_golden", "refusal", "closed_book")
-    return {"index": index, **{name: settings[name] for name in names}, "passage": PASSAGE, "between": BETWEEN}

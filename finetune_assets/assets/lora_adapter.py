@@ -11,7 +11,6 @@ from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import HELD_BACK, SOURCES, TRAINER_STATE
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.artifacts.passages import retrieval_of_adapter
 from finetune_assets.assets.materialization import (
     asset_step,
     job,
@@ -87,7 +86,6 @@ def training_job(
     experiment = lineage.experiment
     repo, _, revision = base_model.name.rpartition("/")
     raw = lineage.store.manifest(dataset.kind, dataset.name)
-    retrieval = retrieval_of_adapter(lineage, dataset)
     return job(
         project,
         experiment,
@@ -107,7 +105,6 @@ def training_job(
             "retrieval_index": provenance.text(raw.made_from, "retrieval_index") if raw else None,
             SOURCES: lineage.source_names(),
             "warm_start": warm_start.fingerprint if warm_start else None,
-            **({"retrieval": retrieval} if retrieval else {}),
             HELD_BACK: asdict(lineage.held_back(*([warm_start] if warm_start else []))),
         },
         processes=experiment.config.training.processes_per_node,

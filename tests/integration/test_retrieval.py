@@ -13,6 +13,7 @@ from retrieval.towns import REFUSAL, TEMPLATE, TOWNS, passage, write_rows
 
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.evaluation.files import gain_of, read_evaluation
+from finetune_assets.retrieval.asking import RetrievalFormat
 
 MODES = {"closed_book", "golden", "golden_and_distractors", "retrieved"}
 UPSTREAM = ("dolly_raw", "cached_base_model")
@@ -112,13 +113,9 @@ def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestPro
     assert record
     assert (record.against, record.numbers["mode"]) == (champion.adapter, "retrieved")
     assert record.numbers["mean"] == pytest.approx(gain_of(folder, 0.95, "retrieved")[0].mean)
-    adapter = towns.store.manifest("adapters", record.adapter)
-    assert adapter
+    adapter = towns.store.fetch(towns.store.resolve("adapters", record.adapter, "lora_adapter"))
     (index,) = towns.published("indexes")
-    assert adapter.made_from["retrieval"]["index"] == index
-    assert adapter.made_from["retrieval"].items() >= {**RETRIEVAL, "passage": "[{number}] {text}"}.items() - {
-        ("golden_share", 0.7)
-    }
+    assert RetrievalFormat.read(adapter) == RetrievalFormat("towns", index, 2, cite=True, refusal=REFUSAL)
 
     bounded = {**with_passages, "gate": {**SETTINGS["gate"], "mode": "golden", "max_loss_of": {"closed_book": 0.0}}}
     towns.write_experiment("towns", yaml.safe_dump(bounded))
