@@ -1,5 +1,6 @@
 """Asset `retrieval_index`: the passages of a document set, and the index that finds them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from finetune_assets.assets.index_checks import SPECS, index_checks
 from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
+    check_skipped,
     column_schema,
     materialize_or_reuse,
     publish_built,
@@ -29,15 +31,24 @@ from finetune_assets.store.artifacts import ArtifactRef
     dagster_type=ARTIFACT,
     deps=["dolly_raw"],  # its contexts may be the documents, and its rows measure the index; a run may leave it out
     check_specs=SPECS,
+    output_required=False,
 )
-def retrieval_index(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:  # type: ignore[type-arg]
+def retrieval_index(
+    context: dg.AssetExecutionContext, project: Project
+) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:  # type: ignore[type-arg]
     """The passages of a document set (`configs/documents/NAME.yaml`), each content once, and the index that finds them.
 
     Experiments with `data.retrieval` put passages into their training rows, and are evaluated on passages that this
-    index retrieves. Its checks measure how often it finds the passage that a row's answer is in.
+    index retrieves. Its checks measure how often it finds the passage that a row's answer is in. In a run of an
+    experiment, this is the index of the set that the experiment retrieves from, if any.
     """
     with asset_step(context, retried=True):
-        documents = project.documents(context.partition_key, asks_hub=True)
+        name = project.document_set(context.partition_key)
+        if name is None:
+            skipped = f"{context.partition_key} retrieves nothing (data.retrieval)"
+            yield from (check_skipped(context, spec.name, skipped) for spec in SPECS)
+            return
+        documents = project.documents(name, asks_hub=True)
 
         def make() -> ArtifactRef:
             made_from = {"documents": documents.name, "source": _shown(documents), "content": documents.short_content}
@@ -49,7 +60,7 @@ def retrieval_index(context: dg.AssetExecutionContext, project: Project) -> dg.M
         folder = project.store().fetch(outcome.ref)
         checks, measured = index_checks(context, documents, folder)
         good = all(check.passed or check.severity is dg.AssetCheckSeverity.WARN for check in checks)
-        return result(
+        yield result(
             outcome,
             checks,
             {GOOD_TAG: "true"} if good else {},

@@ -53,7 +53,7 @@ def _numbered(passages: Passages, settings: IndexSettings) -> tuple[dict[str, in
                 texts.append(array("i", (numbers.setdefault(word, len(numbers)) for word in found)))
             progress.reach(len(texts))
     if not numbers:
-        numbers[""] = 0  # no passage has a word, such as a table of dashes
+        numbers, texts = {"": 0}, [array("i", [0])] * len(texts)  # no passage has a word; none is found
     return numbers, texts
 
 
