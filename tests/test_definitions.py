@@ -8,7 +8,6 @@ import pytest
 from paths import ROOT
 
 from finetune_assets.artifacts.kinds import KIND_OF
-from finetune_assets.config.documents import document_sets
 from finetune_assets.config.loading import experiment_names
 from finetune_assets.definitions import project_definitions
 
@@ -52,13 +51,6 @@ def test_one_partition_an_experiment(key: str) -> None:
     asset = project_definitions().resolve_asset_graph().get(dg.AssetKey(key))
     assert asset.partitions_def is not None
     assert sorted(asset.partitions_def.get_partition_keys()) == experiment_names(ROOT / "configs")
-
-
-def test_one_partition_a_document_set() -> None:
-    asset = project_definitions().resolve_asset_graph().get(dg.AssetKey("retrieval_index"))
-    assert asset.partitions_def is not None
-    names = {*document_sets(ROOT / "configs"), *experiment_names(ROOT / "configs")}
-    assert {*asset.partitions_def.get_partition_keys()} == names
 
 
 def test_every_asset_explains_itself() -> None:

@@ -111,7 +111,7 @@ class DocumentLineage:
         Raises:
             ArtifactMissing: if it is not in the store.
         """
-        made_by = f"retrieval_index (partition {self.name})"
+        made_by = f"retrieval_index (an experiment that retrieves from {self.name})"
         return self.raw.store.resolve(INDEXES.folder, self.fingerprint, made_by=made_by)
 
     @property

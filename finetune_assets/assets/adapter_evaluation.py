@@ -4,7 +4,7 @@ import dagster as dg
 
 from finetune_assets.artifacts.kinds import EVALUATIONS
 from finetune_assets.assets.materialization import asset_step, lineage_tags, result
-from finetune_assets.assets.partitions import project_asset, retrieved_from
+from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.promotion import evaluate, evaluation_metadata
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.launch.engines import Launcher
@@ -15,7 +15,7 @@ from finetune_assets.store.artifacts import ArtifactRef
 @project_asset(
     EVALUATIONS,
     "pytorch",
-    deps=[retrieved_from],
+    deps=["retrieval_index"],  # read where the settings demand it, by its fingerprint
     automation_condition=auto_materialize("lora_adapter", "retrieval_index"),
 )
 def adapter_evaluation(

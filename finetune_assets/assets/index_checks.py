@@ -10,7 +10,7 @@ import dagster as dg
 
 from finetune_assets.artifacts.document_lineage import DocumentLineage, rows_with_context
 from finetune_assets.assets.materialization import fraction_check
-from finetune_assets.assets.partitions import document_sets
+from finetune_assets.assets.partitions import experiments
 from finetune_assets.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def _spec(name: str, description: str, blocking: bool = True) -> dg.AssetCheckSp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.PreviewWarning)  # partitions_def
         return dg.AssetCheckSpec(
-            name, asset="retrieval_index", blocking=blocking, partitions_def=document_sets, description=description
+            name, asset="retrieval_index", blocking=blocking, partitions_def=experiments, description=description
         )
 
 

@@ -1,5 +1,4 @@
-"""Partitions: experiments, one per file in `configs/experiments/`, and document sets, one per file in
-`configs/documents/`."""
+"""Partitions of all assets of experiments: one per file in `configs/experiments/`."""
 
 import warnings
 from collections.abc import Callable
@@ -7,9 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.artifacts.kinds import INDEXES, ArtifactKind
-from finetune_assets.config.documents import document_sets as document_set_names
-from finetune_assets.config.documents import users_of_documents
+from finetune_assets.artifacts.kinds import ArtifactKind
 from finetune_assets.config.loading import experiment_names
 from finetune_assets.resources import deployment
 
@@ -19,17 +16,6 @@ OWNERS = ["team:finetune"]
 UNPARTITIONED = ("dolly_raw", "experiment_report")
 """Assets of the deployment, not of an experiment."""
 experiments = dg.StaticPartitionsDefinition(experiment_names(deployment.configs()))
-document_sets = dg.StaticPartitionsDefinition(
-    sorted({*document_set_names(deployment.configs()), *experiments.get_partition_keys()})
-)
-"""Partitions of `retrieval_index`: document sets. The name of an experiment stands for the set that it retrieves from,
-so that one run with `--partition EXPERIMENT` materializes everything that the experiment needs."""
-retrieved_from = dg.AssetDep(
-    "retrieval_index",
-    partition_mapping=dg.StaticPartitionMapping(users_of_documents(deployment.configs())),
-)
-"""Dependency of an experiment's asset on the index of its document set, if it has one. Its version is looked up in the
-settings of each run; experiments that begin to use another set are shown below it once the definitions are reloaded."""
 
 
 def check_of_each(asset: str, name: str, description: str, blocking: bool = True) -> dg.AssetCheckSpec:
@@ -42,9 +28,7 @@ def check_of_each(asset: str, name: str, description: str, blocking: bool = True
 
 
 def _partitions_of(kind: ArtifactKind) -> dg.PartitionsDefinition | None:
-    if kind.asset in UNPARTITIONED:
-        return None
-    return document_sets if kind is INDEXES else experiments
+    return None if kind.asset in UNPARTITIONED else experiments
 
 
 def project_asset(

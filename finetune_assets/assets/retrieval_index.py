@@ -1,6 +1,5 @@
 """Asset `retrieval_index`: the passages of a document set, and the index that finds them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from finetune_assets.artifacts.document_lineage import CONTEXTS, DocumentLineage
 from finetune_assets.artifacts.kinds import INDEXES
 from finetune_assets.assets.index_checks import SPECS, index_checks
 from finetune_assets.assets.materialization import (
-    ARTIFACT,
     asset_step,
     check_skipped,
     column_schema,
@@ -20,6 +18,7 @@ from finetune_assets.assets.materialization import (
 )
 from finetune_assets.assets.partitions import project_asset
 from finetune_assets.display import shown_url
+from finetune_assets.resources.index_versions import DOCUMENTS_TAG, documents_tag
 from finetune_assets.resources.project import Project
 from finetune_assets.resources.raw_versions import GOOD_TAG
 from finetune_assets.store.artifacts import ArtifactRef
@@ -28,27 +27,24 @@ from finetune_assets.store.artifacts import ArtifactRef
 @project_asset(
     INDEXES,
     "arrow",
-    dagster_type=ARTIFACT,
+    dagster_type=dg.PythonObjectDagsterType((ArtifactRef, type(None))),  # None: an experiment that retrieves nothing
     deps=["dolly_raw"],  # its contexts may be the documents, and its rows measure the index; a run may leave it out
     check_specs=SPECS,
-    output_required=False,
 )
-def retrieval_index(
-    context: dg.AssetExecutionContext, project: Project
-) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:  # type: ignore[type-arg]
+def retrieval_index(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """The passages of a document set (`configs/documents/NAME.yaml`), each content once, and the index that finds them.
 
     Experiments with `data.retrieval` put passages into their training rows, and are evaluated on passages that this
-    index retrieves. Its checks measure how often it finds the passage that a row's answer is in. In a run of an
-    experiment, this is the index of the set that the experiment retrieves from, if any.
+    index retrieves. Its checks measure how often it finds the passage that a row's answer is in. Experiments that
+    retrieve from the same set share its index; for one that retrieves nothing, none is built.
     """
     with asset_step(context, retried=True):
-        name = project.document_set(context.partition_key)
-        if name is None:
+        retrieval = project.experiment(context.partition_key).config.data.retrieval
+        if retrieval is None:
             skipped = f"{context.partition_key} retrieves nothing (data.retrieval)"
-            yield from (check_skipped(context, spec.name, skipped) for spec in SPECS)
-            return
-        documents = project.documents(name, asks_hub=True)
+            checks = [check_skipped(context, spec.name, skipped) for spec in SPECS]
+            return dg.MaterializeResult(value=None, metadata={"index": "none"}, check_results=checks)
+        documents = project.documents(retrieval.documents, asks_hub=True)
 
         def make() -> ArtifactRef:
             made_from = {"documents": documents.name, "source": _shown(documents), "content": documents.short_content}
@@ -60,10 +56,10 @@ def retrieval_index(
         folder = project.store().fetch(outcome.ref)
         checks, measured = index_checks(context, documents, folder)
         good = all(check.passed or check.severity is dg.AssetCheckSeverity.WARN for check in checks)
-        yield result(
+        return result(
             outcome,
             checks,
-            {GOOD_TAG: "true"} if good else {},
+            {DOCUMENTS_TAG: documents_tag(documents.name), **({GOOD_TAG: "true"} if good else {})},
             source=_shown(documents),
             **_describe(folder),
             **measured,

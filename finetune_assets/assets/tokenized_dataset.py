@@ -24,7 +24,7 @@ from finetune_assets.assets.materialization import (
     result,
     trains_later,
 )
-from finetune_assets.assets.partitions import project_asset, retrieved_from
+from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.assets.prompt_boundary import prompt_boundary_check
 from finetune_assets.automation.conditions import HasGoodData, auto_materialize
@@ -44,7 +44,7 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     TOKENIZED,
     "arrow",
     dagster_type=ARTIFACT,
-    deps=[retrieved_from],
+    deps=["retrieval_index"],  # read where the settings demand it, by its fingerprint
     check_specs=SPECS,
     automation_condition=auto_materialize(
         "dolly_raw", "cached_base_model", "retrieval_index", only_while=HasGoodData()

@@ -14,7 +14,7 @@ import dagster as dg
 
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.settings_hash import retrieval_of_experiments, settings_hashes
-from finetune_assets.resources.index_versions import newest_good_index
+from finetune_assets.resources.index_versions import DOCUMENTS_TAG, documents_tag, newest_good_index
 from finetune_assets.resources.raw_versions import (
     DATA_VERSION_TAG,
     GOOD_TAG,
@@ -78,7 +78,7 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
 
 def _documents() -> dict[str, str]:
     """The document set of each subscribed experiment that retrieves."""
-    return {name: retrieval.documents for name, retrieval in retrieval_of_experiments().items()}
+    return {name: documents_tag(retrieval.documents) for name, retrieval in retrieval_of_experiments().items()}
 
 
 def _source() -> str:
@@ -157,7 +157,8 @@ class RequestMemory:
             tags = materialization.tags or {}
             if upstream == RETRIEVAL_INDEX and GOOD_TAG not in tags:
                 continue
-            name, version = record.partition_key or "", tags.get(DATA_VERSION_TAG, "")
+            partition = tags.get(DOCUMENTS_TAG) if upstream == RETRIEVAL_INDEX else record.partition_key
+            name, version = partition or "", tags.get(DATA_VERSION_TAG, "")
             if asset.to_user_string() in TRAINING:
                 version = tags.get(TRAINING_VERSION_TAG, version)
             versions[name] = version
@@ -312,14 +313,14 @@ def auto_materialize(
     condition = dg.AutomationCondition
     counted, others = dg.AssetSelection.assets(*inputs), dg.AssetSelection.assets(*apart)
     unchecked = dg.AssetSelection.assets(*apart, DOLLY_RAW, RETRIEVAL_INDEX)
-    dataset = dg.AssetSelection.assets(TOKENIZED_DATASET)
+    dataset, index = dg.AssetSelection.assets(TOKENIZED_DATASET), dg.AssetSelection.assets(RETRIEVAL_INDEX)
     will_change = condition.any_deps_match(condition.will_be_requested())
     asked = InputsChanged(*inputs, always_made=always_made) | will_change.allow(counted - dataset)
     if TOKENIZED_DATASET in inputs:
         asked |= will_change.allow(dataset) & TrainsOnEachDataset()
     checked = condition.check_passed() | condition.will_be_requested() | WarnsOnly()
     ready = (
-        ~condition.any_deps_missing().ignore(others)
+        ~condition.any_deps_missing().ignore(others | index)  # other experiments may have made it
         & ~condition.any_deps_in_progress().ignore(others)
         & ~condition.in_progress()
         & condition.all_deps_match(condition.all_checks_match(checked, blocking_only=True)).ignore(unchecked)

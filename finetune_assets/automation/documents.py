@@ -10,7 +10,8 @@ from finetune_assets.artifacts.document_lineage import DocumentLineage
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.change_detection import SensorCursor, observe
 from finetune_assets.automation.experiments import EACH_TIME
-from finetune_assets.config.documents import document_sets, load_documents
+from finetune_assets.automation.settings_hash import retrieval_of_experiments
+from finetune_assets.config.documents import load_documents
 from finetune_assets.config.raw_data_schema import Arrivals
 from finetune_assets.errors import UserError
 from finetune_assets.resources import deployment
@@ -18,6 +19,7 @@ from finetune_assets.resources.project import AUTOMATIC_TAG, Project
 from finetune_assets.resources.raw_versions import configured_source, newest_good
 
 INDEX_TAG = "finetune/documents_version"
+UNUSED = "No subscribed experiment retrieves passages"
 NO_RAW_DATA = "Waiting for raw data that has passed its checks"
 
 
@@ -25,13 +27,14 @@ NO_RAW_DATA = "Waiting for raw data that has passed its checks"
     target=dg.AssetSelection.assets("retrieval_index"),
     minimum_interval_seconds=EACH_TIME,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Watches the documents of each set (configs/documents/) every five seconds and materializes its "
-    "`retrieval_index` once for each new version. Experiments that retrieve from the set are tokenized again, and "
-    "their champions evaluated again; training follows only with data.retrieval.retrain.",
+    description="Watches the documents that subscribed experiments retrieve from (configs/documents/) every five seconds "
+    "and materializes `retrieval_index` once for each new version of a set. The experiments are then tokenized again, "
+    "and their champions evaluated again; training follows only with data.retrieval.retrain.",
 )
 def documents_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     stored = json.loads(context.cursor) if context.cursor else {}
-    names = document_sets(deployment.configs())
+    users = {retrieval.documents: name for name, retrieval in sorted(retrieval_of_experiments().items(), reverse=True)}
+    names = sorted(users)
     memory = {name: SensorCursor(**stored.get(name, {})) for name in names}
     messages, requests = {}, []
     for name in names:
@@ -48,10 +51,10 @@ def documents_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
             continue
         memory[name], messages[name] = observation.seen, observation.message
         if observation.starts:
-            requests.append(_request(name, observation.seen))
+            requests.append(_request(name, users[name], observation.seen))
     heartbeat.beat("documents_sensor")
     cursor = json.dumps({name: asdict(seen) for name, seen in memory.items()})
-    reason = "; ".join(f"{name}: {message}" for name, message in messages.items()) or "No document sets"
+    reason = "; ".join(f"{name}: {message}" for name, message in messages.items()) or UNUSED
     return dg.SensorResult(run_requests=requests, skip_reason=None if requests else reason, cursor=cursor)
 
 
@@ -68,10 +71,10 @@ def _documents(instance: dg.DagsterInstance, name: str) -> DocumentLineage | Non
     return DocumentLineage(name, config, project.raw(version=version)) if version else None
 
 
-def _request(name: str, seen: SensorCursor) -> dg.RunRequest:
+def _request(name: str, experiment: str, seen: SensorCursor) -> dg.RunRequest:
     request: dg.RunRequest = dg.RunRequest(
         run_key=f"{name}-{seen.number}-{seen.version}",
-        partition_key=name,
+        partition_key=experiment,
         tags={AUTOMATIC_TAG: "true", INDEX_TAG: seen.version[:12]},
     )
     return request

@@ -7,6 +7,7 @@ they are now.
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import INDEXES, TOKENIZED
+from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.resources.raw_versions import (
     DATA_VERSION_TAG,
     GOOD_TAG,
@@ -18,8 +19,16 @@ from finetune_assets.resources.raw_versions import (
 from finetune_assets.store.artifacts import ArtifactStore
 
 RETRIEVAL_INDEX = dg.AssetKey("retrieval_index")
+DOCUMENTS_TAG = "finetune/documents"
+"""Tag of a materialization of `retrieval_index`: its document set, by which all experiments that use it find it."""
+MOST_TAG = 63
 INDEX_VERSION = INDEXES.asset or ""
 """Metadata key of `tokenized_dataset`: fingerprint of the retrieval index that its rows were retrieved from."""
+
+
+def documents_tag(name: str) -> str:
+    """Value of the tag for a document set; hashed, because tag values have at most 63 characters."""
+    return name if len(name) <= MOST_TAG else fingerprint(documents=name)[:MOST_TAG]
 
 
 def newest_good_index(instance: dg.DagsterInstance, documents: str, before: float | None = None) -> str | None:
@@ -30,9 +39,12 @@ def newest_good_index(instance: dg.DagsterInstance, documents: str, before: floa
         documents: Name of the document set.
         before: Ignore later materializations; in seconds since 1970.
     """
-    wanted = dg.AssetRecordsFilter(RETRIEVAL_INDEX, asset_partitions=[documents], before_timestamp=before)
-    good = (made for made in newest_first(instance, wanted) if GOOD_TAG in (made.tags or {}))
-    return next(((made.tags or {}).get(DATA_VERSION_TAG) for made in good), None)
+    wanted = dg.AssetRecordsFilter(RETRIEVAL_INDEX, before_timestamp=before)
+    for materialization in newest_first(instance, wanted):
+        tags = materialization.tags or {}
+        if GOOD_TAG in tags and tags.get(DOCUMENTS_TAG) == documents_tag(documents):
+            return tags.get(DATA_VERSION_TAG)
+    return None
 
 
 def requested_index(

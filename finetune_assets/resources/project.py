@@ -9,14 +9,7 @@ from finetune_assets.artifacts.document_lineage import NO_GOOD_INDEX, DocumentLi
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.artifacts.raw_lineage import NO_GOOD_VERSION, RawLineage
 from finetune_assets.config.documents import load_documents
-from finetune_assets.config.errors import ConfigError
-from finetune_assets.config.loading import (
-    Experiment,
-    document_sets,
-    experiment_names,
-    load_experiment,
-    load_raw_data_config,
-)
+from finetune_assets.config.loading import Experiment, load_experiment, load_raw_data_config
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.progress import mirror
 from finetune_assets.resources import deployment, run_liveness
@@ -81,23 +74,6 @@ class Project(dg.ConfigurableResource):  # type: ignore[type-arg]
         return RawLineage(
             self.store(), config, deployment.root(), asks_hub, version, deployment.s3_client, deployment.configs()
         )
-
-    def document_set(self, partition: str) -> str | None:
-        """Name of the document set of a partition of `retrieval_index`; None for an experiment that retrieves nothing.
-
-        Raises:
-            ConfigError: if an experiment that retrieves from another set has the name of a document set.
-        """
-        configs = deployment.configs()
-        is_set = partition in document_sets(configs)
-        retrieval = self.experiment(partition).config.data.retrieval if partition in experiment_names(configs) else None
-        if is_set and retrieval and retrieval.documents != partition:
-            raise ConfigError(
-                str(configs / "documents" / f"{partition}.yaml"),
-                "",
-                f"the experiment of this name retrieves from '{retrieval.documents}'; rename one of them",
-            )
-        return partition if is_set else retrieval.documents if retrieval else None
 
     def documents(self, name: str, asks_hub: bool = False) -> DocumentLineage:
         """Lineage of a document set; with `asks_hub`, at the current revision of its source."""

@@ -35,7 +35,10 @@ def towns(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> TestProject:
 
 
 def write(project: TestProject, name: str, text: str) -> None:
+    """Write a document set, and an experiment of the same name that retrieves from it."""
     (project.configs / "documents" / f"{name}.yaml").write_text(text + "\n")
+    demo = (project.configs / "experiments" / "demo.yaml").read_text()
+    project.write_experiment(name, demo.replace("data:\n", f"data:\n  retrieval: {{documents: {name}}}\n"))
 
 
 def checks(run: Run) -> dict[str, bool]:
@@ -106,8 +109,8 @@ def test_contexts_and_runs_of_experiments(towns: TestProject, graph: Graph) -> N
     write(towns, "contexts", "{from_contexts: true, passages: {by: document}}")
     missing = graph.run(INDEX, "contexts")
     assert not missing.success, "there are no rows yet"
-    demo = (towns.configs / "experiments" / "demo.yaml").read_text()
-    towns.write_experiment("reads", demo.replace("data:\n", "data:\n  retrieval: {documents: contexts}\n"))
+    contexts = (towns.configs / "experiments" / "contexts.yaml").read_text()
+    towns.write_experiment("reads", contexts)
     both = graph.run(["dolly_raw", *INDEX], "reads")
     assert both.success, both.log
     (name,) = towns.published("indexes")
@@ -116,7 +119,8 @@ def test_contexts_and_runs_of_experiments(towns: TestProject, graph: Graph) -> N
     assert graph.run(INDEX, "contexts").metadata("retrieval_index")["cache_hit"]
     nothing = graph.run(INDEX, "demo")
     assert nothing.success
-    assert nothing.materialized == set()
+    assert nothing.metadata("retrieval_index") == {"index": "none"}
+    assert len(towns.published("indexes")) == 1
 
 
 class Sensor:

@@ -22,9 +22,10 @@ from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.conditions import SERVABLE_CHECK
 from finetune_assets.automation.settings_hash import settings_hashes
-from finetune_assets.config.documents import document_sets, users_of_documents
+from finetune_assets.config.documents import users_of_documents
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import load_experiment
+from finetune_assets.resources.index_versions import DOCUMENTS_TAG
 from finetune_assets.resources.project import AUTOMATIC_TAG
 from finetune_assets.resources.raw_versions import (
     GOOD_TAG,
@@ -122,19 +123,20 @@ class World:
         return self.graphs[experiments]
 
     def _index(self) -> dg.AssetsDefinition:
-        sets = dg.StaticPartitionsDefinition(document_sets(self.project.configs))
+        partitions = dg.StaticPartitionsDefinition(self.experiments())
 
-        @dg.asset(name=INDEX, deps=["dolly_raw"], partitions_def=sets)
+        @dg.asset(name=INDEX, deps=["dolly_raw"], partitions_def=partitions)
         def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:  # type: ignore[type-arg]
-            version = self.documents[context.partition_key]
-            tags = {} if version.endswith("-bad") else {GOOD_TAG: "true"}
+            (documents,) = (name for name, users in self.users().items() if context.partition_key in users)
+            version = self.documents[documents]
+            tags = {DOCUMENTS_TAG: documents, **({} if version.endswith("-bad") else {GOOD_TAG: "true"})}
             return dg.MaterializeResult(data_version=dg.DataVersion(version), tags=tags)
 
         return made
 
     def new_documents(self, name: str, version: str) -> None:
         self.documents[name] = version
-        self.run({INDEX}, name)
+        self.run({INDEX}, self.users()[name][0])
 
     def _raw(self) -> dg.AssetsDefinition:
         @dg.asset(name="dolly_raw", check_specs=[dg.AssetCheckSpec("good", asset="dolly_raw", blocking=True)])
@@ -156,8 +158,6 @@ class World:
             deps=[
                 dg.AssetDep(upstream, partition_mapping=dg.AllPartitionMapping())
                 if (name, upstream) in OF_OTHERS
-                else dg.AssetDep(INDEX, partition_mapping=dg.StaticPartitionMapping(self.users()))
-                if upstream == INDEX
                 else upstream
                 for upstream in UPSTREAM[name]
             ],
@@ -816,8 +816,7 @@ def test_changed_documents_evaluate_the_champion_and_train_nothing(retrieving: W
     assert retrieving.settle() == [{"a": EVALUATED, "c": ALL - {"cached_base_model"}}]
     assert {name: retrieving.last("lora_adapter", name) for name in ("a", "b")} == adapters
     retrieving.new_documents("towns", "d2")
-    retrieving.new_documents("rivers", "d1")
-    assert retrieving.settle() == [], "the same documents, and those that nobody uses"
+    assert retrieving.settle() == [], "the same documents"
 
 
 def test_changed_documents_and_new_data(retrieving: World) -> None:

@@ -46,7 +46,7 @@ def test_an_adapter_reads_about_towns_that_nothing_was_trained_on(
 ) -> None:
     monkeypatch.setenv("FINETUNE_RAW_DATA", SAMPLE_TOWNS)
     assert graph.run("dolly_raw", None).success
-    assert graph.run("retrieval_index", "towns").success
+    assert graph.run("retrieval_index", READER).success
     folders = {name: evaluated(project, graph, name) for name in (READER, CONTROL)}
     reader, control = (read_evaluation(folders[name]) for name in (READER, CONTROL))
     modes = reader["modes"]
