@@ -27,8 +27,8 @@ NO_RAW_DATA = "Waiting for raw data that has passed its checks"
     target=dg.AssetSelection.assets("retrieval_index"),
     minimum_interval_seconds=EACH_TIME,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Watches the documents that subscribed experiments retrieve from (configs/documents/) every five seconds "
-    "and materializes `retrieval_index` once for each new version of a set. The experiments are then tokenized again, "
+    description="Watches the documents of subscribed experiments (configs/documents/) every five seconds and "
+    "materializes `retrieval_index` once for each new version of a set. The experiments are then tokenized again, "
     "and their champions evaluated again; training follows only with data.retrieval.retrain.",
 )
 def documents_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
