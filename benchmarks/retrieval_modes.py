@@ -1,4 +1,4 @@
-"""What passages in training are worth: `python -m benchmarks.retrieval --rows dolly.jsonl --model model.gguf`.
+"""What passages in training are worth: `python -m benchmarks.retrieval_modes --rows dolly.jsonl --model model.gguf`.
 
 Two experiments on the rows of Dolly that have a passage (closed_qa, information_extraction), with the same settings and
 steps: one is trained with passages, one on the questions alone. Each is then measured in all modes by the graph's own
