@@ -2,7 +2,8 @@
 
 Cost: 100,000 generated passages of 100 words each (a vocabulary of 50,000 words, as frequent as words are: Zipf) are
 read from a Markdown file, compared for near-duplicates and indexed in a process of its own, on one core; then searched
-for with 12 words each. Times are CPU times. Quality: the distinct contexts of real rows (`--rows`) as passages, and the rows' instructions.
+for with 12 words each. Times are CPU times. Quality: the distinct contexts of real rows (`--rows`) as passages, and the
+rows' instructions.
 """
 
 import argparse
