@@ -44,6 +44,7 @@ bench: $(VENV)/installed peers  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.data_prep
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.near_duplicates
+	$(BIN)/python -m benchmarks.retrieval
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.evaluation

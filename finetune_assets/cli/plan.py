@@ -18,7 +18,8 @@ import click
 from finetune_assets.artifacts.history import trainer_states
 from finetune_assets.artifacts.kinds import BASE_MODELS, TOKENIZED
 from finetune_assets.artifacts.layout import read_object
-from finetune_assets.artifacts.lineage import Lineage, RawLineage
+from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.artifacts.raw_lineage import RawLineage
 from finetune_assets.cli.terminal import EXPERIMENT, StoreCommand, as_json, new_table, out, styled
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.errors import UserError

@@ -1,10 +1,12 @@
 """The BM25 index: what it finds, that it is the same bytes when rebuilt, and how well it finds real rows' contexts."""
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from retrieval.towns import TOWNS, passage
 
 from finetune_assets.config.documents_schema import DocumentsConfig, IndexSettings, PassageSettings
@@ -25,6 +27,15 @@ def built(folder: Path, *texts: str, config: DocumentsConfig | None = None) -> I
 
 def numbers(index: Index, query: str, k: int = 3) -> list[int]:
     return [hit.passage for hit in index.search([query], k)[0]]
+
+
+def same_bytes(ours: Path, theirs: Path) -> bool:
+    """Whether two folders have the same files with the same bytes."""
+    files = [
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (ours, theirs)
+    ]
+    return len(files[0]) > 3 and files[0] == files[1]
 
 
 def test_search(tmp_path: Path) -> None:
@@ -71,12 +82,7 @@ def test_rebuilt_it_is_the_same_bytes(tmp_path: Path) -> None:
     texts = [passage(town) for town in TOWNS]
     for name in ("a", "b"):
         built(tmp_path / name, *texts)
-    ours, theirs = (
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (tmp_path / "a", tmp_path / "b")
-    )
-    assert len(ours) > 5
-    assert ours == theirs
+    assert same_bytes(tmp_path / "a", tmp_path / "b")
     added, deleted = built(tmp_path / "c", *texts, "One more town."), built(tmp_path / "d", *texts[1:])
     assert added.fingerprint != open_index(tmp_path / "a").fingerprint != deleted.fingerprint
     assert golden_passages(deleted.passages, texts[0]) == [], "a deleted document is not found in place of another"
@@ -121,3 +127,38 @@ def test_contexts_of_real_rows_are_found(dolly: Path, tmp_path: Path) -> None:
         assert rates.hits[3] == pytest.approx(third, abs=0.02)
         assert rates.hits[10] > 0.87
         assert all(golden)
+
+
+def test_dense_index_of_the_packaged_model(tmp_path: Path) -> None:
+    """It finds what it has embedded, is the same bytes when rebuilt, and needs the model no more."""
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "finetune_assets" / "sample" / "base_model", model)
+    config = DocumentsConfig(index=IndexSettings("dense", model="model"))
+    texts = [passage(town) for town in TOWNS]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        build_index((Document(text, "t") for text in texts), config, tmp_path / name, tmp_path)
+    assert same_bytes(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(model)
+    index = open_index(tmp_path / "a")
+    assert [numbers(index, text, 1) for text in texts] == [[number] for number in range(len(texts))]
+    (hits,) = index.search([texts[7]], 99)
+    assert len(hits) == len(texts)
+    assert hits[0].score == pytest.approx(1)
+    assert index.search([""], 3) == [[]]
+    questions = [f"What is it that {town} sells?" for town in TOWNS]
+    ranks = [rank_of((hit.passage for hit in found), {at}) for at, found in enumerate(index.search(questions, 10))]
+    assert hit_rate(ranks).hits[10] > 0.5, hit_rate(ranks)
+
+
+@pytest.mark.parametrize("files", [(), ("tokenizer.json",), ("model.safetensors",), ("modules.json",)])
+def test_models_that_embed_nothing(tmp_path: Path, files: tuple[str, ...]) -> None:
+    (tmp_path / "model").mkdir()
+    packaged = ROOT / "finetune_assets" / "sample" / "base_model"
+    for name in files:
+        source = packaged / name
+        (tmp_path / "model" / name).write_bytes(source.read_bytes() if source.exists() else b"[]")
+    (tmp_path / "out").mkdir()
+    config = DocumentsConfig(index=IndexSettings("dense", model="model"))
+    with pytest.raises(DataError):
+        build_index([Document("Text.", "t")], config, tmp_path / "out", tmp_path)
