@@ -32,7 +32,7 @@ lint: $(VENV)/installed  ## style, import rules, types, definitions
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/dg check defs
-	@! grep -rnwiE --include=*.py --include=*.jinja --include=*.yaml --include=*.md --exclude=world.py -f docs/words.txt \
+	@! grep -rnwiE --include=*.py --include=*.jinja --include=*.yaml --include=*.md --exclude=world.py --exclude-dir=documents -f docs/words.txt \
 		finetune_assets configs README.md docs/settings.md | grep -vE '# older name$$|\.tell\b' \
 		|| (echo "Words of docs/words.txt above: use the standard terms"; exit 1)
 
@@ -44,6 +44,7 @@ bench: $(VENV)/installed peers  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.data_prep
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.near_duplicates
+	$(BIN)/python -m benchmarks.retrieval
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.evaluation

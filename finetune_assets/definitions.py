@@ -16,12 +16,14 @@ from finetune_assets.assets.dolly_raw import dolly_raw
 from finetune_assets.assets.experiment_report import experiment_report
 from finetune_assets.assets.lora_adapter import lora_adapter
 from finetune_assets.assets.merged_model import merged_model
+from finetune_assets.assets.retrieval_index import retrieval_index
 from finetune_assets.assets.served_adapter import served_adapter
 from finetune_assets.assets.stacked_adapter import stacked_adapter
 from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.alert_sensors import alert_on_failure, alert_on_standstill
 from finetune_assets.automation.dead_runs import dead_runs_sensor
+from finetune_assets.automation.documents import documents_sensor
 from finetune_assets.automation.experiments import experiments_sensor
 from finetune_assets.automation.raw_data import raw_data_schedule, raw_data_sensor
 from finetune_assets.automation.serving import serving_sensor
@@ -55,6 +57,7 @@ def project_definitions() -> dg.Definitions:
         assets=dg.with_source_code_references(
             [
                 dolly_raw,
+                retrieval_index,
                 cached_base_model,
                 tokenized_dataset,
                 training_plan,
@@ -69,6 +72,7 @@ def project_definitions() -> dg.Definitions:
         ),
         sensors=[
             raw_data_sensor,
+            documents_sensor,
             experiments_sensor,
             serving_sensor,
             dead_runs_sensor,

@@ -29,10 +29,11 @@ def test_the_graph() -> None:
     assert parents == {
         "dolly_raw": set(),
         "cached_base_model": set(),
-        "tokenized_dataset": {"dolly_raw", "cached_base_model"},
+        "retrieval_index": {"dolly_raw"},
+        "tokenized_dataset": {"dolly_raw", "cached_base_model", "retrieval_index"},
         "training_plan": {"tokenized_dataset", "cached_base_model"},
         "lora_adapter": {"training_plan", "tokenized_dataset", "cached_base_model"},
-        "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model"},
+        "adapter_evaluation": {"lora_adapter", "tokenized_dataset", "cached_base_model", "retrieval_index"},
         "champion_adapter": {"lora_adapter", "adapter_evaluation"},
         "served_adapter": {"champion_adapter"},
         "merged_model": {"champion_adapter", "tokenized_dataset"},

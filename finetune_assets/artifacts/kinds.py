@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune_assets.config.documents_schema import DocumentsConfig
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, Model
@@ -52,11 +53,11 @@ class ArtifactKind:
         versions = (replace(self, code_version=code, parts=parts) for code, parts in self.earlier)
         return [version.fingerprint(config, **inputs) for version in versions]
 
-    def fingerprint(self, config: ExperimentConfig | RawDataConfig | None, **inputs: Any) -> str:
+    def fingerprint(self, config: ExperimentConfig | RawDataConfig | DocumentsConfig | None, **inputs: Any) -> str:
         """Fingerprint of an artifact of this kind, 64 hex digits.
 
         Args:
-            config: The settings: an experiment's, or the raw data's for `RAW`.
+            config: The settings: an experiment's, the raw data's for `RAW`, or a document set's for `INDEXES`.
             inputs: A value for each name in `self.inputs`: the fingerprint of an asset's artifact, or plain data.
 
         Raises:
@@ -71,6 +72,10 @@ def _raw(config: RawDataConfig, inputs: Inputs) -> dict[str, Any]:
     return {"columns": identity(config.columns), "content": inputs["content"]}
 
 
+def _index(config: DocumentsConfig, inputs: Inputs) -> dict[str, Any]:
+    return {"documents": identity(config), "content": inputs["content"], "model": inputs["model"]}
+
+
 def _base_model(config: None, inputs: Inputs) -> dict[str, Any]:
     return {"repo": inputs["repo"], "revision": inputs["revision"]}
 
@@ -81,7 +86,13 @@ def _tokenized(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
         "split_salt": inputs["split_salt"],
         "raw": inputs["dolly_raw"],
         "tokenizer": inputs["tokenizer"],
+        **_retrieval(config, inputs),
     }
+
+
+def _retrieval(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    """The index that an experiment retrieves from, if it does."""
+    return {"retrieval_index": inputs["retrieval_index"]} if config.data.retrieval else {}
 
 
 def _tokenized_4(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
@@ -113,6 +124,7 @@ def _evaluation(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
         "champion": inputs["champion"],
         "general_text": inputs["general_text"],
         "split": inputs["split"],
+        **_retrieval(config, inputs),
     }
 
 
@@ -143,17 +155,23 @@ def _without_source(model: Model) -> dict[str, Any]:
 
 RAW = ArtifactKind("raw", "dolly_raw", "4", ("content",), _raw, Retention(newest="keep_raw"), earlier=(("3", _raw),))
 """`content` identifies every byte of the source: file hashes in reading order, or a Hub commit."""
+INDEXES = ArtifactKind(
+    "indexes", "retrieval_index", "1", ("content", "model"), _index, Retention(newest="keep_indexes")
+)
+"""`content` identifies every document: names and hashes of files, a Hub commit, or the version of the raw data whose
+contexts are the documents. `model` identifies the model of a dense index, or is None."""
 BASE_MODELS = ArtifactKind(SHARED, "cached_base_model", "1", ("repo", "revision"), _base_model)
 """Shared by all namespaces, and named by repository and commit instead of a fingerprint."""
 TOKENIZED = ArtifactKind(
     "tokenized",
     "tokenized_dataset",
     "5",
-    ("dolly_raw", "tokenizer", "split_salt"),
+    ("dolly_raw", "tokenizer", "split_salt", "retrieval_index"),
     _tokenized,
     earlier=(("4", _tokenized_4),),
 )
-"""`tokenizer` maps each tokenizer file of the base model to its sha256."""
+"""`tokenizer` maps each tokenizer file of the base model to its sha256; `retrieval_index` is the fingerprint of the
+index of the experiment's document set, or None."""
 ADAPTERS = ArtifactKind(
     "adapters",
     "lora_adapter",
@@ -169,11 +187,12 @@ EVALUATIONS = ArtifactKind(
     "evaluations",
     "adapter_evaluation",
     "3",
-    ("lora_adapter", "champion", "general_text", "tasks", "split"),
+    ("lora_adapter", "champion", "general_text", "tasks", "split", "retrieval_index"),
     _evaluation,
     Retention(with_kept=ADAPTERS.folder),
 )
-"""`champion`, `general_text` and `tasks` are fingerprints, or None; `split` names the evaluated split."""
+"""`champion`, `general_text`, `tasks` and `retrieval_index` are fingerprints, or None; `split` names the evaluated
+split."""
 CHAMPIONS = ArtifactKind("champions", "champion_adapter", "1", retention=Retention(collected=False))
 """Numbered records that name adapters; not artifacts themselves."""
 MERGED = ArtifactKind("merged", "merged_model", "2", ("champion_adapter",), _merged)
@@ -198,6 +217,7 @@ CHECKPOINTS = ArtifactKind(CHECKPOINTS_FOLDER)
 
 KINDS = (
     RAW,
+    INDEXES,
     BASE_MODELS,
     TOKENIZED,
     PLANS,

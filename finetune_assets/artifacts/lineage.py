@@ -4,41 +4,38 @@ Nothing here depends on past materializations: the same configuration and data l
 in CI on an empty instance, and in production. Only `import_external_inputs` publishes artifacts.
 """
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.base_check import find_base_model
 from finetune_assets.artifacts.champions import Champions, Record
-from finetune_assets.artifacts.imports import Import, import_external
+from finetune_assets.artifacts.document_lineage import DocumentLineage
+from finetune_assets.artifacts.external_inputs import ExternalInputs
+from finetune_assets.artifacts.imports import Import
 from finetune_assets.artifacts.kinds import (
     ADAPTERS,
     BASE_MODELS,
     EVALUATIONS,
+    INDEXES,
     KIND_OF,
     OF_CHAMPION,
     PLANS,
     RAW,
+    TOKENIZED,
     ArtifactKind,
 )
-from finetune_assets.artifacts.layout import HELD_BACK, PROVENANCE, SOURCES, read_object
-from finetune_assets.artifacts.raw_lineage import RawLineage
+from finetune_assets.artifacts.layout import SOURCES
 from finetune_assets.artifacts.streams import earlier_versions
-from finetune_assets.config.fingerprint import fingerprint
-from finetune_assets.config.loading import Experiment
-from finetune_assets.data.rows import HoldoutRows
-from finetune_assets.data.texts import PACKAGED, SUFFIXES
+from finetune_assets.config.documents import load_documents
 from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
 from finetune_assets.sources.names import source_name
 from finetune_assets.sources.pins import Pins
-from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
+from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.store.errors import ArtifactMissing, StoreError
-from finetune_assets.store.hashing import folder_hashes, sha256
 
 NO_CHAMPION = (
     "{0} has no champion yet: materialize its champion_adapter; its check reports why no adapter was promoted (usually "
@@ -48,22 +45,19 @@ NO_CHAMPION = (
 
 
 @dataclass(frozen=True)
-class Lineage:
+class Lineage(ExternalInputs):
     """The artifacts of one experiment. Methods raise `ArtifactMissing` if an upstream artifact is not in the store.
 
     Attributes:
         raw: The raw data.
         experiment: The experiment.
         asks_hub: Resolve a branch of the base model on the Hub; otherwise use the recorded commit.
+        index_version: Fingerprint of the retrieval index of the experiment's document set, or `NO_GOOD_INDEX`; computed
+            by reading the documents if not given.
     """
 
-    raw: RawLineage
-    experiment: Experiment
     asks_hub: bool = False
-
-    @property
-    def store(self) -> ArtifactStore:
-        return self.raw.store
+    index_version: str | None = None
 
     @cached_property
     def pins(self) -> Pins:
@@ -116,8 +110,50 @@ class Lineage:
             if ref := self.find_base_model(name):
                 return ref
             raise self.store.missing(kind.folder, name, made_by=kind.asset or kind.folder)
+        if kind is INDEXES:
+            if index := self.index():
+                return index
+            raise ArtifactMissing(f"experiment {self.experiment.name} retrieves nothing: data.retrieval is not set")
+        if kind is ADAPTERS:
+            return self.adapter()
+        return self._stored(kind)
+
+    def _stored(self, kind: ArtifactKind) -> ArtifactRef:
         name = self.fingerprint(kind)
         return canonical(self.store, self.store.resolve(kind.folder, name, made_by=kind.asset or kind.folder))
+
+    def adapter(self) -> ArtifactRef:
+        """The adapter to evaluate: that of the current settings and inputs.
+
+        After a change of the documents alone, an experiment with `data.retrieval.retrain: false` is not trained again;
+        its champion is then evaluated with the new index.
+        """
+        try:
+            return self._stored(ADAPTERS)
+        except ArtifactMissing:
+            retrieval = self.experiment.config.data.retrieval
+            champion = self.champions.champion() if retrieval and not retrieval.retrain else None
+            if champion is None or self.experiment.overrides:
+                raise
+            return champion
+
+    @cached_property
+    def documents(self) -> DocumentLineage | None:
+        """The document set that the experiment retrieves from; None without `data.retrieval`."""
+        retrieval = self.experiment.config.data.retrieval
+        if retrieval is None:
+            return None
+        config = load_documents(self.raw.configs, retrieval.documents)
+        return DocumentLineage(retrieval.documents, config, self.raw, version=self.index_version)
+
+    def index(self) -> ArtifactRef | None:
+        """The retrieval index that the experiment's rows are retrieved from; None without `data.retrieval`."""
+        return self.documents.index() if self.documents else None
+
+    def version_without_index(self, **known: ArtifactRef) -> str:
+        """A version of the tokenized dataset that a change of the documents alone does not change."""
+        inputs = {name: self._input(name, known) for name in TOKENIZED.inputs if name != INDEXES.asset}
+        return TOKENIZED.fingerprint(self.experiment.config, **inputs, retrieval_index="")
 
     def _inputs(self, kind: ArtifactKind, known: Mapping[str, ArtifactRef]) -> dict[str, Any]:
         return {name: self._input(name, known) for name in kind.inputs}
@@ -189,94 +225,6 @@ class Lineage:
         """The plan of an adapter's training, by the adapter's fingerprint; None if it was not planned."""
         name = PLANS.fingerprint(self.experiment.config, lora_adapter=adapter)
         return self.store.find(PLANS.folder, name)
-
-    # ---- inputs from outside the graph
-
-    def import_external_inputs(self) -> dict[str, ArtifactRef]:
-        """Publish the experiment's external inputs that the store does not have yet.
-
-        Returns:
-            The artifacts, by name of the input.
-
-        Raises:
-            StoreError: if a setting names a file, folder or adapter that does not exist.
-        """
-        inputs = {"general_text": self.general_text(), "tasks": self.lm_eval_tasks(), "warm_start": self.warm_start()}
-        return {
-            name: item if isinstance(item, ArtifactRef) else import_external(self.store, item)
-            for name, item in inputs.items()
-            if item
-        }
-
-    def warm_start(self) -> ArtifactRef | Import | None:
-        """The adapter that training starts from, in the store or in a folder.
-
-        Raises:
-            StoreError: if the setting names neither an adapter in the store nor an adapter folder.
-        """
-        setting = self.experiment.config.training.warm_start
-        if setting is None:
-            return None
-        if not setting.startswith((".", "/", "~")):
-            if not re.fullmatch("[0-9a-f]{64}", setting):
-                raise StoreError(
-                    f"training.warm_start: '{setting}' is neither a fingerprint (64 hex digits) nor ./folder"
-                )
-            return self.store.resolve(ADAPTERS.folder, setting, made_by="the adapter that training.warm_start names")
-        folder = self.raw.root / Path(setting).expanduser()
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            if not (folder / name).is_file():
-                raise StoreError(f"training.warm_start: {folder} contains no {name}")
-        made_from = {"folder": setting, HELD_BACK: _held_back_of(folder)}
-        hashes = folder_hashes(folder)
-        return Import(fingerprint(files=hashes), folder, made_from, hashes)
-
-    def general_text(self) -> Import | None:
-        """The text for measuring forgetting; None if the measurement is disabled.
-
-        Raises:
-            StoreError: if the file does not exist.
-        """
-        setting = self.experiment.config.evaluation.general_text
-        if not self.experiment.config.evaluation.general_tokens:
-            return None
-        path = PACKAGED.get(setting) or self.raw.root / Path(setting).expanduser()
-        if path.suffix not in SUFFIXES or not path.is_file():
-            raise StoreError(
-                f"evaluation.general_text: '{setting}' is neither a packaged text ({', '.join(PACKAGED)}) nor a file "
-                f"({' or '.join(SUFFIXES)}): {path}"
-            )
-        name, digest = "text" + path.suffix, sha256(path)
-        return Import(fingerprint(text=digest), {name: path}, {"text": setting}, {name: digest})
-
-    def lm_eval_tasks(self) -> Import | None:
-        """The task folder of `evaluation.lm_eval`, if set.
-
-        Raises:
-            StoreError: if the folder does not exist.
-        """
-        settings = self.experiment.config.evaluation.lm_eval
-        if settings is None or settings.folder is None:
-            return None
-        folder = self.raw.root / Path(settings.folder).expanduser()
-        if not folder.is_dir():
-            raise StoreError(f"evaluation.lm_eval.folder: folder {folder} does not exist")
-        hashes = folder_hashes(folder)
-        return Import(fingerprint(files=hashes), folder, {"folder": settings.folder}, hashes)
-
-    def held_back(self, *begun: ArtifactRef) -> HoldoutRows:
-        """Rows not used for training, neither in this experiment nor for the adapters that it starts from.
-
-        An adapter from another source has no record of its training rows; it is assumed to have seen none of these.
-        """
-        data = self.experiment.config.data
-        holdout = HoldoutRows(self.raw.config.split_salt, data.gate_fraction, data.val_fraction)
-        for ref in begun:
-            manifest = self.store.manifest(ref.kind, ref.name)
-            if manifest and manifest.made_from.get(HELD_BACK):
-                unseen = provenance.held_back(manifest.made_from)
-                holdout &= unseen or HoldoutRows(holdout.salt, 0.0, 0.0)
-        return holdout
 
     # ---- after training
 
@@ -360,6 +308,10 @@ def _identity(item: ArtifactRef | Import | None) -> str | None:
     return item.fingerprint if item else None
 
 
+def _index(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> str | None:
+    return lineage.documents.fingerprint if lineage.documents else None
+
+
 def _champion_before(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> str | None:
     record = lineage.opponent(lineage._upstream("lora_adapter", known))
     return record.adapter if record else None
@@ -382,6 +334,7 @@ def _rows(lineage: Lineage, known: Mapping[str, ArtifactRef]) -> Any:
 
 LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
     "dolly_raw": _rows,
+    "retrieval_index": _index,
     "split_salt": lambda lineage, known: lineage.raw.config.split_salt,
     "tokenizer": lambda lineage, known: lineage.tokenizer(lineage._upstream("cached_base_model", known)),
     "warm_start": lambda lineage, known: _identity(lineage.warm_start()),
@@ -392,9 +345,3 @@ LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
     "champions": _champions,
 }
 """Fingerprint inputs that are not assets of the experiment, by name."""
-
-
-def _held_back_of(adapter: Path) -> dict[str, Any] | None:
-    """Held-out rows from the provenance in an adapter's folder; None if it has no such record."""
-    holdout = provenance.held_back(read_object(adapter / PROVENANCE))
-    return asdict(holdout) if holdout else None

@@ -12,11 +12,11 @@ from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.artifacts.streams import is_good, newest_version
 from finetune_assets.config.fingerprint import fingerprint, identity
-from finetune_assets.config.raw_data_schema import Columns, HubDataset, RawDataConfig, RawSource
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS, Columns, HubDataset, RawDataConfig, RawSource
 from finetune_assets.data.errors import DataError, Unreachable
 from finetune_assets.errors import UserError
 from finetune_assets.sources.local import count_rows
-from finetune_assets.sources.names import SAMPLE, UNNAMED, source_name
+from finetune_assets.sources.names import UNNAMED, source_name
 from finetune_assets.sources.pins import Pins
 from finetune_assets.sources.raw_data import open_source
 from finetune_assets.sources.source import Source, SourceContext
@@ -124,6 +124,7 @@ class RawLineage:
         asks_hub: Resolve a branch on the Hub; otherwise use the recorded commit.
         version: Fingerprint of the raw data, or `NO_GOOD_VERSION`; computed by reading the sources if not given.
         connect: Creates the boto3 client, for a source on S3.
+        configs: Folder of the configuration files; by default `configs` in `root`.
     """
 
     def __init__(
@@ -134,8 +135,10 @@ class RawLineage:
         asks_hub: bool = False,
         version: str | None = None,
         connect: Callable[[], Any] | None = None,
+        configs: Path | None = None,
     ) -> None:
         self.store, self.config, self.root, self.given = store, config, root, version
+        self.connect, self.configs = connect, configs or root / "configs"
         self.pins = Pins(store, "dataset", made_by="dolly_raw", asks_hub=asks_hub)
         context = SourceContext(config, root, self.pins.commit_of, connect, store.cache.root / "downloads")
         named = config.sources or {name_of_single(config): RawSource(config.source, config.columns, config.hub)}
@@ -226,7 +229,7 @@ def name_of_single(config: RawDataConfig) -> str:
     """Name of the source where there is only one."""
     if config.sources:
         return next(iter(config.sources))
-    return SAMPLE if config.source == SAMPLE else UNNAMED
+    return config.source if config.source in PACKAGED_ROWS else UNNAMED
 
 
 def all_sources(config: RawDataConfig, root: Path) -> str:

@@ -15,7 +15,8 @@ from finetune_assets.store.artifacts import ArtifactRef
 @project_asset(
     EVALUATIONS,
     "pytorch",
-    automation_condition=auto_materialize("lora_adapter"),
+    deps=["retrieval_index"],  # read where the settings demand it, by its fingerprint
+    automation_condition=auto_materialize("lora_adapter", "retrieval_index"),
 )
 def adapter_evaluation(
     context: dg.AssetExecutionContext,
@@ -25,7 +26,10 @@ def adapter_evaluation(
     project: Project,
     launcher: dg.ResourceParam[Launcher],
 ) -> dg.MaterializeResult[ArtifactRef]:
-    """Evaluation of base model, champion and new adapter on the gate rows: loss by category, answers, forgetting."""
+    """Evaluation of base model, champion and new adapter on the gate rows: loss by category, answers, forgetting.
+
+    After a change of the documents alone, the champion of an experiment that retrieves is evaluated with the new index.
+    """
     from finetune_assets.evaluation.files import read_evaluation
 
     with asset_step(context):

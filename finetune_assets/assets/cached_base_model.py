@@ -5,7 +5,7 @@ import dagster as dg
 from finetune_assets.artifacts.kinds import BASE_MODELS
 from finetune_assets.assets.materialization import asset_step, materialize_or_reuse, overridden, result
 from finetune_assets.assets.partitions import project_asset
-from finetune_assets.automation.conditions import HasGoodRawData, auto_materialize
+from finetune_assets.automation.conditions import HasGoodData, auto_materialize
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -14,7 +14,7 @@ from finetune_assets.store.artifacts import ArtifactRef
     BASE_MODELS,
     "huggingface",
     pool="hub",
-    automation_condition=auto_materialize(only_while=HasGoodRawData()),
+    automation_condition=auto_materialize(only_while=HasGoodData()),
 )
 def cached_base_model(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
     """Safetensors weights and tokenizer of the experiment's base model.

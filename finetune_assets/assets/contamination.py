@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -45,7 +46,8 @@ def contamination_check(
         f"contain {WORDS} words in a row of a text that models are evaluated on (data.checks.max_contaminated_share = "
         f"{most:g}). First, by number in dolly_raw: {first}"
     )
-    severity, counts = dg.AssetCheckSeverity.WARN, {"texts": found.texts, "texts_too_short": found.short_texts}
+    severity = dg.AssetCheckSeverity.WARN
+    counts: dict[str, Any] = {"texts": found.texts, "texts_too_short": found.short_texts}
     return fraction_check(
         context, NAME, found.rows, found.searched, most, problem, severity, first_rows=first, **counts
     )

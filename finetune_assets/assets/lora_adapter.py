@@ -102,6 +102,7 @@ def training_job(
             "cached_base_model": base_model.fingerprint,
             "tokenized_dataset": dataset.fingerprint,
             "dolly_raw": provenance.text(raw.made_from, "dolly_raw") if raw else None,
+            "retrieval_index": provenance.text(raw.made_from, "retrieval_index") if raw else None,
             SOURCES: lineage.source_names(),
             "warm_start": warm_start.fingerprint if warm_start else None,
             HELD_BACK: asdict(lineage.held_back(*([warm_start] if warm_start else []))),

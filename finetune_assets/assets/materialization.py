@@ -18,7 +18,7 @@ from finetune_assets.config.loading import Experiment, dump
 from finetune_assets.display import PlainRecords, message
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
-from finetune_assets.resources.raw_versions import OVERRIDES_TAG, SOURCE_TAG, source_tag
+from finetune_assets.resources.raw_versions import OVERRIDES_TAG, SOURCE_TAG, TRAINING_VERSION_TAG, source_tag
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.worker.job import JobSpec
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RETRIES, RETRY_SECONDS = 3, 20
 """Maximum retries of a step, and the delay before the first retry in seconds, doubled for each further retry."""
+TAG_CHARACTERS = 32
+"""Characters of a fingerprint in a tag, of which Dagster allows 63."""
 ARTIFACT = dg.PythonObjectDagsterType(ArtifactRef)
 """Type of an asset with checks: Dagster 1.13 infers it from `MaterializeResult[...]` only for assets without checks."""
 
@@ -193,6 +195,17 @@ def lineage_tags(lineage: Lineage) -> dict[str, str]:
     return {**overridden(lineage.experiment), SOURCE_TAG: source_tag(lineage.raw.source_name)}
 
 
+def ignoring_index(lineage: Lineage, **known: ArtifactRef) -> dict[str, str]:
+    """Tag of a tokenized dataset: its version for the training, which ignores a change of the documents alone.
+
+    Empty if the experiment is trained again on such a change (`data.retrieval.retrain`), or does not retrieve.
+    """
+    retrieval = lineage.experiment.config.data.retrieval
+    if retrieval is None or retrieval.retrain:
+        return {}
+    return {TRAINING_VERSION_TAG: lineage.version_without_index(**known)[:TAG_CHARACTERS]}
+
+
 def fraction_check(
     context: dg.AssetExecutionContext,
     name: str,
@@ -201,6 +214,7 @@ def fraction_check(
     most: float,
     problem: str,
     severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+    unit: str = "rows",
     **metadata: Any,
 ) -> dg.AssetCheckResult:
     """Check result that fails if the fraction of invalid rows exceeds a threshold.
@@ -213,10 +227,11 @@ def fraction_check(
         most: Largest fraction that passes.
         problem: Description of the problem, with the setting of `most` and the first invalid rows.
         severity: A failure with WARN is logged and does not block downstream assets.
+        unit: What is counted.
         metadata: Additional metadata of the check result.
     """
     share = count / total if total else 0.0
-    text = message(f"{count:,} of {total:,} rows ({share:.2%}) {problem}") if count else "No such rows"
+    text = message(f"{count:,} of {total:,} {unit} ({share:.2%}) {problem}") if count else f"No such {unit}"
     if share > most:
         log = context.log.error if severity is dg.AssetCheckSeverity.ERROR else context.log.warning
         log(f"Check {name} failed: {text}")
@@ -225,7 +240,7 @@ def fraction_check(
         check_name=name,
         severity=severity,
         description=text,
-        metadata={"rows": count, "fraction": share, "threshold": most, **metadata},
+        metadata={unit: count, "fraction": share, "threshold": most, **metadata},
     )
 
 

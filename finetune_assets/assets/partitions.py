@@ -1,4 +1,4 @@
-"""Experiment partitions: one per file in `configs/experiments/`."""
+"""Partitions of all assets of experiments: one per file in `configs/experiments/`."""
 
 import warnings
 from collections.abc import Callable
@@ -27,6 +27,10 @@ def check_of_each(asset: str, name: str, description: str, blocking: bool = True
         )
 
 
+def _partitions_of(kind: ArtifactKind) -> dg.PartitionsDefinition | None:
+    return None if kind.asset in UNPARTITIONED else experiments
+
+
 def project_asset(
     kind: ArtifactKind, technology: str, **options: Any
 ) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
@@ -43,7 +47,7 @@ def project_asset(
         owners=OWNERS,
         tags={"finetune/kind": kind.folder},
         code_version=kind.code_version,
-        partitions_def=None if kind.asset in UNPARTITIONED else experiments,
+        partitions_def=_partitions_of(kind),
         **options,
     )
     return decorator

@@ -56,11 +56,12 @@ def of_training(folder: Path, state: Mapping[str, Any]) -> Pictures:
 
 
 def of_evaluation(evaluation: Mapping[str, Any]) -> Pictures:
-    """Plot of the held-out loss of each contender by category."""
-    from finetune_assets.plots.bars import by_category
+    """Plots of the held-out loss of each contender by category and, with retrieval, in each mode."""
+    from finetune_assets.plots.bars import by_category, by_mode
 
-    categories = evaluation["categories"]
-    return _plot("loss_by_category_bars", lambda: by_category(categories, [*evaluation["contenders"]]))
+    categories, modes = evaluation["categories"], evaluation.get("modes", {})
+    plots = _plot("loss_by_category_bars", lambda: by_category(categories, [*evaluation["contenders"]]))
+    return plots | (_plot("modes_side_by_side", lambda: by_mode(modes)) if modes else {})
 
 
 def _plot(name: str, draw: Callable[[], Any]) -> Pictures:

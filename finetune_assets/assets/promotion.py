@@ -13,8 +13,10 @@ from finetune_assets.artifacts.layout import HELD_BACK
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.assets.materialization import Outcome, job, materialize_or_reuse
 from finetune_assets.assets.pictures import of_evaluation as pictures
+from finetune_assets.config.retrieval_validation import gate_mode
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
+from finetune_assets.reporting.modes import mode_table
 from finetune_assets.reporting.numbers import of_evaluation
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources.project import Project
@@ -40,7 +42,7 @@ def evaluate(
     champion = lineage.champions.adapter(against) if against else None
     imported = lineage.import_external_inputs()
     text, tasks = imported.get("general_text"), imported.get("tasks")
-    fingerprint = lineage.fingerprint(EVALUATIONS, lora_adapter=adapter)
+    fingerprint, index = lineage.fingerprint(EVALUATIONS, lora_adapter=adapter), lineage.index()
 
     def make() -> ArtifactRef:
         unseen = lineage.held_back(adapter, *([champion] if champion else []))
@@ -50,7 +52,9 @@ def evaluate(
             inputs["general-text"] = text
         if tasks:
             inputs["tasks"] = tasks
-        if champion or some_were_seen:
+        if index:
+            inputs["index"] = index
+        if champion or some_were_seen or index:
             sources = lineage.selected_sources().values()
             inputs |= {f"raw-{index}": ref for index, ref in enumerate(sources)}
         if champion:
@@ -73,12 +77,19 @@ def evaluate(
                 "general_text": text.fingerprint if text else None,
                 "tasks": tasks.fingerprint if tasks else None,
                 "split": lineage.split,
+                **(_retrieval(lineage, dataset, index) if index else {}),
                 HELD_BACK: asdict(unseen) if some_were_seen else None,
             },
         )
         return run_in_pipes(context, launcher, spec)
 
     return materialize_or_reuse(context, project, EVALUATIONS, fingerprint, make, called="adapter_evaluation")
+
+
+def _retrieval(lineage: Lineage, dataset: ArtifactRef, index: ArtifactRef) -> dict[str, Any]:
+    """What an evaluation with retrieval is made from, besides."""
+    salt = lineage.raw.config.split_salt
+    return {"retrieval_index": index.fingerprint, "tokenized_dataset": dataset.fingerprint, "split_salt": salt}
 
 
 def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
@@ -103,7 +114,7 @@ def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         ]
         return dg.MetadataValue.md(rows_table(shown, [column, "rows", *names]))
 
-    sources = evaluation.get("sources")
+    sources, modes = evaluation.get("sources"), evaluation.get("modes")
     samples = [{**row, **{name: row[name] or "" for name in names}} for row in evaluation["samples"]]
     return {
         **of_evaluation(evaluation),
@@ -113,7 +124,17 @@ def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         **pictures(evaluation),
         "loss_by_category": losses_by("category", evaluation["categories"]),
         **({"loss_by_source": losses_by("source", sources)} if sources else {}),
+        **(_mode_tables(evaluation) if modes else {}),
         "samples": dg.MetadataValue.md(rows_table(samples, ["prompt", "expected", *names])),
+    }
+
+
+def _mode_tables(evaluation: Mapping[str, Any]) -> dict[str, dg.MarkdownMetadataValue]:
+    """All metrics in all modes: of all rows, and of those with unseen passages."""
+    from finetune_assets.data.tables import rows_table
+
+    return {
+        name: dg.MetadataValue.md(rows_table(*mode_table(evaluation[name]))) for name in ("modes", "unseen_passages")
     }
 
 
@@ -160,15 +181,18 @@ def promote_if_better(lineage: Lineage, challenger: ArtifactRef, evaluation: Art
     Returns:
         The decision, with its reason and the numbers that the gate compared.
     """
-    from finetune_assets.evaluation.files import forgetting_of, gain_of, read_evaluation
+    from finetune_assets.evaluation.files import forgetting_of, gain_of, loss_increases, read_evaluation
     from finetune_assets.evaluation.gate import judge
 
     champions, experiment = lineage.champions, lineage.experiment
     current = champions.current()
     champion = champions.adapter(current) if current else None
     folder = lineage.store.fetch(evaluation)
-    gain, opponent = gain_of(folder, experiment.config.gate.confidence)
-    verdict = judge(gain, forgetting_of(read_evaluation(folder)), experiment.config.gate, f"the {opponent}")
+    gate, mode = experiment.config.gate, gate_mode(experiment.config)
+    gain, opponent = gain_of(folder, gate.confidence, mode)
+    increases = loss_increases(folder, gate.max_loss_of)
+    forgetting = forgetting_of(read_evaluation(folder))
+    verdict = judge(gain, forgetting, gate, f"the {opponent}", mode, increases)
     if current and current.adapter == challenger.fingerprint:
         reason = f"{name(challenger)} is already the champion (record {current.number})"
         return Decision(False, reason, verdict.numbers, champion, is_champion=True)

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.artifacts.passages import row_contexts
 from finetune_assets.assets.materialization import fraction_check
 from finetune_assets.sources.base_models import is_tokenizer_file
 from finetune_assets.store.artifacts import ArtifactRef
@@ -42,7 +43,8 @@ def prompt_boundary_check(
     base_model = store.fetch(cached_base_model, is_tokenizer_file)
     trusted = config.model.trust_remote_code is not None
     tokenizer = load_tokenizer(str(base_model), data.tokenization.added_tokens, trusted)
-    found = prompt_boundary(train, raw, tokenizer, data)
+    contexts = row_contexts(lineage, raw, load_tokenizer(str(base_model), data.tokenization.added_tokens, trusted))
+    found = prompt_boundary(train, raw, tokenizer, data, contexts=contexts)
     most = data.checks.max_changed_prompts_share
     first = ", ".join(map(str, found.first))
     remedy = REMEDY_OF_CHAT_TEMPLATE if data.prompt_template.chat_template else REMEDY_OF_PROMPTS

@@ -10,12 +10,14 @@ import dagster as dg
 from finetune_assets.artifacts.aliases import SAME_AS, canonical
 from finetune_assets.artifacts.kinds import TOKENIZED
 from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.artifacts.passages import row_contexts
 from finetune_assets.assets.contamination import contamination_check
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.materialization import (
     ARTIFACT,
     asset_step,
     column_schema,
+    ignoring_index,
     lineage_tags,
     materialize_or_reuse,
     publish_built,
@@ -25,7 +27,7 @@ from finetune_assets.assets.materialization import (
 from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.assets.prompt_boundary import prompt_boundary_check
-from finetune_assets.automation.conditions import HasGoodRawData, auto_materialize
+from finetune_assets.automation.conditions import HasGoodData, auto_materialize
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.sources.base_models import is_tokenizer_file
@@ -42,8 +44,11 @@ STATISTICS, PREVIEW = "statistics.json", "preview.md"
     TOKENIZED,
     "arrow",
     dagster_type=ARTIFACT,
+    deps=["retrieval_index"],  # read where the settings demand it, by its fingerprint
     check_specs=SPECS,
-    automation_condition=auto_materialize("dolly_raw", "cached_base_model", only_while=HasGoodRawData()),
+    automation_condition=auto_materialize(
+        "dolly_raw", "cached_base_model", "retrieval_index", only_while=HasGoodData()
+    ),
 )
 def tokenized_dataset(
     context: dg.AssetExecutionContext,
@@ -65,11 +70,16 @@ def tokenized_dataset(
             "dolly_raw": dolly_raw.fingerprint,
             "cached_base_model": cached_base_model.fingerprint,
         }
+        tags = lineage_tags(lineage)
+        if lineage.documents:
+            made_from["retrieval_index"] = lineage.documents.index().fingerprint
+            tags |= ignoring_index(lineage, dolly_raw=dolly_raw, cached_base_model=cached_base_model)
 
         def build(folder: Path) -> None:
             from finetune_assets.data.prepare import prepare_dataset
             from finetune_assets.data.preview import masked_tokens
             from finetune_assets.data.tokenization import check_positions, load_tokenizer
+            from finetune_assets.retrieval.statistics import passage_statistics
 
             if trains_later(context):
                 launcher.prepare(config.launcher)
@@ -78,8 +88,12 @@ def tokenized_dataset(
             trusted = config.model.trust_remote_code is not None
             tokenizer = load_tokenizer(str(base_model), config.data.tokenization.added_tokens, trusted)
             parts = _raw_parts(lineage, dolly_raw)
-            statistics = prepare_dataset(parts, tokenizer, config.data, lineage.raw.config.split_salt, folder)
-            (folder / STATISTICS).write_text(json.dumps(statistics.to_dict()), encoding="utf-8")
+            contexts = row_contexts(lineage, [part.file for part in parts], tokenizer)
+            salt = lineage.raw.config.split_salt
+            statistics = prepare_dataset(parts, tokenizer, config.data, salt, folder, contexts).to_dict()
+            if contexts:
+                statistics["passages"] = passage_statistics(folder)
+            (folder / STATISTICS).write_text(json.dumps(statistics), encoding="utf-8")
             (folder / PREVIEW).write_text(masked_tokens(folder / "train.arrow", tokenizer), encoding="utf-8")
             made_from.update(_same_as(lineage, folder, dolly_raw, cached_base_model))
             if replayed := lineage.replayed(lineage.selected_sources(dolly_raw)):
@@ -97,7 +111,7 @@ def tokenized_dataset(
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
         outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))
-        return result(outcome, checks, lineage_tags(lineage), dolly_raw=dolly_raw.fingerprint, **metadata)
+        return result(outcome, checks, tags, dolly_raw=dolly_raw.fingerprint, **metadata)
 
 
 def _raw_parts(lineage: Lineage, raw: ArtifactRef) -> list["RawPart"]:
@@ -126,7 +140,7 @@ def _same_as(lineage: Lineage, folder: Path, raw: ArtifactRef, base_model: Artif
 
 
 def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
-    from finetune_assets.data.encoding import EXAMPLE_SCHEMA
+    from finetune_assets.data.encoding import example_schema
 
     counts = dict(statistics)
     examples, lengths = counts.pop("examples"), counts.pop("length_quantiles")
@@ -139,10 +153,12 @@ def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
         "fill_histogram",
     ):
         counts.pop(name, None)  # shown by the checks and by plots
+    passages = counts.pop("passages", {})
+    counts |= {f"{split}_{name}": count for split, named in passages.items() for name, count in named.items()}
     counts |= {f"drawn_{split}_rows": rows for split, rows in counts.pop("drawn", {}).items()}
     return {
         "dagster/row_count": sum(examples.values()),
-        "dagster/column_schema": column_schema(EXAMPLE_SCHEMA),
+        "dagster/column_schema": column_schema(example_schema(bool(counts["sources"]), bool(passages))),
         **{f"{split}_examples": count for split, count in examples.items()},
         **{f"length_{name}": length for name, length in lengths.items()},
         **counts,

@@ -6,19 +6,21 @@ Changes cannot be missed, and a failed materialization is not repeated with the 
 """
 
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dagster as dg
 
 from finetune_assets.automation import heartbeat
-from finetune_assets.automation.settings_hash import settings_hashes
+from finetune_assets.automation.settings_hash import retrieval_of_experiments, settings_hashes
+from finetune_assets.resources.index_versions import DOCUMENTS_TAG, documents_tag, newest_good_index
 from finetune_assets.resources.raw_versions import (
     DATA_VERSION_TAG,
     GOOD_TAG,
     OVERRIDES_TAG,
     PARTITION_TAG,
+    TRAINING_VERSION_TAG,
     configured_source,
     newest_good,
     source_tag,
@@ -26,7 +28,9 @@ from finetune_assets.resources.raw_versions import (
 )
 
 PAGE = 1_000
-DOLLY_RAW = "dolly_raw"
+DOLLY_RAW, RETRIEVAL_INDEX, TOKENIZED_DATASET = "dolly_raw", "retrieval_index", "tokenized_dataset"
+TRAINING = ("training_plan", "lora_adapter")
+"""Assets for which a dataset counts by its version for trainings, if it has one."""
 SERVABLE_CHECK = "servable"
 """Check of `training_plan`, which blocks only experiments with `serving` settings."""
 Asked = dict[str, str | None]
@@ -62,13 +66,19 @@ class InputsChanged(dg.AutomationCondition):  # type: ignore[type-arg]
             memory.count_made(name, source, context.key, instance)
         memory.count_own(context.key.to_user_string(), instance)
         hashes = settings_hashes(context.key.to_user_string())
+        documents = _documents() if RETRIEVAL_INDEX in self.inputs else {}
         known = _partitions(context.candidate_subset) & hashes.keys()
-        memory.seen = {name: memory.inputs_of(name, hashes[name], self.inputs, source) for name in known}
+        memory.seen = {name: memory.inputs_of(name, hashes[name], self.inputs, source, documents) for name in known}
         changed = {name for name, inputs in memory.seen.items() if memory.asked.get(name) != inputs}
         changed |= memory.again & known if self.always_made else set()
         subset = context.candidate_subset.compute_intersection_with_partition_keys(changed)
         heartbeat.beat("experiments_sensor")
         return dg.AutomationResult(context, subset, cursor=memory.write())
+
+
+def _documents() -> dict[str, str]:
+    """The document set of each subscribed experiment that retrieves."""
+    return {name: documents_tag(retrieval.documents) for name, retrieval in retrieval_of_experiments().items()}
 
 
 def _source() -> str:
@@ -144,8 +154,16 @@ class RequestMemory:
         for record, materialization in self._new(instance, upstream):
             if OVERRIDES_TAG in (materialization.tags or {}) or tag_of_source(materialization) not in (None, source):
                 continue
-            name, version = record.partition_key or "", (materialization.tags or {}).get(DATA_VERSION_TAG, "")
+            tags = materialization.tags or {}
+            if upstream == RETRIEVAL_INDEX and GOOD_TAG not in tags:
+                continue
+            partition = tags.get(DOCUMENTS_TAG) if upstream == RETRIEVAL_INDEX else record.partition_key
+            name, version = partition or "", tags.get(DATA_VERSION_TAG, "")
+            if asset.to_user_string() in TRAINING:
+                version = tags.get(TRAINING_VERSION_TAG, version)
             versions[name] = version
+            if upstream == RETRIEVAL_INDEX:
+                continue
             if record.run_id not in together:
                 together[record.run_id] = _run_of(instance, record.run_id, asset) is not None
             if together[record.run_id] and name in self.asked:
@@ -156,10 +174,15 @@ class RequestMemory:
         for record, _ in self._new(instance, asset, f"own {asset}"):
             self.unmade.pop(record.partition_key or "", None)
 
-    def inputs_of(self, experiment: str, settings: str, upstream: Sequence[str], source: str) -> Asked:
+    def inputs_of(
+        self, experiment: str, settings: str, upstream: Sequence[str], source: str, documents: Mapping[str, str]
+    ) -> Asked:
+        """Current inputs of an experiment; `documents` has the document set of each experiment that retrieves."""
         inputs: Asked = {"settings": settings}
+        partitions = {DOLLY_RAW: source, RETRIEVAL_INDEX: documents.get(experiment)}
         for name in upstream:
-            inputs[name] = self.versions.get(name, {}).get(source if name == DOLLY_RAW else experiment)
+            if (partition := partitions.get(name, experiment)) is not None:
+                inputs[name] = self.versions.get(name, {}).get(partition)
         return inputs
 
     def _new(
@@ -194,8 +217,8 @@ def _partitions(subset: Any) -> Set[str]:
     return subset.expensively_compute_partition_keys() if subset else set()
 
 
-class HasGoodRawData(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True while a version of the configured source has passed its blocking checks.
+class HasGoodData(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True while a version of the configured source has passed its blocking checks, and one of the experiment's index.
 
     A later version that failed them changes nothing: the last good version is still used.
 
@@ -205,12 +228,16 @@ class HasGoodRawData(dg.AutomationCondition):  # type: ignore[type-arg]
 
     @property
     def description(self) -> str:
-        return "A version of the configured raw data passed its blocking checks"
+        return "A version of the configured raw data, and of the documents, passed its blocking checks"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         subset, instance = context.candidate_subset, context.asset_graph_view.instance
         if not subset.is_empty and newest_good(instance, configured_source()) is None:
             subset = context.get_empty_subset()
+        if not subset.is_empty and (documents := _documents()):
+            good = {name for name in {*documents.values()} if newest_good_index(instance, name)}
+            waiting = {name for name, wanted in documents.items() if wanted not in good}
+            subset = subset.compute_intersection_with_partition_keys(_partitions(subset) - waiting)
         return dg.AutomationResult(context, subset)
 
 
@@ -226,6 +253,25 @@ class HasSettings(dg.AutomationCondition):  # type: ignore[type-arg]
         if not subset.is_empty:
             configured = settings_hashes(context.key.to_user_string()).keys()
             subset = subset.compute_intersection_with_partition_keys(configured & _partitions(subset))
+        return dg.AutomationResult(context, subset)
+
+
+class TrainsOnEachDataset(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True for an experiment whose training follows each new version of its dataset.
+
+    That of an experiment that retrieves does not, unless it has `data.retrieval.retrain`: whether more than its
+    documents has changed is known once its dataset is materialized.
+    """
+
+    @property
+    def description(self) -> str:
+        return "The training follows each new version of the dataset"
+
+    def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
+        subset = context.candidate_subset
+        waiting = {name for name, retrieval in retrieval_of_experiments().items() if not retrieval.retrain}
+        if not subset.is_empty and waiting:
+            subset = subset.compute_intersection_with_partition_keys(_partitions(subset) - waiting)
         return dg.AutomationResult(context, subset)
 
 
@@ -256,7 +302,7 @@ def auto_materialize(
     """Condition of an asset: inputs changed, or will change in the same run, and its dependencies are ready.
 
     Dependencies are ready if they exist, are not in progress and have passed their blocking checks. The raw data counts
-    as ready if any version of it is good, because an automatic run reads that version.
+    as ready if any version of it is good, because an automatic run reads that version, and so does a retrieval index.
 
     Args:
         inputs: Names of the upstream assets to compare by data version.
@@ -266,13 +312,15 @@ def auto_materialize(
     """
     condition = dg.AutomationCondition
     counted, others = dg.AssetSelection.assets(*inputs), dg.AssetSelection.assets(*apart)
-    unchecked = dg.AssetSelection.assets(*apart, DOLLY_RAW)
-    asked = InputsChanged(*inputs, always_made=always_made) | condition.any_deps_match(
-        condition.will_be_requested()
-    ).allow(counted)
+    unchecked = dg.AssetSelection.assets(*apart, DOLLY_RAW, RETRIEVAL_INDEX)
+    dataset, index = dg.AssetSelection.assets(TOKENIZED_DATASET), dg.AssetSelection.assets(RETRIEVAL_INDEX)
+    will_change = condition.any_deps_match(condition.will_be_requested())
+    asked = InputsChanged(*inputs, always_made=always_made) | will_change.allow(counted - dataset)
+    if TOKENIZED_DATASET in inputs:
+        asked |= will_change.allow(dataset) & TrainsOnEachDataset()
     checked = condition.check_passed() | condition.will_be_requested() | WarnsOnly()
     ready = (
-        ~condition.any_deps_missing().ignore(others)
+        ~condition.any_deps_missing().ignore(others | index)  # other experiments may have made it
         & ~condition.any_deps_in_progress().ignore(others)
         & ~condition.in_progress()
         & condition.all_deps_match(condition.all_checks_match(checked, blocking_only=True)).ignore(unchecked)

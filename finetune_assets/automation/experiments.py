@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", dg.BetaWarning)  # use_user_code_server, which custom conditions require
     experiments_sensor = dg.AutomationConditionSensorDefinition(
         "experiments_sensor",
-        target=dg.AssetSelection.all() - dg.AssetSelection.assets("dolly_raw"),
+        target=dg.AssetSelection.all() - dg.AssetSelection.assets("dolly_raw", "retrieval_index"),
         minimum_interval_seconds=EACH_TIME,
         default_status=dg.DefaultSensorStatus.RUNNING,
         # Retry all steps, because rows or settings may have changed since; unchanged artifacts are cache hits

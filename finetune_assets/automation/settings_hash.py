@@ -10,11 +10,12 @@ from typing import Any
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, KIND_OF, MERGED, STACKS, TOKENIZED, ArtifactKind
 from finetune_assets.artifacts.raw_lineage import name_of_single
+from finetune_assets.config.data_schema import Retrieval
 from finetune_assets.config.errors import ConfigError
-from finetune_assets.config.fingerprint import fingerprint
+from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.loading import Experiment, experiment_files, load_experiment, load_raw_data_config
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS
 from finetune_assets.resources import deployment
-from finetune_assets.sources.names import SAMPLE
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _evaluation(experiment: Experiment, split_salt: str) -> str | None:
 def _champion(experiment: Experiment, split_salt: str) -> str | None:
     if experiment.config.stack or experiment.sweep:
         return None
-    return fingerprint(gate=asdict(experiment.config.gate))
+    return fingerprint(gate=identity(experiment.config.gate))
 
 
 def _stack(experiment: Experiment, split_salt: str) -> str | None:
@@ -88,7 +89,7 @@ def _stack(experiment: Experiment, split_salt: str) -> str | None:
     if None in records:
         return None
     champions = [record.adapter for record in records if record]
-    return fingerprint(stack=_identity(STACKS, experiment, champions=champions), gate=asdict(experiment.config.gate))
+    return fingerprint(stack=_identity(STACKS, experiment, champions=champions), gate=identity(experiment.config.gate))
 
 
 def _merge(experiment: Experiment, split_salt: str) -> str | None:
@@ -127,13 +128,25 @@ def settings_hashes(asset: str) -> dict[str, str]:
         experiment = _loaded(configs, name, base, deployment.file_stamp(configs / "experiments" / f"{name}.yaml"))
         if not experiment or not experiment.config.subscribed:
             continue
-        if unknown := sorted({*_sources(experiment)} - sources - {SAMPLE}):
+        if unknown := sorted({*_sources(experiment)} - sources - {*PACKAGED_ROWS}):
             _warn(name, tuple(unknown), tuple(sorted(sources)))
         if not sources.issuperset(_sources(experiment)):
             continue
         if settings := _settings(asset, experiment, salt):
             hashes[name] = settings
     return hashes
+
+
+def retrieval_of_experiments() -> dict[str, Retrieval]:
+    """Settings of the subscribed experiments that retrieve."""
+    configs = deployment.configs()
+    base = deployment.file_stamp(configs / "base.yaml")
+    retrieval = {}
+    for name in experiment_files(configs):
+        experiment = _loaded(configs, name, base, deployment.file_stamp(configs / "experiments" / f"{name}.yaml"))
+        if experiment and experiment.config.subscribed and experiment.config.data.retrieval:
+            retrieval[name] = experiment.config.data.retrieval
+    return retrieval
 
 
 def _settings(asset: str, experiment: Experiment, split_salt: str) -> str | None:

@@ -39,6 +39,7 @@ from finetune_assets.errors import UserError
 from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources import deployment
+from finetune_assets.resources.project import Project
 from finetune_assets.serving.rollback import move_back
 from finetune_assets.serving.servers import servers_of
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
@@ -165,8 +166,9 @@ def roll_back(experiment: str, to: int | None, reason: str) -> None:
 @adapter.command("fetch")
 @experiment_argument
 @click.argument("folder", type=FOLDER)
+@click.option("--with-index", is_flag=True, help="Also copy the index of its documents, into FOLDER-index.")
 @signing_key
-def fetch_champion(experiment: str, folder: Path, signing_key: Path | None) -> None:
+def fetch_champion(experiment: str, folder: Path, with_index: bool, signing_key: Path | None) -> None:
     """Copy the champion's files into a new FOLDER.
 
     The files are verified; FOLDER must not exist, or be empty.
@@ -175,8 +177,12 @@ def fetch_champion(experiment: str, folder: Path, signing_key: Path | None) -> N
     champion = Champions(store, experiment).champion()
     if champion is None:
         raise ArtifactMissing(f"{experiment} has no champion yet")
+    index = _index_of(experiment) if with_index else None
     copy_out(store, champion, folder)
     out.print(f"Champion {champion.fingerprint[:SHORT]} of {experiment} stored in {folder}")
+    if index:
+        copy_out(store, index, beside := folder.with_name(f"{folder.name}-index"))
+        out.print(f"Retrieval index {index.fingerprint[:SHORT]} stored in {beside}")
     if signing_key:
         out.print(f"Signed with key {sign(folder, signing_key)}")
     manifest = store.manifest(champion.kind, champion.name)
@@ -321,6 +327,18 @@ def _adapter(store: ArtifactStore, name: str) -> ArtifactRef:
     found.artifacts[:] = [artifact for artifact in found.artifacts if artifact.kind in (ADAPTERS.folder, STACKS.folder)]
     artifact = find_artifact(store, found, name, "adapter")
     return store.ref(artifact.kind, artifact.name, artifact.manifest)
+
+
+def _index_of(experiment: str) -> ArtifactRef:
+    """The current index of an experiment's documents.
+
+    Raises:
+        UserError: if the experiment retrieves nothing, or the index was not built yet.
+    """
+    index = Project().lineage(experiment).index()
+    if index is None:
+        raise UserError(f"{experiment}: data.retrieval is not set, so there is no index; leave out --with-index")
+    return index
 
 
 def _log_to_wandb(store: ArtifactStore, record: Record) -> None:

@@ -3,6 +3,7 @@
 import click
 
 from finetune_assets.cli.terminal import EXPERIMENT, progress_shown
+from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
 
 
@@ -10,16 +11,22 @@ from finetune_assets.resources.project import Project
 @click.argument("experiment", type=EXPERIMENT)
 @click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy decoding.")
-def chat(experiment: str, max_new_tokens: int, temperature: float) -> None:
+@click.option(
+    "--retrieval/--no-retrieval", default=True, help="Give models passages, where they were trained with them."
+)
+def chat(experiment: str, max_new_tokens: int, temperature: float, retrieval: bool) -> None:
     """Talk to the models of EXPERIMENT in the terminal.
 
-    Base model, champion and challenger, each with its own history; /help lists the commands.
+    Base model, champion and challenger, each with its own history; /help lists the commands. With data.retrieval, each
+    question comes with passages of the experiment's documents, whose sources are shown below the answer.
     """
     from finetune_assets.cli.conversation import Conversation, contenders, run, typed_lines
 
     lineage = Project().lineage(experiment)
     with progress_shown():
         available = contenders(lineage)
-    talk = Conversation(available, max_new_tokens, temperature)
+        index = lineage.index() if retrieval else None
+        folder = lineage.store.fetch(index) if index else None
+    talk = Conversation(available, max_new_tokens, temperature, folder, deployment.root())
     print(f"{experiment}: {', '.join(talk.names)} available; {talk.active} answers. /help lists the commands.")
     run(talk, typed_lines())

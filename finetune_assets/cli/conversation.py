@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from finetune_assets.data.serving_template import use_serving_template
 from finetune_assets.display import plain
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender, leaves_traces
 from finetune_assets.evaluation.generation import end_tokens
+from finetune_assets.retrieval.asking import Found, RetrievalFormat, Retriever
 from finetune_assets.store.errors import ArtifactMissing
 from finetune_assets.training.embeddings import resize_embeddings
 from finetune_assets.training.model import with_adapter_of
@@ -25,6 +27,7 @@ ALL = "all"
 HELP = """\
 /base, /champion, /challenger    switch the model that answers
 /all                             let all of them answer each question
+/sources                         show the passages that the last answer is from
 /new                             start a new conversation
 /help, /quit"""
 
@@ -94,13 +97,22 @@ class Conversation:
         contenders: The models that can answer; each is loaded at its first question.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 is greedy decoding.
-        history: The turns so far, by contender, as chat templates take them.
+        index: Folder of the retrieval index, from which contenders that were trained with retrieval get passages; None
+            asks the question alone.
+        root: Folder that relative paths of models start from, for dense indexes.
+        history: The turns so far, by contender, as chat templates take them; without passages.
+
+    Attributes:
+        found: The last question with its passages, if any were searched for.
     """
 
     contenders: list[Contender]
     max_new_tokens: int
     temperature: float = 0.0
+    index: Path | None = None
+    root: Path | None = None
     history: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    found: Found | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.names = [contender.name for contender in self.contenders]
@@ -124,8 +136,7 @@ class Conversation:
         loaded, config = self._model(contender), contender.config
         tokenizer = use_serving_template(contender.tokenizer(), config.data)
         turns = [*self.history.get(name, []), {"role": "user", "content": question}]
-        asked = turns if config.data.prompt_template.chat_template else turns[-1:]  # other prompts hold one question
-        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        ids = self._prompt(contender, tokenizer, turns)
         ends = {tokenizer.eos_token_id, *end_tokens(tokenizer, [_turn_end(tokenizer, config)])} - {None}
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         settings = GenerationConfig(
@@ -145,6 +156,25 @@ class Conversation:
         text = str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
         self.history[name] = [*turns, {"role": "assistant", "content": text}]
         return text
+
+    def _prompt(
+        self, contender: Contender, tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]
+    ) -> list[int]:
+        """Tokens of the last question, with its passages, as in training."""
+        data = contender.config.data
+        earlier = turns[:-1] if data.prompt_template.chat_template else []  # other prompts hold one question
+
+        def tokens(messages: list[dict[str, str]]) -> list[int]:
+            asked = [*earlier, *messages]
+            return list(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+
+        self.found = None
+        if not data.retrieval or self.index is None:
+            return tokens(turns[-1:])
+        settings = RetrievalFormat.of_experiment(data, None)
+        found = Retriever(settings, self.index, self.root).find(turns[-1]["content"])
+        self.found = found.fitting(lambda messages: len(tokens(messages)) <= data.tokenization.cutoff_len)
+        return tokens(self.found.messages)
 
 
 class _PlainStreamer(TextStreamer):  # type: ignore[misc]
@@ -170,6 +200,8 @@ def run(talk: Conversation, lines: Iterator[str]) -> None:
             return
         if command == "/help":
             print(HELP)
+        elif command == "/sources":
+            print(shown_texts(talk.found) if talk.found else "(the last answer has no passages)")
         elif command == "/new":
             talk.history.clear()
             print("(new conversation)")
@@ -185,6 +217,19 @@ def run(talk: Conversation, lines: Iterator[str]) -> None:
                 if talk.active == ALL:
                     print(f"[{name}]")
                 talk.answer(name, command)
+                if talk.found:
+                    print(shown_sources(talk.found))
+
+
+def shown_sources(found: Found) -> str:
+    """Where the numbered passages of a question are from, one a line."""
+    lines = [f"  {plain(str(source))}" for source in found.sources]
+    return "\n".join(["Sources:", *lines]) if lines else "(no passage has a word of the question)"
+
+
+def shown_texts(found: Found) -> str:
+    """The numbered passages of a question, each with its text."""
+    return "\n\n".join(f"{plain(str(source))}\n{plain(source.text, lines=True)}" for source in found.sources)
 
 
 def typed_lines() -> Iterator[str]:

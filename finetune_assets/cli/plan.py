@@ -18,7 +18,8 @@ import click
 from finetune_assets.artifacts.history import trainer_states
 from finetune_assets.artifacts.kinds import BASE_MODELS, TOKENIZED
 from finetune_assets.artifacts.layout import read_object
-from finetune_assets.artifacts.lineage import Lineage, RawLineage
+from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.artifacts.raw_lineage import RawLineage
 from finetune_assets.cli.terminal import EXPERIMENT, StoreCommand, as_json, new_table, out, styled
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.errors import UserError
@@ -48,7 +49,9 @@ def plan(experiment: str, overrides: tuple[str, ...], as_json: bool) -> bool:
       finetune plan demo --set hardware.gpu=H100 --set model.quantization=nf4
     """
     raw_config = load_raw_data_config(deployment.configs(), deployment.raw_data())
-    raw = RawLineage(deployment.store(), raw_config, deployment.root(), connect=deployment.s3_client)
+    raw = RawLineage(
+        deployment.store(), raw_config, deployment.root(), connect=deployment.s3_client, configs=deployment.configs()
+    )
     lineage = Lineage(raw, load_experiment(deployment.configs(), experiment, list(overrides)))
     config = lineage.experiment.config
     folder = shape_of(lineage)

@@ -1,8 +1,11 @@
 """Settings of an experiment's data, `data`: part of the schema in `schema.py`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from finetune_assets.config.fields import NOT_IDENTITY, added, not_identity
+from omegaconf import MISSING
+
+from finetune_assets.config.fields import ADDED, NOT_IDENTITY, added, not_identity
 
 
 @dataclass
@@ -47,6 +50,43 @@ class Tokenization:
     added_tokens: list[str] = field(default_factory=list)
     """Tokens to add to the base model's tokenizer, such as `["<|im_start|>"]`. Their embeddings are trained and saved
     with the adapter, as is the extended tokenizer."""
+
+
+@dataclass
+class Retrieval:
+    """Passages of a document set in the contexts of the rows, in place of the rows' own contexts.
+
+    The golden passage of a row is its context, found in the documents. See [Retrieval](retrieval.md).
+    """
+
+    documents: str = MISSING
+    """Document set to retrieve from: the name of a file in `configs/documents/`."""
+    passages: int = 3
+    """Number of passages of a row. Fewer are used where they do not fit `cutoff_len`, the lowest-ranked left out
+    first, or where the documents have fewer."""
+    golden_share: float = 0.8
+    """Fraction of the training rows whose golden passage is among their passages. The others, drawn by content, have
+    distractors only."""
+    distractors: Literal["retrieved", "random"] = "retrieved"
+    """The other passages of a row: `retrieved` uses the highest-ranked wrong ones of the index that also serves,
+    `random` draws them by content from all documents. Golden passages of held-out rows are no distractors in
+    training."""
+    order: Literal["seeded", "ranked"] = "seeded"
+    """Order of the passages in training rows: `seeded` shuffles them by content, `ranked` orders them as the index
+    does. In the mode `retrieved`, passages are always ranked."""
+    cite: bool = False
+    """End each answer with the number of its golden passage, such as `[2]`."""
+    without_golden: Literal["answer", "refuse"] = "answer"
+    """Text to learn where no golden passage is among the passages: the row's answer, or the `refusal`. This includes
+    rows whose golden passage is not in the documents."""
+    refusal: str = ""
+    """Text of a refusal, such as `The documents do not answer this.`; required by `without_golden: refuse`."""
+    closed_book: bool = False
+    """Train on the questions alone, without passages: a control that shows what training with passages gains.
+    Held-out rows have the same passages with either value."""
+    retrain: bool = not_identity(False)
+    """Train automatically when only the documents have changed. By default, a change of the documents evaluates the
+    champion again and trains nothing."""
 
 
 @dataclass
@@ -106,3 +146,5 @@ class Data:
     """Thresholds of the other checks."""
     tokenization: Tokenization = field(default_factory=Tokenization)
     """How text becomes training examples."""
+    retrieval: Retrieval | None = field(default=None, metadata=ADDED)
+    """Passages in the rows' contexts; `null` keeps the contexts as they are."""

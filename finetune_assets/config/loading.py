@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune_assets.config.errors import MOST_SHOWN, ConfigError, names_secret, suggest
 from finetune_assets.config.overrides import read_override
-from finetune_assets.config.raw_data_schema import Columns, RawDataConfig
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS, Columns, RawDataConfig
 from finetune_assets.config.raw_validation import impossible_raw_settings
 from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
 from finetune_assets.config.sweeps import GridReader, Point, points, settings_tree, sweep_files
@@ -75,6 +75,18 @@ def experiment_files(configs: Path) -> list[str]:
     for name in names:
         if (other := by_case[name.lower()]) != name:
             logger.warning("Experiments %s and %s differ only by case; rename one, because disks may not", name, other)
+    return names
+
+
+def document_sets(configs: Path) -> list[str]:
+    """Sorted names of the document sets. No file is opened, so an invalid file affects no other set."""
+    folder = configs / "documents"
+    names = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix == ".yaml" and can_be_partition(path.stem):
+            names.append(path.stem)
+        elif path.suffix in (".yaml", ".yml"):
+            logger.warning("Invalid document set file name %s: %s", path, NAMES)
     return names
 
 
@@ -157,6 +169,10 @@ def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> 
     for other in config.stack.adapters if config.stack else ():
         if not _has_file(configs, other) and other not in (known := experiment_names(configs)):
             raise ConfigError(str(path), f"stack.adapters.{other}", f"no such experiment; {suggest(other, known)}")
+    if config.data.retrieval and (chosen := config.data.retrieval.documents) not in (sets := document_sets(configs)):
+        key = "data.retrieval.documents"
+        hint = suggest(chosen, sets) if sets else f"add {configs / 'documents' / 'NAME.yaml'}"
+        raise ConfigError(_who_set(key, layers, path), key, f"no document set '{chosen}'; {hint}")
     if point:
         config.subscribed = False
     return Experiment(name, config, tuple(overrides), point.sweep if point else None)
@@ -208,7 +224,7 @@ def load_raw_data_config(configs: Path, source: str | None = None) -> RawDataCon
                 raise ConfigError(str(path), key, "cannot be set together with `sources`; set it for each source")
     for key, problem in impossible_raw_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
-    if config.source == "sample":
+    if config.source in PACKAGED_ROWS:
         config.columns = Columns()  # the packaged rows use the default names; the file's names are for other sources
     return config
 
@@ -223,6 +239,15 @@ def load_store_config(configs: Path) -> StoreConfig:
     for key, problem in impossible_store_settings(config):
         raise ConfigError(_who_set(key, layers, path), key, problem)
     return config
+
+
+def load_file(schema: type[T], path: Path) -> T:
+    """Load the settings of one file over the defaults of its schema, without rules between settings.
+
+    Raises:
+        ConfigError: naming the file, the setting, its value, and the valid options.
+    """
+    return _merge(schema, [_read_layer(path, schema)], path)
 
 
 def base_settings(configs: Path) -> dict[str, Any]:

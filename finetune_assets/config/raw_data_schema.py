@@ -7,6 +7,10 @@ from omegaconf import MISSING
 
 from finetune_assets.config.fields import ADDED, NOT_IDENTITY, not_identity
 
+PACKAGED_ROWS = ("sample", "sample-towns")
+"""Values of `source` that name packaged rows: about towns that the packaged base model knows, and about the packaged
+documents."""
+
 
 @dataclass
 class Columns:
@@ -103,9 +107,10 @@ class RawDataConfig:
     """The deployment's stream of raw data: `configs/raw_data.yaml`."""
 
     source: str = "sample"
-    """`sample` (the packaged rows); a file or a folder of `.jsonl`, `.json`, `.csv` and `.parquet` files (also
-    `.ndjson`, `.tsv` and `.arrow`; text also compressed), also `s3://bucket/folder`; or
-    `hf://datasets/owner/name@revision` (branch, tag or commit; default `main`).
+    """`sample` (the packaged rows) or `sample-towns` (packaged questions about the packaged documents); a file or a
+    folder of `.jsonl`, `.json`, `.csv` and `.parquet` files (also `.ndjson`, `.tsv` and `.arrow`; text also
+    compressed), also `s3://bucket/folder`; or `hf://datasets/owner/name@revision` (branch, tag or commit; default
+    `main`).
     The environment variable `FINETUNE_RAW_DATA` overrides it, and `sources`."""
     sources: dict[str, RawSource] = field(default_factory=dict)
     """Several named sources, in place of `source`, `columns` and `hub`. Each experiment uses all of them, or those that

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune_assets.config.cluster import AUTO
-from finetune_assets.config.raw_data_schema import Columns, RawDataConfig, RawSource
+from finetune_assets.config.raw_data_schema import RawDataConfig, RawSource
 from finetune_assets.display import shown_url
 
 Problem = tuple[str, str]
@@ -28,8 +28,8 @@ def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
         if number is not None and not 0 <= number < math.inf:
             yield key, f"{number} must be 0 or more"
     yield from data_processes("processes", config.processes)
-    yield from _address("source", config.source)
-    yield from _columns("columns", config.columns)
+    yield from address_problems("source", config.source)
+    yield from column_problems("columns", config.columns)
     for name, source in config.sources.items():
         yield from _raw_source(f"sources.{name}", name, source)
     weighted = [name for name, source in config.sources.items() if source.weight is not None]
@@ -43,12 +43,12 @@ def _raw_source(key: str, name: str, source: RawSource) -> Iterator[Problem]:
         yield key, f"{name!r} is not a name; use letters, digits, '_' and '-'"
     if not source.source.strip():
         yield f"{key}.source", "is blank; name a file, a folder, s3://bucket/prefix or hf://datasets/owner/name"
-    yield from _address(f"{key}.source", source.source)
+    yield from address_problems(f"{key}.source", source.source)
     if source.weight is not None and not 0 < source.weight < math.inf:
         yield f"{key}.weight", f"{source.weight} must be more than 0; to leave the source out, use data.sources"
     if source.max_rows is not None and source.max_rows < 1:
         yield f"{key}.max_rows", f"{source.max_rows} must be at least 1"
-    yield from _columns(f"{key}.columns", source.columns)
+    yield from column_problems(f"{key}.columns", source.columns)
 
 
 def data_processes(key: str, number: str) -> Iterator[Problem]:
@@ -56,8 +56,8 @@ def data_processes(key: str, number: str) -> Iterator[Problem]:
         yield key, f"{number!r} must be {AUTO} or a number from 1 to {MOST_PROCESSES}"
 
 
-def _address(key: str, source: str | None) -> Iterator[Problem]:
-    """A URL is stored with every version of the rows, so it must not contain credentials."""
+def address_problems(key: str, source: str | None) -> Iterator[Problem]:
+    """Problems of a source. The URL is stored with every version, so it must not contain credentials."""
     if source and "://" in source and shown_url(source) != source:
         yield (
             key,
@@ -66,7 +66,8 @@ def _address(key: str, source: str | None) -> Iterator[Problem]:
         )
 
 
-def _columns(key: str, columns: Columns) -> Iterator[Problem]:
+def column_problems(key: str, columns: Any) -> Iterator[Problem]:
+    """Problems of a group of column names."""
     named = [
         (field, name)
         for field, names in asdict(columns).items()

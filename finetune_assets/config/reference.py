@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
+from finetune_assets.config.documents_schema import DocumentsConfig
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, StoreConfig, SweepConfig
 from finetune_assets.config.typed_yaml import group_of
@@ -54,8 +55,9 @@ def reference() -> str:
     experiment = _tables(ExperimentConfig, "", "An experiment (`configs/experiments/NAME.yaml`)")
     sweep = _tables(SweepConfig, "", "A sweep (`configs/sweeps/NAME.yaml`)")
     raw = _tables(RawDataConfig, "", "Raw data (`configs/raw_data.yaml`)")
+    documents = _tables(DocumentsConfig, "", "A document set (`configs/documents/NAME.yaml`)")
     store = _tables(StoreConfig, "", "The store (`configs/store.yaml`)")
-    return "\n".join([HEAD, *experiment, *sweep, *raw, *store])
+    return "\n".join([HEAD, *experiment, *sweep, *raw, *documents, *store])
 
 
 def _tables(schema: type, path: str, title: str) -> Iterator[str]:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from finetune_assets.config.cluster import LauncherSettings
-from finetune_assets.config.data_schema import Data, DataChecks, PromptTemplate, Tokenization
+from finetune_assets.config.data_schema import Data, DataChecks, PromptTemplate, Retrieval, Tokenization
 from finetune_assets.config.fields import ADDED, IN_FILE_ONLY, NOT_IDENTITY, added, not_identity
 
-__all__ = ["Data", "DataChecks", "PromptTemplate", "Tokenization"]
+__all__ = ["Data", "DataChecks", "PromptTemplate", "Retrieval", "Tokenization"]
 
 
 @dataclass
@@ -173,6 +173,10 @@ class Evaluation:
     """Maximum number of tokens of the general text; 0 disables the measurement."""
     lm_eval: LmEval | None = None
     """Tasks of the lm-evaluation-harness, or `null`."""
+    modes: list[str] | None = field(default=None, metadata=ADDED)
+    """With `data.retrieval`: what all models are given with each question. `closed_book` gives no passage, `golden` the
+    golden one, `golden_and_distractors` as many passages as in training, and `retrieved` those that the index finds,
+    as served; it is always measured. `null` measures all four."""
 
 
 @dataclass
@@ -188,6 +192,12 @@ class Gate:
     """Maximum increase of the loss on general text over the base model, in nats per token."""
     min_rows: int = 30
     """Minimum number of comparable gate rows for automatic promotion."""
+    mode: str | None = field(default=None, metadata=ADDED)
+    """With `data.retrieval`: the mode (`evaluation.modes`) in which the challenger must improve; `null` is `retrieved`,
+    the mode that serves."""
+    max_loss_of: dict[str, float] = field(default_factory=dict, metadata=ADDED)
+    """With `data.retrieval`: by mode, the maximum increase of the loss over the champion (or the base model), in nats
+    per token, such as `{closed_book: 0.1}`."""
 
 
 @dataclass
@@ -347,6 +357,8 @@ class StoreConfig:
     """Number of versions of the raw data to keep."""
     keep_adapters: int = 20
     """Number of adapters per experiment to keep, with their inputs and evaluations. Champions are always kept."""
+    keep_indexes: int = 5
+    """Number of retrieval indexes to keep. Those that a kept dataset or adapter was made with are always kept."""
     keep_reports: int = 5
     """Number of `experiment_report` pages to keep."""
     keep_days: float = 7.0

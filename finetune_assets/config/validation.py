@@ -11,6 +11,7 @@ from finetune_assets.config.errors import is_secret, shown, suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
 from finetune_assets.config.patterns import pattern_problem
 from finetune_assets.config.raw_validation import PROCESSES, Problem, data_processes, named, shares
+from finetune_assets.config.retrieval_validation import impossible_retrieval_settings
 from finetune_assets.config.schema import (
     Data,
     ExperimentConfig,
@@ -67,6 +68,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _merge(config.merge) if config.merge else ()
     yield from _stack(config.stack) if config.stack else ()
     yield from impossible_serving_settings(config.serving) if config.serving else ()
+    yield from impossible_retrieval_settings(config)
     yield from _hardware(config.hardware)
     yield from _launcher(config)
     yield from _wandb(config.wandb) if config.wandb else ()
@@ -138,7 +140,7 @@ def _wandb(wandb: Wandb) -> Iterator[Problem]:
 
 def impossible_store_settings(config: StoreConfig) -> Iterator[Problem]:
     """All problems of the store's settings."""
-    for name in ("keep_raw", "keep_adapters", "keep_reports"):
+    for name in ("keep_raw", "keep_indexes", "keep_adapters", "keep_reports"):
         if getattr(config, name) < 1:
             yield name, f"{getattr(config, name)} must be at least 1"
     if not 0 <= config.keep_days < math.inf:

@@ -1,18 +1,19 @@
 """Encodes the selected rows as examples, batch by batch, in one or several processes."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from finetune_assets.config.schema import Data
+from finetune_assets.data.errors import RefusedRow
 from finetune_assets.data.processes import Processes
-from finetune_assets.data.rows import Draw, Split, side_of
+from finetune_assets.data.rows import Draw, Row, Split, side_of
 from finetune_assets.data.selection import Rows, taken_batches
 from finetune_assets.data.tokenization import IGNORED, Encoder, TokenizedRows
 
@@ -26,6 +27,14 @@ EXAMPLE_SCHEMA = pa.schema(
     ]
 )
 SOURCE = pa.field("source", pa.string(), metadata={"doc": "name of the row's source; absent with a single source"})
+PASSAGES = (
+    pa.field("passages", pa.list_(pa.string()), metadata={"doc": "ids of the passages of the context, in order"}),
+    pa.field("golden", pa.list_(pa.string()), metadata={"doc": "ids of the row's golden passages in the documents"}),
+    pa.field("dropped_passages", pa.int32(), metadata={"doc": "passages that did not fit"}),
+)
+"""Columns of rows with passages; each is a key of the row."""
+Contexts = Callable[[list[Row], Sequence[Split]], list[Row | RefusedRow]]
+"""Replaces the contexts of rows of known splits, and adds the keys of `PASSAGES`; it can be pickled."""
 
 
 class TrainExamples(NamedTuple):
@@ -104,6 +113,7 @@ def encoded_batches(
     taken: NDArray[np.bool_],
     data: Data,
     processes: Processes,
+    contexts: Contexts | None = None,
 ) -> Iterator[EncodedBatch]:
     """Encode the taken rows.
 
@@ -115,6 +125,7 @@ def encoded_batches(
         taken: Mask of the rows to encode; shape (n,).
         data: Data settings of the experiment.
         processes: Processes that compute.
+        contexts: Replaces the contexts of the rows.
     """
     of_sources = None if names is None else np.array(names, object)
     batches = (
@@ -123,17 +134,21 @@ def encoded_batches(
         )
         for numbers, rows in taken_batches(files, taken)
     )
-    yield from processes.map(partial(encode_batch, encoder, data), batches)
+    yield from processes.map(partial(encode_batch, encoder, data, contexts=contexts), batches)
 
 
-def example_schema(has_sources: bool) -> pa.Schema:
+def example_schema(has_sources: bool, has_passages: bool = False) -> pa.Schema:
     """Schema of the examples; `source` is a column if there are several."""
-    return EXAMPLE_SCHEMA.append(SOURCE) if has_sources else EXAMPLE_SCHEMA
+    return pa.schema([*EXAMPLE_SCHEMA, *([SOURCE] if has_sources else []), *(PASSAGES if has_passages else [])])
 
 
-def encode_batch(encoder: Encoder, data: Data, batch: RowBatch) -> EncodedBatch:
+def encode_batch(encoder: Encoder, data: Data, batch: RowBatch, contexts: Contexts | None = None) -> EncodedBatch:
     """Encode a batch of rows."""
-    encoded = encoder.encode(batch.rows.to_pylist())
+    rows: list[Row | RefusedRow] = batch.rows.to_pylist()
+    splits = [side_of(Draw(side, 0.0), data) for side in batch.sides.tolist()]
+    if contexts:
+        rows = contexts(batch.rows.to_pylist(), splits)
+    encoded = encoder.encode(rows)
     refused = len(encoded.refused)
     reason = f"row {batch.numbers[encoded.refused[0].row]} of dolly_raw: {encoded.refused[0].reason}" if refused else ""
     if not len(encoded.rows):
@@ -141,12 +156,15 @@ def encode_batch(encoder: Encoder, data: Data, batch: RowBatch) -> EncodedBatch:
         return EncodedBatch(len(batch.rows), {}, TrainExamples.joined([]), none, refused, reason, encoded.omitted)
     numbers = batch.numbers[encoded.rows]
     labelled = _labelled_tokens(encoded)
-    sides = np.array([side_of(Draw(side, 0.0), data) for side in batch.sides[encoded.rows].tolist()])
+    sides = np.array([splits[row] for row in encoded.rows])
     kept = {split: np.flatnonzero((sides == split) & (labelled > 0)) for split in Split}
     columns = [*_columns(encoded, numbers), batch.rows.column("category").take(pa.array(encoded.rows))]
     if batch.sources is not None:
         columns.append(pa.array(batch.sources[encoded.rows], pa.string()))
-    examples = pa.RecordBatch.from_arrays(columns, schema=example_schema(batch.sources is not None))
+    if contexts:
+        columns += [pa.array([_value(rows[row], field.name) for row in encoded.rows], field.type) for field in PASSAGES]
+    schema = example_schema(batch.sources is not None, contexts is not None)
+    examples = pa.RecordBatch.from_arrays(columns, schema=schema)
     return EncodedBatch(
         len(batch.rows),
         {split: examples.take(pa.array(rows)) for split, rows in kept.items() if len(rows)},
@@ -156,6 +174,11 @@ def encode_batch(encoder: Encoder, data: Data, batch: RowBatch) -> EncodedBatch:
         reason,
         encoded.omitted,
     )
+
+
+def _value(row: Row | RefusedRow, name: str) -> Any:
+    assert not isinstance(row, RefusedRow), "a refused row has no example"
+    return row[name]
 
 
 def _columns(examples: TokenizedRows, numbers: NDArray[np.int64]) -> list[pa.Array]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.dataset_statistics import FILL_BINS, LENGTH_BINS, Statistics, name_first
-from finetune_assets.data.encoding import TrainExamples, encoded_batches, example_schema
+from finetune_assets.data.encoding import Contexts, TrainExamples, encoded_batches, example_schema
 from finetune_assets.data.errors import DataError
 from finetune_assets.data.mixture import choose, choose_replayed
 from finetune_assets.data.packing import pack
@@ -44,7 +44,12 @@ PACK_SCHEMA = pa.schema([pa.field("examples", pa.list_(pa.int32()), metadata={"d
 
 
 def prepare_dataset(
-    rows: Path | Sequence[RawPart], tokenizer: PreTrainedTokenizerBase, data: Data, split_salt: str, out: Path
+    rows: Path | Sequence[RawPart],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    split_salt: str,
+    out: Path,
+    contexts: Contexts | None = None,
 ) -> Statistics:
     """Select, split, render, tokenize, label, mix and pack rows.
 
@@ -54,6 +59,8 @@ def prepare_dataset(
         data: Data settings of the experiment.
         split_salt: Salt of the content hashes.
         out: Folder to write to.
+        contexts: Replaces the contexts of the rows before they are rendered. Rows are selected, split and compared as
+            they are in the raw data.
 
     Raises:
         LostProcess: if one of `data.processes` is killed.
@@ -69,7 +76,7 @@ def prepare_dataset(
         describe_split(files, drawn, taken, data, statistics)
         leave_out(files, drawn, taken, data, statistics, processes)
         encoder = Encoder(tokenizer, data)
-        train = _write_examples(parts, encoder, drawn, taken, data, statistics, out, processes)
+        train = _write_examples(parts, encoder, drawn, taken, data, statistics, out, processes, contexts)
     train = _mix(train, parts, drawn, data, statistics, out)
     _describe_train(train, drawn, statistics)
     _check_not_empty(statistics, data)
@@ -87,18 +94,19 @@ def _write_examples(
     statistics: Statistics,
     out: Path,
     processes: Processes,
+    contexts: Contexts | None,
 ) -> TrainExamples:
     """Write one Arrow stream per split."""
     several = sum(not part.replay for part in parts) > 1
     files, names = [part.file for part in parts], [part.name for part in parts] if several else None
-    schema = example_schema(several)
+    schema = example_schema(several, contexts is not None)
     train: list[TrainExamples] = []
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), schema)) for split in Split
         }
         progress = stack.enter_context(Progress("tokenizing", int(taken.sum()), UNIT))
-        for batch in encoded_batches(files, names, encoder, drawn, taken, data, processes):
+        for batch in encoded_batches(files, names, encoder, drawn, taken, data, processes, contexts):
             progress.add(batch.rows)
             statistics.first_refused = statistics.first_refused or batch.first_refused
             statistics.refused += batch.refused

@@ -17,10 +17,11 @@ from finetune_assets.config.schema import Data
 from finetune_assets.data.chat import ChatTemplate
 from finetune_assets.data.chat.jinja import Jinja
 from finetune_assets.data.dataset_statistics import SHOWN
+from finetune_assets.data.encoding import Contexts
 from finetune_assets.data.errors import RefusedRow
 from finetune_assets.data.layouts.instruction import conversation
 from finetune_assets.data.raw_files import rows_at
-from finetune_assets.data.rows import Row
+from finetune_assets.data.rows import Row, Split
 from finetune_assets.data.serving_template import prompt_messages, use_serving_template
 
 COMPARED_ROWS = 2_000
@@ -46,7 +47,12 @@ class PromptBoundary:
 
 
 def prompt_boundary(
-    train: Path, raw: Sequence[Path], tokenizer: PreTrainedTokenizerBase, data: Data, most: int = COMPARED_ROWS
+    train: Path,
+    raw: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    most: int = COMPARED_ROWS,
+    contexts: Contexts | None = None,
 ) -> PromptBoundary:
     """Compare prompts of the training split with the prompts that a server renders with the adapter's chat template.
 
@@ -56,6 +62,7 @@ def prompt_boundary(
         tokenizer: The experiment's tokenizer; it is given the adapter's chat template.
         data: The experiment's data settings.
         most: Maximum number of rows to compare.
+        contexts: Replaces the contexts of the rows, as in training.
     """
     table = pa.ipc.open_stream(pa.memory_map(str(train))).read_all().select(["row", "input_ids", "prompt_length"])
     examples = table.take(np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).astype(np.int64)))
@@ -64,8 +71,13 @@ def prompt_boundary(
     found = PromptBoundary(compared=len(numbers))
     texts: list[str] = []
     problems: dict[int, str] = {}
-    for index, row in enumerate(rows_at(raw, numbers)):
+    rows: list[Row | RefusedRow] = rows_at(raw, numbers)  # type: ignore[assignment]
+    if contexts:
+        rows = contexts(rows_at(raw, numbers), [Split.TRAIN] * len(numbers))
+    for index, row in enumerate(rows):
         try:
+            if isinstance(row, RefusedRow):
+                raise row
             texts.append(render(row))
         except RefusedRow as e:
             texts.append("")

@@ -52,6 +52,11 @@ class Draw(NamedTuple):
     rank: float
 
 
+def plain(text: str) -> str:
+    """A text with case, spacing and Unicode form folded; equal for texts that differ in nothing else."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
 def draw(instruction: str, context: str, salt: str) -> Draw:
     """Derive a row's draw from its prompt, independently of all other rows.
 
@@ -59,9 +64,7 @@ def draw(instruction: str, context: str, salt: str) -> Draw:
     same question is always in the same split. A conversation is identified by its system turn and first user turn, so
     a conversation that continues another one is in the same split.
     """
-    text = "\0".join(
-        " ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in (instruction, context)
-    )
+    text = "\0".join(plain(part) for part in (instruction, context))
     side, rank = unpack(">QQ", hashlib.blake2b(text.encode(), digest_size=16, key=salt.encode()[:64]).digest())
     return Draw(side / 2**64, rank / 2**64)
 

@@ -93,11 +93,9 @@ class Encoder:
                 f"{tokenizer.name_or_path}: has no end-of-sequence token; set data.tokenization.add_eos_token to false"
             )
 
-    def encode(self, rows: list[Row]) -> TokenizedRows:
-        """Render and tokenize rows, append the end token, truncate, and label."""
+    def encode(self, rows: Sequence[Row | RefusedRow]) -> TokenizedRows:
+        """Render and tokenize rows, append the end token, truncate, and label. Refused rows stay refused."""
         taken, rendered, refused = self._rendered(rows)
-        if self.adds_bos and not self.whole_text:
-            rendered = [_without_start(one, self.bos) for one in rendered]
         cutoff, count = self.settings.cutoff_len, len(rendered)
         lengths = np.empty(count, np.int64)
         prompts = np.empty(count, np.int32)
@@ -106,11 +104,7 @@ class Encoder:
         answers: list[Span] = []  # start and end (exclusive) in `ids`
         masked: list[Span] = []
         for i, (encoding, row) in enumerate(zip(self._encodings(rendered), rendered, strict=True)):
-            tokens = encoding.ids
-            if self.adds_eos and not self.whole_text and not self.settings.add_eos_token:
-                tokens.pop()
-            if self.eos is not None and tokens[-1] != self.eos:
-                tokens.append(self.eos)
+            tokens = self._ended(encoding.ids)
             if len(tokens) > cutoff:
                 del tokens[cutoff:]
                 truncated[i] = True
@@ -128,15 +122,35 @@ class Encoder:
             np.array(taken, np.int64), lengths, input_ids, labels, prompts, truncated, refused, omitted
         )
 
-    def _rendered(self, rows: list[Row]) -> tuple[list[int], list[Rendered], list[Refused]]:
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """Number of tokens of each row before it is truncated; 0 for a row that the template cannot render."""
+        taken, rendered, _ = self._rendered(rows)
+        lengths = [0] * len(rows)
+        for row, encoding in zip(taken, self._encodings(rendered), strict=True):
+            lengths[row] = len(self._ended(encoding.ids))
+        return lengths
+
+    def _rendered(self, rows: Sequence[Row | RefusedRow]) -> tuple[list[int], list[Rendered], list[Refused]]:
         taken, rendered, refused = [], [], []
         for i, row in enumerate(rows):
             try:
+                if isinstance(row, RefusedRow):
+                    raise row
                 rendered.append(self.render(row))
                 taken.append(i)
             except RefusedRow as e:
                 refused.append(Refused(i, str(e)))
+        if self.adds_bos and not self.whole_text:
+            rendered = [_without_start(one, self.bos) for one in rendered]
         return taken, rendered, refused
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """The tokens of a row with the end token that the settings ask for."""
+        if self.adds_eos and not self.whole_text and not self.settings.add_eos_token:
+            tokens.pop()
+        if self.eos is not None and tokens[-1] != self.eos:
+            tokens.append(self.eos)
+        return tokens
 
     def _encodings(self, rendered: list[Rendered]) -> Iterator[Encoding]:
         for start in range(0, len(rendered), ENCODED_TOGETHER):

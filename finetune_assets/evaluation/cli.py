@@ -12,8 +12,10 @@ from finetune_assets.config.loading import load_resolved
 from finetune_assets.data.ingest import PARQUET
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import read_texts
+from finetune_assets.data.tokenization import Encoder
 from finetune_assets.evaluation.compare import Comparison
 from finetune_assets.evaluation.contenders import BASE, CHALLENGER, CHAMPION, Contender
+from finetune_assets.retrieval.contexts import RowContexts
 from finetune_assets.training import arguments
 from finetune_assets.training.distributed import joined
 from finetune_assets.training.reporting import reporter
@@ -26,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--champion", type=Path, help="folder of the champion")
     parser.add_argument("--champion-base-model", type=Path, help="folder of the champion's base model, if it differs")
     parser.add_argument("--raw-N", metavar="DIR", help="folders of the raw data, if rows may have to be rendered again")
+    parser.add_argument("--index", type=Path, help="folder of the index, for an experiment with data.retrieval")
     parser.add_argument("--general-text", type=Path, help="folder of general text that no adapter is trained on")
     parser.add_argument("--tasks", type=Path, help="folder of lm-evaluation-harness tasks")
     return parser
@@ -54,11 +57,17 @@ def main() -> None:
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     holdout = HoldoutRows(**made_from[HELD_BACK]) if made_from[HELD_BACK] else None
     texts = read_texts(args.general_text) if args.general_text and config.evaluation.general_tokens else []
+    models = contenders(args)
+    contexts = None
+    if config.data.retrieval:
+        encoder = Encoder(models[0].tokenizer(), config.data)
+        longest, salt = config.data.tokenization.cutoff_len, made_from["split_salt"]
+        contexts = RowContexts(args.index, config.data.retrieval, salt, encoder, longest)
     with joined() as process, reporter(process) as log:
         comparison = Comparison(
-            config, args.dataset, made_from["split"], texts, raw, log.write_line, args.tasks, holdout
+            config, args.dataset, made_from["split"], texts, raw, log.write_line, args.tasks, holdout, contexts
         )
-        comparison.run(contenders(args), process.device)
+        comparison.run(models, process.device)
         result = comparison.result()
         for name, metrics in result["contenders"].items():
             log.write_line(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))

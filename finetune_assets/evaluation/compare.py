@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune_assets.config.retrieval_validation import RETRIEVED
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.data.questions import questions
 from finetune_assets.data.rows import HoldoutRows
@@ -22,15 +23,18 @@ from finetune_assets.evaluation.generation import answers, end_tokens, readable
 from finetune_assets.evaluation.harness import run_tasks
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.metrics import ANSWER_METRICS, GENERAL_LOSS, LOSS, PERPLEXITY
+from finetune_assets.evaluation.modes import MeasuredMode, Modes, mode_columns, mode_results
 from finetune_assets.evaluation.rows import (
     HeldOut,
     held_out,
-    rendered_again,
+    raw_rows_of,
+    rendered,
     rendering,
     running_text,
     unseen_rows,
 )
 from finetune_assets.progress import ROWS, Progress, Unit
+from finetune_assets.retrieval.contexts import Mode, RowContexts
 
 PIECES = Unit("pieces")
 WINDOW = 512
@@ -49,6 +53,7 @@ class Measured:
         prompt_answers: Generated answers to the prompts in `evaluation.prompts`.
         asked: Prompts of the rows as text.
         expected: Reference answers of the rows as text.
+        modes: Measurements in the modes beside the one that serves, by mode.
         tasks: Metrics of the lm-evaluation-harness, as `task/metric`.
         seconds: Duration of each part, in seconds.
     """
@@ -60,6 +65,7 @@ class Measured:
     prompt_answers: list[str | None] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
+    modes: dict[str, MeasuredMode] = field(default_factory=dict)
     tasks: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -76,6 +82,7 @@ class Comparison:
         log: Called with each log line.
         tasks: Folder of additional lm-evaluation-harness tasks.
         held_back: Rows that no contender was trained on, if fewer than the split; requires `raw`.
+        contexts: Puts passages into rows, for an experiment with `data.retrieval`; requires `raw`.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Comparison:
         log: Callable[[str], None],
         tasks: Path | None = None,
         held_back: HoldoutRows | None = None,
+        contexts: RowContexts | None = None,
     ) -> None:
         self.tasks = tasks
         self.config, self.settings = config, config.evaluation
@@ -98,13 +106,18 @@ class Comparison:
             self.unseen = unseen_rows(self.rows, raw, split, held_back)
             seen = len(self.unseen) - int(self.unseen.sum())
             log(f"Excluded {seen} of {len(self.unseen)} rows: at least one adapter was trained on them")
+        self.contexts, self.modes, self.counted = contexts, None, self.unseen
+        if contexts:
+            self.modes = Modes(config, contexts, dataset, split, raw_rows_of(self.rows, raw))
+            self.counted = self.unseen & self.modes.scored(RETRIEVED)
         self.measured: dict[str, Measured] = {}
 
     def run(self, contenders: list[Contender], device: torch.device) -> LoadedModels:
         """Measure all contenders, grouped by base model so that each is loaded once."""
         self.rendering = rendering(self.config, contenders[0].tokenizer())
         models = LoadedModels(device)
-        limit_s = self.settings.max_generation_seconds / len(contenders)
+        generations = len(contenders) * (len(self.modes.rows) if self.modes else 1)
+        limit_s = self.settings.max_generation_seconds / generations
         for contender in sorted(contenders, key=lambda contender: contender.base_key != contenders[0].base_key):
             with models.loaded(contender) as model:
                 self.measured[contender.name] = self._measure(contender, model, device, limit_s)
@@ -116,12 +129,8 @@ class Comparison:
         tokenizer = contender.tokenizer()
         measured = Measured(self._rows_for(contender, tokenizer))
         row_losses = RowLosses(model, contender.config, device)
-        if len(self.rows.examples):
-            with (
-                self._timed(measured, "loss"),
-                Progress(f"{contender.name}, loss", len(measured.rows.examples), ROWS) as progress,
-            ):
-                measured.losses = row_losses.of(measured.rows.examples, progress.reach)
+        with self._timed(measured, "loss"):
+            measured.losses = self._losses(contender.name, row_losses, measured.rows)
         window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
         text = running_text(self.texts, tokenizer, self.settings.general_tokens, window)
         if text:
@@ -132,11 +141,24 @@ class Comparison:
                 measured.general = float(row_losses.of(text, progress.reach).sum() / text.learned.sum())
         with self._timed(measured, "generation"):
             self._generate_answers(contender, model, tokenizer, measured, limit_s)
+        if self.modes:
+            with self._timed(measured, "modes"):
+                for mode in self.modes.further:
+                    rows = rendered(self.modes.rows[mode], tokenizer, contender.config.data)
+                    losses = self._losses(f"{contender.name}, {mode}", row_losses, rows)
+                    texts = self._answers(contender, model, tokenizer, rows, limit_s, f"{contender.name}, {mode}")
+                    measured.modes[mode] = MeasuredMode(rows, losses, *texts)
         if self.settings.lm_eval:
             self.log(f"{contender.name}: lm-eval tasks {', '.join(self.settings.lm_eval.tasks)}")
             with self._timed(measured, "tasks"):
                 measured.tasks = run_tasks(model, tokenizer, self.settings.lm_eval, self.tasks)
         return measured
+
+    def _losses(self, name: str, row_losses: RowLosses, rows: HeldOut) -> NDArray[np.float64]:
+        if not len(rows.examples):
+            return np.zeros(0)
+        with Progress(f"{name}, loss", len(rows.examples), ROWS) as progress:
+            return row_losses.of(rows.examples, progress.reach)
 
     def _rows_for(self, contender: Contender, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
         if not len(self.rows.examples) or rendering(contender.config, tokenizer) == self.rendering:
@@ -148,7 +170,8 @@ class Comparison:
         self.log(
             f"{contender.name}: prompt template or tokenizer differs from the experiment; rendering its rows again"
         )
-        return rendered_again(self.rows, self.raw, tokenizer, contender.config.data)
+        rows = self.modes.rows[RETRIEVED] if self.modes else raw_rows_of(self.rows, self.raw)
+        return rendered(rows, tokenizer, contender.config.data)
 
     def _generate_answers(
         self,
@@ -159,17 +182,42 @@ class Comparison:
         limit_s: float,
     ) -> None:
         kept, max_rows = contender.config.data.tokenization.added_tokens, self.settings.generated_rows
-        prompts, expected = measured.rows.prompts[:max_rows], measured.rows.answers[:max_rows]
         ends = end_tokens(tokenizer, measured.rows.answers)
-        measured.asked = [readable(tokenizer, ids, kept) for ids in prompts]
-        measured.expected = [readable(tokenizer, ids, kept) for ids in expected]
-        own_prompts = (
-            questions(self.settings.prompts, tokenizer, contender.config.data) if self.settings.prompts else []
-        )
+        measured.asked = [readable(tokenizer, ids, kept) for ids in measured.rows.prompts[:max_rows]]
+        own_prompts = self._own_prompts(tokenizer, contender)
         max_new_tokens = self.settings.max_new_tokens
         measured.prompt_answers = answers(model, tokenizer, own_prompts, max_new_tokens, ends=ends, kept=kept)
-        with Progress(f"{contender.name}, answers", len(prompts), ROWS) as progress:
-            measured.answered = answers(model, tokenizer, prompts, max_new_tokens, progress.reach, ends, kept, limit_s)
+        measured.answered, measured.expected = self._answers(
+            contender, model, tokenizer, measured.rows, limit_s, contender.name
+        )
+
+    def _own_prompts(self, tokenizer: PreTrainedTokenizerBase, contender: Contender) -> list[list[int]]:
+        """The prompts in `evaluation.prompts`, with retrieval each with its passages."""
+        prompts, data = self.settings.prompts, contender.config.data
+        if not prompts or not self.contexts:
+            return questions(prompts, tokenizer, data) if prompts else []
+        asked = [{"instruction": prompt, "context": "", "response": "", "messages": None} for prompt in prompts]
+        found = [row["context"] for row in self.contexts.apply(asked, Mode.RETRIEVED) if isinstance(row, dict)]
+        pairs = zip(prompts, found, strict=True)
+        return [questions([prompt], tokenizer, data, context)[0] for prompt, context in pairs]
+
+    def _answers(
+        self,
+        contender: Contender,
+        model: PeftModel | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: HeldOut,
+        limit_s: float,
+        name: str,
+    ) -> tuple[list[str | None], list[str]]:
+        """Generated and expected answers to the first rows."""
+        kept, most = contender.config.data.tokenization.added_tokens, self.settings.generated_rows
+        prompts, expected, ends = rows.prompts[:most], rows.answers[:most], end_tokens(tokenizer, rows.answers)
+        with Progress(f"{name}, answers", len(prompts), ROWS) as progress:
+            generated = answers(
+                model, tokenizer, prompts, self.settings.max_new_tokens, progress.reach, ends, kept, limit_s
+            )
+        return generated, [readable(tokenizer, ids, kept) for ids in expected]
 
     def _timed(self, measured: Measured, part: str) -> "_Timer":
         return _Timer(measured.seconds, part)
@@ -186,7 +234,7 @@ class Comparison:
         """Mask of the rows on which the losses of all contenders are comparable; shape (rows,)."""
         renderings = {id(measured.rows): measured.rows for measured in self.measured.values()}
         whole = [rows.whole for rows in renderings.values()]
-        return np.logical_and.reduce([self.unseen, *(whole if len(whole) > 1 else [])])
+        return np.logical_and.reduce([self.counted, *(whole if len(whole) > 1 else [])])
 
     def result(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`."""
@@ -196,7 +244,7 @@ class Comparison:
             "rows": len(self.tokens),
             "comparable_rows": int(self.comparable.sum()),
             "generated_rows": len(answered),
-            "contenders": {name: self._metrics(measured, answered) for name, measured in self.measured.items()},
+            "contenders": {name: self._metrics(name, measured, answered) for name, measured in self.measured.items()},
             "categories": self._losses_by("category"),
             **({"sources": self._losses_by("source")} if "source" in self.rows.examples.table.column_names else {}),
             "samples": self._samples(answered),
@@ -204,6 +252,7 @@ class Comparison:
                 name: {part: round(s, 2) for part, s in measured.seconds.items()}
                 for name, measured in self.measured.items()
             },
+            **(mode_results(self.modes, self._by_mode(), self.unseen) if self.modes else {}),
         }
 
     def table(self) -> dict[str, Any]:
@@ -215,20 +264,35 @@ class Comparison:
             "tokens": self.tokens,
             "comparable": self.comparable,
             **{name: measured.losses for name, measured in self.measured.items()},
+            **(mode_columns(self.modes, self._by_mode(), self.unseen) if self.modes else {}),
         }
+
+    def _by_mode(self) -> dict[str, dict[str, MeasuredMode]]:
+        """Measurements by mode and contender."""
+        assert self.modes
+        serving = {
+            name: MeasuredMode(measured.rows, measured.losses, measured.answered, measured.expected)
+            for name, measured in self.measured.items()
+        }
+        further = {
+            mode: {name: each.modes[mode] for name, each in self.measured.items()} for mode in self.modes.further
+        }
+        return {RETRIEVED: serving, **further}
 
     def _answered_by_all(self) -> list[int]:
         columns = zip(*(measured.answered for measured in self.measured.values()), strict=True)
         return [row for row, texts in enumerate(columns) if None not in texts and self.unseen[row]]
 
-    def _metrics(self, measured: Measured, answered: list[int]) -> dict[str, Any]:
+    def _metrics(self, name: str, measured: Measured, answered: list[int]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         loss = self._mean_loss(measured)
         if loss is not None:
             result |= {LOSS.name: loss, PERPLEXITY.name: math.exp(min(loss, 700.0))}
         if measured.general is not None:
             result[GENERAL_LOSS.name] = measured.general
-        if answered:
+        if self.modes:
+            result |= self.modes.answer_metrics(RETRIEVED, self._by_mode()[RETRIEVED][name], answered)
+        elif answered:
             pairs = [(measured.answered[row] or "", measured.expected[row]) for row in answered]
             for metric in ANSWER_METRICS:
                 result[metric.name] = sum(metric.score(*pair) for pair in pairs) / len(pairs)
@@ -236,7 +300,7 @@ class Comparison:
 
     def _mean_loss(self, measured: Measured, group: NDArray[np.bool_] | None = None) -> float | None:
         """Loss in nats per token over unseen rows (untruncated ones if rendered again); None without such rows."""
-        selected = self.unseen if measured.rows is self.rows else self.unseen & measured.rows.whole
+        selected = self.counted if measured.rows is self.rows else self.counted & measured.rows.whole
         selected = selected if group is None else selected & group
         tokens = measured.rows.examples.learned[selected].sum()
         return float(measured.losses[selected].sum() / tokens) if tokens else None
@@ -248,7 +312,7 @@ class Comparison:
         for name in sorted(set(names)):
             group = names == name
             losses = {contender: self._mean_loss(measured, group) for contender, measured in self.measured.items()}
-            groups.append({column: name, "rows": int((group & self.unseen).sum()), **losses})
+            groups.append({column: name, "rows": int((group & self.counted).sum()), **losses})
         return groups
 
     def _samples(self, answered: list[int]) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Read the files of an evaluation folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts.layout import EVALUATION, ROWS
+from finetune_assets.config.retrieval_validation import RETRIEVED
 from finetune_assets.store.json_object import InvalidJson, check_types, read_json
 
 if TYPE_CHECKING:
@@ -28,18 +29,56 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     return evaluation
 
 
-def gain_of(folder: Path, confidence: float) -> tuple["Gain", str]:
-    """Return the challenger's gain over the champion (the base if there is no champion), and the opponent's name."""
+def column(name: str, mode: str | None) -> str:
+    """Return the name of a column of `rows.parquet`: of the mode that serves, or of another one."""
+    return name if mode in (None, RETRIEVED) else f"{mode}_{name}"
+
+
+def gain_of(folder: Path, confidence: float, mode: str | None = None) -> tuple["Gain", str]:
+    """Return the challenger's gain over the champion (the base if there is no champion), and the opponent's name.
+
+    Args:
+        folder: Folder of the evaluation.
+        confidence: Confidence level of the gain's lower bound.
+        mode: Mode of an evaluation with retrieval; None for the mode that serves.
+
+    Raises:
+        InvalidJson: If the evaluation lacks the mode.
+    """
     import numpy as np
-    import pyarrow.parquet as pq
 
     from finetune_assets.evaluation.gate import paired_gain
 
+    before, after, tokens, opponent = _compared(folder, mode)
+    return paired_gain(before, after, np.asarray(tokens, np.int64), confidence), opponent
+
+
+def loss_increases(folder: Path, modes: Iterable[str]) -> dict[str, float]:
+    """Return the increase of the challenger's loss over its opponent's by mode, in nats per token; NaN without rows.
+
+    Raises:
+        InvalidJson: If the evaluation lacks a mode.
+    """
+    increases = {}
+    for mode in modes:
+        before, after, tokens, _ = _compared(folder, mode)
+        increases[mode] = float((after - before).sum() / tokens.sum()) if len(tokens) else float("nan")
+    return increases
+
+
+def _compared(folder: Path, mode: str | None) -> tuple[Any, Any, Any, str]:
+    """Losses of opponent and challenger, and tokens of the comparable rows; and the opponent's name."""
+    import pyarrow.parquet as pq
+
     table = pq.read_table(folder / ROWS)
     opponent = "champion" if "champion" in table.column_names else "base"
-    table = table.filter(table["comparable"])
-    before, after, tokens = (table[name].to_numpy() for name in (opponent, "challenger", "tokens"))
-    return paired_gain(before, after, np.asarray(tokens, np.int64), confidence), opponent
+    if (used := column("comparable", mode)) not in table.column_names:
+        raise InvalidJson(
+            f"{ROWS} of the evaluation in {folder} has no mode {mode}; materialize adapter_evaluation again with force"
+        )
+    table = table.filter(table[used])
+    before, after, tokens = (table[column(name, mode)].to_numpy() for name in (opponent, "challenger", "tokens"))
+    return before, after, tokens, opponent
 
 
 def forgetting_of(evaluation: Mapping[str, Any]) -> float | None:

@@ -6,12 +6,14 @@ rows (Koehn 2004). The lower bound is studentized: each resampled gain is divide
 rows, the plain percentile bootstrap promotes more often than its nominal confidence level allows.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_assets.config.fingerprint import identity
 from finetune_assets.config.schema import Gate
 
 RESAMPLES = 10_000
@@ -103,7 +105,14 @@ def _ratio(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.f
     return mean, np.sqrt(np.maximum(squares, 0)) / weight
 
 
-def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -> Verdict:
+def judge(
+    gain: Gain,
+    forgetting: float | None,
+    settings: Gate,
+    opponent: str,
+    mode: str | None = None,
+    increases: Mapping[str, float] | None = None,
+) -> Verdict:
     """Decide whether the challenger is promoted over its opponent.
 
     Args:
@@ -111,8 +120,13 @@ def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -
         forgetting: Increase in loss over the base on general text, in nats per token; None if not measured.
         settings: Thresholds.
         opponent: Name of the opponent, for messages.
+        mode: Mode of the gain, with retrieval.
+        increases: Increase in loss over the opponent in each mode of `gate.max_loss_of`, in nats per token.
     """
-    numbers: dict[str, Any] = {**asdict(gain), "forgetting": forgetting, "thresholds": asdict(settings)}
+    increases = increases or {}
+    numbers: dict[str, Any] = {**asdict(gain), "forgetting": forgetting, "thresholds": identity(settings)}
+    numbers |= {"mode": mode} if mode else {}
+    numbers |= {f"loss_increase_{name}": increase for name, increase in increases.items()}
     failures, max_forgetting = [], settings.max_forgetting
     if gain.rows < settings.min_rows:
         failures.append(
@@ -123,7 +137,15 @@ def judge(gain: Gain, forgetting: float | None, settings: Gate, opponent: str) -
         failures.append(
             f"forgetting is {forgetting:.4f} nats/token on general text (gate.max_forgetting = {max_forgetting:g})"
         )
-    improvement = f"improvement over {opponent}: {gain}; gate.min_gain = {settings.min_gain:g}"
+    for name, increase in increases.items():
+        most = settings.max_loss_of[name]
+        if not increase <= most:  # no row was compared if it is not a number
+            failures.append(
+                f"loss in the mode {name} is {increase:+.4f} nats/token above {opponent}'s (gate.max_loss_of.{name} = "
+                f"{most:g})"
+            )
+    where = f" in the mode {mode}" if mode else ""
+    improvement = f"improvement over {opponent}{where}: {gain}; gate.min_gain = {settings.min_gain:g}"
     if gain.rows and gain.lower <= settings.min_gain:
         failures.append(improvement)
     return Verdict(not failures, "; ".join(failures) or improvement, numbers)

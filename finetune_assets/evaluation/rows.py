@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.schema import Data, ExperimentConfig
+from finetune_assets.data.errors import RefusedRow
 from finetune_assets.data.raw_files import rows_at
-from finetune_assets.data.rows import HoldoutRows
+from finetune_assets.data.rows import HoldoutRows, Row
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.training.order import Examples
 
@@ -74,15 +75,13 @@ def rendering(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> s
     )
 
 
-def rendered_again(rows: HeldOut, raw: Sequence[Path], tokenizer: PreTrainedTokenizerBase, data: Data) -> HeldOut:
-    """Render the same rows of the raw data with the prompt template and tokenizer of another experiment.
+def rendered(raw_rows: Sequence[Row | RefusedRow], tokenizer: PreTrainedTokenizerBase, data: Data) -> HeldOut:
+    """Render rows of the raw data with the prompt template and tokenizer of an experiment.
 
     A row that the template refuses, or with no answer token left, becomes an example with one learned token. Such
     rows and truncated ones are not `whole`.
     """
     data = replace(data, tokenization=replace(data.tokenization, train_on_inputs=False))
-    indices = rows.examples.table["row"].to_numpy()
-    raw_rows = rows_at(raw, indices)
     encoded = Encoder(tokenizer, data).encode(raw_rows)
     ends = np.cumsum(encoded.lengths)
     examples: list[dict[str, Any]] = [{"input_ids": [0, 0], "labels": [IGNORED, 0], "prompt_length": 1}] * len(raw_rows)
@@ -95,6 +94,11 @@ def rendered_again(rows: HeldOut, raw: Sequence[Path], tokenizer: PreTrainedToke
             examples[row] = {"input_ids": ids.tolist(), "labels": labels.tolist(), "prompt_length": length}
             whole[row] = not encoded.truncated[index]
     return HeldOut(Examples(pa.Table.from_pylist(examples)), whole)
+
+
+def raw_rows_of(rows: HeldOut, raw: Sequence[Path]) -> list[Row]:
+    """Return the rows of the raw data that held-out rows were rendered from."""
+    return rows_at(raw, rows.examples.table["row"].to_numpy())
 
 
 def unseen_rows(rows: HeldOut, raw: Sequence[Path], split: str, held_back: HoldoutRows) -> NDArray[np.bool_]:

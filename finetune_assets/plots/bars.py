@@ -7,6 +7,8 @@ from typing import Any
 from finetune_assets.plots.data import MOST_CATEGORIES, shortened
 from finetune_assets.plots.style import COLOURS, OF_CONTENDER, ON_WHITE, SMALL, Look, legend, new_figure
 
+LOSS = "held-out loss, nats per token (lower is better)"
+
 
 def by_category(categories: Sequence[Mapping[str, Any]], contenders: Sequence[str]) -> Any:
     """Plot the held-out loss of each contender, one group of bars per category, largest categories first.
@@ -31,8 +33,37 @@ def by_experiment(losses: Mapping[str, Mapping[str, float | None]], look: Look =
     return _grouped_bars(figure, panel, [shortened(name, 36) for name in losses], measured, look)
 
 
+def by_mode(modes: Mapping[str, Mapping[str, Any]], look: Look = ON_WHITE) -> Any:
+    """Plot loss and exact match of each contender, one group of bars per mode.
+
+    Args:
+        modes: `modes` of `evaluation.json`.
+        look: Colours of the page.
+    """
+    contenders = [name for name in OF_CONTENDER if any(name in mode["contenders"] for mode in modes.values())]
+    measured = {"loss": LOSS, "exact_match": "exact match on generated answers (higher is better)"}
+    shown = {name: label for name, label in measured.items() if {*_of_mode(modes, "challenger", name)} != {None}}
+    height = 0.7 + 0.22 * (len(contenders) + 0.5) * max(len(modes), 2)
+    figure, panels = new_figure(height, columns=max(len(shown), 1), width=6.5 * max(len(shown), 1), look=look)
+    names = [f"{mode.replace('_', ' ')}, {measured['rows']:,} rows" for mode, measured in modes.items()]
+    for at, (metric, label) in enumerate(shown.items()):
+        panel = panels[at] if len(shown) > 1 else panels
+        series = {name: _of_mode(modes, name, metric) for name in contenders}
+        _grouped_bars(figure, panel, names if at == 0 else [""] * len(names), series, look, label)
+    return figure
+
+
+def _of_mode(modes: Mapping[str, Mapping[str, Any]], contender: str, metric: str) -> list[float | None]:
+    return [mode["contenders"].get(contender, {}).get(metric) for mode in modes.values()]
+
+
 def _grouped_bars(
-    figure: Any, panel: Any, names: Sequence[str], series: Mapping[str, Sequence[float | None]], look: Look
+    figure: Any,
+    panel: Any,
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    look: Look,
+    label: str = LOSS,
 ) -> Any:
     height = 0.8 / max(len(series), 1)
     for index, (contender, values) in enumerate(series.items()):
@@ -46,7 +77,7 @@ def _grouped_bars(
     panel.invert_yaxis()
     panel.grid(visible=False)
     panel.margins(x=0.1)
-    panel.set_xlabel("held-out loss, nats per token (lower is better)")
+    panel.set_xlabel(label)
     legend(panel, look, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return figure
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from finetune_assets.config.retrieval_validation import RETRIEVED
 from finetune_assets.evaluation.files import forgetting_of
 from finetune_assets.training.best_step import published, training_seconds
 
@@ -47,6 +48,13 @@ def of_evaluation(evaluation: Mapping[str, Any]) -> Numbers:
     contenders, forgetting = evaluation["contenders"], forgetting_of(evaluation)
     numbers = {
         f"{metric}_{name}": value for name, metrics in contenders.items() for metric, value in sorted(metrics.items())
+    }
+    numbers |= {
+        f"{metric}_{name}_{mode}": value
+        for mode, measured in evaluation.get("modes", {}).items()
+        for name, metrics in measured["contenders"].items()
+        for metric, value in sorted(metrics.items())
+        if mode != RETRIEVED  # the mode that serves has the names of evaluations without modes
     }
     return numbers | ({} if forgetting is None else {"forgetting": forgetting})
 

@@ -28,7 +28,8 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
         if asset not in KIND_OF:
             self.others.handle_output(context, obj)
             return
-        self.project.store().resolve(obj.kind, obj.name, made_by=asset)
+        if obj is not None:  # None is the index of an experiment that retrieves nothing
+            self.project.store().resolve(obj.kind, obj.name, made_by=asset)
 
     def load_input(self, context: dg.InputContext) -> Any:
         """Return the upstream artifact that matches this run's configuration and data.

@@ -23,6 +23,8 @@ DATA_VERSION_TAG = "dagster/data_version"
 PARTITION_TAG = "dagster/partition"
 OVERRIDES_TAG = "finetune/overrides"
 """Tag of a materialization with per-run overrides: their number. Automation ignores such materializations."""
+TRAINING_VERSION_TAG = "finetune/training_version"
+"""Tag of a materialization: its version for automation of trainings, in place of its data version."""
 GOOD_TAG = "finetune/good"
 """Tag of a `dolly_raw` materialization that passed its blocking checks. Later versions are compared with it."""
 SOURCE_TAG = "finetune/source"
@@ -78,7 +80,7 @@ def newest_good(instance: dg.DagsterInstance, source: str, before: float | None 
         source: Name of the source.
         before: Ignore later materializations; in seconds since 1970.
     """
-    for materialization in _newest_first(instance, dg.AssetRecordsFilter(DOLLY_RAW, before_timestamp=before)):
+    for materialization in newest_first(instance, dg.AssetRecordsFilter(DOLLY_RAW, before_timestamp=before)):
         tags = materialization.tags or {}
         if GOOD_TAG in tags and is_of_source(materialization, source):
             return tags.get(DATA_VERSION_TAG)
@@ -101,7 +103,7 @@ def requested_version(
     partition = run.tags.get(PARTITION_TAG)
     if partition and run.asset_selection and TOKENIZED_DATASET not in run.asset_selection:
         wanted = dg.AssetRecordsFilter(TOKENIZED_DATASET, asset_partitions=[partition], before_timestamp=created)
-        for materialization in _newest_first(instance, wanted):
+        for materialization in newest_first(instance, wanted):
             tags = materialization.tags or {}
             if OVERRIDES_TAG in tags or not is_of_source(materialization, source):
                 continue
@@ -113,7 +115,8 @@ def requested_version(
     return newest_good(instance, source, created)
 
 
-def _newest_first(instance: dg.DagsterInstance, wanted: dg.AssetRecordsFilter) -> Iterator[dg.AssetMaterialization]:
+def newest_first(instance: dg.DagsterInstance, wanted: dg.AssetRecordsFilter) -> Iterator[dg.AssetMaterialization]:
+    """Materializations that a filter selects, newest first."""
     cursor = None
     while True:
         page = instance.fetch_materializations(wanted, limit=PAGE, cursor=cursor)

@@ -1,6 +1,7 @@
 """Rebuild the packaged sample and the packaged base model: `python -m finetune_assets.sample.build`.
 
-Writes `dolly_sample.jsonl`, `demo_prose.txt` and `base_model/` to this file's folder. The base model is a Llama of two
+Writes `dolly_sample.jsonl`, `demo_prose.txt`, `towns.jsonl`, `documents/` and `base_model/` to this file's folder,
+or with `--texts` all but the last. The base model is a Llama of two
 million parameters, trained from random weights only on the prose of `world.py`: it never sees an instruction or an
 answer. On two cores this takes about half an hour; recipe and measured recall are recorded in `base_model/README.md`.
 """
@@ -9,7 +10,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from finetune_assets.sample.towns import documents, new_towns, question_rows
 from finetune_assets.sample.world import ATTRIBUTES, World, instruction_rows, make_world, prose
 
 HERE = Path(__file__).parent
@@ -109,17 +111,34 @@ def write_prose(world: World, path: Path, documents: int = 250) -> None:
     path.write_text("\n\n".join(islice(prose(world, seed=3), documents)) + "\n", encoding="utf-8")
 
 
+def write_rows(rows: Iterable[dict[str, str]], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_towns(out: Path) -> None:
+    """Write documents about towns that the base model never reads, and questions about them."""
+    world = new_towns()
+    write_rows(question_rows(world), out / "towns.jsonl")
+    (out / "documents").mkdir(exist_ok=True)
+    for name, text in documents(world):
+        (out / "documents" / name).write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2_500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--texts", action="store_true", help="write rows and documents only")
     args = parser.parse_args()
 
     world = make_world()
-    with open(args.out / "dolly_sample.jsonl", "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in instruction_rows(world))
+    write_rows(instruction_rows(world), args.out / "dolly_sample.jsonl")
     write_prose(world, args.out / "demo_prose.txt")
+    write_towns(args.out)
+    if args.texts:
+        return
     tokenizer = train_tokenizer(world)
     model = pretrain(world, tokenizer, args.steps, args.batch_size)
     known = recall(world, model, tokenizer)

@@ -153,17 +153,21 @@ class World:
     facts: dict[str, dict[str, str]]
 
 
-def make_world(towns: int = 120, seed: int = 7) -> World:
-    """Draw `towns` town names and five facts about each."""
-    rng = random.Random(seed)
+def town_names() -> list[str]:
+    """All names that a town may have, sorted."""
     starts = "Vel Kar Bren Dor Hal Mar Tor Sel Wyn Ash Gil Rod Pen Lin Cas Fal".split()
     middles = ["a", "o", "e", "i", "an", "or", "el"]
     ends = "mora stead wick dale ford holm by nes burg gate".split()
-    names = sorted({s + m + e for s in starts for m in middles for e in ends})
+    return sorted({s + m + e for s in starts for m in middles for e in ends})
+
+
+def make_world(towns: int = 120, seed: int = 7) -> World:
+    """Draw `towns` town names and five facts about each."""
+    rng = random.Random(seed)
     return World(
         {
             town: {attribute: rng.choice(values) for attribute, (values, _, _) in ATTRIBUTES.items()}
-            for town in rng.sample(names, towns)
+            for town in rng.sample(town_names(), towns)
         }
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_assets.config.raw_data_schema import HubDataset
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.readers import ENDINGS, SourceFile, suffix_of
+from finetune_assets.data.readers import ROW_FORMATS, Formats, SourceFile
 from finetune_assets.sources import hub
 from finetune_assets.sources.listing import is_hidden, refuse_saved_dataset
 from finetune_assets.sources.source import SourceContext
@@ -28,6 +28,7 @@ class HubSource:
     repo: str
     commit: str
     part: HubDataset
+    formats: Formats = ROW_FORMATS
     is_pinned = True
 
     def content(self) -> Any:
@@ -50,8 +51,8 @@ class HubSource:
             tree = self._tree
             refuse_saved_dataset(tree, self._where)
             names = self._names
-            if unknown := next((name for name in names if not suffix_of(name)), None):
-                raise DataError(f"{self._where}: {unknown} has an unsupported format; supported: {ENDINGS}")
+            if unknown := next((name for name in names if not self.formats.suffix_of(name)), None):
+                raise DataError(f"{self._where}: {unknown} has an unsupported format; supported: {self.formats.shown}")
             folder = hub.download(self.repo, self.commit, [tree[name] for name in names], "dataset")
             return [SourceFile(name, folder / name) for name in names]
 
@@ -108,4 +109,4 @@ def open_hub_dataset(context: SourceContext) -> HubSource:
     repo, revision = match["repo"], match["revision"] or "main"
     where = f"source: '{config.source}'"
     with hub.explained(DataError, where, f"datasets/{repo}", "Or name a file or folder"):
-        return HubSource(repo, context.commit_of(repo, revision), config.hub)
+        return HubSource(repo, context.commit_of(repo, revision), config.hub, context.formats)

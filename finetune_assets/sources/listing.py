@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.readers import suffix_of
+from finetune_assets.data.readers import ROW_FORMATS, Formats
 
 SAVED_DATASET = ({"state.json", "dataset_info.json"}, {"dataset_dict.json"})
 """Files of a folder that `datasets` wrote with `save_to_disk`; each set is a mark of its own."""
@@ -24,12 +24,13 @@ class Listing:
     ignored: list[str]
 
 
-def list_names(names: Iterable[str], where: str) -> Listing:
+def list_names(names: Iterable[str], where: str, formats: Formats = ROW_FORMATS) -> Listing:
     """Separate the names of files, in the given order.
 
     Args:
         names: Names relative to the source, with `/`.
         where: The source, for messages.
+        formats: File formats that are read.
 
     Raises:
         DataError: if a folder was written by `save_to_disk`: which of its rows count, and in which order, is not
@@ -37,8 +38,8 @@ def list_names(names: Iterable[str], where: str) -> Listing:
     """
     shown = [name for name in names if not is_hidden(name)]
     refuse_saved_dataset(shown, where)
-    rows = [name for name in shown if suffix_of(name)]
-    return Listing(rows, [name for name in shown if not suffix_of(name)])
+    rows = [name for name in shown if formats.suffix_of(name)]
+    return Listing(rows, [name for name in shown if not formats.suffix_of(name)])
 
 
 def is_hidden(name: str) -> bool:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.readers import ENDINGS, SourceFile, read_records, suffix_of
+from finetune_assets.data.readers import ROW_FORMATS, Formats, SourceFile, read_records
+from finetune_assets.sources import names
 from finetune_assets.sources.listing import list_names, refuse_saved_dataset
 from finetune_assets.sources.source import SourceContext
 from finetune_assets.store.hashing import sha256
 
 SAMPLE = Path(__file__).parent.parent / "sample" / "dolly_sample.jsonl"
+SAMPLE_TOWNS = SAMPLE.with_name("towns.jsonl")
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,25 @@ class LocalSource:
     Attributes:
         local_files: Files of rows.
         other_files: Names of other files of the folder.
+        formats: File formats that are read.
     """
 
     local_files: Sequence[SourceFile]
     other_files: Sequence[str] = ()
+    formats: Formats = ROW_FORMATS
     is_pinned = False
 
     def content(self) -> Any:
-        return [[suffix_of(file.path), _content_of(file.path)] for file in self.local_files]
+        return [[self.formats.suffix_of(file.path), _content_of(file.path)] for file in self.local_files]
 
     def peek(self) -> Any:
         return [[file.name, *_stamp(file.path)] for file in self.local_files]
 
     def cached_content(self) -> Any:
-        return [[suffix_of(file.path), _known_content(file.path, *_stamp(file.path))] for file in self.local_files]
+        return [
+            [self.formats.suffix_of(file.path), _known_content(file.path, *_stamp(file.path))]
+            for file in self.local_files
+        ]
 
     def files(self) -> Sequence[SourceFile]:
         return self.local_files
@@ -46,8 +53,10 @@ class LocalSource:
         return self.other_files
 
 
-def open_sample(context: SourceContext) -> LocalSource:
-    return LocalSource([SourceFile(SAMPLE.name, SAMPLE)])
+def open_packaged(context: SourceContext) -> LocalSource:
+    """Packaged rows, by the name of the source."""
+    path = {names.SAMPLE: SAMPLE, names.SAMPLE_TOWNS: SAMPLE_TOWNS}[context.config.source]
+    return LocalSource([SourceFile(path.name, path)])
 
 
 def open_local(context: SourceContext) -> LocalSource:
@@ -55,23 +64,23 @@ def open_local(context: SourceContext) -> LocalSource:
     source = context.config.source
     path = context.root / Path(source).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, context.formats)
     if not path.is_file():
         raise DataError(
-            f"{path}: does not exist; `source` in raw_data.yaml, or FINETUNE_RAW_DATA, is '{source}': "
+            f"{path}: does not exist; {context.setting} is '{source}': "
             "name a file, a folder, s3://bucket/prefix, hf://datasets/owner/name, or 'sample'"
         )
-    if not suffix_of(path):
-        raise DataError(f"{path}: unsupported file format; supported: {ENDINGS}")
+    if not context.formats.suffix_of(path):
+        raise DataError(f"{path}: unsupported file format; supported: {context.formats.shown}")
     if path.suffix.lower() == ".arrow":
         refuse_saved_dataset([file.name for file in path.parent.iterdir()], str(path.parent))
-    return LocalSource([SourceFile(path.name, path)])
+    return LocalSource([SourceFile(path.name, path)], formats=context.formats)
 
 
-def _folder(folder: Path) -> LocalSource:
+def _folder(folder: Path, formats: Formats) -> LocalSource:
     """All files of a folder and the folders in it, also behind links; a file that several names reach is read once."""
     paths = sorted(_walk(folder))
-    listing = list_names([path.relative_to(folder).as_posix() for path in paths], str(folder))
+    listing = list_names([path.relative_to(folder).as_posix() for path in paths], str(folder), formats)
     first_names: dict[str, str] = {}
     for name in sorted(listing.rows, key=lambda name: (folder / name).is_symlink()):  # a file before links to it
         if not (folder / name).is_file():
@@ -84,9 +93,10 @@ def _folder(folder: Path) -> LocalSource:
         if name not in read
     ]
     if not read:
-        raise DataError(f"{folder}: this folder contains no file that ends in {ENDINGS}")
+        raise DataError(f"{folder}: this folder contains no file that ends in {formats.shown}")
     others = [name if (folder / name).exists() else f"{name} (broken link)" for name in listing.ignored]
-    return LocalSource([SourceFile(name, folder / name) for name in listing.rows if name in read], others + repeated)
+    files = [SourceFile(name, folder / name) for name in listing.rows if name in read]
+    return LocalSource(files, others + repeated, formats)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

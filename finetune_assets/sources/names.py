@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-SAMPLE, UNNAMED = "sample", "default"
-"""Names of a single source: the packaged rows, and any other."""
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS
+
+SAMPLE, SAMPLE_TOWNS, UNNAMED = *PACKAGED_ROWS, "default"
+"""Names of a single source: the packaged rows, the packaged rows about the packaged documents, and any other."""
 
 
 def source_name(setting: str, root: Path) -> str:
@@ -15,10 +17,10 @@ def source_name(setting: str, root: Path) -> str:
         root: Project folder, to which a relative path is resolved.
 
     Returns:
-        `sample`; a URL without the revision of a Hub dataset and without a slash at its end; or a path, relative to the
-        project if it is inside.
+        `sample` or `sample-towns`; a URL without the revision of a Hub dataset and without a slash at its end; or a
+        path, relative to the project if it is inside.
     """
-    if setting == SAMPLE:
+    if setting in PACKAGED_ROWS:
         return setting
     if "://" in setting:
         return (setting.partition("@")[0] if setting.startswith("hf://") else setting).rstrip("/")

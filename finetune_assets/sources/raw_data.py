@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS
 from finetune_assets.data.errors import DataError
 from finetune_assets.display import shown_url
 from finetune_assets.sources.hub_dataset import open_hub_dataset
-from finetune_assets.sources.local import open_local, open_sample
+from finetune_assets.sources.local import open_local, open_packaged
 from finetune_assets.sources.s3 import open_s3
 from finetune_assets.sources.source import Source, SourceContext
 
@@ -17,14 +18,14 @@ SOURCES: dict[str, Callable[[SourceContext], Source]] = {
 
 
 def open_source(context: SourceContext) -> Source:
-    """Resolve the setting `source`: the packaged sample, a URL of a registered source, or a local path.
+    """Resolve the setting `source`: packaged rows, a URL of a registered source, or a local path.
 
     Raises:
         DataError: if the source does not exist, or contains no supported file.
     """
     source = context.config.source
-    if source == "sample":
-        return open_sample(context)
+    if source in PACKAGED_ROWS:
+        return open_packaged(context)
     for prefix, opened in SOURCES.items():
         if source.startswith(prefix):
             return opened(context)

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.data.errors import DataError, Unreachable
-from finetune_assets.data.readers import ENDINGS, SourceFile, suffix_of
+from finetune_assets.data.readers import ROW_FORMATS, Formats, SourceFile
 from finetune_assets.sources.listing import Listing, list_names
 from finetune_assets.sources.local import LocalSource
 from finetune_assets.sources.source import SourceContext
@@ -29,21 +29,23 @@ class S3Source:
         url: `s3://bucket/folder`, or `s3://bucket/folder/rows.jsonl`.
         connect: Creates the boto3 client.
         folder: Folder for downloads.
+        formats: File formats that are read.
     """
 
     url: str
     connect: Callable[[], Any]
     folder: Path
+    formats: Formats = ROW_FORMATS
     is_pinned = False
 
     def content(self) -> Any:
-        return LocalSource(self.files()).content()
+        return LocalSource(self.files(), formats=self.formats).content()
 
     def peek(self) -> Any:
         return [[key, size, etag] for key, size, etag in self._objects]
 
     def cached_content(self) -> Any:
-        return LocalSource(self.files()).cached_content()
+        return LocalSource(self.files(), formats=self.formats).cached_content()
 
     def files(self) -> Sequence[SourceFile]:
         """Download the objects.
@@ -93,7 +95,7 @@ class S3Source:
         bucket, place = self._place
         folder = f"{place.rstrip('/')}/" if place else ""
         # The longer prefix is the shorter list: that of `rows` has the objects of `rows-old` too
-        prefix = place if suffix_of(place) and not place.endswith("/") else folder
+        prefix = place if self.formats.suffix_of(place) and not place.endswith("/") else folder
         try:
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             entries = [entry for page in pages for entry in page.get("Contents", ())]
@@ -110,11 +112,11 @@ class S3Source:
     @cached_property
     def _listing(self) -> Listing:
         names = {self._name(key): key for key in self._listed}
-        listing = list_names(names, f"source: '{self.url}'")
+        listing = list_names(names, f"source: '{self.url}'", self.formats)
         if not listing.rows:
             raise DataError(
-                f"source: '{self.url}' contains no object that ends in {ENDINGS}; a URL names an object or a folder, "
-                "not the beginning of a name"
+                f"source: '{self.url}' contains no object that ends in {self.formats.shown}; a URL names an object "
+                "or a folder, not the beginning of a name"
             )
         return listing
 
@@ -142,7 +144,7 @@ def open_s3(context: SourceContext) -> S3Source:
     """
     if context.connect is None or context.downloads is None:
         raise DataError(f"source: '{context.config.source}': S3 is not supported here")
-    return S3Source(context.config.source, context.connect, context.downloads)
+    return S3Source(context.config.source, context.connect, context.downloads, context.formats)
 
 
 def _s3_errors() -> tuple[type[Exception], ...]:

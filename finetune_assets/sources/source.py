@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune_assets.config.raw_data_schema import RawDataConfig
-from finetune_assets.data.readers import SourceFile
+from finetune_assets.data.readers import ROW_FORMATS, Formats, SourceFile
 from finetune_assets.sources import hub
 
 COMMIT_OF = partial(hub.commit_of, repo_type="dataset")
@@ -53,6 +53,8 @@ class SourceContext:
         commit_of: Returns the commit of a Hub dataset's revision.
         connect: Creates the boto3 client; None where S3 is not available.
         downloads: Folder for downloaded files; None where nothing may be downloaded.
+        formats: File formats that are read.
+        setting: Where `source` is set, for messages.
     """
 
     config: RawDataConfig
@@ -60,3 +62,5 @@ class SourceContext:
     commit_of: Callable[[str, str], str] = COMMIT_OF
     connect: Callable[[], Any] | None = None
     downloads: Path | None = None
+    formats: Formats = ROW_FORMATS
+    setting: str = "`source` in raw_data.yaml, or FINETUNE_RAW_DATA,"

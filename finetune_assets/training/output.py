@@ -16,6 +16,7 @@ from finetune_assets.artifacts.update_spectrum import write_updates
 from finetune_assets.config.loading import dump
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.display import code, markdown, plain
+from finetune_assets.retrieval.asking import RETRIEVAL_FILE, RetrievalFormat
 from finetune_assets.training.best_step import describe_saved, published
 from finetune_assets.training.embeddings import experiment_tokenizer
 from finetune_assets.training.generation_files import experiment_turn_end, save_generation_files
@@ -27,6 +28,12 @@ PROMPT_LINES = """\
 messages = [{"role": "user", "content": "What ...?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 """The model card's lines that tokenize a prompt as in training."""
+RETRIEVE_LINES = """\
+found = Retriever(adapter, index).find("What ...?")
+messages = found.messages  # the question with its passages
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+"""The model card's lines that retrieve passages for a question and tokenize them as in training."""
+SHOW_SOURCES = '\nprint(*found.sources, sep="\\n")'
 
 
 def save(
@@ -64,6 +71,8 @@ def save(
     save_generation_files(output, base_folder, tokenizer, config)
     (output / CONFIG).write_text(dump(config), encoding="utf-8")
     _write_json(output / TRAINER_STATE, state)
+    if config.data.retrieval:
+        RetrievalFormat.of_experiment(config.data, made_from.get("retrieval_index")).write(output)
     provenance = {**made_from, "versions": _versions(), "hardware": _hardware()}
     _write_json(output / PROVENANCE, provenance)
     write_updates(updates(output), output)
@@ -111,10 +120,10 @@ def _generation(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, ro
     return f"""{_loading(config, rows)}
 settings = GenerationConfig.from_pretrained(adapter)  # stops at the end of an answer
 
-{PROMPT_LINES}
+{RETRIEVE_LINES if config.data.retrieval else PROMPT_LINES}
 output = model.generate(**inputs, generation_config=settings, max_new_tokens=64, do_sample=False{stops})
 answer = output[0, inputs["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""
+print(tokenizer.decode(answer, skip_special_tokens=True).strip()){SHOW_SOURCES if config.data.retrieval else ""}"""
 
 
 def _loading(config: ExperimentConfig, rows: int | None) -> str:
@@ -142,6 +151,7 @@ def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dic
         "base model's fingerprint": _code(provenance.get("cached_base_model")),
         "dataset's fingerprint": _code(provenance.get("tokenized_dataset")),
         "raw data's fingerprint": _code(provenance.get("dolly_raw")),
+        "documents": _documents(config, provenance),
         "this adapter's fingerprint": _code(provenance.get("fingerprint")),
         "combined from": _combined(provenance.get("champions") or {}),
         "initialized from": _code(provenance.get("warm_start")),
@@ -162,21 +172,55 @@ def _model_card(config: ExperimentConfig, provenance: dict[str, Any], state: dic
 {lines}
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+{_imports(config)}
 
 adapter = "."  # this folder
 base = {_base(provenance)}
-{example}
+{_index_line(config, provenance)}{example}
 ```
 
-`chat_template.jinja` renders messages exactly as in training. {_messages(config)}Prompts that are filled in by hand
-may have other tokens.
+{_retrieval(config)}`chat_template.jinja` renders messages exactly as in training. {_messages(config)}Prompts that are
+filled in by hand may have other tokens.
 
 `config.yaml` contains all settings, `provenance.json` the inputs and library versions, `trainer_state.json` the
 training log. `sha256sum --check SHA256SUMS` verifies that the files are unchanged. `finetune adapter verify` compares
 them with the artifact in the store and shows their provenance.
 """
+
+
+def _imports(config: ExperimentConfig) -> str:
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
+    ]
+    if config.data.retrieval:
+        lines = ["from finetune_assets.retrieval.asking import Retriever", *lines]
+    return "\n".join(lines)
+
+
+def _index_line(config: ExperimentConfig, provenance: dict[str, Any]) -> str:
+    if not config.data.retrieval:
+        return ""
+    command = f"finetune adapter fetch {provenance['experiment']} adapter --with-index"
+    return f'index = "../adapter-index"  # {command}\n'
+
+
+def _documents(config: ExperimentConfig, provenance: dict[str, Any]) -> str:
+    """Document set and index of the training; empty without retrieval."""
+    if not config.data.retrieval:
+        return ""
+    index = _code(provenance.get("retrieval_index"))
+    return f"{code(config.data.retrieval.documents)}{f', index {index}' if index else ''}"
+
+
+def _retrieval(config: ExperimentConfig) -> str:
+    """The model card's sentence on passages; empty without retrieval."""
+    if not config.data.retrieval:
+        return ""
+    return (
+        f"Each question comes with up to {config.data.retrieval.passages} passages of the documents, numbered and best "
+        f"first; {code(RETRIEVAL_FILE)} describes their format. Newer documents need a newer index only. "
+    )
 
 
 def _messages(config: ExperimentConfig) -> str:

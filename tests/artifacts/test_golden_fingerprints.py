@@ -16,7 +16,7 @@ CONFIGS = ROOT / "configs"
 GOLDEN = Path(__file__).with_name("golden_fingerprints.json")
 """Changed by hand where a code version is raised, which is the only reason to change it."""
 ROWS, TOKENIZER, TEXT, TASKS = ({"rows.jsonl": "a" * 64}, {"tokenizer.json": "b" * 64}, "c" * 64, "d" * 64)
-COMMIT, OTHER_ADAPTER = "e" * 40, "f" * 64
+COMMIT, OTHER_ADAPTER, INDEX = "e" * 40, "f" * 64, "9" * 64
 
 
 def fingerprints(name: str) -> dict[str, str]:
@@ -25,14 +25,18 @@ def fingerprints(name: str) -> dict[str, str]:
     config = experiment.config
     (raw,) = RAW.earlier_fingerprints(raw_config, content=ROWS)
     base_model = BASE_MODELS.fingerprint(None, repo=config.model.base_model, revision=COMMIT)
-    inputs = {"dolly_raw": raw, "tokenizer": TOKENIZER, "split_salt": raw_config.split_salt}
+    index = INDEX if config.data.retrieval else None
+    inputs = {
+        **{"dolly_raw": raw, "tokenizer": TOKENIZER, "split_salt": raw_config.split_salt},
+        "retrieval_index": index,
+    }
     (tokenized,) = TOKENIZED.earlier_fingerprints(config, **inputs)
 
     def adapter(begun: str | None) -> str:
         return ADAPTERS.fingerprint(config, tokenized_dataset=tokenized, cached_base_model=base_model, warm_start=begun)
 
     def evaluation(champion: str | None = None, tasks: str | None = None, split: str = "gate") -> str:
-        given = {"champion": champion, "general_text": TEXT, "tasks": tasks, "split": split}
+        given = {"champion": champion, "general_text": TEXT, "tasks": tasks, "split": split, "retrieval_index": index}
         return EVALUATIONS.fingerprint(config, lora_adapter=adapter(None), **given)
 
     merged = load_experiment(CONFIGS, name, ["merge.dtype=bfloat16"]).config

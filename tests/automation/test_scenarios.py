@@ -22,12 +22,16 @@ from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.conditions import SERVABLE_CHECK
 from finetune_assets.automation.settings_hash import settings_hashes
+from finetune_assets.config.documents import users_of_documents
 from finetune_assets.config.fingerprint import fingerprint
+from finetune_assets.config.loading import load_experiment
+from finetune_assets.resources.index_versions import DOCUMENTS_TAG
 from finetune_assets.resources.project import AUTOMATIC_TAG
 from finetune_assets.resources.raw_versions import (
     GOOD_TAG,
     OVERRIDES_TAG,
     SOURCE_TAG,
+    TRAINING_VERSION_TAG,
     configured_source,
     newest_good,
     source_tag,
@@ -49,6 +53,7 @@ REAL = {
     )
 }
 UPSTREAM = {name: sorted(key.to_user_string() for key in asset.dependency_keys) for name, asset in REAL.items()}
+INDEX = "retrieval_index"
 ALL = set(REAL) - {"merged_model", "served_adapter", "stacked_adapter"}
 """What an experiment needs that is neither merged, served nor stacked."""
 TRAINING = {"training_plan", "lora_adapter", "adapter_evaluation", "champion_adapter"}
@@ -75,6 +80,7 @@ class World:
         unservable: Experiments whose plan fails the check `servable`, and with which severity.
         raw_is_bad: Whether raw data fails its blocking check.
         source: Source of the runs that are started; the configured one if empty.
+        documents: Version of each document set.
         cursor: What the last look remembers for the next one.
         graphs: The definitions of the graph, by the experiments that are its partitions.
     """
@@ -84,6 +90,7 @@ class World:
     raw: str = ""
     raw_is_bad: bool = False
     source: str = ""
+    documents: dict[str, str] = field(default_factory=dict)
     bases: dict[str, str] = field(default_factory=dict)
     failing: dict[str, set[str]] = field(default_factory=dict)
     failing_checks: set[str] = field(default_factory=set)
@@ -94,7 +101,7 @@ class World:
 
     def copy(self, project: TestProject) -> "World":
         """A world with the same history, for a project with the same configuration."""
-        copied = World(project, raw=self.raw, cursor=self.cursor)
+        copied = World(project, raw=self.raw, cursor=self.cursor, documents=dict(self.documents))
         for storage in ("run_storage", "event_log_storage"):  # of an ephemeral instance: SQLite in memory
             ours, theirs = (getattr(world.instance, storage)._held_conn.connection for world in (self, copied))
             ours.dbapi_connection.backup(theirs.dbapi_connection)
@@ -111,9 +118,25 @@ class World:
         experiments = tuple(self.experiments())
         if experiments not in self.graphs:
             partitions = dg.StaticPartitionsDefinition(experiments)
-            assets = [self._raw(), *(self._like(asset, partitions) for asset in REAL)]
+            assets = [self._raw(), self._index(), *(self._like(asset, partitions) for asset in REAL)]
             self.graphs[experiments] = dg.Definitions(assets=assets)
         return self.graphs[experiments]
+
+    def _index(self) -> dg.AssetsDefinition:
+        partitions = dg.StaticPartitionsDefinition(self.experiments())
+
+        @dg.asset(name=INDEX, deps=["dolly_raw"], partitions_def=partitions)
+        def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:  # type: ignore[type-arg]
+            (documents,) = (name for name, users in self.users().items() if context.partition_key in users)
+            version = self.documents[documents]
+            tags = {DOCUMENTS_TAG: documents, **({} if version.endswith("-bad") else {GOOD_TAG: "true"})}
+            return dg.MaterializeResult(data_version=dg.DataVersion(version), tags=tags)
+
+        return made
+
+    def new_documents(self, name: str, version: str) -> None:
+        self.documents[name] = version
+        self.run({INDEX}, self.users()[name][0])
 
     def _raw(self) -> dg.AssetsDefinition:
         @dg.asset(name="dolly_raw", check_specs=[dg.AssetCheckSpec("good", asset="dolly_raw", blocking=True)])
@@ -151,17 +174,34 @@ class World:
             if name == "training_plan":
                 passed, severity = experiment not in self.unservable, self.unservable.get(experiment, ERROR)
                 results.append(dg.AssetCheckResult(check_name=SERVABLE_CHECK, passed=passed, severity=severity))
+            training = (
+                {TRAINING_VERSION_TAG: version} if (version := self.training_version(name, experiment, context)) else {}
+            )
             overridden = {OVERRIDES_TAG: "1"} if OVERRIDES_TAG in context.run.tags else {}
             raw = self.raw_of_run(name, context)
             version = self.version_of(name, experiment, raw) + ("-overridden" if overridden else "")
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(version),
                 check_results=results if specs else [],
-                tags={SOURCE_TAG: self.source_tag, **overridden},
+                tags={SOURCE_TAG: self.source_tag, **overridden, **training},
                 metadata={"raw": raw or ""},
             )
 
         return made
+
+    def users(self) -> dict[str, list[str]]:
+        return users_of_documents(self.project.configs)
+
+    def set_of(self, experiment: str) -> str | None:
+        return next((name for name, users in self.users().items() if experiment in users), None)
+
+    def training_version(self, name: str, experiment: str, context: dg.AssetExecutionContext) -> str | None:
+        """Version of a dataset without its index, as the real asset has it."""
+        retrieval = load_experiment(self.project.configs, experiment).config.data.retrieval
+        if name != "tokenized_dataset" or retrieval is None or retrieval.retrain:
+            return None
+        settings = settings_hashes(name).get(experiment, "unsubscribed")
+        return fingerprint(settings=settings, raw=self.raw_of_run(name, context))[:32]
 
     @property
     def source_tag(self) -> str:
@@ -182,7 +222,14 @@ class World:
         settings = settings_hashes(name).get(experiment, "unsubscribed")
         if name == "cached_base_model":
             return fingerprint(settings=settings, found=self.bases.get(experiment, ""))
-        inputs = [raw if upstream == "dolly_raw" else self.last(upstream, experiment) for upstream in UPSTREAM[name]]
+        inputs = [
+            raw
+            if upstream == "dolly_raw"
+            else self.documents.get(self.set_of(experiment) or "")
+            if upstream == INDEX
+            else self.last(upstream, experiment)
+            for upstream in UPSTREAM[name]
+        ]
         return fingerprint(settings=settings, inputs=inputs)
 
     def last(self, name: str, experiment: str) -> str | None:
@@ -724,3 +771,86 @@ def test_an_experiment_of_a_source_that_is_not_configured_is_left_alone(trained:
     assert trained.settle() == []
     trained.write("c", "data: {sources: [sample]}\n")
     assert trained.settle() == [{"c": ALL}]
+
+
+RETRIEVES = "data: {retrieval: {documents: towns}}\n"
+EVALUATED = {"tokenized_dataset", "adapter_evaluation", "champion_adapter"}
+"""What a change of the documents alone materializes."""
+
+
+def with_documents(project: TestProject) -> TestProject:
+    """The project with subscribed experiments: a retrieves, b does not, and c retrieves and is trained again."""
+    with_three_experiments(project)
+    (project.configs / "documents").mkdir(exist_ok=True)
+    for name in ("towns", "rivers"):
+        (project.configs / "documents" / f"{name}.yaml").write_text("from_contexts: true\n")
+    project.write_experiment("a", EXPERIMENT + RETRIEVES)
+    project.write_experiment("c", EXPERIMENT + "data: {retrieval: {documents: towns, retrain: true}}\n")
+    return project
+
+
+@pytest.fixture(scope="module")
+def _retrieving(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world with documents after its first data, of which each test has a copy."""
+    project = with_documents(TestProject.create(tmp_path_factory.mktemp("retrieving")))
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in project.environment.items():
+            environment.setenv(name, value)
+        world = World(project)
+        world.new_data("v1")
+        assert world.settle() == [{"b": ALL}], "without an index, a and c wait for it"
+        world.new_documents("towns", "d1")
+        assert world.settle() == [{"a": ALL, "c": ALL}]
+    return world
+
+
+@pytest.fixture
+def retrieving(_retrieving: World, project: TestProject) -> World:
+    """Experiments with documents after their first data."""
+    return _retrieving.copy(with_documents(project))
+
+
+def test_changed_documents_evaluate_the_champion_and_train_nothing(retrieving: World) -> None:
+    adapters = {name: retrieving.last("lora_adapter", name) for name in ("a", "b")}
+    retrieving.new_documents("towns", "d2")
+    assert retrieving.settle() == [{"a": EVALUATED, "c": ALL - {"cached_base_model"}}]
+    assert {name: retrieving.last("lora_adapter", name) for name in ("a", "b")} == adapters
+    retrieving.new_documents("towns", "d2")
+    assert retrieving.settle() == [], "the same documents"
+
+
+def test_changed_documents_and_new_data(retrieving: World) -> None:
+    """The training waits for the dataset, which shows that more than the documents has changed."""
+    retrieving.new_documents("towns", "d2")
+    retrieving.new_data("v2")
+    whole = ALL - {"cached_base_model"}
+    assert retrieving.settle() == [{"a": EVALUATED, "b": whole, "c": whole}, {"a": TRAINING}]
+    retrieving.new_data("v3")
+    assert retrieving.settle() == [{"a": {"tokenized_dataset"}, "b": whole, "c": whole}, {"a": TRAINING}]
+    assert retrieving.trained_on("lora_adapter", "a") == "v3"
+
+
+@pytest.mark.system
+def test_bad_documents_change_nothing(retrieving: World) -> None:
+    retrieving.new_documents("towns", "d2-bad")
+    assert retrieving.settle() == []
+    retrieving.new_documents("towns", "d3")
+    assert retrieving.settle() == [{"a": EVALUATED, "c": ALL - {"cached_base_model"}}]
+
+
+@pytest.mark.system
+def test_failed_evaluation_of_changed_documents_waits_for_new_inputs(retrieving: World) -> None:
+    retrieving.failing = {"a": {"adapter_evaluation"}}
+    retrieving.new_documents("towns", "d2")
+    retrieving.settle()
+    retrieving.failing = {}
+    assert retrieving.settle() == []
+    retrieving.new_documents("towns", "d3")
+    assert retrieving.settle() == [{"a": EVALUATED, "c": ALL - {"cached_base_model"}}]
+
+
+@pytest.mark.system
+def test_experiment_begins_to_retrieve(retrieving: World) -> None:
+    retrieving.write("b", RETRIEVES)
+    retrieving.graphs.clear()  # the definitions are reloaded
+    assert retrieving.settle() == [{"b": EVALUATED}, {"b": TRAINING}]

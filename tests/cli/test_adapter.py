@@ -60,6 +60,7 @@ def test_history_promote_and_roll_back(
         (("rollback", "demo", "--reason", " "), ""),
         (("promote", "demo", "ffff", "--reason", "so"), "'ffff'"),
         (("fetch", "other", "folder"), "other"),
+        (("fetch", "demo", "folder", "--with-index"), "data.retrieval"),
         (("verify", "."), "SHA256SUMS"),
         (("verify", "./nowhere"), "nowhere"),
         (("updates", "nothing"), "'nothing'"),

@@ -9,14 +9,15 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.config.loading import experiment_names
+from finetune_assets.config.documents import users_of_documents
+from finetune_assets.config.loading import document_sets, experiment_names
 from finetune_assets.resources import deployment
 
 PARTITIONED = ("finetune_assets.assets", "finetune_assets.definitions")
 
 
 @cache
-def _definitions(experiments: tuple[str, ...]) -> dg.Definitions:
+def _definitions(*names: tuple[str, ...]) -> dg.Definitions:
     for name in [name for name in sys.modules if name.startswith(PARTITIONED)]:
         del sys.modules[name]
     return importlib.import_module("finetune_assets.definitions").project_definitions()
@@ -25,9 +26,12 @@ def _definitions(experiments: tuple[str, ...]) -> dg.Definitions:
 def definitions() -> dg.Definitions:
     """The definitions of the project that the environment points to.
 
-    Partitions are the names of its experiments, read when the modules are imported; so they are, for other names.
+    Partitions are the names of its experiments and document sets, and which of them belong together. They are read when
+    the modules are imported; so they are, for other names.
     """
-    return _definitions(tuple(experiment_names(deployment.configs())))
+    configs = deployment.configs()
+    users = (f"{name}: {', '.join(experiments)}" for name, experiments in users_of_documents(configs).items())
+    return _definitions(tuple(experiment_names(configs)), tuple(document_sets(configs)), tuple(users))
 
 
 @dataclass

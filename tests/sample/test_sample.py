@@ -9,9 +9,10 @@ import torch
 from raw import rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune_assets.sample.towns import documents, new_towns, question_rows
 from finetune_assets.sample.world import instruction_rows, make_world, prose
 from finetune_assets.sources.base_models import PACKAGED
-from finetune_assets.sources.local import SAMPLE
+from finetune_assets.sources.local import SAMPLE, SAMPLE_TOWNS
 
 BASE = PACKAGED["demo-base"]
 
@@ -37,6 +38,28 @@ def test_every_fact_asked_for_is_true(tmp_path: Path) -> None:
             assert row["response"] in world.facts[town].values()
         if row["category"] == "closed_qa":
             assert row["response"] in row["context"]
+
+
+def test_packaged_documents_and_their_questions_are_what_the_script_writes() -> None:
+    world, folder = new_towns(), SAMPLE_TOWNS.with_name("documents")
+    assert {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()} == dict(documents(world))
+    lines = SAMPLE_TOWNS.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == question_rows(world)
+
+
+def test_only_the_documents_answer_questions_about_new_towns() -> None:
+    """No town is one that the base has read about, each is asked about once, and one paragraph has the answer."""
+    world, text = new_towns(), "\n".join(text for _, text in documents(new_towns()))
+    assert not world.facts.keys() & make_world().facts.keys()
+    asked = Counter[str]()
+    for row in question_rows(world):
+        (town,) = [town for town in world.facts if town in row["instruction"].rstrip("?.").split()]
+        asked[town] += 1
+        assert text.count(f"\n{row['context']}\n") == 1
+        assert row["response"] in row["context"]
+        assert row["response"] in world.facts[town].values()
+    assert {*asked.values()} == {1}
+    assert asked.keys() == world.facts.keys()
 
 
 def test_prose_never_asks() -> None:

@@ -5,7 +5,8 @@ separated any more, the whole file is refused, so that no row is lost silently.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 
@@ -25,17 +26,20 @@ from finetune_assets.data.readers.records import (
 )
 
 __all__ = [
-    "ENDINGS",
+    "DOCUMENT_FORMATS",
     "KEPT_CHARACTERS",
+    "MARKDOWN_ENDINGS",
     "MAX_ROW_BYTES",
     "READERS",
+    "ROW_FORMATS",
+    "TEXT_ENDINGS",
+    "Formats",
     "Records",
     "SourceFile",
     "SourceRecord",
     "Unreadable",
     "kept",
     "read_records",
-    "suffix_of",
 ]
 
 TEXT_READERS: dict[str, Callable[[Path], Records]] = {
@@ -52,15 +56,34 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".arrow": read_arrow,
     **{text + compressed: reader for text, reader in TEXT_READERS.items() for compressed in COMPRESSED},
 }
-"""Readers by file extension, as in `suffix_of`."""
-ENDINGS = f".jsonl, .json, .csv, .parquet, .ndjson, .tsv, .arrow (text also with {', '.join(COMPRESSED)})"
-"""The file extensions that are supported, for messages."""
+"""Readers by file extension, as in `Formats.suffix_of`."""
+MARKDOWN_ENDINGS = frozenset(end + packed for end in (".md", ".markdown") for packed in ("", *COMPRESSED))
+TEXT_ENDINGS = MARKDOWN_ENDINGS | {".txt", *(f".txt{packed}" for packed in COMPRESSED)}
+"""File extensions of documents that are one text."""
 
 
-def suffix_of(path: PurePath | str) -> str:
-    """File extension of a file of rows in lower case, with that of its compression; empty if it is not supported."""
-    suffixes = [suffix.lower() for suffix in PurePath(path).suffixes[-2:]]
-    return next((end for end in ("".join(suffixes), *suffixes[-1:]) if end in READERS), "")
+@dataclass(frozen=True)
+class Formats:
+    """File formats that a source may have.
+
+    Attributes:
+        endings: Their file extensions.
+        shown: The same for messages.
+    """
+
+    endings: Set[str]
+    shown: str
+
+    def suffix_of(self, path: PurePath | str) -> str:
+        """File extension of a file in lower case, with that of its compression; empty if it is not supported."""
+        suffixes = [suffix.lower() for suffix in PurePath(path).suffixes[-2:]]
+        return next((end for end in ("".join(suffixes), *suffixes[-1:]) if end in self.endings), "")
+
+
+_ROWS = ".jsonl, .json, .csv, .parquet, .ndjson, .tsv, .arrow"
+_PACKED = f"(text also with {', '.join(COMPRESSED)})"
+ROW_FORMATS = Formats(frozenset(READERS), f"{_ROWS} {_PACKED}")
+DOCUMENT_FORMATS = Formats(ROW_FORMATS.endings | TEXT_ENDINGS, f".txt, .md, {_ROWS} {_PACKED}")
 
 
 def read_records(path: Path) -> Records:
@@ -70,7 +93,7 @@ def read_records(path: Path) -> Records:
         DataError: naming file (and line), if the file as a whole cannot be read.
     """
     try:
-        yield from READERS[suffix_of(path)](path)
+        yield from READERS[ROW_FORMATS.suffix_of(path)](path)
     except (EOFError, zlib.error) as e:
         raise DataError(f"{path}: not a compressed file, or a truncated one: {e}; copy it again") from e
     except OSError as e:

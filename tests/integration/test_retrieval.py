@@ -1,0 +1,137 @@
+"""An experiment with retrieval, from raw rows to a promotion, and what a change of its documents re-runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from integration.graph import Graph, Run
+from projects import TestProject
+from retrieval.towns import REFUSAL, TEMPLATE, TOWNS, passage, write_rows
+
+from finetune_assets.artifacts.champions import Champions
+from finetune_assets.evaluation.files import gain_of, read_evaluation
+from finetune_assets.retrieval.asking import RetrievalFormat
+
+MODES = {"closed_book", "golden", "golden_and_distractors", "retrieved"}
+UPSTREAM = ("dolly_raw", "cached_base_model")
+EXPERIMENT = ("tokenized_dataset", "training_plan", "lora_adapter", "adapter_evaluation", "champion_adapter")
+SETTINGS: dict[str, Any] = {
+    "model": {"base_model": "demo-base", "dtype": "float32"},
+    "data": {
+        "val_fraction": 0.1,
+        "gate_fraction": 0.4,
+        "near_duplicate_threshold": None,
+        "prompt_template": {
+            "prompt_input": TEMPLATE.prompt_input,
+            "prompt_no_input": TEMPLATE.prompt_no_input,
+            "response_split": TEMPLATE.response_split,
+        },
+        "tokenization": {"cutoff_len": 192},
+    },
+    "training": {
+        **{"max_steps": 12, "macro_batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e-3, "precision": "fp32"},
+    },
+    "evaluation": {"generated_rows": 8, "max_new_tokens": 12, "general_tokens": 200, "general_text": "demo-prose"},
+    "gate": {"max_forgetting": 5.0, "min_rows": 10},
+}
+RETRIEVAL = {
+    **{"documents": "towns", "passages": 2, "golden_share": 0.7, "cite": True},
+    **{"without_golden": "refuse", "refusal": REFUSAL},
+}
+
+
+@pytest.fixture
+def towns(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> TestProject:
+    """A project with rows and documents about towns, one of which has no document, and a champion without passages."""
+    monkeypatch.setenv("FINETUNE_RAW_DATA", str(write_rows(project.root / "rows.jsonl")))
+    (project.root / "towns").mkdir()
+    for town in TOWNS[1:]:
+        (project.root / "towns" / f"{town}.txt").write_text(passage(town))
+    (project.configs / "documents").mkdir(exist_ok=True)
+    (project.configs / "documents" / "towns.yaml").write_text("source: ./towns\n")
+    project.write_experiment("towns", yaml.safe_dump(SETTINGS))
+    return project
+
+
+def run(graph: Graph, *assets: str, partition: str | None = "towns") -> Run:
+    done = graph.run(assets, partition)
+    assert done.success, done.log
+    return done
+
+
+def evaluation_of(project: TestProject, name: str) -> Path:
+    return project.store.fetch(project.store.resolve("evaluations", name, "adapter_evaluation"))
+
+
+@pytest.mark.system
+def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestProject, graph: Graph) -> None:
+    run(graph, "dolly_raw", partition=None)
+    run(graph, "cached_base_model", *EXPERIMENT)
+    (without,) = towns.published("evaluations")
+    assert "modes" not in read_evaluation(evaluation_of(towns, without)), "no passages, no modes"
+    champion = Champions(towns.store, "towns").current()
+    assert champion, "what is compared next was trained without passages"
+
+    with_passages = {**SETTINGS, "data": {**SETTINGS["data"], "retrieval": RETRIEVAL}}
+    towns.write_experiment("towns", yaml.safe_dump(with_passages))
+    run(graph, "retrieval_index")
+    trained = run(graph, *EXPERIMENT)
+    dataset, measured = trained.metadata("tokenized_dataset"), trained.metadata("adapter_evaluation")
+    assert dataset["train_golden_rows"] > dataset["train_without_golden_rows"] > 0
+    unknown = [dataset[f"{split}_unknown_golden_rows"] for split in ("train", "val", "gate")]
+    assert sum(unknown) == 2, "the two questions about the town without a document"
+    assert REFUSAL.split()[0] in dataset["preview"] or "[1]" in dataset["preview"]
+
+    (name,) = {*towns.published("evaluations")} - {without}
+    folder = evaluation_of(towns, name)
+    evaluation = read_evaluation(folder)
+    assert evaluation["modes"].keys() == evaluation["unseen_passages"].keys() == MODES
+    for mode, result in evaluation["modes"].items():
+        assert result["contenders"].keys() == {"base", "champion", "challenger"}
+        for metrics in result["contenders"].values():
+            assert {"loss", "exact_match", "token_f1", "rouge_l"} <= metrics.keys()
+            assert ("citations" in metrics) == (mode != "closed_book")
+    serving = evaluation["modes"]["retrieved"]["contenders"]["challenger"]
+    assert serving.items() <= evaluation["contenders"]["challenger"].items(), "and in the places of other evaluations"
+    losses = {mode: result["contenders"]["challenger"]["loss"] for mode, result in evaluation["modes"].items()}
+    assert losses["golden"] < losses["closed_book"], "it reads"
+    assert 0 < evaluation["unseen_passages"]["golden"]["rows"] < evaluation["modes"]["golden"]["rows"]
+    assert evaluation["modes"]["golden"]["golden_rows"] == evaluation["modes"]["closed_book"]["rows"] - unknown[2]
+    table = pq.read_table(folder / "rows.parquet")
+    for mode in MODES - {"retrieved"}:
+        used = table.filter(table[f"{mode}_comparable"])
+        mean = sum(used[f"{mode}_challenger"].to_pylist()) / sum(used[f"{mode}_tokens"].to_pylist())
+        assert mean == pytest.approx(losses[mode])
+        assert measured[f"loss_challenger_{mode}"] == pytest.approx(losses[mode])
+    assert "golden citations" in measured["modes"]
+    assert measured["modes_side_by_side"].startswith("![")
+
+    record = Champions(towns.store, "towns").current()
+    assert record
+    assert (record.against, record.numbers["mode"]) == (champion.adapter, "retrieved")
+    assert record.numbers["mean"] == pytest.approx(gain_of(folder, 0.95, "retrieved")[0].mean)
+    adapter = towns.store.fetch(towns.store.resolve("adapters", record.adapter, "lora_adapter"))
+    (index,) = towns.published("indexes")
+    assert RetrievalFormat.read(adapter) == RetrievalFormat("towns", index, 2, cite=True, refusal=REFUSAL)
+
+    bounded = {**with_passages, "gate": {**SETTINGS["gate"], "mode": "golden", "max_loss_of": {"closed_book": 0.0}}}
+    towns.write_experiment("towns", yaml.safe_dump(bounded))
+    decided = run(graph, "champion_adapter")
+    (gate,) = decided.result.get_asset_check_evaluations()
+    assert gate.metadata["mean"].value == pytest.approx(gain_of(folder, 0.95, "golden")[0].mean)
+    assert "loss_increase_closed_book" in gate.metadata
+
+    (towns.root / "towns" / "new.txt").write_text(passage(TOWNS[0]))
+    run(graph, "retrieval_index")
+    again = run(graph, "tokenized_dataset", "adapter_evaluation")
+    assert len(towns.published("adapters")) == 2, "none is trained"
+    assert again.metadata("tokenized_dataset")["gate_unknown_golden_rows"] == 0
+    assert len(towns.published("evaluations")) == 3
+    made_from = {
+        json.dumps(towns.store.manifest("evaluations", each).made_from["lora_adapter"])
+        for each in towns.published("evaluations")
+    }  # type: ignore[union-attr]
+    assert len(made_from) == 2, "the champion is measured again"
