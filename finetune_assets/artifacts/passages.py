@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.config.schema import Data
 from finetune_assets.store.artifacts import ArtifactRef
 
 if TYPE_CHECKING:
@@ -15,20 +16,25 @@ if TYPE_CHECKING:
 
 
 def row_contexts(
-    lineage: Lineage, raw: Sequence[Path], tokenizer: "PreTrainedTokenizerBase", index: ArtifactRef | None = None
+    lineage: Lineage,
+    raw: Sequence[Path],
+    tokenizer: "PreTrainedTokenizerBase",
+    index: ArtifactRef | None = None,
+    data: Data | None = None,
 ) -> "RowContexts | None":
     """What puts passages into the rows of an experiment; None without `data.retrieval`.
 
     Args:
         lineage: Lineage of the experiment.
-        raw: Parquet files of the raw data that the experiment uses.
+        raw: Parquet files of the raw data that the experiment uses; needed for training rows alone.
         tokenizer: The experiment's tokenizer.
         index: The index; by default, that of the experiment's document set.
+        data: The data settings; by default, those of the experiment.
     """
     from finetune_assets.data.tokenization import Encoder
     from finetune_assets.retrieval.contexts import RowContexts, held_out_passages
 
-    data, salt, models = lineage.experiment.config.data, lineage.raw.config.split_salt, lineage.raw.root
+    data, salt, models = data or lineage.experiment.config.data, lineage.raw.config.split_salt, lineage.raw.root
     used = index or lineage.index()
     if data.retrieval is None or used is None:
         return None

@@ -74,7 +74,8 @@ def _control(retrieval: Retrieval) -> Iterator[Problem]:
 
 def _targets(retrieval: Retrieval) -> Iterator[Problem]:
     if retrieval.without_golden == "refuse" and not retrieval.refusal.strip():
-        yield "data.retrieval.refusal", "must be set for without_golden: refuse, such as 'The documents do not say.'"
+        example = "such as 'The documents do not answer this.'"
+        yield "data.retrieval.refusal", f"must be set for without_golden: refuse, {example}"
     if retrieval.without_golden == "answer" and retrieval.refusal:
         yield (
             "data.retrieval.refusal",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_assets.evaluation.metrics import ANSWER_METRICS
-from finetune_assets.plots.bars import by_experiment
+from finetune_assets.plots.bars import by_experiment, by_mode
 from finetune_assets.plots.style import OF_CONTENDER, ON_WHITE, Look
 from finetune_assets.plots.training import Curve, overlaid
 from finetune_assets.reporting.collect import Report
@@ -71,4 +71,6 @@ def pictures(report: Report, look: Look = ON_WHITE) -> dict[str, Any]:
     }
     newest = dict([*losses.items()][:MOST_BARS])
     figures = {"Training loss of the latest runs": overlaid(curves, look)} if curves else {}
-    return figures | ({"Held-out loss of the latest runs": by_experiment(newest, look)} if newest else {})
+    figures |= {"Held-out loss of the latest runs": by_experiment(newest, look)} if newest else {}
+    retrieving = [(name, run) for name, run in latest if run.modes][:MOST_BARS]
+    return figures | {f"Modes of the latest run of {name}": by_mode(run.modes, look) for name, run in retrieving}

@@ -7,6 +7,8 @@ from finetune_assets.evaluation.metrics import RETRIEVAL_METRICS, ROW_METRICS
 
 MODES = "mode"
 METRICS = (*ROW_METRICS, *RETRIEVAL_METRICS)
+TITLES = {"modes": "Modes", "unseen_passages": "Modes, on rows whose golden passages no training row has"}
+"""Titles of the tables, by key in `evaluation.json`."""
 
 
 def mode_table(modes: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -6,10 +6,12 @@ from datetime import datetime
 from pathlib import Path
 
 from finetune_assets.artifacts.layout import PAGE, PAGE_MARKDOWN, PAGE_NUMBERS
+from finetune_assets.data.tables import rows_table
 from finetune_assets.display import markdown
 from finetune_assets.plots.style import ON_ANY_PAGE, as_address, as_markdown
 from finetune_assets.reporting.collect import Report, Reported
 from finetune_assets.reporting.columns import COLUMNS, EXPLAINED, pictures
+from finetune_assets.reporting.modes import TITLES, mode_table
 
 SHORT = 12
 MOST_LINES = 100
@@ -34,10 +36,10 @@ def as_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(moment=moment, short=short)
+    pages.filters.update(moment=moment, short=short, mode_table=mode_table)
     drawn = {what: as_address(figure) for what, figure in pictures(report, ON_ANY_PAGE).items()}
     page = pages.get_template("report.html.jinja")
-    return page.render(report=report, columns=COLUMNS, explained=EXPLAINED, pictures=drawn)
+    return page.render(report=report, columns=COLUMNS, explained=EXPLAINED, pictures=drawn, mode_titles=TITLES)
 
 
 def as_page(report: Report) -> str:
@@ -51,6 +53,7 @@ def as_page(report: Report) -> str:
         "\n".join(lines) or "No experiment has a run yet.",
         f"{omitted} older experiments are on the HTML page." if omitted else "",
         EXPLAINED if trained else "",
+        *map(_mode_tables, trained),
         *(as_markdown(figure, what) for what, figure in pictures(report).items()),
         "\n".join(f"- {markdown(problem)}" for problem in [*broken, *report.problems]),
     ]
@@ -70,6 +73,17 @@ def _experiment_row(experiment: Reported) -> str:
     name = f"**{markdown(experiment.name)}**" + (f" ({status})" if status else "")
     return _table_row(
         [name, f"`{short(run.fingerprint)}`", moment(run.created), *(column.of(run) for column in COLUMNS)]
+    )
+
+
+def _mode_tables(experiment: Reported) -> str:
+    """Tables of the modes of the latest run; empty without retrieval."""
+    assert experiment.latest is not None
+    found = {title: getattr(experiment.latest, name) for name, title in TITLES.items()}
+    return "\n\n".join(
+        f"**{markdown(experiment.name)}**: {title}\n\n{rows_table(*mode_table(modes))}"
+        for title, modes in found.items()
+        if modes
     )
 
 

@@ -1,12 +1,13 @@
 """Read adapters from the store: provenance, training curves and measurements."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_assets.artifacts.kinds import ADAPTERS, CHAMPIONS, EVALUATIONS, STACKS
 from finetune_assets.artifacts.layout import EVALUATION, PROVENANCE, TRAINER_STATE
 from finetune_assets.artifacts.provenance import texts
+from finetune_assets.reporting.modes import mode_table
 from finetune_assets.reporting.numbers import Numbers, of_evaluation, of_training
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory
@@ -28,6 +29,8 @@ class Run:
         numbers: Measurements by name.
         steps: Steps at which the training loss was reported; shape (n,).
         losses: Training loss at these steps, in nats per token; shape (n,).
+        modes: Measurements in each mode, with retrieval: `modes` of `evaluation.json`.
+        unseen_passages: The same of the rows with unseen passages.
     """
 
     experiment: str
@@ -40,6 +43,8 @@ class Run:
     numbers: Numbers
     steps: tuple[int, ...]
     losses: tuple[float, ...]
+    modes: Mapping[str, Any] = field(default_factory=dict)
+    unseen_passages: Mapping[str, Any] = field(default_factory=dict)
 
 
 def adapters(inventory: Inventory, namespace: str) -> list[Artifact]:
@@ -81,7 +86,10 @@ def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | Non
         StoreError, OSError, ValueError, KeyError: if the files cannot be read, or have been changed.
     """
     state, provenance = (read_object(store, adapter, name) for name in (TRAINER_STATE, PROVENANCE))
-    measured = read_object(store, evaluation, EVALUATION) if evaluation else None
+    measured = read_object(store, evaluation, EVALUATION) if evaluation else {}
+    of_modes = {name: measured.get(name, {}) for name in ("modes", "unseen_passages")}
+    for modes in of_modes.values():
+        mode_table(modes)  # which the report shows: an invalid one is an error of this run alone
     history = state["history"]
     return Run(
         adapter.experiment,
@@ -94,6 +102,7 @@ def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | Non
         of_training(state) | (of_evaluation(measured) if measured else {}),
         tuple(entry["step"] for entry in history),
         tuple(entry["loss"] for entry in history),
+        **of_modes,
     )
 
 

@@ -118,7 +118,7 @@ class RowContexts:
         return {name: value for name, value in vars(self).items() if name != "index"}
 
     def __call__(self, rows: Sequence[Row], splits: Sequence[Split]) -> list[Row | RefusedRow]:
-        """Replace the contexts of rows: of training rows as the settings say, of held-out rows as `RETRIEVED`."""
+        """Replace the contexts of rows: of training rows as the settings require, of held-out rows as `RETRIEVED`."""
         replaced: list[Row | RefusedRow] = [*rows]
         of_training = Mode.CLOSED_BOOK if self.settings.closed_book else Mode.TRAINING
         for mode in (of_training, Mode.RETRIEVED):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts import provenance
-from finetune_assets.artifacts.kinds import EVALUATIONS, RAW, TOKENIZED
+from finetune_assets.artifacts.kinds import EVALUATIONS, INDEXES, RAW, TOKENIZED
 from finetune_assets.artifacts.layout import CONFIG, ROWS
 from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.artifacts.passages import row_contexts
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import Data
 from finetune_assets.errors import UserError
@@ -19,6 +20,8 @@ from finetune_assets.store.gc import inventory
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from finetune_assets.data.rows import Row
 
 SHORT_ANSWER = 64
 """Rows with at most so many tokens of answers are preferred, because each token is one request."""
@@ -112,7 +115,7 @@ def gate_rows(lineage: Lineage, adapter: ArtifactRef, recorded: str | None, coun
     made_from = manifest.made_from if manifest else {}
     split = provenance.text(made_from, "split") or "gate"
     table = pq.read_table(store.fetch(evaluation, lambda path: path == ROWS) / ROWS)
-    dataset = _dataset(lineage, adapter)
+    dataset = _dataset(lineage, adapter, provenance.text(made_from, "tokenized_dataset"))
     file = f"{split}.arrow"
     examples = Examples.read(store.fetch(dataset, lambda path: path == file) / file)
     numbers = np.asarray(table["row"])
@@ -140,7 +143,7 @@ def gate_rows(lineage: Lineage, adapter: ArtifactRef, recorded: str | None, coun
         [row["prompt_length"] for row in rows],
         [_learned(row, data) for row in rows],
         {name: np.asarray(table[name])[chosen] for name in columns},
-        _messages(lineage, dataset, numbers[chosen].tolist(), data),
+        _messages(lineage, adapter, dataset, numbers[chosen].tolist(), data),
         provenance.text(made_from, "champion"),
     )
 
@@ -154,24 +157,44 @@ def _learned(row: Mapping[str, Any], data: Data) -> list[int]:
     return [at for at, label in enumerate(row["labels"]) if at and label != IGNORED]
 
 
-def _dataset(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef:
-    """The dataset that an adapter was trained on; of a stack, that of its experiment."""
+def _dataset(lineage: Lineage, adapter: ArtifactRef, evaluated: str | None) -> ArtifactRef:
+    """The dataset that an adapter was evaluated on, or else trained on; of a stack, that of its experiment."""
     manifest = lineage.store.manifest(adapter.kind, adapter.name)
-    named = provenance.text(manifest.made_from if manifest else {}, "tokenized_dataset")
+    named = evaluated or provenance.text(manifest.made_from if manifest else {}, "tokenized_dataset")
     return (lineage.store.find(TOKENIZED.folder, named) if named else None) or lineage.expected(TOKENIZED)
 
 
 def _messages(
-    lineage: Lineage, dataset: ArtifactRef, numbers: Sequence[int], data: Data
+    lineage: Lineage, adapter: ArtifactRef, dataset: ArtifactRef, numbers: Sequence[int], data: Data
 ) -> list[list[dict[str, Any]] | None]:
     """Messages of the rows' prompts; None where the raw data is no longer in the store."""
     from finetune_assets.data.raw_files import rows_at
 
     try:
         rows = rows_at(_raw_files(lineage, dataset), numbers)
+        if data.retrieval:
+            rows = _with_passages(lineage, adapter, dataset, rows)
     except (UserError, KeyError):
         return [None] * len(numbers)
     return [_prompt_messages(row, data) for row in rows]
+
+
+def _with_passages(lineage: Lineage, adapter: ArtifactRef, dataset: ArtifactRef, rows: list["Row"]) -> list["Row"]:
+    """The rows with the passages that they have in the dataset.
+
+    Raises:
+        StoreError: if the store no longer has the index.
+    """
+    from finetune_assets.data.tokenization import load_tokenizer
+    from finetune_assets.retrieval.contexts import Mode
+
+    manifest, folder = lineage.store.manifest(dataset.kind, dataset.name), lineage.store.fetch(adapter)
+    named = provenance.text(manifest.made_from if manifest else {}, INDEXES.asset or "") or ""
+    index = lineage.store.resolve(INDEXES.folder, named, made_by="retrieval_index")
+    config = load_resolved(folder / CONFIG)
+    contexts = row_contexts(lineage, (), load_tokenizer(str(folder)), index, config.data)
+    assert contexts
+    return [row for row in contexts.apply(rows, Mode.RETRIEVED) if isinstance(row, dict)]
 
 
 def _raw_files(lineage: Lineage, dataset: ArtifactRef) -> list[Path]:

@@ -25,14 +25,14 @@ def fingerprints(name: str) -> dict[str, str]:
     config = experiment.config
     (raw,) = RAW.earlier_fingerprints(raw_config, content=ROWS)
     base_model = BASE_MODELS.fingerprint(None, repo=config.model.base_model, revision=COMMIT)
-    inputs = {"dolly_raw": raw, "tokenizer": TOKENIZER, "split_salt": raw_config.split_salt}
+    inputs = {"dolly_raw": raw, "tokenizer": TOKENIZER, "split_salt": raw_config.split_salt, "retrieval_index": None}
     (tokenized,) = TOKENIZED.earlier_fingerprints(config, **inputs)
 
     def adapter(begun: str | None) -> str:
         return ADAPTERS.fingerprint(config, tokenized_dataset=tokenized, cached_base_model=base_model, warm_start=begun)
 
     def evaluation(champion: str | None = None, tasks: str | None = None, split: str = "gate") -> str:
-        given = {"champion": champion, "general_text": TEXT, "tasks": tasks, "split": split}
+        given = {"champion": champion, "general_text": TEXT, "tasks": tasks, "split": split, "retrieval_index": None}
         return EVALUATIONS.fingerprint(config, lora_adapter=adapter(None), **given)
 
     merged = load_experiment(CONFIGS, name, ["merge.dtype=bfloat16"]).config

@@ -8,6 +8,7 @@ import pytest
 from paths import ROOT
 
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, TOKENIZED
+from finetune_assets.config.data_schema import Retrieval
 from finetune_assets.config.fields import ADDED, added
 from finetune_assets.config.fingerprint import identity
 from finetune_assets.config.loading import Experiment, load_experiment
@@ -75,8 +76,9 @@ def test_comments_and_key_order_change_nothing(tmp_path: Path) -> None:
 
 def test_an_index_changes_what_is_retrieved_from_it() -> None:
     """Dataset, evaluation and thus the adapter of an experiment that retrieves, and nothing of another."""
-    for overrides, differs in ([], False), (["data.retrieval={documents: towns}"], True):
-        config = load_experiment(ROOT / "configs", "demo", overrides).config
+    for retrieval, differs in (None, False), (Retrieval("towns"), True):
+        config = load_experiment(CONFIGS, "demo").config
+        config.data.retrieval = retrieval
         datasets = {TOKENIZED.fingerprint(config, **{**DATASET, "retrieval_index": index}) for index in ("a", "b")}
         evaluations = {
             EVALUATIONS.fingerprint(config, lora_adapter="same", **{**MEASURED, "retrieval_index": index})

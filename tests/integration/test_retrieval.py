@@ -65,6 +65,7 @@ def evaluation_of(project: TestProject, name: str) -> Path:
     return project.store.fetch(project.store.resolve("evaluations", name, "adapter_evaluation"))
 
 
+@pytest.mark.system
 def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestProject, graph: Graph) -> None:
     run(graph, "dolly_raw", partition=None)
     run(graph, "cached_base_model", *EXPERIMENT)
