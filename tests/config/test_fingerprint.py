@@ -8,6 +8,7 @@ import pytest
 from paths import ROOT
 
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, TOKENIZED
+from finetune_assets.config.data_schema import Retrieval
 from finetune_assets.config.fields import ADDED, added
 from finetune_assets.config.fingerprint import identity
 from finetune_assets.config.loading import Experiment, load_experiment
@@ -15,8 +16,8 @@ from finetune_assets.config.loading import Experiment, load_experiment
 CONFIGS = ROOT / "configs"
 
 
-DATASET = {"dolly_raw": "raw", "tokenizer": {"tokenizer.json": "sha"}, "split_salt": "salt"}
-MEASURED = {"champion": None, "general_text": None, "tasks": None, "split": "gate"}
+DATASET = {"dolly_raw": "raw", "tokenizer": {"tokenizer.json": "sha"}, "split_salt": "salt", "retrieval_index": None}
+MEASURED = {"champion": None, "general_text": None, "tasks": None, "split": "gate", "retrieval_index": None}
 
 
 def adapter_of(experiment: Experiment, dataset: str, base: str, begun: str | None) -> str:
@@ -71,6 +72,19 @@ def test_comments_and_key_order_change_nothing(tmp_path: Path) -> None:
         "# a comment\ntraining:\n  epochs: 2.0 # another\n  seed: 0x1\nmodel:\n  base_model: demo-base\n"
     )
     assert fingerprints(load_experiment(configs, "a")) == fingerprints(load_experiment(configs, "b"))
+
+
+def test_an_index_changes_what_is_retrieved_from_it() -> None:
+    """Dataset, evaluation and thus the adapter of an experiment that retrieves, and nothing of another."""
+    for retrieval, differs in (None, False), (Retrieval("towns"), True):
+        config = load_experiment(CONFIGS, "demo").config
+        config.data.retrieval = retrieval
+        datasets = {TOKENIZED.fingerprint(config, **{**DATASET, "retrieval_index": index}) for index in ("a", "b")}
+        evaluations = {
+            EVALUATIONS.fingerprint(config, lora_adapter="same", **{**MEASURED, "retrieval_index": index})
+            for index in ("a", "b")
+        }
+        assert (len(datasets) == 2, len(evaluations) == 2) == (differs, differs)
 
 
 @pytest.mark.parametrize("change", [{"split_salt": "other"}, {"dolly_raw": "other"}, {"tokenizer": {"a": "b"}}])
