@@ -11,12 +11,13 @@ from pathlib import Path
 from paths import ROOT
 from reading.blocks import Block, blocks
 
-from finetune_assets.config import loading
+from finetune_assets.config import documents, loading
 
 SECONDS = 900
 COPIED = ("configs", "Makefile", "pyproject.toml", "requirements", "workspace.yaml")
 LOADERS = {
     "experiments": lambda file: loading.load_experiment(file.parents[1], file.stem),
+    "documents": lambda file: documents.load_documents(file.parents[1], file.stem),
     "sweeps": lambda file: loading.load_sweep(file.parents[1], file.stem),
     "raw_data": lambda file: loading.load_raw_data_config(file.parent),
     "store": lambda file: loading.load_store_config(file.parent),
