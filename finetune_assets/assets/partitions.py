@@ -22,7 +22,7 @@ experiments = dg.StaticPartitionsDefinition(experiment_names(deployment.configs(
 document_sets = dg.StaticPartitionsDefinition(
     sorted({*document_set_names(deployment.configs()), *experiments.get_partition_keys()})
 )
-"""Partitions of `retrieval_index`: document sets. The name of an experiment stands for the set that it retrieves from,
+"""Partitions of `retrieval_index`: document sets. An experiment is a partition for the set that it retrieves from,
 so that one run with `--partition EXPERIMENT` materializes everything that the experiment needs."""
 retrieved_from = dg.AssetDep(
     "retrieval_index",

@@ -1,6 +1,6 @@
 """Versions of retrieval indexes in Dagster's event log, and the one that an automatic run uses.
 
-Automatic runs use only versions that passed their blocking checks. A run that a person starts reads the documents as
+Automatic runs use only versions that passed their blocking checks. A manual run reads the documents as
 they are now.
 """
 

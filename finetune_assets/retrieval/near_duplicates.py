@@ -1,4 +1,4 @@
-"""Near-duplicate passages: of two that say the same, one takes a place that another passage needs."""
+"""Near-duplicate passages: of two with the same content, one takes a place that another passage needs."""
 
 from typing import Any
 
