@@ -48,7 +48,6 @@ bench: $(VENV)/installed peers  ## benchmarks; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.evaluation
-	$(BIN)/python -m benchmarks.serving
 
 peers: $(VENV)/installed  ## environments of TRL and LLaMA-Factory in build/peers, which bench compares with
 	$(BIN)/python -m benchmarks.peers

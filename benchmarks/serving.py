@@ -2,8 +2,8 @@
 
 One server of the packaged model with 1, 4 and 16 adapters, and servers of one model each, as merged models need. Memory
 is what all processes of the servers have for themselves (PSS: a page that several share counts once). Throughput is
-generated tokens a second of as many clients at a time, each asking for the next adapter or server. Installs
-`build/vllm` (`make vllm`) where it is missing.
+generated tokens a second of as many clients at a time, each asking for the next adapter or server. Installs vLLM into
+`build/vllm` where it is missing.
 """
 
 import json

@@ -39,7 +39,6 @@ from finetune_assets.errors import UserError
 from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources import deployment
-from finetune_assets.resources.project import Project
 from finetune_assets.serving.rollback import move_back
 from finetune_assets.serving.servers import servers_of
 from finetune_assets.store.artifacts import ArtifactRef, ArtifactStore
@@ -335,6 +334,8 @@ def _index_of(experiment: str) -> ArtifactRef:
     Raises:
         UserError: if the experiment retrieves nothing, or the index was not built yet.
     """
+    from finetune_assets.resources.project import Project  # imports dagster
+
     index = Project().lineage(experiment).index()
     if index is None:
         raise UserError(f"{experiment}: data.retrieval is not set, so there is no index; leave out --with-index")
