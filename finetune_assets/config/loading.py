@@ -65,12 +65,7 @@ def experiment_files(configs: Path) -> list[str]:
     Files with a name that cannot be a partition key are skipped with a warning. So that artifacts of two experiments
     never share a folder on a disk that ignores case, a warning names files that differ only by case.
     """
-    names = []
-    for path in _files_in(configs / "experiments"):
-        if path.suffix == ".yaml" and can_be_partition(path.stem):
-            names.append(path.stem)
-        elif path.suffix in (".yaml", ".yml"):
-            logger.warning("Invalid experiment file name %s: %s", path, NAMES)
+    names = _names_in(configs / "experiments", "experiment")
     by_case = {name.lower(): name for name in names}
     for name in names:
         if (other := by_case[name.lower()]) != name:
@@ -80,14 +75,18 @@ def experiment_files(configs: Path) -> list[str]:
 
 def document_sets(configs: Path) -> list[str]:
     """Sorted names of the document sets. No file is opened, so an invalid file affects no other set."""
-    folder = configs / "documents"
+    return _names_in(configs / "documents", "document set")
+
+
+def _names_in(folder: Path, what: str) -> list[str]:
+    """Sorted names of a folder's YAML files; names that cannot be partition keys are skipped with a warning."""
     names = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in _files_in(folder):
         if path.suffix == ".yaml" and can_be_partition(path.stem):
             names.append(path.stem)
         elif path.suffix in (".yaml", ".yml"):
-            logger.warning("Invalid document set file name %s: %s", path, NAMES)
-    return names
+            logger.warning("Invalid %s file name %s: %s", what, path, NAMES)
+    return sorted(names)
 
 
 def can_be_partition(name: str) -> bool:

@@ -32,13 +32,15 @@ def test_shipped_experiment_loads_and_says_how_to_run_it(name: str) -> None:
     experiment = load_experiment(CONFIGS, name)
     head = (CONFIGS / "experiments" / f"{name}.yaml").read_text(encoding="utf-8")
     assert "# Needs:" in head
-    assert f"--partition {name}" in head
+    assert f"--partition {name}" in head or f"finetune run {name}" in head
     assert experiment.config.subscribed == (name == "demo")
 
 
 def test_the_shipped_experiments() -> None:
     assert experiment_files(CONFIGS) == [
         "demo",
+        "demo-retrieval",
+        "demo-retrieval-control",
         "llama-3.1-8b-dolly-lora",
         "llama-3.1-8b-dolly-qlora",
         "llama-7b-int8",
