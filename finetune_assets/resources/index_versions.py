@@ -1,21 +1,13 @@
 """Versions of retrieval indexes in Dagster's event log, and the one that an automatic run uses.
 
-Automatic runs use only versions that passed their blocking checks. Manual runs read the documents as
-they are now.
+Automatic runs use only versions that passed their blocking checks. Manual runs read the documents as they are now.
 """
 
 import dagster as dg
 
-from finetune_assets.artifacts.kinds import INDEXES, TOKENIZED
+from finetune_assets.artifacts.kinds import INDEXES
 from finetune_assets.config.fingerprint import fingerprint
-from finetune_assets.resources.raw_versions import (
-    DATA_VERSION_TAG,
-    GOOD_TAG,
-    OVERRIDES_TAG,
-    PARTITION_TAG,
-    TOKENIZED_DATASET,
-    newest_first,
-)
+from finetune_assets.resources.raw_versions import DATA_VERSION_TAG, GOOD_TAG, created_at, datasets_at, newest_first
 from finetune_assets.store.artifacts import ArtifactStore
 
 RETRIEVAL_INDEX = dg.AssetKey("retrieval_index")
@@ -58,14 +50,8 @@ def requested_index(
     Returns:
         Fingerprint of the version; None if no version of the index was good.
     """
-    record = instance.get_run_record_by_id(run.root_run_id or run.run_id)
-    created = record.create_timestamp.timestamp() if record else None
-    partition = run.tags.get(PARTITION_TAG)
-    if partition and run.asset_selection and TOKENIZED_DATASET not in run.asset_selection:
-        wanted = dg.AssetRecordsFilter(TOKENIZED_DATASET, asset_partitions=[partition], before_timestamp=created)
-        for materialization in newest_first(instance, wanted):
-            tags = materialization.tags or {}
-            manifest = store.manifest(TOKENIZED.folder, tags.get(DATA_VERSION_TAG, ""))
-            if OVERRIDES_TAG not in tags and manifest and manifest.made_from.get(INDEX_VERSION):
-                return str(manifest.made_from[INDEX_VERSION])
+    created = created_at(instance, run)
+    for _, made_from in datasets_at(instance, run, created, store):
+        if made_from.get(INDEX_VERSION):
+            return str(made_from[INDEX_VERSION])
     return newest_good_index(instance, documents, created)

@@ -7,6 +7,7 @@ person starts reads the source as it is now.
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -98,21 +99,39 @@ def requested_version(
     Returns:
         Fingerprint of the version; None if no version of the source was good.
     """
-    record = instance.get_run_record_by_id(run.root_run_id or run.run_id)
-    created = record.create_timestamp.timestamp() if record else None
-    partition = run.tags.get(PARTITION_TAG)
-    if partition and run.asset_selection and TOKENIZED_DATASET not in run.asset_selection:
-        wanted = dg.AssetRecordsFilter(TOKENIZED_DATASET, asset_partitions=[partition], before_timestamp=created)
-        for materialization in newest_first(instance, wanted):
-            tags = materialization.tags or {}
-            if OVERRIDES_TAG in tags or not is_of_source(materialization, source):
-                continue
-            if RAW_VERSION in materialization.metadata:
-                return str(materialization.metadata[RAW_VERSION].value)
-            manifest = store.manifest(TOKENIZED.folder, tags.get(DATA_VERSION_TAG, ""))
-            if manifest and manifest.made_from.get("dolly_raw"):
-                return str(manifest.made_from["dolly_raw"])
+    created = created_at(instance, run)
+    for materialization, made_from in datasets_at(instance, run, created, store):
+        if not is_of_source(materialization, source):
+            continue
+        if RAW_VERSION in materialization.metadata:
+            return str(materialization.metadata[RAW_VERSION].value)
+        if made_from.get("dolly_raw"):
+            return str(made_from["dolly_raw"])
     return newest_good(instance, source, created)
+
+
+def created_at(instance: dg.DagsterInstance, run: dg.DagsterRun) -> float | None:
+    """When the first attempt of a run was created, in seconds since 1970; None if it is not known any more."""
+    record = instance.get_run_record_by_id(run.root_run_id or run.run_id)
+    return record.create_timestamp.timestamp() if record else None
+
+
+def datasets_at(
+    instance: dg.DagsterInstance, run: dg.DagsterRun, created: float | None, store: ArtifactStore
+) -> Iterator[tuple[dg.AssetMaterialization, dict[str, Any]]]:
+    """Datasets of a run's experiment that were made before the run, newest first, with what each is made from.
+
+    Datasets with overrides are left out; a run that tokenizes, or has no experiment, has none.
+    """
+    partition = run.tags.get(PARTITION_TAG)
+    if not partition or not run.asset_selection or TOKENIZED_DATASET in run.asset_selection:
+        return
+    wanted = dg.AssetRecordsFilter(TOKENIZED_DATASET, asset_partitions=[partition], before_timestamp=created)
+    for materialization in newest_first(instance, wanted):
+        tags = materialization.tags or {}
+        if OVERRIDES_TAG not in tags:
+            manifest = store.manifest(TOKENIZED.folder, tags.get(DATA_VERSION_TAG, ""))
+            yield materialization, manifest.made_from if manifest else {}
 
 
 def newest_first(instance: dg.DagsterInstance, wanted: dg.AssetRecordsFilter) -> Iterator[dg.AssetMaterialization]:
