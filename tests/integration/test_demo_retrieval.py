@@ -36,7 +36,8 @@ def test_the_control_differs_in_nothing_but_its_training_contexts(project: TestP
 
 
 @pytest.mark.minutes
-@pytest.mark.system
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_an_adapter_reads_about_towns_that_nothing_was_trained_on(
     project: TestProject,
     graph: Graph,
