@@ -241,8 +241,9 @@ def test_only_measurements_between_the_steps_count_as_their_time(trained: Traine
     assert "evaluation_time_share" not in of_training(state_of(last))
 
 
-@pytest.mark.system
+@pytest.mark.soak
 def test_auto_takes_at_most_its_share_of_the_measured_time(trained: Trained) -> None:
+    """On a machine that nothing else keeps busy; `test_auto_takes_at_most_its_share` states what is planned."""
     run = trained(*OVERFITTED, "training.max_steps=80", "training.eval_steps=auto", "training.save_steps=null").run
     assert len(held_out(run)) > 2
     assert 0 < of_training(state_of(run))["evaluation_time_share"] <= EVALUATION_SHARE
