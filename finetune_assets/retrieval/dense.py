@@ -101,7 +101,10 @@ class SentenceTransformers:
                 "'finetune-assets[retrieval]'"
             ) from e
         name, _, revision = str(model).partition("@")
-        self.model = SentenceTransformer(name, revision=revision or None, device="cpu", trust_remote_code=False)
+        try:
+            self.model = SentenceTransformer(name, revision=revision or None, device="cpu", trust_remote_code=False)
+        except Exception as e:  # damaged folders and missing models raise many types
+            raise DataError(f"index.model: {model} cannot be loaded by sentence-transformers: {e}") from e
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         return _of_length_one(np.asarray(self.model.encode([*texts], show_progress_bar=False), np.float64))
