@@ -83,12 +83,12 @@ def interpreter(recipe: str) -> Path:
     Raises:
         DoesNotRun: if the peer is not installed.
     """
-    own = Path(sys.executable)
-    if recipe not in PEERS or is_installed(recipe):
-        return own if recipe not in PEERS else python_of(recipe)
-    if find_spec(recipe):
+    own, peer = Path(sys.executable), recipe.partition("_")[0]
+    if peer not in PEERS or is_installed(peer):
+        return own if peer not in PEERS else python_of(peer)
+    if find_spec(peer):
         return own
-    raise DoesNotRun(f"not installed: python -m benchmarks.peers {recipe}")
+    raise DoesNotRun(f"not installed: python -m benchmarks.peers {peer}")
 
 
 def best_settings(name: str, recipe: Recipe, subject: Path, device: str, steps: int, figure: str) -> dict[str, Any]:

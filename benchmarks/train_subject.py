@@ -111,8 +111,6 @@ def make(folder: Path, shape: str, rows: Path, examples: int, length: int, steps
     """
     import numpy as np
     import pyarrow as pa
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from finetune_assets.config.raw_data_schema import Columns
     from finetune_assets.config.schema import Data, Tokenization
@@ -121,14 +119,7 @@ def make(folder: Path, shape: str, rows: Path, examples: int, length: int, steps
     from finetune_assets.data.readers import SourceFile
     from finetune_assets.data.tokenization import load_tokenizer
 
-    model = folder / "model"
-    _tokenizer(rows, SHAPES[shape]["vocab_size"]).save_pretrained(model)
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    with torch.device(device):
-        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    made.save_pretrained(model)
-    del made
+    model = write_model(folder, shape, rows, device)
     data = Data(num_samples=examples, val_fraction=0.05, gate_fraction=0.0)
     data.tokenization = Tokenization(cutoff_len=length, packing=True)
     packed = folder / "packed"
@@ -150,6 +141,21 @@ def make(folder: Path, shape: str, rows: Path, examples: int, length: int, steps
         int(np.ceil(len(table) / steps)),
         int(np.ceil(len(packs) / steps)),
     )
+
+
+def write_model(folder: Path, shape: str, rows: Path, device: str) -> Path:
+    """Write a random model and its tokenizer to `folder/model`; arguments as above."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    model = folder / "model"
+    _tokenizer(rows, SHAPES[shape]["vocab_size"]).save_pretrained(model)
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    with torch.device(device):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    made.save_pretrained(model)
+    return model
 
 
 def _tokenizer(rows: Path, vocabulary: int) -> Any:

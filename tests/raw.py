@@ -11,6 +11,9 @@ from finetune_assets.data.ingest import PARQUET, QUARANTINE, write_raw
 from finetune_assets.data.readers import SourceFile
 from finetune_assets.data.rows import Row
 
+OPTIONAL = ("tools", "rejected", "rejected_messages", "label")
+"""Columns that most rows have no value in."""
+
 
 def ingest(out: Path, *files: Path, columns: Columns | None = None) -> Path:
     """Write the raw data of some files into a folder; returns the Parquet file."""
@@ -20,7 +23,7 @@ def ingest(out: Path, *files: Path, columns: Columns | None = None) -> Path:
 
 
 def rows_of(*files: Path, out: Path, columns: Columns | None = None) -> list[Row]:
-    """The good rows of some files, without tools and keys of turns that have no value."""
+    """The good rows of some files, without the optional columns and keys of turns that have no value."""
     return [_compact(row) for row in pq.read_table(ingest(out, *files, columns=columns)).to_pylist()]
 
 
@@ -28,7 +31,7 @@ def _compact(row: Row) -> Row:
     turns = row["messages"]
     if turns is not None:
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
-    return {key: value for key, value in {**row, "messages": turns}.items() if key != "tools" or value is not None}
+    return {key: value for key, value in {**row, "messages": turns}.items() if key not in OPTIONAL or value is not None}
 
 
 def quarantined(out: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """(e) This project's trainer."""
 
+import tempfile
 from pathlib import Path
 
 from benchmarks.train_recipes.meter import Meter, given
@@ -21,6 +22,7 @@ def main() -> None:
         ),
         data=Data(tokenization=Tokenization(cutoff_len=subject.length)),
         training=Training(
+            objective=settings.get("objective", "sft"),
             epochs=1,
             max_steps=settings.get("steps"),
             macro_batch_size=subject.sequences_a_step,
@@ -35,8 +37,11 @@ def main() -> None:
         ),
         lora=Lora(rank=settings.get("rank", 16), dropout=settings.get("dropout", 0.05)),
     )
-    job = TrainingPaths(Path(subject.model), Path(subject.packed), Path("/nowhere"), Path("/nowhere"), {})
+    scratch = Path(tempfile.mkdtemp()) if config.training.objective != "sft" else Path("/nowhere")
+    job = TrainingPaths(Path(subject.model), Path(subject.packed), Path("/nowhere"), scratch, {})
     run = LoraFinetune(job, config, DistributedContext(0, 1, device), Reporter(print))
+    if run.objective:
+        print(run.objective.prepare_reference())
     meter = Meter(run.multiplied_weights, device, run.precision)
     for number, work in run._work():
         step = run.train_step(number, work)

@@ -73,13 +73,21 @@ class RecordedBase:
         return f"{self.repo or 'a base model'} ({(self.revision or self.fingerprint or 'unknown revision')[:12]})"
 
 
-def check_warm_start(lineage: "Lineage", base_model: ArtifactRef) -> None:
+def check_warm_start(lineage: "Lineage", base_model: ArtifactRef, **known: ArtifactRef) -> None:
     """Check that the adapter for a warm start was trained on the experiment's base model, as far as that is recorded.
+
+    Args:
+        lineage: The experiment's artifacts.
+        base_model: The experiment's base model.
+        known: Other upstream artifacts that need no lookup, by asset.
 
     Raises:
         StoreError: if it was trained on another one.
     """
-    adapter, setting = lineage.warm_start(), lineage.experiment.config.training.warm_start
+    adapter, setting = (
+        lineage.warm_start(cached_base_model=base_model, **known),
+        lineage.experiment.config.training.warm_start,
+    )
     if isinstance(adapter, Import):
         recorded = RecordedBase.in_folder(Path(str(adapter.files)))
     elif adapter and (manifest := lineage.store.manifest(adapter.kind, adapter.name)):

@@ -1,6 +1,7 @@
 """What an experiment reads from outside the graph: texts, tasks, and the adapter that training starts from."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,24 +36,16 @@ class ExternalInputs:
     def store(self) -> ArtifactStore:
         return self.raw.store
 
-    def import_external_inputs(self) -> dict[str, ArtifactRef]:
-        """Publish the experiment's external inputs that the store does not have yet.
-
-        Returns:
-            The artifacts, by name of the input.
-
-        Raises:
-            StoreError: if a setting names a file, folder or adapter that does not exist.
-        """
-        inputs = {"general_text": self.general_text(), "tasks": self.lm_eval_tasks(), "warm_start": self.warm_start()}
+    def published(self, inputs: Mapping[str, ArtifactRef | Import | None]) -> dict[str, ArtifactRef]:
+        """Publish the given inputs that the store does not have yet; inputs that are None are left out."""
         return {
             name: item if isinstance(item, ArtifactRef) else import_external(self.store, item)
             for name, item in inputs.items()
             if item
         }
 
-    def warm_start(self) -> ArtifactRef | Import | None:
-        """The adapter that training starts from, in the store or in a folder.
+    def named_warm_start(self) -> ArtifactRef | Import | None:
+        """The adapter that `training.warm_start` names, in the store or in a folder.
 
         Raises:
             StoreError: if the setting names neither an adapter in the store nor an adapter folder.

@@ -14,6 +14,7 @@ from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.config.schema import ExperimentConfig, Model
 from finetune_assets.config.step_selection import selection_identity
+from finetune_assets.data.learning import Learning
 from finetune_assets.store.artifacts import CHECKPOINTS as CHECKPOINTS_FOLDER
 from finetune_assets.store.artifacts import SHARED
 from finetune_assets.store.gc import Retention
@@ -87,6 +88,7 @@ def _tokenized(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
         "raw": inputs["dolly_raw"],
         "tokenizer": inputs["tokenizer"],
         **_retrieval(config, inputs),
+        **Learning.of(config.training).identity,
     }
 
 
@@ -106,6 +108,18 @@ def _adapter(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
         "lora": identity(config.lora),
         "tokenized": inputs["tokenized_dataset"],
         "base_model": inputs["cached_base_model"],
+        **({"reference": inputs["reference"]} if inputs["reference"] else {}),
+    }
+
+
+def _reference(config: ExperimentConfig, inputs: Inputs) -> dict[str, Any]:
+    return {
+        "model": _without_source(config.model),
+        "objective": config.training.objective,
+        "precision": config.training.precision,
+        "tokenized": inputs["tokenized_dataset"],
+        "base_model": inputs["cached_base_model"],
+        "reference": inputs["reference"],
     }
 
 
@@ -153,7 +167,15 @@ def _without_source(model: Model) -> dict[str, Any]:
     return settings
 
 
-RAW = ArtifactKind("raw", "dolly_raw", "4", ("content",), _raw, Retention(newest="keep_raw"), earlier=(("3", _raw),))
+RAW = ArtifactKind(
+    "raw",
+    "dolly_raw",
+    "5",
+    ("content",),
+    _raw,
+    Retention(newest="keep_raw"),
+    earlier=(("4", _raw), ("3", _raw)),
+)
 """`content` identifies every byte of the source: file hashes in reading order, or a Hub commit."""
 INDEXES = ArtifactKind(
     "indexes", "retrieval_index", "1", ("content", "model"), _index, Retention(newest="keep_indexes")
@@ -176,11 +198,20 @@ ADAPTERS = ArtifactKind(
     "adapters",
     "lora_adapter",
     "4",
-    ("tokenized_dataset", "cached_base_model", "warm_start"),
+    ("tokenized_dataset", "cached_base_model", "warm_start", "reference"),
     _adapter,
     Retention(newest="keep_adapters", of_each_experiment=True),
 )
-"""`warm_start` is the fingerprint of the adapter that training starts from, or None."""
+"""`warm_start` is the fingerprint of the adapter that training starts from, and `reference` that of the champion that
+judged answers are compared with; each may be None."""
+REFERENCES = ArtifactKind(
+    "references",
+    code_version="1",
+    inputs=("tokenized_dataset", "cached_base_model", "reference"),
+    parts=_reference,
+    retention=Retention(with_kept=TOKENIZED.folder),
+)
+"""Log-probabilities of a dataset's judged answers under a reference model, which all trainings on it share."""
 PLANS = ArtifactKind("plans", "training_plan", "1", ("lora_adapter",), _plan, Retention(with_kept=ADAPTERS.folder))
 """`lora_adapter` is the fingerprint that the planned adapter will have."""
 EVALUATIONS = ArtifactKind(
@@ -222,6 +253,7 @@ KINDS = (
     TOKENIZED,
     PLANS,
     ADAPTERS,
+    REFERENCES,
     EVALUATIONS,
     CHAMPIONS,
     MERGED,

@@ -25,10 +25,11 @@ from finetune_assets.artifacts.kinds import (
     OF_CHAMPION,
     PLANS,
     RAW,
+    STACKS,
     TOKENIZED,
     ArtifactKind,
 )
-from finetune_assets.artifacts.layout import SOURCES
+from finetune_assets.artifacts.layout import CHAMPION_AT_START, SOURCES
 from finetune_assets.artifacts.streams import earlier_versions
 from finetune_assets.config.documents import load_documents
 from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
@@ -37,6 +38,8 @@ from finetune_assets.sources.pins import Pins
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.store.errors import ArtifactMissing, StoreError
 
+CHAMPION = "champion"
+"""Value of settings that name the champion at the start of the training."""
 NO_CHAMPION = (
     "{0} has no champion yet: materialize its champion_adapter; its check reports why no adapter was promoted (usually "
     "too few gate rows: increase data.gate_fraction). To promote manually: finetune adapter promote {0} FINGERPRINT "
@@ -226,6 +229,72 @@ class Lineage(ExternalInputs):
         name = PLANS.fingerprint(self.experiment.config, lora_adapter=adapter)
         return self.store.find(PLANS.folder, name)
 
+    # ---- inputs from outside the graph
+
+    def import_external_inputs(self, **known: ArtifactRef) -> dict[str, ArtifactRef]:
+        """Publish the experiment's external inputs that the store does not have yet.
+
+        Args:
+            known: Upstream artifacts that need no lookup, by asset.
+
+        Returns:
+            The artifacts, by name of the input.
+
+        Raises:
+            StoreError: if a setting names a file, folder or adapter that does not exist.
+        """
+        return self.published(
+            {
+                "general_text": self.general_text(),
+                "tasks": self.lm_eval_tasks(),
+                "warm_start": self.warm_start(**known),
+                "reference": self.reference(**known),
+            }
+        )
+
+    def warm_start(self, **known: ArtifactRef) -> ArtifactRef | Import | None:
+        """The adapter that training starts from, in the store or in a folder.
+
+        Args:
+            known: Upstream artifacts that need no lookup, by asset.
+
+        Raises:
+            StoreError: if the setting names neither an adapter in the store nor an adapter folder.
+        """
+        if self.experiment.config.training.warm_start == CHAMPION:
+            return self.champion_at_start(**known)
+        return self.named_warm_start()
+
+    def reference(self, **known: ArtifactRef) -> ArtifactRef | None:
+        """The champion that judged answers are compared with; None for the base model."""
+        training = self.experiment.config.training
+        is_champion = training.objective != "sft" and training.preference.reference == CHAMPION
+        return self.champion_at_start(**known) if is_champion else None
+
+    def champion_at_start(self, **known: ArtifactRef) -> ArtifactRef | None:
+        """The champion at the start of a training; None if there was none.
+
+        If the current champion was trained from the same inputs, it is the one that this training began with. So a
+        promoted adapter is found in the store, and is not trained once more from itself.
+        """
+        current = self.champions.current()
+        if current is None:
+            return None
+        champion = self.champions.adapter(current)
+        manifest = self.store.manifest(champion.kind, champion.name)
+        begun = provenance.text(manifest.made_from, CHAMPION_AT_START) if manifest else None
+        training = self.experiment.config.training
+        fingerprint = ADAPTERS.fingerprint(
+            self.experiment.config,
+            **{name: self._upstream(name, known).fingerprint for name in ("tokenized_dataset", "cached_base_model")},
+            warm_start=begun if training.warm_start == CHAMPION else _identity(self.warm_start(**known)),
+            reference=begun if training.preference.reference == CHAMPION else None,
+        )
+        if fingerprint != champion.fingerprint:
+            return champion
+        kinds = (ADAPTERS.folder, STACKS.folder)
+        return next((ref for kind in kinds if begun and (ref := self.store.find(kind, begun))), None)
+
     # ---- after training
 
     def sources_of(self, adapter: ArtifactRef) -> set[str]:
@@ -337,7 +406,8 @@ LOOKED_UP: dict[str, Callable[[Lineage, Mapping[str, ArtifactRef]], Any]] = {
     "retrieval_index": _index,
     "split_salt": lambda lineage, known: lineage.raw.config.split_salt,
     "tokenizer": lambda lineage, known: lineage.tokenizer(lineage._upstream("cached_base_model", known)),
-    "warm_start": lambda lineage, known: _identity(lineage.warm_start()),
+    "warm_start": lambda lineage, known: _identity(lineage.warm_start(**known)),
+    "reference": lambda lineage, known: _identity(lineage.reference(**known)),
     "general_text": lambda lineage, known: _identity(lineage.general_text()),
     "tasks": lambda lineage, known: _identity(lineage.lm_eval_tasks()),
     "split": lambda lineage, known: lineage.split,

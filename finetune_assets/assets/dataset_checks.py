@@ -1,5 +1,6 @@
 """Asset checks of `tokenized_dataset`, evaluated before training."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,17 @@ SPECS = [
         "left_out",
         "Share of training rows left out as near-duplicates of held-out rows is at most "
         "data.checks.max_left_out_share. Warns only.",
+        blocking=False,
+    ),
+    _spec(
+        "conflicting_judgements",
+        "Share of pairs and labelled answers that contradict another one of the same answers is at most "
+        "data.checks.max_conflicting_share.",
+    ),
+    _spec(
+        "length_bias",
+        "Preferred answers are longer or shorter than the others by at most data.checks.max_length_bias on average. "
+        "Warns only.",
         blocking=False,
     ),
     _spec(
@@ -102,6 +114,7 @@ def dataset_checks(
             "are held out, but have a near-duplicate in the training split (data.near_duplicate_threshold)",
         ),
         _left_out(context, statistics, data),
+        *_judgements(context, statistics, data),
         _split_fractions(context, statistics, data),
     ]
 
@@ -116,6 +129,41 @@ def _left_out(context: dg.AssetExecutionContext, statistics: dict[str, Any], dat
     count, total = statistics.get("near_duplicates_left_out", 0), statistics.get("drawn", {}).get("train", 0)
     severity = dg.AssetCheckSeverity.WARN
     return fraction_check(context, "left_out", count, total, most, problem, severity=severity, first_rows=first)
+
+
+def _judgements(
+    context: dg.AssetExecutionContext, statistics: dict[str, Any], data: Data
+) -> Iterator[dg.AssetCheckResult]:
+    """Checks of the pairs and labelled answers, which pass without any."""
+    from finetune_assets.data.judgements import length_bias
+
+    most, conflicts = data.checks.max_conflicting_share, statistics.get("first_conflicting", [])
+    first = "; ".join(f"row {row} and row {other}" for row, other in conflicts)
+    total = sum(statistics.get("pairs", {}).values()) + sum(statistics.get("labelled", {}).values())
+    problem = (
+        f"contradict another judgement of the same answers (data.checks.max_conflicting_share = {most:g}). First, by "
+        f"number in dolly_raw: {first}"
+    )
+    count = statistics.get("conflicting", 0)
+    yield fraction_check(context, "conflicting_judgements", count, total, most, problem, first_rows=first)
+    lengths, allowed = statistics.get("judged_tokens", {}), data.checks.max_length_bias
+    bias = length_bias(lengths)
+    text = (
+        f"Preferred answers have {lengths['chosen']:.1f} tokens on average, the others {lengths['rejected']:.1f} "
+        f"({bias:+.0%}; data.checks.max_length_bias = {allowed:g})"
+        if total
+        else "No judgements"
+    )
+    passed = abs(bias) <= allowed
+    if not passed:
+        context.log.warning(f"Check length_bias failed: {text}")
+    yield dg.AssetCheckResult(
+        passed=passed,
+        check_name="length_bias",
+        severity=dg.AssetCheckSeverity.WARN,
+        description=text,
+        metadata={"length_bias": bias, **{f"{name}_tokens": mean for name, mean in lengths.items()}},
+    )
 
 
 def _split_fractions(context: dg.AssetExecutionContext, statistics: dict[str, Any], data: Data) -> dg.AssetCheckResult:

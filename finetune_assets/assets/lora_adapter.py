@@ -9,8 +9,9 @@ from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.base_identity import check_warm_start
 from finetune_assets.artifacts.history import predicted, read_plan, side_by_side
 from finetune_assets.artifacts.kinds import ADAPTERS
-from finetune_assets.artifacts.layout import HELD_BACK, SOURCES, TRAINER_STATE
-from finetune_assets.artifacts.lineage import Lineage
+from finetune_assets.artifacts.layout import CHAMPION_AT_START, HELD_BACK, JUDGED_ADAPTERS, SOURCES, TRAINER_STATE
+from finetune_assets.artifacts.lineage import CHAMPION, Lineage
+from finetune_assets.artifacts.references import find_reference, publish_reference
 from finetune_assets.assets.materialization import (
     asset_step,
     job,
@@ -53,17 +54,18 @@ def lora_adapter(
     with asset_step(context, retried=True):
         lineage = project.lineage(context.partition_key)
         refuse_stacked_experiment(lineage.experiment)
-        check_warm_start(lineage, cached_base_model)
-        imported = lineage.import_external_inputs()  # invalid inputs fail here, before hours of training
-        fingerprint = lineage.fingerprint(
-            ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model
-        )
+        upstream = {"tokenized_dataset": tokenized_dataset, "cached_base_model": cached_base_model}
+        check_warm_start(lineage, cached_base_model, tokenized_dataset=tokenized_dataset)
+        imported = lineage.import_external_inputs(**upstream)  # invalid inputs fail here, before hours of training
+        fingerprint = lineage.fingerprint(ADAPTERS, **upstream)
 
         def make() -> ArtifactRef:
-            warm_start = imported.get("warm_start")
-            spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model, warm_start)
+            begun = {name: imported[name] for name in ("warm_start", "reference") if name in imported}
+            spec = training_job(project, lineage, fingerprint, tokenized_dataset, cached_base_model, **begun)
             spec = replace(spec, ignore_checkpoints=project.force and context.retry_number == 0)
-            return run_in_pipes(context, launcher, spec)
+            adapter = run_in_pipes(context, launcher, spec)
+            publish_reference(lineage, adapter, tokenized_dataset, cached_base_model, imported.get("reference"))
+            return adapter
 
         outcome = materialize_or_reuse(context, project, ADAPTERS, fingerprint, make)
         metadata = _describe(project, lineage, outcome.ref)
@@ -80,17 +82,22 @@ def training_job(
     fingerprint: str,
     dataset: ArtifactRef,
     base_model: ArtifactRef,
-    warm_start: ArtifactRef | None,
+    warm_start: ArtifactRef | None = None,
+    reference: ArtifactRef | None = None,
 ) -> JobSpec:
     """Build the job that the launcher runs to train one experiment."""
     experiment = lineage.experiment
     repo, _, revision = base_model.name.rpartition("/")
     raw = lineage.store.manifest(dataset.kind, dataset.name)
+    judged = provenance.texts_by_name(raw.made_from, JUDGED_ADAPTERS) if raw else {}
+    log_probs = find_reference(lineage, dataset, base_model, reference)
+    optional = {"warm-start": warm_start, "reference": reference, "reference-log-probs": log_probs}
+    begun = warm_start if experiment.config.training.warm_start == CHAMPION else reference
     return job(
         project,
         experiment,
         module="finetune_assets.training",
-        inputs={"base-model": base_model, "dataset": dataset, **({"warm-start": warm_start} if warm_start else {})},
+        inputs={"base-model": base_model, "dataset": dataset, **{name: ref for name, ref in optional.items() if ref}},
         kind=ADAPTERS.folder,
         fingerprint=fingerprint,
         made_from={
@@ -105,7 +112,9 @@ def training_job(
             "retrieval_index": provenance.text(raw.made_from, "retrieval_index") if raw else None,
             SOURCES: lineage.source_names(),
             "warm_start": warm_start.fingerprint if warm_start else None,
+            **({CHAMPION_AT_START: begun.fingerprint} if begun else {}),
             HELD_BACK: asdict(lineage.held_back(*([warm_start] if warm_start else []))),
+            **({JUDGED_ADAPTERS: judged} if judged else {}),
         },
         processes=experiment.config.training.processes_per_node,
         nodes=experiment.config.launcher.node_range,

@@ -56,12 +56,17 @@ def of_training(folder: Path, state: Mapping[str, Any]) -> Pictures:
 
 
 def of_evaluation(evaluation: Mapping[str, Any]) -> Pictures:
-    """Plots of the held-out loss of each contender by category and, with retrieval, in each mode."""
+    """Plots of held-out losses by category and, where they are measured, of retrieval modes and reward margins."""
     from finetune_assets.plots.bars import by_category, by_mode
+    from finetune_assets.plots.preferences import margins
 
     categories, modes = evaluation["categories"], evaluation.get("modes", {})
     plots = _plot("loss_by_category_bars", lambda: by_category(categories, [*evaluation["contenders"]]))
-    return plots | (_plot("modes_side_by_side", lambda: by_mode(modes)) if modes else {})
+    if modes:
+        plots |= _plot("modes_side_by_side", lambda: by_mode(modes))
+    if histograms := evaluation.get("preferences", {}).get("margins"):
+        plots |= _plot("reward_margins", lambda: margins(histograms))
+    return plots
 
 
 def _plot(name: str, draw: Callable[[], Any]) -> Pictures:

@@ -40,7 +40,7 @@ def evaluate(
     """Evaluate an adapter against its base model and the current champion, or reuse a stored evaluation."""
     against = lineage.opponent(adapter)
     champion = lineage.champions.adapter(against) if against else None
-    imported = lineage.import_external_inputs()
+    imported = lineage.import_external_inputs(tokenized_dataset=dataset, cached_base_model=base_model)
     text, tasks = imported.get("general_text"), imported.get("tasks")
     fingerprint, index = lineage.fingerprint(EVALUATIONS, lora_adapter=adapter), lineage.index()
 
@@ -181,7 +181,13 @@ def promote_if_better(lineage: Lineage, challenger: ArtifactRef, evaluation: Art
     Returns:
         The decision, with its reason and the numbers that the gate compared.
     """
-    from finetune_assets.evaluation.files import forgetting_of, gain_of, loss_increases, read_evaluation
+    from finetune_assets.evaluation.files import (
+        forgetting_of,
+        gain_of,
+        loss_increases,
+        preference_gain_of,
+        read_evaluation,
+    )
     from finetune_assets.evaluation.gate import judge
 
     champions, experiment = lineage.champions, lineage.experiment
@@ -192,7 +198,9 @@ def promote_if_better(lineage: Lineage, challenger: ArtifactRef, evaluation: Art
     gain, opponent = gain_of(folder, gate.confidence, mode)
     increases = loss_increases(folder, gate.max_loss_of)
     forgetting = forgetting_of(read_evaluation(folder))
-    verdict = judge(gain, forgetting, gate, f"the {opponent}", mode, increases)
+    learns_preferences = experiment.config.training.objective != "sft" and experiment.config.stack is None
+    preferences = preference_gain_of(folder, gate.confidence) if learns_preferences else None
+    verdict = judge(gain, forgetting, gate, f"the {opponent}", mode, increases, preferences)
     if current and current.adapter == challenger.fingerprint:
         reason = f"{name(challenger)} is already the champion (record {current.number})"
         return Decision(False, reason, verdict.numbers, champion, is_champion=True)

@@ -1,14 +1,17 @@
 """Asset `tokenized_dataset`: the experiment's rows as token sequences ready for training."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.aliases import SAME_AS, canonical
 from finetune_assets.artifacts.kinds import TOKENIZED
+from finetune_assets.artifacts.layout import JUDGED_ADAPTERS
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.artifacts.passages import row_contexts
 from finetune_assets.assets.contamination import contamination_check
@@ -28,8 +31,10 @@ from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.assets.prompt_boundary import prompt_boundary_check
 from finetune_assets.automation.conditions import HasGoodData, auto_materialize
+from finetune_assets.data.learning import Learning
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
+from finetune_assets.serving.state import served_by_name
 from finetune_assets.sources.base_models import is_tokenizer_file
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.store.json_object import read_json
@@ -38,6 +43,8 @@ if TYPE_CHECKING:
     from finetune_assets.data.raw_files import RawPart
 
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
+UNKNOWN = "unknown"
+"""In place of the fingerprint of a served adapter that this store has no record of."""
 
 
 @project_asset(
@@ -89,12 +96,15 @@ def tokenized_dataset(
             tokenizer = load_tokenizer(str(base_model), config.data.tokenization.added_tokens, trusted)
             parts = _raw_parts(lineage, dolly_raw)
             contexts = row_contexts(lineage, [part.file for part in parts], tokenizer)
-            salt = lineage.raw.config.split_salt
-            statistics = prepare_dataset(parts, tokenizer, config.data, salt, folder, contexts).to_dict()
+            salt, learning = lineage.raw.config.split_salt, Learning.of(config.training)
+            statistics = prepare_dataset(parts, tokenizer, config.data, salt, folder, contexts, learning)
+            written = statistics.to_dict()
             if contexts:
-                statistics["passages"] = passage_statistics(folder)
-            (folder / STATISTICS).write_text(json.dumps(statistics), encoding="utf-8")
+                written["passages"] = passage_statistics(folder)
+            (folder / STATISTICS).write_text(json.dumps(written), encoding="utf-8")
             (folder / PREVIEW).write_text(masked_tokens(folder / "train.arrow", tokenizer), encoding="utf-8")
+            if statistics.adapters:
+                made_from[JUDGED_ADAPTERS] = _judged_adapters(lineage, statistics.adapters)
             made_from.update(_same_as(lineage, folder, dolly_raw, cached_base_model))
             if replayed := lineage.replayed(lineage.selected_sources(dolly_raw)):
                 made_from["replayed"] = [ref.fingerprint for ref in replayed]
@@ -109,6 +119,7 @@ def tokenized_dataset(
         checks.append(contamination_check(context, lineage, dolly_raw, outcome.ref))
         checks.append(prompt_boundary_check(context, lineage, dolly_raw, cached_base_model, outcome.ref))
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
+        metadata |= _describe_judged(lineage, outcome.ref, statistics.get("adapters", {}))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
         outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))
         return result(outcome, checks, tags, dolly_raw=dolly_raw.fingerprint, **metadata)
@@ -126,6 +137,26 @@ def _raw_parts(lineage: Lineage, raw: ArtifactRef) -> list["RawPart"]:
     mixture: dict[str, Any] = lineage.mixture(selected)
     parts = [RawPart(name, file(ref), **mixture.get(name, {})) for name, ref in selected.items()]
     return parts + [RawPart("replayed", file(ref), replay=True) for ref in lineage.replayed(selected)]
+
+
+def _judged_adapters(lineage: Lineage, names: Iterable[str]) -> dict[str, str]:
+    """Provenance of judged answers: fingerprints of the served adapters that gave them, by name."""
+    records = served_by_name(lineage.store, names)
+    return {name: records[name].adapter if name in records else UNKNOWN for name in names}
+
+
+def _describe_judged(lineage: Lineage, dataset: ArtifactRef, judgements: Mapping[str, int]) -> dict[str, object]:
+    """Number of judgements and fingerprint by served adapter; empty if no judgement names one."""
+    from finetune_assets.data.tables import rows_table
+
+    manifest = lineage.store.manifest(dataset.kind, dataset.name)
+    adapters = provenance.texts_by_name(manifest.made_from if manifest else {}, JUDGED_ADAPTERS)
+    rows = [
+        {"served adapter": name, "judgements": count, "adapter": adapters.get(name, UNKNOWN)}
+        for name, count in judgements.items()
+    ]
+    table = rows_table(rows, ["served adapter", "judgements", "adapter"])
+    return {JUDGED_ADAPTERS: dg.MetadataValue.md(table)} if rows else {}
 
 
 def _same_as(lineage: Lineage, folder: Path, raw: ArtifactRef, base_model: ArtifactRef) -> dict[str, str]:
@@ -149,6 +180,8 @@ def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
         "first_truncated",
         "first_overlap",
         "first_left_out",
+        "first_conflicting",
+        "adapters",
         "length_histogram",
         "fill_histogram",
     ):
@@ -156,6 +189,9 @@ def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
     passages = counts.pop("passages", {})
     counts |= {f"{split}_{name}": count for split, named in passages.items() for name, count in named.items()}
     counts |= {f"drawn_{split}_rows": rows for split, rows in counts.pop("drawn", {}).items()}
+    for name, kind in (("pairs", "pairs"), ("labelled", "labelled_answers")):
+        counts |= {f"{split}_{kind}": count for split, count in counts.pop(name, {}).items()}
+    counts |= {f"mean_{side}_tokens": mean for side, mean in counts.pop("judged_tokens", {}).items()}
     return {
         "dagster/row_count": sum(examples.values()),
         "dagster/column_schema": column_schema(example_schema(bool(counts["sources"]), bool(passages))),

@@ -66,7 +66,7 @@ def training_plan(
     with asset_step(context):
         lineage = project.lineage(context.partition_key)
         refuse_stacked_experiment(lineage.experiment)
-        check_warm_start(lineage, cached_base_model)
+        check_warm_start(lineage, cached_base_model, tokenized_dataset=tokenized_dataset)
         adapter = lineage.fingerprint(
             ADAPTERS, tokenized_dataset=tokenized_dataset, cached_base_model=cached_base_model
         )

@@ -28,6 +28,7 @@ def _identity(kind: ArtifactKind, experiment: Experiment, **inputs: Any) -> str:
         "general_text": config.evaluation.general_text,
         "tasks": None,
         "champion": None,
+        "reference": None,
         "split": "gate",
         **inputs,
     }

@@ -106,6 +106,11 @@ class DataChecks:
     max_contaminated_share: float = 0.0
     """Training rows with 13 words in a row that also occur in the evaluation's general text or in the files of
     `evaluation.lm_eval.folder`; above it, the check `contamination` warns."""
+    max_conflicting_share: float = 0.05
+    """Pairs and labelled answers that contradict another one of the same answers (check `conflicting_judgements`)."""
+    max_length_bias: float = 0.5
+    """Difference between the mean lengths of preferred and other answers, as a fraction of the latter; above it, the
+    check `length_bias` warns."""
     max_changed_prompts_share: float = 0.01
     """Training rows whose prompt has other tokens without an answer, as a server renders it, than in training; up to
     2,000 rows are compared. Above it, the check `prompt_boundary` warns."""

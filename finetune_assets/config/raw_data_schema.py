@@ -29,8 +29,17 @@ class Columns:
     messages: str | None = None
     """A conversation: a list of turns with `role` and `content` (or `from` and `value`); `null` uses `messages` or
     `conversations`."""
+    chosen: str | None = field(default=None, metadata=ADDED)
+    """The better answer of a pair; `null` uses `chosen` or `chosen_response`, or else the response."""
+    rejected: str | None = field(default=None, metadata=ADDED)
+    """The worse answer of a pair; `null` uses `rejected` or `rejected_response`."""
+    label: str | None = field(default=None, metadata=ADDED)
+    """Whether an answer is good: true or false, up or down, 1 or 0; `null` uses `label` or `kto_tag` where they are
+    true or false, and `thumbs`."""
+    adapter: str | None = field(default=None, metadata=ADDED)
+    """Name of the served adapter that gave a rejected or labelled answer; `null` uses `adapter`."""
     ignore: list[str] = field(default_factory=list, metadata=ADDED)
-    """Columns to pass over, although they have a known name, or hold what a row cannot (images, preference pairs)."""
+    """Columns to pass over, although they have a known name, or hold what a row cannot (such as images)."""
 
 
 @dataclass

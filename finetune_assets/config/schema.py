@@ -12,8 +12,9 @@ from omegaconf import MISSING
 from finetune_assets.config.cluster import LauncherSettings
 from finetune_assets.config.data_schema import Data, DataChecks, PromptTemplate, Retrieval, Tokenization
 from finetune_assets.config.fields import ADDED, IN_FILE_ONLY, NOT_IDENTITY, added, not_identity
+from finetune_assets.config.preference_schema import Preference
 
-__all__ = ["Data", "DataChecks", "PromptTemplate", "Retrieval", "Tokenization"]
+__all__ = ["Data", "DataChecks", "Preference", "PromptTemplate", "Retrieval", "Tokenization"]
 
 
 @dataclass
@@ -42,6 +43,12 @@ class Model:
 class Training:
     """How the adapter is trained."""
 
+    objective: Literal["sft", "dpo", "kto"] = added("sft")
+    """What is learned: `sft` learns the answers of instruction rows. `dpo` (arXiv:2305.18290) also prefers the chosen
+    answer of a pair to the rejected one, and `kto` (arXiv:2402.01306) good answers to bad ones. Rows of other kinds are
+    left out and counted."""
+    preference: Preference = field(default_factory=Preference, metadata=ADDED)
+    """How judged answers are learned."""
     epochs: float = 3.0
     """Passes over the training split."""
     max_steps: int | None = None
@@ -50,7 +57,7 @@ class Training:
     """Global batch size: sequences (packed, if packing) per optimizer step, over all processes and accumulation."""
     micro_batch_size: int = 4
     """Full-length sequences (or as many tokens of shorter ones) per process and forward pass. Lower values use less
-    memory."""
+    memory. With `dpo`, a sequence holds both answers of a pair."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
@@ -81,8 +88,9 @@ class Training:
     group_by_length: bool = True
     """Without packing: batch sequences of similar length, which reduces padding (see `model.attention`)."""
     warm_start: str | None = None
-    """Adapter to initialize from: its fingerprint in the store, or a folder (`./path` or `/path`). It must be of the
-    same base model, and `lora` must have its values, except for `dropout`."""
+    """Adapter to initialize from: its fingerprint in the store, a folder (`./path` or `/path`), or `champion`, the
+    experiment's adapter in service (a new adapter while there is none). It must be of the same base model, and `lora`
+    must have its values, except for `dropout`."""
     seed: int = 42
     """Seed of the initial adapter weights, dropout and row order."""
     eval_steps: Any = field(default=None, metadata=NOT_IDENTITY)
@@ -191,7 +199,14 @@ class Gate:
     max_forgetting: float = 0.5
     """Maximum increase of the loss on general text over the base model, in nats per token."""
     min_rows: int = 30
-    """Minimum number of comparable gate rows for automatic promotion."""
+    """Minimum number of comparable gate rows for automatic promotion; of judgements, if the training learns from
+    them."""
+    min_preference_gain: float = added(0.0)
+    """With `training.objective` `dpo` or `kto`, in place of `min_gain`: minimum improvement of the preference accuracy
+    over the champion (or the base model), as a fraction of the held-out judgements."""
+    max_loss_increase: float = added(0.1)
+    """With `training.objective` `dpo` or `kto`: maximum increase of the held-out loss over the champion (or the base
+    model), in nats per token."""
     mode: str | None = field(default=None, metadata=ADDED)
     """With `data.retrieval`: the mode (`evaluation.modes`) in which the challenger must improve; `null` is `retrieved`,
     the mode that serves."""

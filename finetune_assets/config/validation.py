@@ -10,6 +10,7 @@ from finetune_assets.config.cluster import AUTO, ENGINES, TIME_LIMIT
 from finetune_assets.config.errors import is_secret, shown, suggest
 from finetune_assets.config.gpus import MEMORY_GIB, memory_gib
 from finetune_assets.config.patterns import pattern_problem
+from finetune_assets.config.preference_validation import impossible_preference_settings
 from finetune_assets.config.raw_validation import PROCESSES, Problem, data_processes, named, shares
 from finetune_assets.config.retrieval_validation import impossible_retrieval_settings
 from finetune_assets.config.schema import (
@@ -69,6 +70,7 @@ def impossible_settings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _stack(config.stack) if config.stack else ()
     yield from impossible_serving_settings(config.serving) if config.serving else ()
     yield from impossible_retrieval_settings(config)
+    yield from impossible_preference_settings(config)
     yield from _hardware(config.hardware)
     yield from _launcher(config)
     yield from _wandb(config.wandb) if config.wandb else ()

@@ -99,7 +99,7 @@ def training_rows(raw: Sequence[Path], train: Path) -> Iterator[tuple[int, Row]]
         raw: Parquet files of the raw data.
         train: Arrow stream of the train split.
     """
-    numbers = pa.ipc.open_stream(pa.memory_map(str(train))).read_all()["row"].to_numpy()
+    numbers = np.unique(pa.ipc.open_stream(pa.memory_map(str(train))).read_all()["row"].to_numpy())
     start = 0
     for _, batch in raw_batches(raw, ROWS_PER_BATCH):
         own = numbers[(numbers >= start) & (numbers < start + len(batch))]

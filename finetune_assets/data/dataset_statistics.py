@@ -28,6 +28,8 @@ class Statistics:
     """
 
     rows_read: int = 0
+    rows_of_other_kinds: dict[str, int] = field(default_factory=dict)
+    """Number of rows by kind that the objective does not learn."""
     rows_of_other_categories: int = 0
     rows_beyond_num_samples: int = 0
     drawn: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
@@ -36,6 +38,17 @@ class Statistics:
     near_duplicates_left_out: int = 0
     first_left_out: list[tuple[int, int]] = field(default_factory=list)
     examples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Split, 0))
+    pairs: dict[str, int] = field(default_factory=dict)
+    """Number of pairs by split, each of two examples; empty without pairs."""
+    labelled: dict[str, int] = field(default_factory=dict)
+    """Number of labelled answers by split; empty without any."""
+    conflicting: int = 0
+    """Number of pairs and labelled answers that contradict another one of the same answers."""
+    first_conflicting: list[tuple[int, int]] = field(default_factory=list)
+    judged_tokens: dict[str, float] = field(default_factory=dict)
+    """Mean number of tokens of `chosen` and `rejected` answers, or good and bad ones."""
+    adapters: dict[str, int] = field(default_factory=dict)
+    """Number of judgements by the served adapter that gave the rejected or labelled answer."""
     refused: int = 0
     first_refused: str = ""
     omitted: dict[str, int] = field(default_factory=dict)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.errors import RefusedRow
+from finetune_assets.data.learning import SFT, Learning
 from finetune_assets.data.processes import Processes
-from finetune_assets.data.rows import Draw, Row, Split, side_of
+from finetune_assets.data.rows import Draw, Row, RowKind, Split, kind_of, rejected_side, side_of
 from finetune_assets.data.selection import Rows, taken_batches
 from finetune_assets.data.tokenization import IGNORED, Encoder, TokenizedRows
 
@@ -33,6 +34,16 @@ PASSAGES = (
     pa.field("dropped_passages", pa.int32(), metadata={"doc": "passages that did not fit"}),
 )
 """Columns of rows with passages; each is a key of the row."""
+JUDGEMENT = (
+    pa.field("pair", pa.int64(), metadata={"doc": "of both answers of a pair, index of its row; null in others"}),
+    pa.field("chosen", pa.bool_(), metadata={"doc": "whether this is the chosen answer of the pair; null in others"}),
+    pa.field(
+        "desirable",
+        pa.bool_(),
+        metadata={"doc": "whether the answer is good: of labelled answers and, with kto, of pairs; null in others"},
+    ),
+)
+"""Columns of datasets with judged answers. The two examples of a pair are adjacent, the chosen answer first."""
 Contexts = Callable[[list[Row], Sequence[Split]], list[Row | RefusedRow]]
 """Replaces the contexts of rows of known splits, and adds the keys of `PASSAGES`; it can be pickled."""
 
@@ -114,6 +125,7 @@ def encoded_batches(
     data: Data,
     processes: Processes,
     contexts: Contexts | None = None,
+    learning: Learning = SFT,
 ) -> Iterator[EncodedBatch]:
     """Encode the taken rows.
 
@@ -126,6 +138,7 @@ def encoded_batches(
         data: Data settings of the experiment.
         processes: Processes that compute.
         contexts: Replaces the contexts of the rows.
+        learning: What the training learns from.
     """
     of_sources = None if names is None else np.array(names, object)
     batches = (
@@ -134,46 +147,103 @@ def encoded_batches(
         )
         for numbers, rows in taken_batches(files, taken)
     )
-    yield from processes.map(partial(encode_batch, encoder, data, contexts=contexts), batches)
+    yield from processes.map(partial(encode_batch, encoder, data, contexts=contexts, learning=learning), batches)
 
 
-def example_schema(has_sources: bool, has_passages: bool = False) -> pa.Schema:
+def example_schema(has_sources: bool, has_passages: bool = False, has_judgements: bool = False) -> pa.Schema:
     """Schema of the examples; `source` is a column if there are several."""
-    return pa.schema([*EXAMPLE_SCHEMA, *([SOURCE] if has_sources else []), *(PASSAGES if has_passages else [])])
+    columns = [*EXAMPLE_SCHEMA, *([SOURCE] if has_sources else []), *(PASSAGES if has_passages else [])]
+    return pa.schema([*columns, *(JUDGEMENT if has_judgements else [])])
 
 
-def encode_batch(encoder: Encoder, data: Data, batch: RowBatch, contexts: Contexts | None = None) -> EncodedBatch:
-    """Encode a batch of rows."""
+def encode_batch(
+    encoder: Encoder, data: Data, batch: RowBatch, contexts: Contexts | None = None, learning: Learning = SFT
+) -> EncodedBatch:
+    """Encode a batch of rows; the two answers of a pair are two examples."""
     rows: list[Row | RefusedRow] = batch.rows.to_pylist()
     splits = [side_of(Draw(side, 0.0), data) for side in batch.sides.tolist()]
     if contexts:
         rows = contexts(batch.rows.to_pylist(), splits)
-    encoded = encoder.encode(rows)
-    refused = len(encoded.refused)
-    reason = f"row {batch.numbers[encoded.refused[0].row]} of dolly_raw: {encoded.refused[0].reason}" if refused else ""
+    answers = _answers(rows)
+    encoded = encoder.encode([answer.row for answer in answers])
+    refused = {answers[each.row].of: each.reason for each in reversed(encoded.refused)}
+    first = min(refused, default=0)
+    reason = f"row {batch.numbers[first]} of dolly_raw: {refused[first]}" if refused else ""
     if not len(encoded.rows):
         none = np.empty(0, np.int64)
-        return EncodedBatch(len(batch.rows), {}, TrainExamples.joined([]), none, refused, reason, encoded.omitted)
-    numbers = batch.numbers[encoded.rows]
-    labelled = _labelled_tokens(encoded)
-    sides = np.array([splits[row] for row in encoded.rows])
-    kept = {split: np.flatnonzero((sides == split) & (labelled > 0)) for split in Split}
-    columns = [*_columns(encoded, numbers), batch.rows.column("category").take(pa.array(encoded.rows))]
+        return EncodedBatch(len(batch.rows), {}, TrainExamples.joined([]), none, len(refused), reason, encoded.omitted)
+    taken = [answers[index] for index in encoded.rows]
+    owners = np.array([answer.of for answer in taken])
+    numbers, labelled = batch.numbers[owners], _labelled_tokens(encoded)
+    usable = (labelled > 0) & ~np.isin(owners, [*refused]) & ~_equal_when_truncated(encoded, taken)
+    usable &= ~np.isin(owners, owners[~usable])  # a pair is used whole, or not at all
+    sides = np.array([splits[owner] for owner in owners])
+    kept = {split: np.flatnonzero((sides == split) & usable) for split in Split}
+    columns = [*_columns(encoded, numbers), batch.rows.column("category").take(pa.array(owners))]
     if batch.sources is not None:
-        columns.append(pa.array(batch.sources[encoded.rows], pa.string()))
+        columns.append(pa.array(batch.sources[owners], pa.string()))
     if contexts:
-        columns += [pa.array([_value(rows[row], field.name) for row in encoded.rows], field.type) for field in PASSAGES]
-    schema = example_schema(batch.sources is not None, contexts is not None)
+        columns += [pa.array([_value(rows[owner], field.name) for owner in owners], field.type) for field in PASSAGES]
+    if learning.judged:
+        columns += _judgements(taken, numbers, learning)
+    schema = example_schema(batch.sources is not None, contexts is not None, learning.judged)
     examples = pa.RecordBatch.from_arrays(columns, schema=schema)
     return EncodedBatch(
         len(batch.rows),
         {split: examples.take(pa.array(rows)) for split, rows in kept.items() if len(rows)},
         TrainExamples(numbers, encoded.lengths, labelled, encoded.truncated).take(kept[Split.TRAIN]),
-        numbers[labelled == 0],
-        refused,
+        np.unique(numbers[~usable & ~np.isin(owners, [*refused])]),
+        len(refused),
         reason,
         encoded.omitted,
     )
+
+
+class _Answer(NamedTuple):
+    """An answer to encode.
+
+    Attributes:
+        of: Index of its row in the batch.
+        row: The row with this answer, or its refusal.
+        chosen: Whether it is the chosen answer of a pair; None for other rows.
+    """
+
+    of: int
+    row: Row | RefusedRow
+    chosen: bool | None = None
+
+
+def _answers(rows: Sequence[Row | RefusedRow]) -> list[_Answer]:
+    answers = []
+    for index, row in enumerate(rows):
+        if isinstance(row, RefusedRow) or kind_of(row) is not RowKind.PAIR:
+            answers.append(_Answer(index, row))
+        else:
+            answers += [_Answer(index, row, True), _Answer(index, rejected_side(row), False)]
+    return answers
+
+
+def _judgements(answers: Sequence[_Answer], numbers: NDArray[np.int64], learning: Learning) -> list[pa.Array]:
+    """The columns `JUDGEMENT`."""
+    chosen = [answer.chosen for answer in answers]
+    labels = [None if isinstance(answer.row, RefusedRow) else answer.row["label"] for answer in answers]
+    if not learning.pairs:
+        labels = [label if of_pair is None else of_pair for label, of_pair in zip(labels, chosen, strict=True)]
+    pairs = [None if of_pair is None else number for number, of_pair in zip(numbers.tolist(), chosen, strict=True)]
+    values = (pairs, chosen, labels)
+    return [pa.array(column, field.type) for column, field in zip(values, JUDGEMENT, strict=True)]
+
+
+def _equal_when_truncated(encoded: TokenizedRows, answers: Sequence[_Answer]) -> NDArray[np.bool_]:
+    """Whether each example is an answer of a pair whose answers differ only beyond `cutoff_len`; shape (n,)."""
+    ends = np.cumsum(encoded.lengths)
+    equal = np.zeros(len(ends), np.bool_)
+    for example in np.flatnonzero(encoded.truncated[1:] & encoded.truncated[:-1]).tolist():
+        ours, theirs = (slice(ends[i] - encoded.lengths[i], ends[i]) for i in (example, example + 1))
+        same = answers[example].of == answers[example + 1].of
+        if same and np.array_equal(encoded.input_ids[ours], encoded.input_ids[theirs]):
+            equal[example : example + 2] = True
+    return equal
 
 
 def _value(row: Row | RefusedRow, name: str) -> Any:

@@ -24,7 +24,7 @@ from finetune_assets.data.quality import InspectedRows, Inspector, Quality, insp
 from finetune_assets.data.raw_files import rows_at
 from finetune_assets.data.raw_schema import RAW_SCHEMA
 from finetune_assets.data.readers import SourceFile, SourceRecord, Unreadable, kept, read_records
-from finetune_assets.data.rows import Row
+from finetune_assets.data.rows import Row, RowKind, kind_of
 from finetune_assets.data.sensitive import ScannedRows, Sensitive, SensitiveScan, masked, masked_values, scan_rows
 from finetune_assets.progress import ROWS, Progress
 
@@ -56,6 +56,8 @@ class RawStatistics:
     Attributes:
         rows: Number of good rows.
         conversations: Number of good rows with more than instruction and response.
+        pairs: Number of good rows with a chosen and a rejected answer.
+        labelled: Number of good rows with an answer that is labelled good or bad.
         with_context: Number of good rows with a context (or a system turn).
         quarantined: Number of bad rows.
         reasons: Number of bad rows by reason.
@@ -75,6 +77,8 @@ class RawStatistics:
 
     rows: int = 0
     conversations: int = 0
+    pairs: int = 0
+    labelled: int = 0
     with_context: int = 0
     quarantined: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -176,13 +180,19 @@ def _shown(parquet: Path, quality: Quality) -> dict[str, Row]:
         return {}
     named = sorted(numbers)
     rows = rows_at([parquet], named)
-    return {str(number): {**row, "messages": None} for number, row in zip(named, rows, strict=True)}
+    return {
+        str(number): {**row, "messages": None, "rejected_messages": None}
+        for number, row in zip(named, rows, strict=True)
+    }
 
 
 def _count(batch: list[Row], counts: RawStatistics) -> None:
     conversations = [row for row in batch if row["messages"]]
     counts.rows += len(batch)
     counts.conversations += len(conversations)
+    kinds = Counter(map(kind_of, batch))
+    counts.pairs += kinds[RowKind.PAIR]
+    counts.labelled += kinds[RowKind.LABELLED]
     counts.with_context += sum(bool(row["context"].strip()) for row in batch)
     plain = (row for row in batch if not row["messages"])
     counts.preview += islice(plain, SHOWN - len(counts.preview))
@@ -195,8 +205,8 @@ def _batches(rows: Iterable[Row], most_rows: int, most_characters: int) -> Itera
     size = 0
     for row in rows:
         batch.append(row)
-        turns = row["messages"] or ()
-        size += len(row["instruction"]) + len(row["context"]) + len(row["response"])
+        turns = [*(row["messages"] or ()), *(row.get("rejected_messages") or ())]
+        size += len(row["instruction"]) + len(row["context"]) + len(row["response"]) + len(row.get("rejected") or "")
         size += sum(len(turn["content"]) + len(turn.get("tool_calls") or "") for turn in turns)
         if len(batch) == most_rows or size > most_characters:
             yield batch

@@ -44,3 +44,17 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], capacity: int) -> list[list
         if left:
             occupied |= 1 << left
     return sorted((sorted(members) for members in packs), key=lambda members: members[0])
+
+
+def sequences_of(rows: Sequence[int] | NDArray[np.int64], pairs: bool) -> list[list[int]]:
+    """Examples of each sequence without packing: both answers of a pair together, any other example alone.
+
+    Args:
+        rows: Number of each example's row. The answers of a pair are adjacent, and have one number.
+        pairs: Whether the answers of a pair are learned together; see `Learning.pairs`.
+    """
+    if not pairs:
+        return [[example] for example in range(len(rows))]
+    rows = np.asarray(rows)
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    return [members.tolist() for members in np.split(np.arange(len(rows)), starts[1:])] if len(rows) else []

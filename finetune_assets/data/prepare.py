@@ -23,8 +23,10 @@ from finetune_assets.config.schema import Data
 from finetune_assets.data.dataset_statistics import FILL_BINS, LENGTH_BINS, Statistics, name_first
 from finetune_assets.data.encoding import Contexts, TrainExamples, encoded_batches, example_schema
 from finetune_assets.data.errors import DataError
+from finetune_assets.data.judgements import describe_judgements, judged_adapters
+from finetune_assets.data.learning import SFT, Learning
 from finetune_assets.data.mixture import choose, choose_replayed
-from finetune_assets.data.packing import pack
+from finetune_assets.data.packing import pack, sequences_of
 from finetune_assets.data.processes import Processes, process_count
 from finetune_assets.data.raw_files import RawPart, number_of_rows
 from finetune_assets.data.rows import Split
@@ -50,6 +52,7 @@ def prepare_dataset(
     split_salt: str,
     out: Path,
     contexts: Contexts | None = None,
+    learning: Learning = SFT,
 ) -> Statistics:
     """Select, split, render, tokenize, label, mix and pack rows.
 
@@ -61,6 +64,7 @@ def prepare_dataset(
         out: Folder to write to.
         contexts: Replaces the contexts of the rows before they are rendered. Rows are selected, split and compared as
             they are in the raw data.
+        learning: What the training learns from.
 
     Raises:
         LostProcess: if one of `data.processes` is killed.
@@ -72,16 +76,19 @@ def prepare_dataset(
     count = process_count(data.processes, number_of_rows(files), ROWS_PER_PROCESS)
     with Processes(count, "data.processes") as processes:
         drawn = draw_rows(parts, split_salt, processes)
-        taken = select(drawn, parts, data, statistics)
+        taken = select(drawn, parts, data, statistics, learning)
         describe_split(files, drawn, taken, data, statistics)
         leave_out(files, drawn, taken, data, statistics, processes)
         encoder = Encoder(tokenizer, data)
-        train = _write_examples(parts, encoder, drawn, taken, data, statistics, out, processes, contexts)
+        train = _write_examples(parts, encoder, drawn, taken, data, statistics, out, processes, contexts, learning)
     train = _mix(train, parts, drawn, data, statistics, out)
     _describe_train(train, drawn, statistics)
-    _check_not_empty(statistics, data)
+    if learning.judged:
+        describe_judgements(out, statistics)
+        statistics.adapters = judged_adapters(files, taken)
+    _check_not_empty(statistics, data, learning)
     _describe_lengths(train.lengths, statistics)
-    _write_packs(train.lengths, data, statistics, out)
+    _write_packs(train, data, statistics, out, learning)
     return statistics
 
 
@@ -95,18 +102,19 @@ def _write_examples(
     out: Path,
     processes: Processes,
     contexts: Contexts | None,
+    learning: Learning,
 ) -> TrainExamples:
     """Write one Arrow stream per split."""
     several = sum(not part.replay for part in parts) > 1
     files, names = [part.file for part in parts], [part.name for part in parts] if several else None
-    schema = example_schema(several, contexts is not None)
+    schema = example_schema(several, contexts is not None, learning.judged)
     train: list[TrainExamples] = []
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(pa.ipc.new_stream(str(out / f"{split}.arrow"), schema)) for split in Split
         }
         progress = stack.enter_context(Progress("tokenizing", int(taken.sum()), UNIT))
-        for batch in encoded_batches(files, names, encoder, drawn, taken, data, processes, contexts):
+        for batch in encoded_batches(files, names, encoder, drawn, taken, data, processes, contexts, learning):
             progress.add(batch.rows)
             statistics.first_refused = statistics.first_refused or batch.first_refused
             statistics.refused += batch.refused
@@ -135,6 +143,7 @@ def _mix(
     if replayed.any():
         members = np.flatnonzero(kept)
         kept[members] = choose_replayed(train.lengths[members], replayed[members], ranks[members], data.replay)
+    kept &= ~np.isin(train.rows, train.rows[~kept])  # the answers of a pair stay together
     if not kept.all():
         _keep(out / f"{Split.TRAIN}.arrow", kept)
     statistics.examples[Split.TRAIN] = int(kept.sum())
@@ -185,7 +194,7 @@ def _describe_train(train: TrainExamples, drawn: Rows, statistics: Statistics) -
     statistics.replayed_rows, statistics.replayed_tokens = int(replayed.sum()), int(train.lengths[replayed].sum())
 
 
-def _check_not_empty(statistics: Statistics, data: Data) -> None:
+def _check_not_empty(statistics: Statistics, data: Data, learning: Learning) -> None:
     left = statistics.examples
     written = ", ".join(f"{count} {split}" for split, count in left.items())
     counts = f"{statistics.rows_read} rows gave {written} examples, {statistics.without_label} without a label"
@@ -195,6 +204,12 @@ def _check_not_empty(statistics: Statistics, data: Data) -> None:
         counts += (
             f", {statistics.near_duplicates_left_out} near-duplicates of held-out rows left out "
             f"(data.near_duplicate_threshold = {data.near_duplicate_threshold:g})"
+        )
+    judged = statistics.pairs.get(Split.TRAIN, 0) + statistics.labelled.get(Split.TRAIN, 0)
+    if learning.judged and left[Split.TRAIN] and not judged:
+        wanted = "pairs ('chosen' and 'rejected')" if learning.pairs else "pairs or labelled answers ('label')"
+        raise DataError(
+            f"training.objective {learning.objective} requires {wanted}, and no training row is one: {counts}"
         )
     for split, needed in ((Split.TRAIN, True), (Split.VAL, data.val_fraction > 0)):
         if needed and not left[split]:
@@ -223,12 +238,15 @@ def _describe_lengths(lengths: NDArray[np.int64], statistics: Statistics) -> Non
     statistics.length_histogram = {"width": width, "counts": np.bincount(lengths // width).tolist()}
 
 
-def _write_packs(lengths: NDArray[np.int64], data: Data, statistics: Statistics, out: Path) -> None:
-    statistics.sequences = len(lengths)
+def _write_packs(train: TrainExamples, data: Data, statistics: Statistics, out: Path, learning: Learning) -> None:
+    lengths = train.lengths
+    units = sequences_of(train.rows, learning.pairs)
+    statistics.sequences = len(units)
     if not data.tokenization.packing:
         return
-    capacity = data.tokenization.packing_length or data.tokenization.cutoff_len
-    packs = pack(lengths, capacity)
+    capacity = learning.sequence_tokens(data.tokenization, packed=True)
+    packed = pack(np.add.reduceat(lengths, [unit[0] for unit in units]), capacity)
+    packs = [[example for unit in members for example in units[unit]] for members in packed]
     statistics.sequences = len(packs)
     statistics.fill = round(statistics.tokens / (capacity * len(packs)), 4)
     starts = np.cumsum([0, *map(len, packs[:-1])])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from finetune_assets.data.folding import folded, sequence_hashes, words_of
 from finetune_assets.data.near_duplicates import THRESHOLD, GrowingSignatures, Signatures, earlier_near_duplicates, sign
-from finetune_assets.data.rows import Row, texts_of
+from finetune_assets.data.rows import Row, RowKind, kind_of, rejected_texts, texts_of
 
 SHOWN = 5
 """Maximum number of rows to name for each problem."""
@@ -83,7 +83,8 @@ def inspect_rows(rows: Sequence[Row], threshold: float | None = THRESHOLD) -> In
     exact = array("Q")
     for row, parts in zip(rows, texts, strict=True):
         columns = row["instruction"], row["context"], row["response"]
-        exact.append(hashed(*columns, *(parts if row["messages"] else ())))
+        judgement = [*rejected_texts(row)] if kind_of(row) is not RowKind.LABELLED else [str(row["label"])]
+        exact.append(hashed(*columns, *(parts if row["messages"] else ()), *judgement))
     words = words_of([part for parts in texts for part in parts])
     offsets = np.cumsum([0, *(len(parts) for parts in texts)])
     if threshold is None:

@@ -54,5 +54,28 @@ RAW_SCHEMA = pa.schema(
                 "doc": "tools that the assistant may call, as a JSON list of definitions; null if there are none"
             },
         ),
+        pa.field(
+            "rejected",
+            pa.string(),
+            metadata={"doc": "of a pair, the rejected answer, as `response` is the chosen one; null in other rows"},
+        ),
+        pa.field(
+            "rejected_messages",
+            pa.list_(pa.field("item", TURN, nullable=False)),
+            metadata={
+                "doc": "of a pair of conversations, every turn of the rejected one, as `messages` are those of the "
+                "chosen one; null in other rows"
+            },
+        ),
+        pa.field(
+            "label",
+            pa.bool_(),
+            metadata={"doc": "of a labelled answer, whether it is good; null in other rows"},
+        ),
+        pa.field(
+            "adapter",
+            pa.string(),
+            metadata={"doc": "name of the served adapter that gave the rejected or labelled answer; null if unknown"},
+        ),
     ]
 )

@@ -11,6 +11,19 @@ from finetune_assets.config.schema import Data
 
 Row = dict[str, Any]
 """One row of `RAW_SCHEMA`."""
+
+
+class RowKind(StrEnum):
+    """What a row teaches."""
+
+    INSTRUCTION = "instruction"
+    """One answer to learn."""
+    PAIR = "pair"
+    """A chosen answer and a rejected one."""
+    LABELLED = "labelled"
+    """An answer that is good or bad."""
+
+
 Turn = dict[str, Any]
 """One turn of a conversation: `role` (system, user, assistant or tool) and `content`, which is empty if an assistant
 turn only calls tools.
@@ -26,10 +39,31 @@ A turn may also have these keys; one that is missing or None has no value:
 """
 
 
+def kind_of(row: Row) -> RowKind:
+    """The kind of a row, by its columns `rejected` and `label`."""
+    if row.get("rejected") is not None:
+        return RowKind.PAIR
+    return RowKind.INSTRUCTION if row.get("label") is None else RowKind.LABELLED
+
+
+def rejected_side(row: Row) -> Row:
+    """The instruction row of a pair's rejected answer; the pair itself is that of the chosen one."""
+    return {**row, "response": row["rejected"], "messages": row["rejected_messages"]}
+
+
 def texts_of(row: Row) -> list[str]:
-    """All texts of a row: every value of its turns, or instruction, context and response."""
+    """All texts of a row: every value of its turns, or instruction, context and response, and the rejected answer."""
     turns = [str(value) for turn in row["messages"] or () for value in turn.values() if value]
-    return turns or [row["instruction"], row["context"], row["response"]]
+    texts = turns or [row["instruction"], row["context"], row["response"]]
+    return [*texts, *rejected_texts(row)]
+
+
+def rejected_texts(row: Row) -> list[str]:
+    """The texts of a pair's rejected answer: its turns, or the answer alone; none for other rows."""
+    if row.get("rejected") is None:
+        return []
+    turns = [str(value) for turn in row["rejected_messages"] or () for value in turn.values() if value]
+    return turns or [row["rejected"]]
 
 
 class Split(StrEnum):

@@ -15,15 +15,17 @@ from finetune_assets.config.schema import Data
 from finetune_assets.data.cross_split import near_duplicates_across
 from finetune_assets.data.dataset_statistics import SHOWN, Statistics
 from finetune_assets.data.errors import DataError
+from finetune_assets.data.learning import Learning
 from finetune_assets.data.near_duplicates import THRESHOLD
 from finetune_assets.data.processes import Processes
 from finetune_assets.data.quality import hashed
 from finetune_assets.data.raw_files import RawPart, raw_batches, rows_at
-from finetune_assets.data.rows import Draw, Split, draw, side_of
+from finetune_assets.data.rows import Draw, RowKind, Split, draw, side_of
 from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
 ROWS_PER_BATCH, DRAWN_PER_BATCH = 1_000, 2_500
+KINDS = tuple(RowKind)
 LONGEST_PROMPT = 80
 """Maximum length of a prompt that is named, in characters."""
 
@@ -37,6 +39,7 @@ class Rows(NamedTuple):
         sides: `Draw.side` of each row; shape (n,).
         ranks: `Draw.rank` of each row; shape (n,).
         categories: Category of each row; shape (n,), equal texts share memory.
+        kinds: Kind of each row, as an index into `KINDS`; shape (n,).
     """
 
     sources: NDArray[np.int64]
@@ -44,6 +47,7 @@ class Rows(NamedTuple):
     sides: NDArray[np.float64]
     ranks: NDArray[np.float64]
     categories: NDArray[np.object_]
+    kinds: NDArray[np.int8]
 
     def side_of(self, row: int, data: Data) -> Split:
         return side_of(Draw(self.sides[row], self.ranks[row]), data)
@@ -54,40 +58,55 @@ class Rows(NamedTuple):
 
 
 class _Draws(NamedTuple):
-    """Draws of a batch: index of its part, and side, rank and category of each row."""
+    """Draws of a batch: index of its part, and side, rank, category and kind of each row."""
 
     part: int
     sides: "array[float]"
     ranks: "array[float]"
     categories: list[str]
+    kinds: NDArray[np.int8]
 
 
 def _draw_batch(salt: str, batch: tuple[int, pa.RecordBatch]) -> _Draws:
     part, rows = batch
-    columns = rows.to_pydict()
+    columns = rows.select(["instruction", "context", "category"]).to_pydict()
     draws = [draw(*texts, salt) for texts in zip(columns["instruction"], columns["context"], strict=True)]
     categories = [sys.intern(category) for category in columns["category"]]
-    return _Draws(
-        part, array("d", (each.side for each in draws)), array("d", (each.rank for each in draws)), categories
-    )
+    sides, ranks = array("d", (each.side for each in draws)), array("d", (each.rank for each in draws))
+    return _Draws(part, sides, ranks, categories, _kinds(rows))
+
+
+def _kinds(rows: pa.RecordBatch) -> NDArray[np.int8]:
+    """Kind of each row, from the columns `rejected` and `label` alone, as `kind_of` decides."""
+    pairs, labelled = (rows.column(name).is_valid().to_numpy(zero_copy_only=False) for name in ("rejected", "label"))
+    kinds = np.full(len(rows), KINDS.index(RowKind.INSTRUCTION), np.int8)
+    kinds[labelled] = KINDS.index(RowKind.LABELLED)
+    kinds[pairs] = KINDS.index(RowKind.PAIR)
+    return kinds
 
 
 def draw_rows(parts: Sequence[RawPart], salt: str, processes: Processes) -> Rows:
     """Draw side and rank of each row, in the order of the parts."""
     sides, ranks, categories, counts = array("d"), array("d"), list[str](), [0] * len(parts)
-    batches = raw_batches([part.file for part in parts], DRAWN_PER_BATCH, ["instruction", "context", "category"])
+    kinds = [np.empty(0, np.int8)]
+    columns = ["instruction", "context", "category", "rejected", "label"]
+    batches = raw_batches([part.file for part in parts], DRAWN_PER_BATCH, columns)
     for batch in processes.map(partial(_draw_batch, salt), batches):
         counts[batch.part] += len(batch.sides)
         sides += batch.sides
         ranks += batch.ranks
         categories += map(sys.intern, batch.categories)
+        kinds.append(batch.kinds)
     sources = np.repeat(np.arange(len(parts)), counts)
     replayed = np.array([part.replay for part in parts], np.bool_)[sources]
-    return Rows(sources, replayed, np.array(sides), np.array(ranks), np.array(categories, object))
+    numbers = np.array(sides), np.array(ranks), np.array(categories, object), np.concatenate(kinds)
+    return Rows(sources, replayed, *numbers)
 
 
-def select(rows: Rows, parts: Sequence[RawPart], data: Data, statistics: Statistics) -> NDArray[np.bool_]:
-    """Select rows by source, category and number; rows to replay are training rows that the other parts lack.
+def select(
+    rows: Rows, parts: Sequence[RawPart], data: Data, statistics: Statistics, learning: Learning
+) -> NDArray[np.bool_]:
+    """Select rows by kind, source, category and number; rows to replay are training rows that the other parts lack.
 
     Returns:
         Mask of the selected rows; shape (n,).
@@ -97,14 +116,16 @@ def select(rows: Rows, parts: Sequence[RawPart], data: Data, statistics: Statist
     """
     statistics.rows_read = int((~rows.replayed).sum())
     taken = _new_rows(rows, parts, data)
+    _select_kinds(rows, taken, data, statistics, learning)
     if data.categories is not None:
         occurring = set(rows.categories)
         for name in data.categories:
             if name not in occurring:
                 names = ", ".join(sorted(filter(None, occurring))) or "rows without a category only"
                 raise DataError(f"data.categories: no row has category '{name}'; found {names}")
-        taken &= np.isin(rows.categories, data.categories)
-        statistics.rows_of_other_categories = int((~taken & ~rows.replayed).sum())
+        others = ~np.isin(rows.categories, data.categories)
+        statistics.rows_of_other_categories = int((taken & others & ~rows.replayed).sum())
+        taken &= ~others
     for index, part in enumerate(parts):
         if part.max_rows is not None:
             _limit(taken, rows.sources == index, rows.ranks, part.max_rows)
@@ -113,11 +134,23 @@ def select(rows: Rows, parts: Sequence[RawPart], data: Data, statistics: Statist
     return taken
 
 
+def _select_kinds(rows: Rows, taken: NDArray[np.bool_], data: Data, statistics: Statistics, learning: Learning) -> None:
+    """Leave out rows that the objective does not learn, and count them by kind."""
+    in_train = rows.in_train(data)
+    for number, kind in enumerate(KINDS):
+        members = taken & (rows.kinds == number)
+        for split, group in ((Split.TRAIN, in_train), (Split.VAL, ~in_train)):
+            if not learning.trains_on(kind, split) and (left_out := members & group).any():
+                others = statistics.rows_of_other_kinds
+                others[kind] = others.get(kind, 0) + int((left_out & ~rows.replayed).sum())
+                taken &= ~left_out
+
+
 def _new_rows(rows: Rows, parts: Sequence[RawPart], data: Data) -> NDArray[np.bool_]:
     """All rows, except rows to replay that are held out, or that occur earlier, such as in a current version."""
     taken = ~rows.replayed | rows.in_train(data)
     if rows.replayed.any():
-        columns = ["instruction", "context", "response", "messages"]
+        columns = ["instruction", "context", "response", "messages", "rejected", "rejected_messages", "label"]
         hashes = [
             hashed(*map(str, row.values()))
             for _, batch in raw_batches([part.file for part in parts], 10_000, columns)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune_assets.artifacts.layout import EVALUATION, HELD_BACK, ROWS
+from finetune_assets.artifacts.layout import EVALUATION, HELD_BACK, PREFERENCES, ROWS
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.data.ingest import PARQUET
 from finetune_assets.data.rows import HoldoutRows
@@ -72,4 +72,6 @@ def main() -> None:
         for name, metrics in result["contenders"].items():
             log.write_line(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
     pq.write_table(pa.table(comparison.table()), args.output / ROWS)
+    if preferences := comparison.preferences:
+        pq.write_table(pa.table(preferences.table()), args.output / PREFERENCES)
     (args.output / EVALUATION).write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")

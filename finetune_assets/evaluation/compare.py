@@ -24,6 +24,7 @@ from finetune_assets.evaluation.harness import run_tasks
 from finetune_assets.evaluation.losses import RowLosses
 from finetune_assets.evaluation.metrics import ANSWER_METRICS, GENERAL_LOSS, LOSS, PERPLEXITY
 from finetune_assets.evaluation.modes import MeasuredMode, Modes, mode_columns, mode_results
+from finetune_assets.evaluation.preferences import Judgements, Preferences, answer_words
 from finetune_assets.evaluation.rows import (
     HeldOut,
     held_out,
@@ -48,6 +49,8 @@ class Measured:
     Attributes:
         rows: The rows in the contender's rendering.
         losses: Summed cross-entropy of each row's answer, in nats; shape (rows,).
+        judged: The judged answers in the contender's rendering, and the log-probability of each example of the split,
+            in nats; None without judgements.
         general: Mean loss on the general text, in nats per token; None if not measured.
         answered: Generated answers to the rows; None where the time limit was reached.
         prompt_answers: Generated answers to the prompts in `evaluation.prompts`.
@@ -60,6 +63,7 @@ class Measured:
 
     rows: HeldOut
     losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    judged: tuple[HeldOut, NDArray[np.float64]] | None = None
     general: float | None = None
     answered: list[str | None] = field(default_factory=list)
     prompt_answers: list[str | None] = field(default_factory=list)
@@ -100,12 +104,17 @@ class Comparison:
         self.tasks = tasks
         self.config, self.settings = config, config.evaluation
         self.split, self.texts, self.raw, self.log = split, texts, raw, log
-        self.rows = held_out(dataset, split, config.data)
-        self.unseen = np.ones(len(self.rows.examples), bool)
+        self.examples = held_out(dataset, split, config.data)
+        self.unseen_examples = np.ones(len(self.examples.examples), bool)
         if held_back and raw:
-            self.unseen = unseen_rows(self.rows, raw, split, held_back)
-            seen = len(self.unseen) - int(self.unseen.sum())
-            log(f"Excluded {seen} of {len(self.unseen)} rows: at least one adapter was trained on them")
+            self.unseen_examples = unseen_rows(self.examples, raw, split, held_back)
+            seen = len(self.unseen_examples) - int(self.unseen_examples.sum())
+            log(f"Excluded {seen} of {len(self.unseen_examples)} rows: at least one adapter was trained on them")
+        self.judgements = Judgements.of(self.examples.examples.table)
+        self.rows, self.unseen = self.examples, self.unseen_examples
+        if self.judgements:
+            self.rows = self.examples.take(self.judgements.accepted)
+            self.unseen = self.unseen_examples[self.judgements.accepted]
         self.contexts, self.modes, self.counted = contexts, None, self.unseen
         if contexts:
             self.modes = Modes(config, contexts, dataset, split, raw_rows_of(self.rows, raw))
@@ -127,10 +136,16 @@ class Comparison:
         self, contender: Contender, model: PeftModel | PreTrainedModel, device: torch.device, limit_s: float
     ) -> Measured:
         tokenizer = contender.tokenizer()
-        measured = Measured(self._rows_for(contender, tokenizer))
+        examples = self._examples_for(contender, tokenizer)
+        measured = Measured(self.rows if examples is self.examples else examples)
         row_losses = RowLosses(model, contender.config, device)
         with self._timed(measured, "loss"):
-            measured.losses = self._losses(contender.name, row_losses, measured.rows)
+            measured.losses = self._losses(contender.name, row_losses, examples)
+        if self.judgements:
+            measured.judged = examples, -measured.losses
+            measured.losses = measured.losses[self.judgements.accepted]
+            if examples is not self.examples:
+                measured.rows = examples.take(self.judgements.accepted)
         window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
         text = running_text(self.texts, tokenizer, self.settings.general_tokens, window)
         if text:
@@ -160,9 +175,9 @@ class Comparison:
         with Progress(f"{name}, loss", len(rows.examples), ROWS) as progress:
             return row_losses.of(rows.examples, progress.reach)
 
-    def _rows_for(self, contender: Contender, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
-        if not len(self.rows.examples) or rendering(contender.config, tokenizer) == self.rendering:
-            return self.rows
+    def _examples_for(self, contender: Contender, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+        if not len(self.examples.examples) or rendering(contender.config, tokenizer) == self.rendering:
+            return self.examples
         if not self.raw:
             raise ValueError(
                 f"{contender.name}: prompt template or tokenizer differs, and raw data is missing; pass --raw"
@@ -170,7 +185,7 @@ class Comparison:
         self.log(
             f"{contender.name}: prompt template or tokenizer differs from the experiment; rendering its rows again"
         )
-        rows = self.modes.rows[RETRIEVED] if self.modes else raw_rows_of(self.rows, self.raw)
+        rows = self.modes.rows[RETRIEVED] if self.modes else raw_rows_of(self.examples, self.raw)
         return rendered(rows, tokenizer, contender.config.data)
 
     def _generate_answers(
@@ -236,15 +251,33 @@ class Comparison:
         whole = [rows.whole for rows in renderings.values()]
         return np.logical_and.reduce([self.counted, *(whole if len(whole) > 1 else [])])
 
+    @property
+    def preferences(self) -> Preferences | None:
+        """Preferences of the contenders; None for an experiment that learns from no judgements."""
+        if self.judgements is None:
+            return None
+        settings, preferences, masks = self.config.training.preference, {}, [self.unseen_examples]
+        judged = {name: measured.judged for name, measured in self.measured.items() if measured.judged}
+        renderings = {id(examples): examples for examples, _ in judged.values()}
+        if len(renderings) > 1:
+            masks += [examples.whole for examples in renderings.values()]
+        for name, (examples, log_probabilities) in judged.items():
+            lengths = examples.examples.learned if settings.length_normalised else 1
+            preferences[name] = self.judgements.preferences(log_probabilities / lengths)
+        comparable = self.judgements.all_of(np.logical_and.reduce(masks))
+        return Preferences(self.judgements, comparable, preferences, settings)
+
     def result(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`."""
-        answered = self._answered_by_all()
+        answered, preferences = self._answered_by_all(), self.preferences
         return {
             "split": self.split,
             "rows": len(self.tokens),
             "comparable_rows": int(self.comparable.sum()),
             "generated_rows": len(answered),
-            "contenders": {name: self._metrics(name, measured, answered) for name, measured in self.measured.items()},
+            "contenders": {
+                name: self._metrics(name, measured, answered, preferences) for name, measured in self.measured.items()
+            },
             "categories": self._losses_by("category"),
             **({"sources": self._losses_by("source")} if "source" in self.rows.examples.table.column_names else {}),
             "samples": self._samples(answered),
@@ -252,6 +285,7 @@ class Comparison:
                 name: {part: round(s, 2) for part, s in measured.seconds.items()}
                 for name, measured in self.measured.items()
             },
+            **({"preferences": preferences.described()} if preferences else {}),
             **(mode_results(self.modes, self._by_mode(), self.unseen) if self.modes else {}),
         }
 
@@ -283,7 +317,9 @@ class Comparison:
         columns = zip(*(measured.answered for measured in self.measured.values()), strict=True)
         return [row for row, texts in enumerate(columns) if None not in texts and self.unseen[row]]
 
-    def _metrics(self, name: str, measured: Measured, answered: list[int]) -> dict[str, Any]:
+    def _metrics(
+        self, name: str, measured: Measured, answered: list[int], preferences: Preferences | None
+    ) -> dict[str, Any]:
         result: dict[str, Any] = {}
         loss = self._mean_loss(measured)
         if loss is not None:
@@ -296,6 +332,8 @@ class Comparison:
             pairs = [(measured.answered[row] or "", measured.expected[row]) for row in answered]
             for metric in ANSWER_METRICS:
                 result[metric.name] = sum(metric.score(*pair) for pair in pairs) / len(pairs)
+        if preferences:
+            result |= preferences.metrics(name) | answer_words(measured.answered, answered)
         return result | measured.tasks
 
     def _mean_loss(self, measured: Measured, group: NDArray[np.bool_] | None = None) -> float | None:

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.artifacts.layout import EVALUATION, ROWS
+from finetune_assets.artifacts.layout import EVALUATION, PREFERENCES, ROWS
 from finetune_assets.config.retrieval_validation import RETRIEVED
 from finetune_assets.store.json_object import InvalidJson, check_types, read_json
 
 if TYPE_CHECKING:
-    from finetune_assets.evaluation.gate import Gain
+    from finetune_assets.evaluation.gate import Gain, PreferenceGain
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -51,6 +51,29 @@ def gain_of(folder: Path, confidence: float, mode: str | None = None) -> tuple["
 
     before, after, tokens, opponent = _compared(folder, mode)
     return paired_gain(before, after, np.asarray(tokens, np.int64), confidence), opponent
+
+
+def preference_gain_of(folder: Path, confidence: float) -> "PreferenceGain":
+    """Return the challenger's gain in preferences over the champion (the base if there is no champion).
+
+    Raises:
+        InvalidJson: If the evaluation has no judgements.
+    """
+    import pyarrow.parquet as pq
+
+    from finetune_assets.evaluation.gate import PreferenceGain, paired_gain, paired_preferences
+
+    measured = read_evaluation(folder).get("preferences")
+    if measured is None or not (folder / PREFERENCES).is_file():
+        raise InvalidJson(
+            f"the evaluation in {folder} has no judgements; materialize adapter_evaluation again with force"
+        )
+    table = pq.read_table(folder / PREFERENCES)
+    table = table.filter(table["comparable"])
+    opponent = "champion" if "champion" in table.column_names else "base"
+    before, after, base, weights = (table[name].to_numpy() for name in (opponent, "challenger", "base", "weight"))
+    margin = paired_gain(-measured["beta"] * weights * before, -measured["beta"] * weights * after, weights, confidence)
+    return PreferenceGain(paired_preferences(before, after, base, weights, confidence), margin)
 
 
 def loss_increases(folder: Path, modes: Iterable[str]) -> dict[str, float]:

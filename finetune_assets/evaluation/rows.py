@@ -14,7 +14,7 @@ from finetune_assets.config.fingerprint import fingerprint, identity
 from finetune_assets.config.schema import Data, ExperimentConfig
 from finetune_assets.data.errors import RefusedRow
 from finetune_assets.data.raw_files import rows_at
-from finetune_assets.data.rows import HoldoutRows, Row
+from finetune_assets.data.rows import HoldoutRows, Row, rejected_side
 from finetune_assets.data.tokenization import IGNORED, Encoder
 from finetune_assets.training.order import Examples
 
@@ -43,6 +43,10 @@ class HeldOut:
         """Token ids of the last answer including its end token, for each row."""
         lengths = self.examples.table["prompt_length"].to_pylist()
         return [ids[length:] for ids, length in zip(self.examples.ids.to_pylist(), lengths, strict=True)]
+
+    def take(self, chosen: NDArray[np.int64]) -> "HeldOut":
+        """Some of the rows, in the same rendering."""
+        return HeldOut(Examples(self.examples.table.take(pa.array(chosen))), self.whole[chosen])
 
 
 def held_out(dataset: Path, split: str, data: Data) -> HeldOut:
@@ -97,8 +101,13 @@ def rendered(raw_rows: Sequence[Row | RefusedRow], tokenizer: PreTrainedTokenize
 
 
 def raw_rows_of(rows: HeldOut, raw: Sequence[Path]) -> list[Row]:
-    """Return the rows of the raw data that held-out rows were rendered from."""
-    return rows_at(raw, rows.examples.table["row"].to_numpy())
+    """Return the rows of the raw data that held-out rows were rendered from; of a rejected answer, with it."""
+    table = rows.examples.table
+    raw_rows = rows_at(raw, table["row"].to_numpy())
+    if "chosen" not in table.column_names:
+        return raw_rows
+    sides = zip(raw_rows, table["chosen"].to_pylist(), strict=True)
+    return [rejected_side(row) if chosen is False else row for row, chosen in sides]
 
 
 def unseen_rows(rows: HeldOut, raw: Sequence[Path], split: str, held_back: HoldoutRows) -> NDArray[np.bool_]:

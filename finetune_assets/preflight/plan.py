@@ -164,4 +164,4 @@ def _hours(case: Case, work: TrainingWork | None, states: Iterable[dict[str, Any
     if rate is None:
         return None, known_from
     seconds = 4 * weights * work.tokens / rate / device.processes
-    return seconds * (1 + work.evaluation_share) / 3600, known_from
+    return seconds * (1 + work.evaluation_share + work.forward_share) / 3600, known_from

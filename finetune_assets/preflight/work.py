@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from finetune_assets.config.schema import ExperimentConfig
+from finetune_assets.data.learning import Learning
+from finetune_assets.data.packing import sequences_of
 from finetune_assets.training.best_step import FORWARD_SHARE, Selection
 from finetune_assets.training.order import Examples, GlobalBatchSampler, read_packs
 
@@ -21,6 +23,8 @@ class TrainingWork:
         learned: Number of learned tokens in the largest micro-batch.
         evaluations: Number of evaluations before the last step, if the training does not stop early.
         evaluation_share: Estimated time of these evaluations over that of the steps.
+        forward_share: Estimated time of the forward passes without gradient that judged answers need, over that of the
+            steps: those of the reference, once, and with `kto` those for the divergence.
         fewest_steps: Number of steps if the training stops as early as `training.patience` allows.
     """
 
@@ -31,16 +35,17 @@ class TrainingWork:
     evaluations: int = 0
     evaluation_share: float = 0.0
     fewest_steps: int = 0
+    forward_share: float = 0.0
 
 
 def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> TrainingWork:
     """Compute steps, tokens and the largest micro-batch for a tokenized dataset."""
     train, packs = Examples.read(dataset / "train.arrow"), read_packs(dataset)
-    sequences = packs or [[example] for example in range(len(train))]
+    learning = Learning.of(experiment.training)
+    sequences = packs or sequences_of(train.table["row"], learning.pairs)
     lengths = np.array([train.lengths[sequence].sum() for sequence in sequences])
     training, tokens = experiment.training, experiment.data.tokenization
-    longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
-    budget = training.micro_batch_size * longest
+    budget = training.micro_batch_size * learning.sequence_tokens(tokens, packs is not None)
     order = GlobalBatchSampler(lengths, training, training.group_by_length and not packs, processes, budget)
     read, largest = 0, (0, [0])
     for step in range(order.steps):
@@ -49,7 +54,8 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Trai
             for batch in order.micro_batches(step, rank):
                 largest = max(largest, (int(lengths[batch].sum()), batch))
     members = [example for sequence in largest[1] for example in sequences[sequence]]
-    validation = int(Examples.read(dataset / "val.arrow").lengths.sum())
+    val = Examples.read(dataset / "val.arrow")
+    validation = int(val.lengths.sum())
     selection = Selection.of(training, validation, lengths)
     evaluations = selection.evaluations(order.steps)
     return TrainingWork(
@@ -60,12 +66,22 @@ def work_of(dataset: Path, experiment: ExperimentConfig, processes: int) -> Trai
         evaluations,
         FORWARD_SHARE * evaluations * validation / read,
         selection.fewest_steps(order.steps),
+        _forward_share(learning, train, val, read),
     )
+
+
+def _forward_share(learning: Learning, train: Examples, val: Examples, read: int) -> float:
+    if not learning.judged:
+        return 0.0
+    column = "pair" if learning.pairs else "desirable"
+    judged = [int(each.lengths[each.table[column].is_valid().to_numpy()].sum()) for each in (train, val)]
+    reference = FORWARD_SHARE * sum(judged) / read
+    return reference if learning.pairs else 2 * reference + FORWARD_SHARE * judged[0] / int(train.lengths.sum())
 
 
 def full_batch(experiment: ExperimentConfig) -> tuple[list[int], int]:
     """Return example lengths and number of learned tokens of the largest micro-batch that the settings allow."""
     tokens = experiment.data.tokenization
-    length = (tokens.packing_length if tokens.packing else None) or tokens.cutoff_len
+    length = Learning.of(experiment.training).sequence_tokens(tokens, tokens.packing)
     lengths = [length] * experiment.training.micro_batch_size
     return lengths, sum(lengths)

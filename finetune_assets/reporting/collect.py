@@ -21,7 +21,7 @@ from finetune_assets.store.gc import Artifact, Inventory, inventory
 RUNS = 3
 """Number of newest runs shown per experiment, in addition to its champion."""
 READERS = 8
-REPORT_CODE = "1"
+REPORT_CODE = "2"
 """Increase when the same experiments result in a different page."""
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_assets.evaluation.metrics import ANSWER_METRICS
+from finetune_assets.evaluation.metrics import ANSWER_METRICS, PREFERENCE_ACCURACY
 from finetune_assets.plots.bars import by_experiment, by_mode
 from finetune_assets.plots.style import OF_CONTENDER, ON_WHITE, Look
 from finetune_assets.plots.training import Curve, overlaid
@@ -42,6 +42,7 @@ COLUMNS = (
     Column("champion loss", "loss_champion", "{:.4f}"),
     Column("run loss", "loss_challenger", "{:.4f}"),
     *(Column(metric.title, f"{metric.name}_challenger", metric.form) for metric in ANSWER_METRICS),
+    Column(PREFERENCE_ACCURACY.title, f"{PREFERENCE_ACCURACY.name}_challenger", PREFERENCE_ACCURACY.form),
     Column("forgetting", "forgetting", "{:+.3f}"),
     Column("published step", "published_step", "{:,.0f}"),
     Column("tokens/s", "tokens_per_second", "{:,.0f}"),
@@ -54,7 +55,8 @@ COLUMNS = (
 )
 EXPLAINED = (
     "Losses are in nats per token on held-out rows, for the base model, the champion that the run was compared with, "
-    "and the run. Exact match and ROUGE-L are measured on generated answers to held-out rows. Forgetting is the loss "
+    "and the run. Exact match and ROUGE-L are measured on generated answers to held-out rows. Preference accuracy is "
+    "the share of held-out judgements that the run follows more than the base model does. Forgetting is the loss "
     "of the run minus that of the base model on general text, in nats per token. Cost is hours x processes x "
     "hardware.price_per_hour. Hours and cost are saved where the training stopped early (training.patience)."
 )

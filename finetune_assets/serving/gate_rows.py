@@ -105,8 +105,10 @@ def gate_rows(lineage: Lineage, adapter: ArtifactRef, recorded: str | None, coun
         StoreError: if the store lacks the evaluation or its rows, or no row is short enough.
     """
     import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from finetune_assets.evaluation.preferences import Judgements
     from finetune_assets.training.order import Examples
 
     store = lineage.store
@@ -118,6 +120,8 @@ def gate_rows(lineage: Lineage, adapter: ArtifactRef, recorded: str | None, coun
     dataset = _dataset(lineage, adapter, provenance.text(made_from, "tokenized_dataset"))
     file = f"{split}.arrow"
     examples = Examples.read(store.fetch(dataset, lambda path: path == file) / file)
+    if judgements := Judgements.of(examples.table):
+        examples = Examples(examples.table.take(pa.array(judgements.accepted)))
     numbers = np.asarray(table["row"])
     if not np.array_equal(numbers, np.asarray(examples.table["row"])):
         raise StoreError(

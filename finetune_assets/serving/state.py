@@ -3,7 +3,9 @@
 A record is the alias. A rollback is a new record that names an adapter that is still loaded.
 """
 
+import logging
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.errors import StoreError
 from finetune_assets.store.json_object import InvalidJson
 
+logger = logging.getLogger(__name__)
 SERVES, ROLLED_BACK = "serves", "rolled back"
 NAME = re.compile(r"(?P<experiment>[A-Za-z0-9][A-Za-z0-9._-]*)-(?P<record>[1-9]\d{0,7})-(?P<copy>[0-9a-f]{8})")
 """Name of an adapter on the servers: experiment, number of the champion record, and fingerprint of the copy."""
@@ -88,6 +91,20 @@ def parse_served(content: bytes, where: str) -> Served:
     except InvalidJson as e:
         raise StoreError(f"{where}: invalid record of a served adapter ({e}); delete it") from e
     return record
+
+
+def served_by_name(store: ArtifactStore, names: Iterable[str]) -> dict[str, "Served"]:
+    """Find the records of served adapters by their names; a name without a record in this store is left out."""
+    wanted = {name: match["experiment"] for name in names if (match := NAME.fullmatch(name))}
+    found: dict[str, Served] = {}
+    for experiment in sorted({*wanted.values()}):
+        try:
+            history = ServedRecords(store, experiment).history()
+        except StoreError as e:
+            logger.warning("Cannot look up the served adapters of %s: %s", experiment, e)
+            continue
+        found |= {record.name: record for record in history if record.name in wanted}
+    return found
 
 
 class ServedRecords:

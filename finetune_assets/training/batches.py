@@ -6,7 +6,7 @@ attention ignores; examples that share a row are separated by position ids that 
 builds a mask. Passing an attention mask of ones together with position ids would silently disable that mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class Batch:
         learned: Indices into the flattened rows of the positions with a target; shape (learned,), int64.
         targets: Next token of each of these positions; same shape.
         tokens: Number of tokens, padding excluded.
+        examples: Indices of the examples, in order.
+        counts: Number of target tokens of each of them.
     """
 
     input_ids: Tensor
@@ -40,6 +42,8 @@ class Batch:
     learned: Tensor
     targets: Tensor
     tokens: int
+    examples: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -92,4 +96,6 @@ def collate(sequences: list[list[int]], examples: Examples, device: torch.device
         on_device(learned),
         on_device(following.ravel()[learned]),
         sum(filled),
+        [example for row in rows for example in row],
+        [int((example_labels != IGNORED).sum()) for row in parts for _, example_labels in row],
     )

@@ -16,6 +16,8 @@ def main() -> None:
     parser = arguments.parser("finetune_assets.training", __doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="folder of the tokenized dataset")
     parser.add_argument("--warm-start", type=Path, help="folder of the adapter for a warm start")
+    parser.add_argument("--reference", type=Path, help="folder of the adapter that judged answers are compared with")
+    parser.add_argument("--reference-log-probs", type=Path, help="folder of the reference's log-probabilities")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for checkpoints, kept until success")
     args = parser.parse_args()
 
@@ -23,6 +25,8 @@ def main() -> None:
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     uris = json.loads(args.uris.read_text(encoding="utf-8")) if args.uris else {}
     trusted = arguments.trusts(config, args.bases)
-    job = TrainingPaths(args.base_model, args.dataset, args.output, args.scratch, made_from, args.warm_start, trusted)
+    references = args.reference, args.reference_log_probs
+    folders = args.base_model, args.dataset, args.output, args.scratch
+    job = TrainingPaths(*folders, made_from, args.warm_start, trusted, *references)
     with joined() as process, reporter(process, TrackedTraining(config, made_from, uris)) as run_reporter:
         LoraFinetune(job, config, process, run_reporter).run()

@@ -44,7 +44,7 @@ def _is_plain(layer: LoraLayer, adapter: str) -> bool:
 
 
 def _forward(layer: Any, original: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if layer.disable_adapters or layer.merged or args or kwargs:
+    if layer.disable_adapters or layer.merged or args or kwargs or layer.active_adapters != [adapter]:
         return original(x, *args, **kwargs)
     result = layer.base_layer(x)
     dropout = layer.lora_dropout[adapter]

@@ -50,8 +50,15 @@ class SummedLoss(nn.Module):
         if frozen and not self.softcap and hasattr(F, "linear_cross_entropy"):
             self.way = "fused"
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Compute the summed loss as a float32 scalar; zero for a batch without target tokens."""
+    def forward(self, batch: Batch, by_token: bool = False) -> Tensor:
+        """Compute the summed loss as a float32 scalar; zero for a batch without target tokens.
+
+        Args:
+            batch: The batch.
+            by_token: Compute the loss of each target token instead, in the order of the batch; shape (learned,).
+        """
+        if by_token:
+            return self._token_losses(batch)
         if self.way == "whole":
             logits = self.logits(batch).flatten(0, 1)[batch.learned]
             return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
@@ -67,14 +74,23 @@ class SummedLoss(nn.Module):
 
     @torch.no_grad()
     def of_tokens(self, batch: Batch) -> Tensor:
-        """Compute the loss of each target token, in the order of the batch; shape (learned,), float32."""
+        """Compute the loss of each target token without gradient, in the order of the batch; shape (learned,)."""
+        return self._token_losses(batch)
+
+    def _token_losses(self, batch: Batch) -> Tensor:
         if self.way == "whole":
             logits = self.logits(batch).flatten(0, 1)[batch.learned]
             return F.cross_entropy(logits.float(), batch.targets, reduction="none")
         hidden = self.decoder(**batch.inputs).last_hidden_state.flatten(0, 1)[batch.learned]
         rows = self._chunk(hidden)
+        if self.way == "fused" and torch.is_grad_enabled():
+            losses: Tensor = _TokenLosses.apply(*self._cast(hidden), batch.targets, rows)
+            return losses
         chunks = zip(hidden.split(rows), batch.targets.split(rows), strict=True)
-        return torch.cat([self._loss(*chunk, reduction="none") for chunk in chunks])
+        loss = partial(self._loss, reduction="none")
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat([loss(*chunk) for chunk in chunks])
 
     def logits(self, batch: Batch) -> Tensor:
         """Compute the model's own logits; shape (rows, length, vocabulary)."""
@@ -84,17 +100,24 @@ class SummedLoss(nn.Module):
         size = CHUNK_BYTES.get(self.simulated_device or hidden.device.type, CHUNK_BYTES["cuda"])
         return max(16, size // (4 * self.head.weight.shape[0]))
 
-    def _fused(self, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def _cast(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and the weight of the output layer in the type in which they are multiplied."""
         kind, weight = hidden.device.type, self.head.weight
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        kind = self.simulated_device or kind
-        if kind == "cpu" and hidden.dtype == torch.bfloat16 and cpu_instructions():
+        has_instructions = hidden.dtype == torch.bfloat16 and cpu_instructions()
+        if (self.simulated_device or kind) == "cpu" and not has_instructions:
+            hidden, weight = hidden.float(), weight.float()
+        return hidden, weight
+
+    def _fused(self, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:
+        kind = self.simulated_device or hidden.device.type
+        # On a CPU in float32, because the library would round the summed loss to 16 bits, by up to 0.4%
+        hidden, weight = self._cast(hidden)
+        if kind == "cpu" and hidden.dtype == torch.bfloat16:
             loss: Tensor = _Bf16Loss.apply(hidden, weight, targets, rows)
             return loss
-        if kind == "cpu":  # as the library does it, but it would round the summed loss to 16 bits, by up to 0.4%
-            hidden, weight = hidden.float(), weight.float()
         # On a CPU the other policies multiply in emulated 16-bit precision, 20 to 50 times slower
         options = nn.LinearCrossEntropyOptions(
             chunking_method=None, batch_chunk_size=rows, acc_policy="accurate" if kind == "cpu" else "auto"
@@ -147,3 +170,31 @@ class _Bf16Loss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype), None, None, None
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Loss of each target token of a frozen output layer, and its gradient.
+
+    A token's loss depends on its own hidden state alone, so the gradient of any function of the losses is the gradient
+    of each loss, computed in the forward pass, times a number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), rows):
+            part, target = slice(start, start + rows), targets[start : start + rows, None]
+            log_probabilities = F.log_softmax(F.linear(hidden[part], weight), -1, dtype=torch.float32)
+            losses[part] = -log_probabilities.gather(1, target)[:, 0]
+            if gradient is not None:
+                difference = log_probabilities.exp_()
+                difference.scatter_add_(1, target, difference.new_full(target.shape, -1))
+                torch.mm(difference.to(weight.dtype), weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0][:, None].to(gradient.dtype), None, None, None

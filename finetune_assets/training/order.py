@@ -134,10 +134,22 @@ def split(sequences: NDArray[np.int64], lengths: NDArray[np.int64], rows: int, b
     return [sequences[at : at + rows].tolist() for at in range(0, len(sequences), rows)]
 
 
-def evaluation_batches(examples: Examples, world: int, rows: int, budget: int | None) -> list[list[list[list[int]]]]:
-    """Batches of each process over all examples, longest first; each sequence is a single example."""
-    order = np.argsort(-examples.lengths, kind="stable")
+def evaluation_batches(
+    examples: Examples, world: int, rows: int, budget: int | None, sequences: list[list[int]] | None = None
+) -> list[list[list[list[int]]]]:
+    """Batches of each process over all sequences, longest first.
+
+    Args:
+        examples: The examples.
+        world: Number of processes.
+        rows: Maximum number of sequences of a batch without a budget.
+        budget: Maximum tokens of a batch.
+        sequences: Examples of each sequence; by default, each example is a sequence.
+    """
+    members = [[example] for example in range(len(examples))] if sequences is None else sequences
+    lengths = examples.lengths if sequences is None else np.array([examples.lengths[each].sum() for each in members])
+    order = np.argsort(-lengths, kind="stable")
     return [
-        [[[example] for example in batch] for batch in split(order[rank::world], examples.lengths, rows, budget)]
+        [[members[index] for index in batch] for batch in split(order[rank::world], lengths, rows, budget)]
         for rank in range(world)
     ]

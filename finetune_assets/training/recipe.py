@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune_assets.artifacts.layout import UTILISATION
+from finetune_assets.artifacts.layout import REFERENCE_LOG_PROBS, UTILISATION
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.errors import UserError
 from finetune_assets.progress import ROWS, Progress
@@ -19,8 +19,10 @@ from finetune_assets.training import checkpoint, divergence, memory, output
 from finetune_assets.training.batches import collate
 from finetune_assets.training.best_step import BestStep, Selection, describe_saved, published
 from finetune_assets.training.distributed import DistributedContext
+from finetune_assets.training.judged_objective import JudgedObjective
 from finetune_assets.training.optimizer import make_optimizer, make_scheduler
 from finetune_assets.training.order import GlobalBatchSampler, evaluation_batches
+from finetune_assets.training.preference import judged_metrics
 from finetune_assets.training.reporting import Reporter, StepReport
 from finetune_assets.training.setup import TrainingSetup
 from finetune_assets.training.state import MetricWindow, Step, StepBatches, TrainerState, TrainingPaths
@@ -39,7 +41,8 @@ class LoraFinetune(TrainingSetup):
     Supported: one or more processes on one or more nodes, each with the whole base model or a shard of it; any global
     batch size with any number of processes; concatenated examples without padding, or padded rows; float32, mixed and
     16-bit precision; int8 and nf4 base models; tokens that the base model lacks; gradient checkpointing; resuming from
-    a checkpoint, including one saved on SIGTERM; warm start from another adapter.
+    a checkpoint, including one saved on SIGTERM; warm start from another adapter; pairs of answers (DPO) and labelled
+    answers (KTO), compared with the base model or the champion, beside instruction rows.
     Not supported: tensor or pipeline parallelism; one example split across several GPUs; bitsandbytes' optimizers
     without CUDA.
 
@@ -59,17 +62,21 @@ class LoraFinetune(TrainingSetup):
 
     def run(self) -> None:
         """Train, evaluate, and write the output folder."""
+        with memory.explained(self.config, self.process.device, lambda: self.estimate):
+            reference = self.objective.prepare_reference() if self.objective else ""
         self._resume()
         self._describe()
+        if reference:
+            self.reporter.write_line(reference)
         with memory.explained(self.config, self.process.device, lambda: self.estimate):
             if self.log.held_out_loss["before"] is None:
-                self.log.held_out_loss["before"] = self.held_out_loss()
+                self.log.held_out_loss["before"] = self.held_out_loss("before")
             if not self.has_stopped:
                 self._train()
             if self.selection.keeps_best and self.best:
                 self._restore_best(self.best)
             else:
-                self.log.held_out_loss["after"] = self.held_out_loss()
+                self.log.held_out_loss["after"] = self.held_out_loss("after")
         divergence.check_finite(self.log.held_out_loss["after"], self.parameters, self.training)
         self._write_output()
 
@@ -79,6 +86,7 @@ class LoraFinetune(TrainingSetup):
         by_length = self.training.group_by_length and not self.packed
         self.budget = self.training.micro_batch_size * self.longest if self.flat else None
         self.order = GlobalBatchSampler(self.lengths, self.training, by_length, self.process.world, self.budget)
+        self.objective = JudgedObjective(self, self.budget) if self.judged else None
         self.log.steps = self.order.steps
         self.optimizer = make_optimizer(self.parameters, self.training, self.process.device)
         self.scheduler = make_scheduler(self.optimizer, self.training, self.order.steps)
@@ -174,21 +182,22 @@ class LoraFinetune(TrainingSetup):
     def work(self, step: int) -> StepBatches:
         """Prepare the micro-batches of this process for a step."""
         micro_batches = self.order.micro_batches(step, self.process.rank)
-        batches = [self._batch([self.sequences[i] for i in micro_batch]) for micro_batch in micro_batches]
+        batches = [self.batch([self.sequences[i] for i in micro_batch]) for micro_batch in micro_batches]
         idle = []
         if self.sharded:
             most = max(len(self.order.micro_batches(step, rank)) for rank in range(self.process.world))
-            idle = [self._batch(self.sequences[:1])] * (most - len(micro_batches))
-        return StepBatches(batches, idle, int(self.learned[self.order.global_batch(step)].sum()))
+            idle = [self.batch(self.sequences[:1])] * (most - len(micro_batches))
+        everything = self.order.global_batch(step)
+        mismatched = self.objective.work(micro_batches, len(idle)) if self.objective else []
+        judged = int(self.judged_counts[everything].sum())
+        return StepBatches(batches, idle, int(self.learned[everything].sum()), judged, mismatched)
 
     def train_step(self, step: int, work: StepBatches) -> Step:
         """Run an optimizer step over the global batch."""
         self.model.train()
         torch.manual_seed(hash((self.training.seed, step, self.process.rank)) % 2**63)
         total = torch.zeros((), device=self.process.device)
-        shares = [1 / max(1, work.learned)] * len(work.batches) + [0.0] * len(work.idle)
-        for batch, share in zip([*work.batches, *work.idle], shares, strict=True):
-            loss = self._loss(batch) * share
+        for loss in self.objective.losses(work) if self.objective else self._losses(work):
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.process.sum_gradients(self.parameters)
@@ -202,13 +211,29 @@ class LoraFinetune(TrainingSetup):
         self.optimizer.zero_grad(set_to_none=True)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
-        return Step(total, sum(batch.tokens for batch in work.batches), grad_norm, learning_rate)
+        judged = self.objective.sums if self.objective else None
+        return Step(total, sum(batch.tokens for batch in work.batches), grad_norm, learning_rate, judged)
+
+    def _losses(self, work: StepBatches) -> Iterator[Tensor]:
+        """The share of each micro-batch in the loss of a step."""
+        shares = [1 / max(1, work.learned)] * len(work.batches) + [0.0] * len(work.idle)
+        for batch, share in zip([*work.batches, *work.idle], shares, strict=True):
+            yield self._loss(batch) * share
 
     @torch.no_grad()  # not inference mode: FSDP reuses tensors gathered in it in the following steps
-    def held_out_loss(self) -> float | None:
-        """Mean cross-entropy in nats per target token of the validation split; None if the split is empty."""
+    def held_out_loss(self, when: str = "after") -> float | None:
+        """Mean cross-entropy in nats per target token of the validation split; None if the split is empty.
+
+        With judged answers, it is the loss of the training's objective.
+
+        Args:
+            when: Key of the metrics of judged answers in the log.
+        """
         if not len(self.val):
             return None
+        if self.objective:
+            loss, self.log.held_out_preference[when] = self.objective.held_out_loss()
+            return loss
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.process.device)
         shares = evaluation_batches(self.val, self.process.world, self.training.micro_batch_size, self.budget)
@@ -220,9 +245,9 @@ class LoraFinetune(TrainingSetup):
                 sums[1] += len(batch.targets)
                 progress.add(len(sequences))
         for _ in range(max(map(len, shares)) - len(batches) if self.sharded else 0):
-            self._loss(self._batch(self.sequences[:1]))
-        loss, tokens = self.process.sum(sums).tolist()
-        return loss / tokens
+            self._loss(self.batch(self.sequences[:1]))
+        summed_loss, tokens = self.process.sum(sums).tolist()
+        return float(summed_loss / tokens)
 
     # ---- reporting and output
 
@@ -253,6 +278,8 @@ class LoraFinetune(TrainingSetup):
         self.window.loss += step.loss
         self.window.tokens += step.tokens
         self.window.steps += 1
+        if step.judged is not None:
+            self.window.judged = step.judged + (0 if self.window.judged is None else self.window.judged)
         self.stalled = (self.stalled + 1) * (step.grad_norm == 0)
         last, evaluate = done == self.order.steps, self.selection.is_due(done, self.order.steps)
         self.stopping = self.process.any(self.stop_requested.is_set()) and not last
@@ -283,6 +310,7 @@ class LoraFinetune(TrainingSetup):
             peak_memory_mib=peak_memory_mib(self.process.device),
             eta_seconds=seconds / window.steps * (self.order.steps - done),
             held_out_loss=self._measure_during(done) if evaluate else None,
+            **({} if window.judged is None else judged_metrics(self.process.sum(window.judged))),
         )
         self.log.history.append(report.to_dict())
         self.reporter.step(report)
@@ -317,6 +345,8 @@ class LoraFinetune(TrainingSetup):
         state = {**vars(self.log), **self.process.share(links)}
         if self.process.writes:
             self.utilisation.write(self.job.output / UTILISATION)  # before the checksums are written
+            if self.objective:
+                (self.job.output / REFERENCE_LOG_PROBS).write_bytes(self.objective.serialized_reference())
             output.save(
                 self.job.output,
                 self.model,

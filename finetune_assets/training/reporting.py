@@ -20,7 +20,7 @@ class StepReport:
     Attributes:
         step: Number of completed optimizer steps.
         total: Total number of optimizer steps.
-        loss: Mean cross-entropy since the last report, in nats per target token.
+        loss: Mean loss since the last report: cross-entropy in nats per target token, unless answers are judged.
         grad_norm: Global gradient norm of the last step, before clipping.
         learning_rate: Learning rate of the last step.
         tokens_per_second: Throughput since the last report over all processes, padding excluded.
@@ -28,7 +28,9 @@ class StepReport:
             token.
         peak_memory_mib: Peak memory of rank 0 in MiB: GPU memory, or RSS without a GPU.
         eta_seconds: Estimated time until the last step at the current throughput, in seconds.
-        held_out_loss: Mean cross-entropy over the validation split in nats per token, if it was just measured.
+        held_out_loss: Mean loss of the validation split, if it was just measured.
+        reward_margin: Mean reward of chosen or good answers minus that of the others, since the last report.
+        preference_accuracy: Fraction of judged answers on the right side, since the last report; see `JudgedLoss`.
     """
 
     step: int
@@ -41,9 +43,15 @@ class StepReport:
     peak_memory_mib: int
     eta_seconds: float
     held_out_loss: float | None = None
+    reward_margin: float | None = None
+    preference_accuracy: float | None = None
 
     def line(self) -> str:
         held_out = "" if self.held_out_loss is None else f" · held-out loss {self.held_out_loss:.4f}"
+        if self.reward_margin is not None:
+            held_out += f" · reward margin {self.reward_margin:.4f}"
+        if self.preference_accuracy is not None:
+            held_out += f" · preference accuracy {self.preference_accuracy:.0%}"
         return (
             f"step {self.step}/{self.total} · loss {self.loss:.4f}{held_out} · grad_norm {self.grad_norm:.3f} · "
             f"lr {self.learning_rate:.2e} · {self.tokens_per_second:,.0f} tokens/s · MFU {self.mfu:.0%} · "

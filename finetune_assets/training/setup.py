@@ -9,11 +9,14 @@ from torch import Tensor
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.config.validation import REWRITES_BASE
+from finetune_assets.data.learning import Learning
+from finetune_assets.data.packing import sequences_of
 from finetune_assets.training import checkpoint, memory
 from finetune_assets.training.attention import select_attention
 from finetune_assets.training.batches import Batch, collate
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, resize_embeddings
+from finetune_assets.training.judged import JudgedExamples
 from finetune_assets.training.kernels import require_kernels, use_kernels
 from finetune_assets.training.lora import use_fused_lora
 from finetune_assets.training.loss import SummedLoss
@@ -47,7 +50,9 @@ class TrainingSetup:
     Attributes:
         sequences: Train examples of each sequence.
         lengths: Length of each sequence, in tokens.
-        learned: Number of target tokens of each sequence.
+        learned: Number of target tokens of each sequence, judged answers excluded.
+        judged: Judged answers of the training and the validation split; empty with `sft`.
+        judged_counts: Number of judged answers (pairs, with `dpo`) of each sequence.
         auto_types: What the setting `auto` selects for weights and precision.
         model: Base model with the adapter.
         parameters: Trainable parameters.
@@ -71,13 +76,20 @@ class TrainingSetup:
 
     def _load_data(self) -> None:
         self.train, self.val = (Examples.read(self.job.dataset / name) for name in ("train.arrow", "val.arrow"))
-        packs = read_packs(self.job.dataset)
-        self.sequences = packs or [[example] for example in range(len(self.train))]
+        packs, learning = read_packs(self.job.dataset), Learning.of(self.training)
+        self.sequences = packs or sequences_of(self.train.table["row"], learning.pairs)
+        self.val_sequences = sequences_of(self.val.table["row"], learning.pairs)
         self.lengths = np.array([self.train.lengths[sequence].sum() for sequence in self.sequences])
         self.learned = np.array([self.train.learned[sequence].sum() for sequence in self.sequences])
         self.packed = packs is not None
         tokens = self.config.data.tokenization
-        self.longest = (tokens.packing_length if packs else None) or tokens.cutoff_len
+        self.longest = learning.sequence_tokens(tokens, self.packed)
+        self.judged: list[JudgedExamples] = []
+        self.judged_counts = np.zeros(len(self.sequences), np.int64)
+        if learning.judged:
+            splits = self.train, self.val
+            self.judged = [JudgedExamples(split, self.training, tokens.cutoff_len) for split in splits]
+            self.judged_counts, self.learned = self.judged[0].numbers(self.sequences)
 
     def _load_model(self) -> None:
         # A model that will be sharded may be too large for a single GPU
@@ -115,7 +127,7 @@ class TrainingSetup:
         self.flat = select_attention(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.model.eval()
         with self._autocast():
-            self.summed_loss.check(self._batch(self.sequences[:1]))
+            self.summed_loss.check(self.batch(self.sequences[:1]))
         checkpointing = self._select_checkpointing()
         if self.training.compile:
             for layer in layers:
@@ -145,14 +157,14 @@ class TrainingSetup:
         """Enable gradient checkpointing if the settings require it or, by default, if the activations do not fit."""
         base, wanted = self.model.get_base_model(), self.training.gradient_checkpointing
         median = self.sequences[np.argsort(self.lengths)[len(self.lengths) // 2]]
-        batches = self._batch([median]), self._batch([median, median])
+        batches = self.batch([median]), self.batch([median, median])
         tokens = self.training.micro_batch_size * self.longest
         sharing = self.process.local_world if self.process.device.type == "cpu" else 1
         self.model.train()
 
         def estimate(checkpointing: bool) -> memory.Estimate:
             device = self.process.device
-            return memory.estimate(self._loss, batches, tokens, self.model, device, sharing, checkpointing)
+            return memory.estimate(self._measured_loss, batches, tokens, self.model, device, sharing, checkpointing)
 
         def fits() -> bool:
             try:
@@ -177,6 +189,15 @@ class TrainingSetup:
         with self._autocast():
             return self.summed_loss(batch)
 
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy of each target token of a batch, in nats; shape (tokens,)."""
+        with self._autocast():
+            losses: Tensor = self.summed_loss(batch, by_token=True)
+        return losses
+
+    def _measured_loss(self, batch: Batch) -> Tensor:
+        return self.token_losses(batch).sum() if self.judged else self._loss(batch)
+
     def _logits(self, sequences: list[list[int]], flat: bool) -> Tensor:
         batch = collate(sequences, self.train, self.process.device, flat)
         with self._autocast():
@@ -192,5 +213,10 @@ class TrainingSetup:
             logits = self._logits(shortest, False)
         return logits, torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
-    def _batch(self, sequences: list[list[int]]) -> Batch:
-        return collate(sequences, self.train, self.process.device, self.flat)
+    def rows(self, sequences: list[list[int]]) -> list[list[int]]:
+        """Sequences as rows of a batch: without packing, the answers of a pair are two rows."""
+        return sequences if self.packed or self.flat else [[example] for each in sequences for example in each]
+
+    def batch(self, sequences: list[list[int]]) -> Batch:
+        """A batch of sequences of the training split."""
+        return collate(self.rows(sequences), self.train, self.process.device, self.flat)

@@ -23,7 +23,7 @@ def fingerprints(name: str) -> dict[str, str]:
     """Of an experiment's artifacts from inputs whose contents are pinned here."""
     experiment, raw_config = load_experiment(CONFIGS, name), load_raw_data_config(CONFIGS)
     config = experiment.config
-    (raw,) = RAW.earlier_fingerprints(raw_config, content=ROWS)
+    *_, raw = RAW.earlier_fingerprints(raw_config, content=ROWS)
     base_model = BASE_MODELS.fingerprint(None, repo=config.model.base_model, revision=COMMIT)
     index = INDEX if config.data.retrieval else None
     inputs = {
@@ -33,7 +33,9 @@ def fingerprints(name: str) -> dict[str, str]:
     (tokenized,) = TOKENIZED.earlier_fingerprints(config, **inputs)
 
     def adapter(begun: str | None) -> str:
-        return ADAPTERS.fingerprint(config, tokenized_dataset=tokenized, cached_base_model=base_model, warm_start=begun)
+        return ADAPTERS.fingerprint(
+            config, tokenized_dataset=tokenized, cached_base_model=base_model, warm_start=begun, reference=None
+        )
 
     def evaluation(champion: str | None = None, tasks: str | None = None, split: str = "gate") -> str:
         given = {"champion": champion, "general_text": TEXT, "tasks": tasks, "split": split, "retrieval_index": index}

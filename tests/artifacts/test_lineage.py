@@ -7,7 +7,7 @@ import yaml
 from projects import TestProject
 
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, STACKS
-from finetune_assets.artifacts.layout import HELD_BACK
+from finetune_assets.artifacts.layout import CHAMPION_AT_START, HELD_BACK
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
@@ -82,6 +82,38 @@ def test_what_an_evaluation_needs_from_outside_is_named_where_it_is_missing(proj
     assert len(project.published("imports")) == 2, "the tasks, and the demo's general text"
     with pytest.raises(UserError, match=r"training\.warm_start: 'ab12'"):
         lineage("training.warm_start=ab12").warm_start()
+
+
+def test_a_training_that_begins_with_the_champion_is_not_repeated_from_itself(
+    project: TestProject, tmp_path: Path
+) -> None:
+    """Promoting its adapter changes the champion, but not the adapter that its inputs lead to; new rows do."""
+    settings = "training.objective=dpo", "training.preference.reference=champion", "training.warm_start=champion"
+    lineage = Project(overrides=[*settings]).lineage("demo")
+    upstream = {
+        asset: ArtifactRef(kind, asset, digit * 64, "", 0, 0)
+        for asset, kind, digit in (("tokenized_dataset", "tokenized", "1"), ("cached_base_model", "base-models", "2"))
+    }
+    later = {**upstream, "tokenized_dataset": ArtifactRef("tokenized", "later", "3" * 64, "", 0, 0)}
+    (tmp_path / "adapter_model.safetensors").touch()
+
+    def train(known: dict[str, ArtifactRef]) -> ArtifactRef:
+        begun, name = lineage.champion_at_start(**known), lineage.fingerprint(ADAPTERS, **known)
+        assert begun == lineage.warm_start(**known) == lineage.reference(**known)
+        made_from = {CHAMPION_AT_START: begun.fingerprint} if begun else {}
+        return project.store.publish(tmp_path, ADAPTERS.folder, name, name, made_from)
+
+    first = train(upstream)
+    assert lineage.champion_at_start(**upstream) is None
+    lineage.champions.promote_by_hand(first, "a test", "tests")
+    assert train(upstream) == first
+    second = train(later)
+    assert lineage.champion_at_start(**later) == first
+    lineage.champions.promote_by_hand(second, "a test", "tests")
+    assert train(later) == second
+    assert lineage.champion_at_start(**later) == first
+    assert lineage.champion_at_start(**upstream) == second
+    assert train(upstream) not in (first, second)
 
 
 def test_a_stack_needs_champions_of_one_base_model(project: TestProject, adapter) -> None:  # type: ignore[no-untyped-def]

@@ -21,7 +21,9 @@ MEASURED = {"champion": None, "general_text": None, "tasks": None, "split": "gat
 
 
 def adapter_of(experiment: Experiment, dataset: str, base: str, begun: str | None) -> str:
-    return ADAPTERS.fingerprint(experiment.config, tokenized_dataset=dataset, cached_base_model=base, warm_start=begun)
+    return ADAPTERS.fingerprint(
+        experiment.config, tokenized_dataset=dataset, cached_base_model=base, warm_start=begun, reference=None
+    )
 
 
 def fingerprints(experiment: Experiment) -> tuple[str, str, str]:

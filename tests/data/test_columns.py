@@ -202,13 +202,6 @@ def test_turns_as_prompt_and_completion() -> None:
         ({"prompt": "Hi", "ground_truth": "x"}, ["'response'", "ground_truth"]),
         ({"prompt": [ASKED], "completion": [SAID], "context": "c"}, ["'prompt'", "'context'"]),
         ({"prompt": [ASKED], "completion": 3}, ["'completion'", "3"]),
-        ({"prompt": [ASKED], "chosen": [SAID], "rejected": [LATER]}, ["'chosen'", "'rejected'", "DPO"]),
-        ({"chosen": "a", "rejected": "b", **PLAIN}, ["'chosen'", "DPO"]),
-        ({"messages": [ASKED, SAID], "rejected_response": "b"}, ["'rejected_response'", "DPO"]),
-        ({"prompt": "p", "completion": "c", "label": False}, ["'label'", "false", "KTO"]),
-        ({"prompt": "p", "completion": "c", "label": True}, ["'label'", "true", "KTO"]),
-        ({**PLAIN, "label": "True"}, ["'label'", "KTO"]),
-        ({"messages": [ASKED, SAID], "kto_tag": True}, ["'kto_tag'", "KTO"]),
         ({"message_tree_id": "a", "parent_id": None, "text": "t", "role": "prompter"}, ["'message_tree_id'", "OASST"]),
         ({"message_tree_id": "a", "prompt": {"text": "t", "replies": []}}, ["'message_tree_id'", "messages"]),
         ({"parent_id": "b", "text": "t", "role": "assistant"}, ["'parent_id'", "OASST"]),
@@ -217,7 +210,7 @@ def test_turns_as_prompt_and_completion() -> None:
         ({"instruction": {"0": "i"}, "response": {"0": "r"}}, ["'instruction'", '{"0": "i"}']),
     ],
 )
-def test_rows_of_other_objectives_and_formats_are_named(row: Any, facts: list[str]) -> None:
+def test_rows_of_other_formats_are_named(row: Any, facts: list[str]) -> None:
     assert all(fact in reason(row) for fact in facts), reason(row)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from raw import ingest, quarantined, rows_of
+from raw import OPTIONAL, ingest, quarantined, rows_of
 
 from finetune_assets.config.raw_data_schema import Columns
 from finetune_assets.data.ingest import PARQUET, write_raw
@@ -34,7 +34,7 @@ def test_rows_come_out_as_they_went_in(tmp_path: Path) -> None:
     statistics = write_raw([SourceFile("rows.jsonl", path)], Columns(), tmp_path)
     table = pq.read_table(tmp_path / PARQUET)
     assert table.schema.equals(RAW_SCHEMA)
-    assert table.to_pylist() == [{**row, "tools": None} for row in rows]
+    assert table.to_pylist() == [{**dict.fromkeys(OPTIONAL), **row} for row in rows]
     assert (statistics.rows, statistics.with_context, statistics.categories) == (2, 1, {"open_qa": 2})
     assert (statistics.quarantined, statistics.quarantine_share) == (0, 0)
 

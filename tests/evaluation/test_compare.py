@@ -1,5 +1,6 @@
 """Base, champion and challenger on the same rows: losses that are the model's own, each model read once."""
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from trainings import Train, Trained
 from transformers import AutoModelForCausalLM
 
 from finetune_assets import progress
+from finetune_assets.data.learning import Learning
+from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.questions import questions
 from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.data.texts import PACKAGED as TEXTS
@@ -201,3 +204,45 @@ def test_rows_that_an_adapter_was_trained_on_are_not_compared(trained: Train, tm
     assert found["comparable_rows"] == found["generated_rows"] == 0
     assert found["contenders"][CHALLENGER] == {}
     assert {row["rows"] for row in found["categories"]} == {0}
+
+
+@pytest.mark.system
+def test_preferences_are_those_of_each_answer_alone(trained: Train, tmp_path: Path) -> None:
+    """Also where the champion has another prompt, in which both answers of a pair are rendered again."""
+    run, old = trained(), trained("training.max_steps=1")
+    samples = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()[:120]]
+    pairs = [
+        {**row, "rejected": f"The {other['category']}"} if number % 3 else row
+        for number, (row, other) in enumerate(zip(samples, reversed(samples), strict=True))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    raw, folder, config = ingest(tmp_path / "raw", tmp_path / "pairs.jsonl"), tmp_path / "dataset", run.config
+    folder.mkdir()
+    config.training.objective, config.data.val_fraction, config.evaluation.generated_rows = "dpo", 0.3, 4
+    tokenizer = Contender(BASE, FOLDER, config).tokenizer()
+    prepare_dataset(raw, tokenizer, config.data, "salt", folder, learning=Learning.of(config.training))
+    output = Path(shutil.copytree(old.job.output, tmp_path / "old"))
+    (output / "config.yaml").chmod(0o644)
+    (output / "config.yaml").write_text((output / "config.yaml").read_text().replace("### Instruction:", "### Q:"))
+    compared = Comparison(config, folder, "val", [], [raw], print)
+    compared.run([*base_and(run), Contender.of_folder(CHAMPION, FOLDER, output)], ALONE.device)
+
+    examples = Examples.read(folder / "val.arrow")
+    chosen = np.array(examples.table["chosen"].to_pylist(), object)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    losses = losses_alone(model, examples)
+    found, preferences = compared.result(), compared.preferences
+    assert preferences
+    assert preferences.of[BASE] == pytest.approx(losses[chosen == False] - losses[chosen == True], abs=1e-3)  # noqa: E712
+    adapted = PeftModel.from_pretrained(model, run.job.output).eval()
+    losses = losses_alone(adapted, examples)
+    assert preferences.of[CHALLENGER] == pytest.approx(losses[chosen == False] - losses[chosen == True], abs=1e-3)  # noqa: E712
+    right = [side is not False for side in chosen]
+    assert found["rows"] == sum(right) > found["preferences"]["pairs"] > 10
+    tokens = examples.learned[right].sum()
+    assert found["contenders"][CHALLENGER]["loss"] == pytest.approx(losses[right].sum() / tokens, rel=1e-4)
+    assert compared.measured[CHAMPION].asked[0].startswith("### Q:")
+    assert not np.allclose(preferences.of[CHAMPION], preferences.of[BASE], atol=0.1)
+    for name, metrics in found["contenders"].items():
+        assert metrics.keys() >= {"preference_accuracy", "reward_margin", "answer_words", "loss"}, name
+    assert found["contenders"][BASE]["preference_accuracy"] == 0.5

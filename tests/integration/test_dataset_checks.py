@@ -14,12 +14,16 @@ ASSETS = ["dolly_raw", "cached_base_model", "tokenized_dataset"]
 
 
 def evaluated(
-    project: TestProject, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]], *overrides: str
+    project: TestProject,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[dict[str, str]],
+    *overrides: str,
+    blocks: bool = False,
 ) -> dict[str, dg.AssetCheckEvaluation]:
     (project.root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     monkeypatch.setenv("FINETUNE_RAW_DATA", "./rows.jsonl")
     result = Graph().run(ASSETS, "demo", ["data.checks.max_truncated_share=1.0", *overrides]).result
-    assert result.success
+    assert result.success is not blocks
     return {check.check_name: check for check in result.get_asset_check_evaluations()}
 
 
@@ -77,6 +81,27 @@ def test_warnings_name_their_rows(project: TestProject, monkeypatch: pytest.Monk
     assert checks["left_out"].metadata["rows"].value > 100
     assert checks["contamination"].metadata["rows"].value == 1
     assert "row 500" in str(checks["contamination"].description)
+
+
+def test_judgements_that_contradict_each_other_stop_a_training(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And long preferred answers warn."""
+    rows = [
+        {"instruction": f"Where is {first}{second}?", "chosen": "Lowfen, by the river", "rejected": "Midvale"}
+        for first in "abcdefghij"
+        for second in "klmnop"
+    ]
+    rows += [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:4]]
+    overrides = ("training.objective=dpo", "data.near_duplicate_threshold=null")
+    checks = evaluated(project, monkeypatch, rows, *overrides, blocks=True)
+    assert {"conflicting_judgements", "length_bias"} <= {name for name, check in checks.items() if not check.passed}
+    conflicts = checks["conflicting_judgements"]
+    assert conflicts.severity is dg.AssetCheckSeverity.ERROR
+    assert conflicts.metadata["rows"].value == 8
+    assert "row 0 and row 60" in str(conflicts.description)
+    assert checks["length_bias"].severity is dg.AssetCheckSeverity.WARN
+    assert checks["length_bias"].metadata["length_bias"].value > 0.5
 
 
 def test_prompts_whose_tokens_change_warn_and_leave_the_dataset_as_it_is(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from finetune_assets.artifacts.update_spectrum import Update
-from finetune_assets.plots import bars, data, memory, modules, training
+from finetune_assets.plots import bars, data, memory, modules, preferences, training
 from finetune_assets.plots.style import as_address, as_markdown, svg
 from finetune_assets.training.telemetry import Utilisation
 
@@ -45,6 +45,9 @@ def drawings(folder: Path) -> dict[str, Any]:
         "by category": bars.by_category(CATEGORIES, ["base", "champion", "challenger"]),
         "by experiment": bars.by_experiment({"demo": {"base": 3.0, "challenger": 1.0}}),
         "updates": modules.updates(found),
+        "margins": preferences.margins(
+            {"edges": [-1.0, 0.0, 1.0], "counts": {"champion": [3, 4], "challenger": [1, 6]}}
+        ),
     }
 
 

@@ -364,7 +364,9 @@ def test_impossible_settings_are_named(overrides: list[str], setting: str) -> No
 
 
 def identity(*overrides: str) -> str:
-    return ADAPTERS.fingerprint(configured(*overrides), tokenized_dataset="t", cached_base_model="b", warm_start=None)
+    return ADAPTERS.fingerprint(
+        configured(*overrides), tokenized_dataset="t", cached_base_model="b", warm_start=None, reference=None
+    )
 
 
 def test_a_fingerprint_moves_only_where_bytes_do() -> None:

@@ -210,7 +210,7 @@ def test_the_bfloat16_loss_is_not_rounded(gpu: Counter[str], make: Make, monkeyp
     """PyTorch's result is: a sum of some thousand nats would have steps of 8 to 64."""
     run = make("data.tokenization.packing=true")
     monkeypatch.setitem(loss.CHUNK_BYTES, "cuda", 16 * 4 * 1024)
-    batch = run._batch(run.sequences[:8])
+    batch = run.batch(run.sequences[:8])
     logits = run._logits(run.sequences[:8], True)[batch.learned]
     exact = float(F.cross_entropy(logits.cpu(), batch.targets.cpu(), reduction="sum"))
     assert len(batch.targets) > 100

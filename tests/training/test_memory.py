@@ -22,7 +22,7 @@ def test_what_a_token_keeps_is_the_same_in_any_batch(finetune: Finetune) -> None
     run.model.train()
     found = []
     for few, many in ((1, 2), (2, 6)):
-        batches = run._batch(run.sequences[:few]), run._batch(run.sequences[:many])
+        batches = run.batch(run.sequences[:few]), run.batch(run.sequences[:many])
         found.append(
             memory.estimate(run.summed_loss, batches, 1_000, run.model, run.process.device, 1, False).activations
         )

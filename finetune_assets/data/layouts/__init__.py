@@ -18,7 +18,9 @@ from finetune_assets.data.layouts.conversation import CONVERSATION, ignored_turn
 from finetune_assets.data.layouts.instruction import INSTRUCTION
 from finetune_assets.data.layouts.joining import join_turns
 from finetune_assets.data.layouts.layout import Layout
-from finetune_assets.data.layouts.objectives import MARKS, refuse_other_objectives
+from finetune_assets.data.layouts.other_formats import MARKS, refuse_other_formats
+from finetune_assets.data.layouts.preferences import COLUMNS as JUDGEMENT
+from finetune_assets.data.layouts.preferences import judged_row
 from finetune_assets.data.layouts.turn_keys import WEIGHT_KEYS
 from finetune_assets.data.layouts.values import Values, is_empty, shortened
 from finetune_assets.data.readers.records import MAX_COLUMNS
@@ -55,13 +57,15 @@ class _Study(NamedTuple):
     Attributes:
         names: Of each column's accepted names, those among the keys.
         misspelt: Unknown keys, each with the known key that it resembles and the column of that key.
-        has_marks: Whether the row may have another objective.
+        has_marks: Whether the row may be of another format.
+        is_judged: Whether the row may have a judgement.
         weight: Key that may exclude the row from the loss; empty without one.
     """
 
     names: Mapping[str, tuple[str, ...]]
     misspelt: list[tuple[str, str, str]]
     has_marks: bool
+    is_judged: bool
     weight: str
 
 
@@ -81,7 +85,8 @@ class RowReader:
         self.ignored: Counter[str] = Counter()
         self._ignore = frozenset(columns.ignore)
         self._given = {name: theirs for name, theirs in asdict(columns).items() if isinstance(theirs, str)}
-        known = {name: group for layout in LAYOUTS for name, group in layout.columns.items()} | COMMON
+        known = {name: group for layout in LAYOUTS for name, group in layout.columns.items()}
+        known |= COMMON | JUDGEMENT
         taken = {*self._given.values(), *columns.ignore}
         self._names = {
             name: (self._given[name],) if name in self._given else tuple(key for key in group if key not in taken)
@@ -116,18 +121,29 @@ class RowReader:
             if row[key] and all(is_empty(row.get(name)) for name in study.names[column]):
                 raise BadRow(f"unknown key '{key}' would be lost; did you mean '{meant}'?")
         if study.has_marks:
-            refuse_other_objectives(row)
+            refuse_other_formats(row)
         if study.weight and row.get(study.weight) in (0, False) and not isinstance(row[study.weight], str):
             raise BadRow(
                 f"'{study.weight}' is {shortened(row[study.weight])}, so the row is not to be learned; remove it, or "
                 "list the column in raw_data.yaml: columns.ignore to learn it"
             )
-        values = join_turns(Values(row, study.names))
-        system, category = values.text("system"), _category(values)
-        layout = next((layout for layout in LAYOUTS if values.pick(layout.marker)), LAYOUTS[-1])
-        good = layout.read(values, category, system)
+        used: list[tuple[Layout, Values]] = []
+
+        def read(values: Values) -> Row:
+            values = join_turns(values)
+            system, category = values.text("system"), _category(values)
+            layout = next((layout for layout in LAYOUTS if values.pick(layout.marker)), LAYOUTS[-1])
+            used.append((layout, values))
+            return layout.read(values, category, system)
+
+        values = Values(row, study.names)
+        judged = judged_row(values, "label" in self._given, read) if study.is_judged else None
+        good = read(values) if judged is None else judged
+        layout, values = used[-1]
+        judgement = {name for column in JUDGEMENT if column in good for name in study.names[column]}
+        judgement |= {*study.names["chosen"]} if "rejected" in good else set()
         for key in (self._unread if few else self._unread_keys)(keys, LAYOUTS.index(layout)):
-            if key in self._ignore or not is_empty(row[key]):
+            if key not in judgement and (key in self._ignore or not is_empty(row[key])):
                 self._count_ignored(key)
         if layout is CONVERSATION:
             for key in ignored_turn_keys(values.row, values.names["messages"]):
@@ -146,11 +162,12 @@ class RowReader:
     def _study_keys(self, keys: tuple[str, ...]) -> _Study:
         named = {*self._given.values(), *self._ignore}
         self.keys |= dict.fromkeys(keys if len(self.keys) < NAMED else named.intersection(keys))
-        known = {name: column for column, group in self._names.items() for name in group}
+        known = {name: column for column, group in self._names.items() if column not in JUDGEMENT for name in group}
+        judgement = {name for column in JUDGEMENT for name in self._names[column]}
         unknown = [
             key
             for key in keys
-            if len(key) <= LONGEST_NAME and not (key in known or key in self._ignore or _is_attribute(key))
+            if len(key) <= LONGEST_NAME and not (key in known or key in named | judgement or _is_attribute(key))
         ]
         unknown = unknown[: min(COMPARED_KEYS, MOST_COMPARED - self._compared)]
         self._compared += len(unknown)
@@ -160,7 +177,7 @@ class RowReader:
         }
         misspelt = [(key, matches[0], known[matches[0]]) for key, matches in near if matches]
         weight = next((key for key in keys if key in WEIGHT_KEYS and key not in known), "")
-        return _Study(names, misspelt, not MARKS.isdisjoint(keys), weight)
+        return _Study(names, misspelt, not MARKS.isdisjoint(keys), not judgement.isdisjoint(keys), weight)
 
     def _unread_keys(self, keys: tuple[str, ...], number: int) -> list[str]:
         """The keys that a layout does not read."""

@@ -31,10 +31,10 @@ def join_turns(values: Values) -> Values:
     """
     name, messages = values.find("messages")
     if name is not None:
-        turns = _turns(messages)
+        turns = turns_of(messages)
         return values if turns is None else _with_messages(values, _add_columns(values, name, turns))
     (prompt_name, prompt), (answer_name, answer) = values.find("instruction"), values.find("response")
-    turns = [_turns(prompt), _turns(answer)]
+    turns = [turns_of(prompt), turns_of(answer)]
     are_texts = isinstance(prompt, str) and isinstance(answer, str)
     if are_texts and LOOKS_LIKE_TURNS.match(prompt) and None in turns:  # an answer alone may well be JSON
         raise BadRow(
@@ -63,7 +63,7 @@ def _add_columns(values: Values, name: str, turns: list[Any]) -> list[Any]:
     contents = [_content(turn) or "" for turn in turns]
     prompt_name, prompt = values.find("instruction")
     if prompt_name is not None:
-        begin = _turns(prompt)
+        begin = turns_of(prompt)
         is_in = turns[: len(begin)] == begin if begin else _is_part(prompt, contents)
         if not is_in:
             _refuse(values, "instruction", name)
@@ -73,9 +73,9 @@ def _add_columns(values: Values, name: str, turns: list[Any]) -> list[Any]:
     answer_name, answer = values.find("response")
     if answer_name is None or not turns:
         return turns
-    if _speaker(turns[-1]) == "user":
+    if speaker(turns[-1]) == "user":
         return [*turns, *_as_turns(answer, "assistant", answer_name)]
-    end = _turns(answer)
+    end = turns_of(answer)
     is_in = turns[-len(end) :] == end if end else _stripped(answer) == contents[-1]
     if not is_in:
         _refuse(values, "response", name)
@@ -98,7 +98,7 @@ def _refuse(values: Values, column: str, other: str) -> None:
         )
 
 
-def _turns(value: Any) -> list[Any] | None:
+def turns_of(value: Any) -> list[Any] | None:
     """A list of turns, also as JSON in a CSV field; None for anything else."""
     if isinstance(value, str):
         if not value.lstrip().startswith("["):
@@ -115,7 +115,7 @@ def _as_turns(value: Any, role: str, name: str) -> list[Any]:
     """A list of turns as it is, and a text as a turn of a role."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    turns = _turns(value)
+    turns = turns_of(value)
     if turns is None:
         raise BadRow(f"'{name}' must be text or a list of turns, found {shortened(value)}")
     return turns
@@ -123,14 +123,14 @@ def _as_turns(value: Any, role: str, name: str) -> list[Any]:
 
 def _unlearned(turn: Any) -> Any:
     """A turn of a prompt; a weight of 0 excludes the assistant's from the loss."""
-    return {**turn, "weight": 0} if _speaker(turn) == "assistant" else turn
+    return {**turn, "weight": 0} if speaker(turn) == "assistant" else turn
 
 
 def _role(turn: Any) -> Any:
     return turn.get("from") if turn.get("role") is None else turn["role"]
 
 
-def _speaker(turn: Any) -> str | None:
+def speaker(turn: Any) -> str | None:
     """Role of a turn in the names of `RAW_SCHEMA`; None if it is unknown."""
     role = _role(turn)
     if not isinstance(role, str):

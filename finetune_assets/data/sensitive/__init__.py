@@ -111,19 +111,22 @@ class SensitiveScan:
 def _joined(row: Row) -> str:
     if row["messages"]:
         return "\n".join(text for _, text in _texts(row))
-    return "\n".join((row["instruction"], row["context"], row["response"], row["category"]))
+    texts = row["instruction"], row["context"], row["response"], row["category"], row.get("rejected") or ""
+    return "\n".join(texts)
 
 
 def _texts(row: Row) -> Iterator[tuple[str, str]]:
     """The texts of a row by field or turn. Of a conversation the fields repeat its turns, and are left out."""
     turns = row["messages"]
     for name, value in row.items():
-        if value and isinstance(value, str) and not (turns and name in ("instruction", "context", "response")):
+        repeated = turns and name in ("instruction", "context", "response", "rejected")
+        if value and isinstance(value, str) and not repeated:
             yield name, value
-    for number, turn in enumerate(turns or (), 1):
-        for name, value in turn.items():
-            if value and name != "role":
-                yield f"turn {number}" + ("" if name == "content" else f", {name}"), _as_text(value)
+    for where, side in (("", turns), ("rejected, ", row.get("rejected_messages"))):
+        for number, turn in enumerate(side or (), 1):
+            for name, value in turn.items():
+                if value and name != "role":
+                    yield f"{where}turn {number}" + ("" if name == "content" else f", {name}"), _as_text(value)
 
 
 def _as_text(value: Any) -> str:

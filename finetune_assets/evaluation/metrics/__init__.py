@@ -26,9 +26,18 @@ REFUSALS = Metric("refusals", "refusals without golden", "{:.1%}")
 """With refusals: share of refusals among the rows without a golden passage among their passages."""
 FALSE_REFUSALS = Metric("false_refusals", "refusals with golden", "{:.1%}")
 """With refusals: share of refusals among the rows with a golden passage among their passages."""
+PREFERENCE_ACCURACY = Metric("preference_accuracy", "preference accuracy", "{:.1%}")
+"""With judgements: share of held-out judgements that the model follows more than the base model does; the base model
+has 50%. Ties count half."""
+REWARD_MARGIN = Metric("reward_margin", "reward margin", "{:+.3f}")
+"""With judgements: mean reward of the chosen answer minus that of the rejected one; the base model has 0."""
+ANSWER_WORDS = Metric("answer_words", "words per answer", "{:.1f}")
+"""With judgements: mean number of words of the generated answers, which preferences often lengthen."""
+PREFERENCE_METRICS = (PREFERENCE_ACCURACY, REWARD_MARGIN, ANSWER_WORDS)
+"""Metrics of experiments with judgements alone."""
 ROW_METRICS = (LOSS, PERPLEXITY, *ANSWER_METRICS)
 """Metrics of held-out rows."""
 RETRIEVAL_METRICS = (*PASSAGE_METRICS, CITATIONS, REFUSALS, FALSE_REFUSALS)
 """Metrics of held-out rows of experiments with retrieval alone."""
-METRICS = (*ROW_METRICS, *RETRIEVAL_METRICS, GENERAL_LOSS)
+METRICS = (*ROW_METRICS, *RETRIEVAL_METRICS, *PREFERENCE_METRICS, GENERAL_LOSS)
 """All metrics, in the order in which they are shown."""
