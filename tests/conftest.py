@@ -41,12 +41,13 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, for_all_workers: Path, monkeypatch: pytest.MonkeyPatch) -> TestProject:
-    """A project of this test alone, which the environment points to. Only simulated memory is shared by all projects,
-    as it is by all experiments on a machine: it depends on code and settings alone."""
+    """A project of this test alone, which the environment points to. All share what a machine's experiments share and
+    depends on code and inputs alone: simulated memory, plots, and comparisons of prompts."""
     created = TestProject.create(tmp_path)
     created.cache.mkdir(parents=True)
-    (simulations := for_all_workers / "simulations").mkdir(exist_ok=True)
-    (created.cache / "simulations").symlink_to(simulations)
+    for name in ("simulations", "derived"):
+        (for_all_workers / name).mkdir(exist_ok=True)
+        (created.cache / name).symlink_to(for_all_workers / name)
     for name, value in created.environment.items():
         monkeypatch.setenv(name, value)
     return created

@@ -36,4 +36,5 @@ def adapter_evaluation(
         lineage = project.lineage(context.partition_key)
         outcome = evaluate(context, project, launcher, lineage, lora_adapter, tokenized_dataset, cached_base_model)
         evaluation = read_evaluation(project.store().fetch(outcome.ref))
-        return result(outcome, tags=lineage_tags(lineage), **evaluation_metadata(evaluation))
+        metadata = evaluation_metadata(evaluation, project.store().cache.derived)
+        return result(outcome, tags=lineage_tags(lineage), **metadata)

@@ -23,6 +23,7 @@ from finetune_assets.assets.raw_sources import (
 from finetune_assets.config.raw_data_schema import RawDataConfig
 from finetune_assets.resources.project import Project
 from finetune_assets.resources.raw_versions import AWAY, GOOD_TAG, SOURCE_TAG, source_tag
+from finetune_assets.store.results import Results
 
 STALE_AFTER = timedelta(days=30)
 """Age at which Dagster's UI shows the raw data as stale; it stops nothing."""
@@ -50,20 +51,24 @@ def dolly_raw(context: dg.AssetExecutionContext, project: Project) -> dg.Materia
         checked = evaluate_checks(context, project, raw, sources)
         outcome = publish_version(project, raw, checked.used, seconds)
         tags = {SOURCE_TAG: source_tag(raw.source_name), **({GOOD_TAG: "true"} if checked.good else {})}
+        drawn = project.store().cache.derived
         by_source = {name: profile.to_dict() for name, profile in checked.profiles.items()}
         if len(raw.sources) == 1:
             (source,) = sources.values()
-            metadata = {**_describe(source.statistics), PROFILE: dg.MetadataValue.json(next(iter(by_source.values())))}
+            profile = dg.MetadataValue.json(next(iter(by_source.values())))
+            metadata = {**_describe(source.statistics, drawn), PROFILE: profile}
         else:
             away = (name for name in raw.sources if name not in sources or sources[name].away)
             metadata = {
-                **_describe_several(checked, raw.config, sorted(away)),
+                **_describe_several(checked, raw.config, sorted(away), drawn),
                 PROFILE: dg.MetadataValue.json(by_source),
             }
         return result(outcome, checked.results, tags, source=raw.source_name, **metadata)
 
 
-def _describe_several(checked: CheckedSources, config: RawDataConfig, away: list[str]) -> dict[str, object]:
+def _describe_several(
+    checked: CheckedSources, config: RawDataConfig, away: list[str], drawn: Results
+) -> dict[str, object]:
     from finetune_assets.data.raw_schema import RAW_SCHEMA
     from finetune_assets.data.tables import rows_table
 
@@ -94,7 +99,7 @@ def _describe_several(checked: CheckedSources, config: RawDataConfig, away: list
         for name in config.sources
         if name not in sources
     ]
-    of_each = {name: _describe(source.statistics) for name, source in sources.items()}
+    of_each = {name: _describe(source.statistics, drawn) for name, source in sources.items()}
     return {
         "dagster/row_count": sum(source.statistics["rows"] for source in sources.values()),
         "dagster/column_schema": column_schema(RAW_SCHEMA),
@@ -110,7 +115,7 @@ def _describe_several(checked: CheckedSources, config: RawDataConfig, away: list
     }
 
 
-def _describe(statistics: dict[str, Any]) -> dict[str, object]:
+def _describe(statistics: dict[str, Any], drawn: Results) -> dict[str, object]:
     from finetune_assets.data.raw_schema import RAW_SCHEMA
     from finetune_assets.data.tables import conversations_table, rows_table
 
@@ -123,7 +128,7 @@ def _describe(statistics: dict[str, Any]) -> dict[str, object]:
         "rows_with_context": statistics["with_context"],
         "conversations": statistics["conversations"],
         "quarantined": statistics["quarantined"],
-        **of_rows(statistics),
+        **of_rows(statistics, drawn),
         **({"category_count": len(categories)} if len(categories) > CATEGORIES else {}),
         "categories": dg.MetadataValue.md(rows_table(counts, ["category", "rows"])),
         "preview": dg.MetadataValue.md(

@@ -131,7 +131,7 @@ def _describe(project: Project, lineage: Lineage, ref: ArtifactRef) -> dict[str,
     return {
         **metrics,
         "runtime": dg.MetadataValue.json(state["active"]),
-        **pictures(folder, state),
+        **pictures(folder, state, project.store().cache.derived),
         **_wandb(state.get("wandb") or {}),
         **_plan_comparison(lineage, ref, metrics),
     }
@@ -148,7 +148,7 @@ def _plan_comparison(lineage: Lineage, ref: ArtifactRef, metrics: Numbers) -> di
     return {
         **{f"predicted_{name}": value for name, value in predicted(plan).items() if name in metrics},
         "prediction_vs_actual": dg.MetadataValue.md(rows),
-        **of_plan(plan, metrics.get("peak_memory_mib")),
+        **of_plan(plan, lineage.store.cache.derived, metrics.get("peak_memory_mib")),
     }
 
 

@@ -1,40 +1,68 @@
-"""Plots of artifacts as metadata, which Dagster's UI renders as images."""
+"""Plots of artifacts as metadata, which Dagster's UI renders as images.
 
+Drawing takes longer than all else that a cache hit does, so plots are cached on this machine by the data they show.
+"""
+
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
+from finetune_assets import plots
 from finetune_assets.artifacts.layout import UPDATES, UTILISATION
+from finetune_assets.store.results import Results, code_of
 
+MARKDOWN = "markdown"
+LIBRARIES = ("matplotlib", "numpy", "pillow")
 logger = logging.getLogger(__name__)
 Pictures = dict[str, dg.MarkdownMetadataValue]
 
 
-def of_rows(statistics: Mapping[str, Any]) -> Pictures:
-    """Plot of the lengths and categories of raw rows."""
-    from finetune_assets.plots.data import raw_rows
+def of_rows(statistics: Mapping[str, Any], drawn: Results) -> Pictures:
+    """Plot of the lengths and categories of raw rows.
 
-    return _plot("lengths_and_categories", lambda: raw_rows(statistics["quality"]["lengths"], statistics["categories"]))
+    Args:
+        statistics: Statistics of the raw data.
+        drawn: Cache of plots; of all functions here.
+    """
+    lengths, categories = statistics["quality"]["lengths"], statistics["categories"]
+
+    def draw() -> Any:
+        from finetune_assets.plots.data import raw_rows
+
+        return raw_rows(lengths, categories)
+
+    return _plot("lengths_and_categories", draw, drawn, lengths, categories)
 
 
-def of_tokens(statistics: Mapping[str, Any], cutoff: int) -> Pictures:
+def of_tokens(statistics: Mapping[str, Any], cutoff: int, drawn: Results) -> Pictures:
     """Plot of the lengths of train examples and of the fill of packed sequences."""
-    from finetune_assets.plots.data import tokens
-
     lengths, fills = statistics["length_histogram"], statistics["fill_histogram"]
-    return _plot("lengths_and_packing", lambda: tokens(lengths, cutoff, fills))
+
+    def draw() -> Any:
+        from finetune_assets.plots.data import tokens
+
+        return tokens(lengths, cutoff, fills)
+
+    return _plot("lengths_and_packing", draw, drawn, lengths, cutoff, fills)
 
 
-def of_plan(plan: Mapping[str, Any], measured: float | None = None) -> Pictures:
+def of_plan(plan: Mapping[str, Any], drawn: Results, measured: float | None = None) -> Pictures:
     """Plot of the predicted memory by part, with the measured peak memory if available; all in MiB."""
-    from finetune_assets.plots.memory import by_part
+    parts, usable = plan["memory_mib"], plan["usable_mib"]
 
-    if not plan["memory_mib"]:
-        return {}
-    return _plot("memory_by_part", lambda: by_part(plan["memory_mib"], plan["usable_mib"], measured))
+    def draw() -> Any:
+        from finetune_assets.plots.memory import by_part
+
+        return by_part(parts, usable, measured)
+
+    return _plot("memory_by_part", draw, drawn, parts, usable, measured) if parts else {}
 
 
 def is_drawn(path: str) -> bool:
@@ -42,40 +70,89 @@ def is_drawn(path: str) -> bool:
     return path in (UPDATES, UTILISATION)
 
 
-def of_training(folder: Path, state: Mapping[str, Any]) -> Pictures:
+def of_training(folder: Path, state: Mapping[str, Any], drawn: Results) -> Pictures:
     """Plots of a training: curves, GPU utilisation and weight updates by module."""
     from finetune_assets.artifacts.update_spectrum import read_updates
-    from finetune_assets.plots import modules, training
 
-    plots = _plot("curves", lambda: training.curves(state))
-    if (folder / UTILISATION).is_file():
-        plots |= _plot("gpu_utilisation", lambda: training.utilisation(folder / UTILISATION))
-    if updates := read_updates(folder):
-        plots |= _plot("module_updates", lambda: modules.updates(updates))
-    return plots
+    def curves() -> Any:
+        from finetune_assets.plots import training
+
+        return training.curves(state)
+
+    def utilisation() -> Any:
+        from finetune_assets.plots import training
+
+        return training.utilisation(folder / UTILISATION)
+
+    def updates() -> Any:
+        from finetune_assets.plots import modules
+
+        return modules.updates(of_modules) if (of_modules := read_updates(folder)) else None
+
+    pictures = _plot("curves", curves, drawn, state)
+    for name, file, draw in (("gpu_utilisation", UTILISATION, utilisation), ("module_updates", UPDATES, updates)):
+        if (folder / file).is_file():
+            pictures |= _plot(name, draw, drawn, hashlib.sha256((folder / file).read_bytes()).hexdigest())
+    return pictures
 
 
-def of_evaluation(evaluation: Mapping[str, Any]) -> Pictures:
+def of_evaluation(evaluation: Mapping[str, Any], drawn: Results) -> Pictures:
     """Plots of held-out losses by category and, where they are measured, of retrieval modes and reward margins."""
-    from finetune_assets.plots.bars import by_category, by_mode
-    from finetune_assets.plots.preferences import margins
+    categories, contenders = evaluation["categories"], [*evaluation["contenders"]]
+    modes, histograms = evaluation.get("modes", {}), evaluation.get("preferences", {}).get("margins")
 
-    categories, modes = evaluation["categories"], evaluation.get("modes", {})
-    plots = _plot("loss_by_category_bars", lambda: by_category(categories, [*evaluation["contenders"]]))
+    def losses() -> Any:
+        from finetune_assets.plots.bars import by_category
+
+        return by_category(categories, contenders)
+
+    def side_by_side() -> Any:
+        from finetune_assets.plots.bars import by_mode
+
+        return by_mode(modes)
+
+    def margins() -> Any:
+        from finetune_assets.plots.preferences import margins
+
+        return margins(histograms)
+
+    pictures = _plot("loss_by_category_bars", losses, drawn, categories, contenders)
     if modes:
-        plots |= _plot("modes_side_by_side", lambda: by_mode(modes))
-    if histograms := evaluation.get("preferences", {}).get("margins"):
-        plots |= _plot("reward_margins", lambda: margins(histograms))
-    return plots
+        pictures |= _plot("modes_side_by_side", side_by_side, drawn, modes)
+    if histograms:
+        pictures |= _plot("reward_margins", margins, drawn, histograms)
+    return pictures
 
 
-def _plot(name: str, draw: Callable[[], Any]) -> Pictures:
-    """A plot by its name; empty without data or if plotting fails, because the artifact itself is complete by then."""
-    from finetune_assets.plots.style import as_markdown
+def _plot(name: str, draw: Callable[[], Any], drawn: Results, *shown: Any) -> Pictures:
+    """A plot by its name; empty without data or if plotting fails, because the artifact itself is complete by then.
 
+    Args:
+        name: Name of the plot.
+        draw: Draws it.
+        drawn: Cache of plots.
+        shown: The data in the plot.
+    """
+    data = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+    question = {"plot": name, "data": data, **_code_and_libraries()}
+    if result := drawn.get(question, {MARKDOWN}):
+        return _shown(name, result[MARKDOWN])
     try:
+        from finetune_assets.plots.style import as_markdown
+
         figure = draw()
-        return {} if figure is None else {name: dg.MetadataValue.md(as_markdown(figure, name.replace("_", " ")))}
+        markdown = None if figure is None else as_markdown(figure, name.replace("_", " "))
     except Exception as e:
         logger.warning("Could not draw plot %s: %s: %s", name, type(e).__name__, e)
         return {}
+    drawn.put(question, {MARKDOWN: markdown})
+    return _shown(name, markdown)
+
+
+def _shown(name: str, markdown: str | None) -> Pictures:
+    return {name: dg.MetadataValue.md(markdown)} if markdown else {}
+
+
+@cache
+def _code_and_libraries() -> dict[str, Any]:
+    return {"code": code_of(Path(plots.__file__).parent), "libraries": {name: version(name) for name in LIBRARIES}}

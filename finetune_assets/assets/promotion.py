@@ -21,6 +21,7 @@ from finetune_assets.reporting.numbers import of_evaluation
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.results import Results
 
 CATEGORIES = 100
 """Maximum number of categories whose losses are shown."""
@@ -101,7 +102,7 @@ def base_of(lineage: Lineage, adapter: ArtifactRef) -> ArtifactRef | None:
     return lineage.find_base_model(f"{recorded.repo}/{recorded.revision}")
 
 
-def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def evaluation_metadata(evaluation: Mapping[str, Any], drawn: Results) -> dict[str, Any]:
     """Metadata of an evaluation: scalars, losses by category, and answers side by side."""
     from finetune_assets.data.tables import rows_table
 
@@ -121,7 +122,7 @@ def evaluation_metadata(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "split": evaluation["split"],
         "rows": evaluation["rows"],
         "generated_rows": evaluation["generated_rows"],
-        **pictures(evaluation),
+        **pictures(evaluation, drawn),
         "loss_by_category": losses_by("category", evaluation["categories"]),
         **({"loss_by_source": losses_by("source", sources)} if sources else {}),
         **(_mode_tables(evaluation) if modes else {}),

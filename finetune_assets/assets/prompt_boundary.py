@@ -1,14 +1,26 @@
 """Check `prompt_boundary` of `tokenized_dataset`: prompts whose tokens change once an answer follows."""
 
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import dagster as dg
 
+from finetune_assets import data
 from finetune_assets.artifacts.lineage import Lineage
 from finetune_assets.artifacts.passages import row_contexts
 from finetune_assets.assets.materialization import fraction_check
 from finetune_assets.sources.base_models import is_tokenizer_file
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.results import code_of
+
+if TYPE_CHECKING:
+    from finetune_assets.data.prompt_boundary import PromptBoundary
 
 NAME, TRAIN = "prompt_boundary", "train.arrow"
+FIELDS = {"compared", "changed", "first", "difference"}
 REMEDY_OF_PROMPTS = (
     "end data.prompt_template.prompt_input and prompt_no_input in text that the tokenizer never merges with an answer, "
     "such as a line break instead of a space, and remove white space before the answers"
@@ -28,30 +40,50 @@ def prompt_boundary_check(
 ) -> dg.AssetCheckResult:
     """Compare the prompts of a sample of the training rows with those that a server renders.
 
-    The comparison is no part of the dataset: it is done at each materialization, also after a cache hit.
+    The comparison is no part of the dataset: a materialization whose dataset is a cache hit is checked too. A machine
+    compares a dataset once, unless the base model brings its own code.
     """
+    from finetune_assets.data.sensitive import masked
+
+    config, derived = lineage.experiment.config, lineage.store.cache.derived
+    trusted = config.model.trust_remote_code is not None
+    question = {"prompt_boundary": dataset.fingerprint, "content": dataset.content, **_code_and_libraries()}
+    found = None if trusted else derived.get(question, FIELDS)
+    if found is None:
+        compared = _compare(lineage, dolly_raw, cached_base_model, dataset)
+        found = {**asdict(compared), "difference": masked(compared.difference)}
+        derived.put(question, found)
+    most, first = config.data.checks.max_changed_prompts_share, ", ".join(map(str, found["first"]))
+    remedy = REMEDY_OF_CHAT_TEMPLATE if config.data.prompt_template.chat_template else REMEDY_OF_PROMPTS
+    problem = (
+        f"have a prompt whose tokens change once an answer follows (data.checks.max_changed_prompts_share = {most:g}), "
+        f"so a server does not continue them as in training; {remedy}. First, by number in dolly_raw: {first}; in the "
+        f"first, {found['difference']}"
+    )
+    severity = dg.AssetCheckSeverity.WARN
+    return fraction_check(context, NAME, found["changed"], found["compared"], most, problem, severity, first_rows=first)
+
+
+@cache
+def _code_and_libraries() -> dict[str, Any]:
+    names = ("transformers", "tokenizers", "jinja2")
+    return {"code": code_of(Path(data.__file__).parent), "libraries": {name: version(name) for name in names}}
+
+
+def _compare(
+    lineage: Lineage, dolly_raw: ArtifactRef, cached_base_model: ArtifactRef, dataset: ArtifactRef
+) -> "PromptBoundary":
     from finetune_assets.data.ingest import PARQUET
     from finetune_assets.data.prompt_boundary import prompt_boundary
-    from finetune_assets.data.sensitive import masked
     from finetune_assets.data.tokenization import load_tokenizer
 
     config, store = lineage.experiment.config, lineage.store
-    selected, data = lineage.selected_sources(dolly_raw), config.data
+    selected, tokenization = lineage.selected_sources(dolly_raw), config.data.tokenization
     used = [*selected.values(), *lineage.replayed(selected)]
     raw = [store.fetch(ref, lambda path: path == PARQUET) / PARQUET for ref in used]
     train = store.fetch(dataset, lambda path: path == TRAIN) / TRAIN
     base_model = store.fetch(cached_base_model, is_tokenizer_file)
     trusted = config.model.trust_remote_code is not None
-    tokenizer = load_tokenizer(str(base_model), data.tokenization.added_tokens, trusted)
-    contexts = row_contexts(lineage, raw, load_tokenizer(str(base_model), data.tokenization.added_tokens, trusted))
-    found = prompt_boundary(train, raw, tokenizer, data, contexts=contexts)
-    most = data.checks.max_changed_prompts_share
-    first = ", ".join(map(str, found.first))
-    remedy = REMEDY_OF_CHAT_TEMPLATE if data.prompt_template.chat_template else REMEDY_OF_PROMPTS
-    problem = (
-        f"have a prompt whose tokens change once an answer follows (data.checks.max_changed_prompts_share = {most:g}), "
-        f"so a server does not continue them as in training; {remedy}. First, by number in dolly_raw: {first}; in the "
-        f"first, {masked(found.difference)}"
-    )
-    severity = dg.AssetCheckSeverity.WARN
-    return fraction_check(context, NAME, found.changed, found.compared, most, problem, severity, first_rows=first)
+    tokenizer = load_tokenizer(str(base_model), tokenization.added_tokens, trusted)
+    contexts = row_contexts(lineage, raw, load_tokenizer(str(base_model), tokenization.added_tokens, trusted))
+    return prompt_boundary(train, raw, tokenizer, config.data, contexts=contexts)

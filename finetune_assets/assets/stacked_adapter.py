@@ -93,7 +93,7 @@ def stacked_adapter(
             decision=decision.reason,
             **champion,
             stacked_from=dg.MetadataValue.json({name: ref.fingerprint for name, ref in parts.items()}),
-            **evaluation_metadata(evaluation),
+            **evaluation_metadata(evaluation, project.store().cache.derived),
         )
 
 

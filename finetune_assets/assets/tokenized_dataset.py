@@ -120,7 +120,7 @@ def tokenized_dataset(
         checks.append(prompt_boundary_check(context, lineage, dolly_raw, cached_base_model, outcome.ref))
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= _describe_judged(lineage, outcome.ref, statistics.get("adapters", {}))
-        metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len)
+        metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len, project.store().cache.derived)
         outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))
         return result(outcome, checks, tags, dolly_raw=dolly_raw.fingerprint, **metadata)
 

@@ -30,6 +30,7 @@ from finetune_assets.resources.project import Project
 from finetune_assets.serving.servable import problems
 from finetune_assets.sources.base_models import is_shape_file
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.results import Results
 
 
 @project_asset(
@@ -99,7 +100,7 @@ def training_plan(
             _fit_check(context, plan, outcome.hit),
             _servable_check(context, lineage.experiment.config, read_object(shape / "config.json")),
         ]
-        return result(outcome, checks, lineage_tags(lineage), **_metadata(plan))
+        return result(outcome, checks, lineage_tags(lineage), **_metadata(plan, project.store().cache.derived))
 
 
 def _fit_check(context: dg.AssetExecutionContext, plan: dict[str, Any], trained: bool) -> dg.AssetCheckResult:
@@ -148,7 +149,7 @@ def _servable_check(
     )
 
 
-def _metadata(plan: dict[str, Any]) -> dict[str, Any]:
+def _metadata(plan: dict[str, Any], drawn: Results) -> dict[str, Any]:
     """Metadata of a plan; predicted values have the names of the values measured later, for Dagster's plots."""
     from finetune_assets.data.tables import rows_table
 
@@ -164,5 +165,5 @@ def _metadata(plan: dict[str, Any]) -> dict[str, Any]:
         **({"evaluations": count} if count else {}),
         **({"fewest_steps": fewest} if fewest and fewest < plan["work"]["steps"] else {}),
         "memory": dg.MetadataValue.md(rows_table(rows, ["part", "MiB"])),
-        **of_plan(plan),
+        **of_plan(plan, drawn),
     }

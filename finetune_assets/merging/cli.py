@@ -3,6 +3,7 @@
 Merges an adapter into its base model, and compares the logits of the merged model with those of base plus adapter.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -18,12 +19,15 @@ from finetune_assets.training.distributed import joined
 from finetune_assets.training.reporting import reporter
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = arguments.parser("finetune_assets.merging", __doc__)
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--dataset", type=Path, required=True, help="folder of a tokenized dataset")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    args = parser().parse_args()
     config = load_resolved(args.config)
     assert config.merge is not None
     contender = Contender.of_folder("adapter", args.base_model, args.adapter, arguments.trusts(config, args.bases))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_assets.config.schema import ExperimentConfig, Lora
 from finetune_assets.preflight.device import Device
-from finetune_assets.preflight.results import Results
 from finetune_assets.sources.model_sizes import check_sizes
+from finetune_assets.store.results import Results
 from finetune_assets.worker.model_libraries import import_lean
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from finetune_assets.preflight.advice import ways
 from finetune_assets.preflight.case import Case, NotSimulated, Shape, lora_problem, multiplied_weights
 from finetune_assets.preflight.device import GIB, Device, device_of
 from finetune_assets.preflight.memory import MIB, Memory, predict
-from finetune_assets.preflight.results import Results
 from finetune_assets.preflight.speed import Kind, Past, speed
 from finetune_assets.preflight.work import TrainingWork, full_batch, work_of
+from finetune_assets.store.results import Results
 
 
 def sized(size: float) -> str:

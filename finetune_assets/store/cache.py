@@ -19,6 +19,7 @@ from finetune_assets.store.errors import StoreError
 from finetune_assets.store.hashing import sha256
 from finetune_assets.store.locks import Lock, exclusive_lock
 from finetune_assets.store.manifest import FileEntry, Manifest, ManifestError, is_plain, parse
+from finetune_assets.store.results import Results
 
 FREE_BYTES = 500_000_000
 """Disk space that the cache leaves free, in bytes."""
@@ -257,6 +258,11 @@ class NodeCache:
     def simulations(self) -> Path:
         """Folder of simulation results, one small file each."""
         return self.root / "simulations"
+
+    @property
+    def derived(self) -> Results:
+        """Results that are derived from artifacts, such as plots, and are part of none."""
+        return Results(self.root / "derived")
 
     def scratch(self, fingerprint: str) -> Path:
         """Return the folder that a failed job leaves for the next attempt at the same fingerprint."""

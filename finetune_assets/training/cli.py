@@ -1,5 +1,6 @@
 """`torchrun -m finetune_assets.training --config resolved.yaml --base-model DIR --dataset DIR --output DIR ...`."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,15 +13,18 @@ from finetune_assets.training.state import TrainingPaths
 from finetune_assets.training.trackers import TrackedTraining
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = arguments.parser("finetune_assets.training", __doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="folder of the tokenized dataset")
     parser.add_argument("--warm-start", type=Path, help="folder of the adapter for a warm start")
     parser.add_argument("--reference", type=Path, help="folder of the adapter that judged answers are compared with")
     parser.add_argument("--reference-log-probs", type=Path, help="folder of the reference's log-probabilities")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for checkpoints, kept until success")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    args = parser().parse_args()
     config = load_resolved(args.config)
     made_from = json.loads(args.made_from.read_text(encoding="utf-8"))
     uris = json.loads(args.uris.read_text(encoding="utf-8")) if args.uris else {}

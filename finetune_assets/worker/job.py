@@ -25,8 +25,8 @@ MODULES = (
 )
 """Modules that a job may run, besides those in FINETUNE_WORKER_MODULES."""
 INPUT = re.compile(
-    "base-model|dataset|warm-start|adapter|champion|champion-base-model|index|general-text|tasks|"
-    "(?:raw|adapter)-[0-9]{1,4}"
+    "base-model|dataset|warm-start|reference|reference-log-probs|adapter|champion|champion-base-model|index|"
+    "general-text|tasks|(?:raw|adapter)-[0-9]{1,4}"
 )
 """Names of inputs: flags of the workers."""
 FINGERPRINT = re.compile("[0-9A-Za-z]{1,64}")

@@ -15,9 +15,9 @@ from finetune_assets.errors import UserError
 from finetune_assets.preflight.case import Shape
 from finetune_assets.preflight.device import Device, device_of
 from finetune_assets.preflight.plan import make_plan
-from finetune_assets.preflight.results import Results
 from finetune_assets.preflight.speed import Past
 from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.store.results import Results
 from finetune_assets.worker.gpus import visible
 
 LLAMA_70B = {

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def spec(tmp_path: Path) -> JobSpec:
 
 def test_what_is_written_is_read(spec: JobSpec) -> None:
     assert from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("worker", ["training", "evaluation", "merging"])
+def test_every_input_of_a_worker_is_one_of_a_job(worker: str) -> None:
+    flags = {
+        flag.removeprefix("--").replace("-N", "-0")
+        for action in import_module(f"finetune_assets.{worker}.cli").parser()._actions
+        for flag in action.option_strings
+    }
+    assert "base-model" in flags
+    no_input = {"-h", "help", "config", "made-from", "uris", "bases", "output", "scratch"}
+    assert {flag for flag in flags - no_input if not job.INPUT.fullmatch(flag)} == set()
 
 
 INVALID: list[tuple[str, Any]] = [

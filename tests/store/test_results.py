@@ -13,7 +13,7 @@ from finetune_assets.config.loading import load_experiment
 from finetune_assets.preflight.case import Case, Shape
 from finetune_assets.preflight.device import Device
 from finetune_assets.preflight.memory import Memory, predict
-from finetune_assets.preflight.results import Results
+from finetune_assets.store.results import Results
 
 CPU = Device("cpu", 64 << 30, 1, False, "CPU")
 TINY = {

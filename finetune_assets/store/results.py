@@ -1,4 +1,4 @@
-"""Cache of simulation results on this machine."""
+"""Cache on this machine of small results that are computed from code and inputs alone."""
 
 import hashlib
 import json
@@ -49,6 +49,12 @@ class Results:
 
     def _file(self, question: Mapping[str, Any]) -> Path:
         return self.folder / f"{_sum(question)}.json"
+
+
+def code_of(*folders: Path) -> str:
+    """SHA-256 of the Python files in these folders, as a part of a question."""
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _sum(*parts: Any) -> str:
