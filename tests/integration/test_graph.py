@@ -32,12 +32,15 @@ def test_the_demo_runs_the_whole_graph_from_the_command_line(
 ) -> None:
     """`make demo`, shortened, with two ranks below a fork server of the run's own, and progress in its output.
 
-    wandb, which no setting asks for, is imported by none of its processes.
+    wandb, which no setting asks for, is imported by none of its processes, and torch by none of a second run.
     """
     interpreters, wandb_was_imported = tmp_path / "interpreters", tmp_path / "wandb_was_imported"
     (tmp_path / "traps").mkdir()
     (tmp_path / "traps" / "sitecustomize.py").write_text(
-        f"import sys\nwith open({str(interpreters)!r}, 'a') as file: print(*sys.orig_argv, file=file)"
+        "import atexit, sys\n"
+        f"with open({str(interpreters)!r}, 'a') as file: print(*sys.orig_argv, file=file)\n"
+        "heavy = lambda: {'torch', 'transformers', 'matplotlib'} & {*sys.modules}\n"
+        f"atexit.register(lambda: print(sys.argv[1:], heavy(), file=open({str(tmp_path / 'loaded')!r}, 'a')))\n"
     )
     (tmp_path / "traps" / "wandb.py").write_text(f"open({str(wandb_was_imported)!r}, 'w')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "traps"))
@@ -65,6 +68,13 @@ def test_the_demo_runs_the_whole_graph_from_the_command_line(
     workers = (SERVER, JOB, AGENT, RANK, "-m finetune_assets.evaluation", "-m finetune_assets.preflight")
     started = [word for line in interpreters.read_text().splitlines() for word in workers if word in line]
     assert started == [SERVER], "all workers are forked from one interpreter"
+
+    (tmp_path / "loaded").unlink()
+    monkeypatch.setenv("FINETUNE_FORKSERVER", "off")
+    again = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert again.returncode == 0, again.stdout
+    assert project.published("adapters") == [adapter]
+    assert {line.rpartition("] ")[2] for line in (tmp_path / "loaded").read_text().splitlines()} == {"set()"}
 
 
 def test_what_re_runs_when(project: TestProject, graph: Graph) -> None:

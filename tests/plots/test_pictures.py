@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from finetune_assets.artifacts.update_spectrum import Update
+from finetune_assets.assets import pictures
 from finetune_assets.plots import bars, data, memory, modules, preferences, training
 from finetune_assets.plots.style import as_address, as_markdown, svg
+from finetune_assets.store.results import Results
 from finetune_assets.training.telemetry import Utilisation
 
 HISTORY = [
@@ -138,3 +140,13 @@ def test_no_pyplot_is_loaded() -> None:
 @pytest.mark.parametrize("lengths", [{}, {"7": 3}])
 def test_little_is_drawn_too(lengths: dict[str, int]) -> None:
     decoded(as_markdown(data.raw_rows(lengths, {}), "rows"))
+
+
+def test_a_plot_is_drawn_once_for_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, drawn = {"memory_mib": {"weights": 9.3, "activations": 80.0}, "usable_mib": 700.0}, Results(tmp_path)
+    first = pictures.of_plan(plan, drawn)
+    decoded(str(first["memory_by_part"].value))
+    monkeypatch.delattr(memory, "by_part")
+    assert pictures.of_plan(plan, drawn) == first
+    assert pictures.of_plan({**plan, "usable_mib": 701.0}, drawn) == {}, "drawn again, which fails here"
+    assert pictures.of_plan(plan, drawn, 600.0) == {}
