@@ -247,6 +247,7 @@ def test_terminated_run_ends_within_15_seconds_and_keeps_a_checkpoint(
 
 
 @pytest.mark.system
+@pytest.mark.soak
 @pytest.mark.real_data
 def test_neither_a_bad_file_nor_another_source_costs_the_good_rows(
     project: TestProject, inbox: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch

@@ -30,6 +30,7 @@ Q8_ROWS = 2
 
 
 @pytest.mark.system
+@pytest.mark.soak
 @pytest.mark.minutes
 def test_the_demo_answers_as_in_its_evaluation(project: TestProject, graph: Graph) -> None:
     settings = (project.configs / "experiments" / "demo.yaml").read_text()

@@ -107,6 +107,7 @@ def swapped(pair: dict[str, Any]) -> dict[str, Any]:
     return {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
 
 
+@pytest.mark.soak
 def test_judgements_of_the_served_adapter_train_the_next_one(project: TestProject, inbox: Path) -> None:
     """Whose provenance names the served adapter; a promotion starts no further training."""
     project.write_experiment("loop", LOOP)

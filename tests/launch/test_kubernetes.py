@@ -22,6 +22,7 @@ from paths import ROOT
 from servers import kubernetes as kubernetes_server
 from servers.kubernetes import Server
 from servers.s3 import Bucket
+from tiers import SOAK
 
 from finetune_assets.config.cluster import KubernetesJob, LauncherSettings
 from finetune_assets.config.loading import load_experiment
@@ -94,7 +95,7 @@ JOB = pytest.mark.parametrize("nodes", [ALONE, pytest.param(KINDS[1], id=NAMES[1
 
 
 @SYSTEM
-@NODES
+@JOB
 def test_job_ends_in_an_artifact(in_s3: None, job: Make, tmp_path: Path, api: Server, nodes: tuple[int, int]) -> None:
     assert run(job("good", "1", nodes)).success
     store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")
@@ -108,7 +109,9 @@ def test_job_ends_in_an_artifact(in_s3: None, job: Make, tmp_path: Path, api: Se
 
 @SYSTEM
 @JOB
-@pytest.mark.parametrize(("body", "own_words"), [("user_error", "rank: 0 is wrong"), ("exit", "\nlast words")])
+@pytest.mark.parametrize(
+    ("body", "own_words"), [("user_error", "rank: 0 is wrong"), pytest.param("exit", "\nlast words", marks=SOAK)]
+)
 def test_failure_is_told_in_the_workers_own_words(job: Make, nodes: tuple[int, int], body: str, own_words: str) -> None:
     assert own_words in error(run(job(body, "1", nodes)))
 

@@ -15,6 +15,7 @@ from servers import proxy as proxy_server
 from servers import slurm as slurm_server
 from servers.s3 import Bucket
 from servers.slurm import Slurm
+from tiers import SOAK
 
 from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
@@ -71,7 +72,7 @@ def _command(pid: int) -> str:
         return "slurmd, which has ended"
 
 
-@pytest.mark.parametrize("nodes", [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize("nodes", [*(pytest.param(nodes, marks=SOAK) for nodes in [(1, 1), (2, 2)]), (1, 2)])
 def test_job_ends_in_an_artifact(job: Make, tmp_path: Path, cluster: Slurm, nodes: tuple[int, int]) -> None:
     ref = SlurmEngine().run(job("good", "2", nodes), {})
     store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")
@@ -83,10 +84,10 @@ def test_job_ends_in_an_artifact(job: Make, tmp_path: Path, cluster: Slurm, node
 @pytest.mark.parametrize(
     ("body", "own_words"),
     [
-        ("user_error", "rank: 0 is wrong"),
+        pytest.param("user_error", "rank: 0 is wrong", marks=SOAK),
         ("one_rank", "rank one is ill"),
         ("import_error", "no_such_module"),
-        ("exit", "last words"),
+        pytest.param("exit", "last words", marks=SOAK),
     ],
 )
 def test_failure_is_told_in_the_workers_own_words(job: Make, cluster: Slurm, body: str, own_words: str) -> None:

@@ -62,6 +62,7 @@ def test_merged_into_the_published_base_of_a_quantized_training_is_caught(
     tiered(
         ["lora.use_dora=true", "data.tokenization.added_tokens=['<|x|>']", "lora.bias=all", "lora.use_rslora=true"],
         {"data.tokenization.added_tokens=['<|x|>']"},
+        {"lora.use_dora=true"},
     ),
 )
 def test_every_kind_of_adapter_merges(trained: Train, tmp_path: Path, setting: str) -> None:

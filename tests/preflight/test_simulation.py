@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from paths import ROOT
+from tiers import tiered
 from transformers import AutoConfig
 
 from finetune_assets.config.loading import load_experiment
@@ -33,16 +34,16 @@ def case(kind: str, *overrides: str) -> Case:
 
 
 QUANTIZED = (["model.quantization=nf4", "training.gradient_checkpointing=true"], ["model.quantization=int8"])
-PUSHED = ["llama", QUANTIZED[0]]
-SWEPT = [
-    pytest.param(kind, overrides, marks=[] if [kind, overrides] == PUSHED else [pytest.mark.system])
-    for kind in SHAPES
-    for overrides in ([], *QUANTIZED)
-]
+SWEPT = tiered(
+    [(kind, overrides) for kind in SHAPES for overrides in ([], *QUANTIZED)],
+    [("llama", QUANTIZED[0])],
+    [("gpt_neox", QUANTIZED[1]), ("gemma3_text", [])],
+)
 
 
-@pytest.mark.parametrize(("kind", "overrides"), SWEPT)
-def test_two_depths_stand_for_all(kind: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("swept", SWEPT, ids=str)
+def test_two_depths_stand_for_all(swept: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, overrides = swept
     one = case(kind, *overrides)
     depths = []
     at_depth = simulation._simulated

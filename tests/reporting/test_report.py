@@ -128,7 +128,7 @@ def test_nothing_trained_yet(project: TestProject) -> None:
     assert as_page(report) == "No experiment has a run yet."
 
 
-@pytest.mark.parametrize("count", tiered([10, 100], {10}))
+@pytest.mark.parametrize("count", tiered([10, 100], {10}, ()))
 def test_many_experiments(project: TestProject, publish: Made, measure: Made, tmp_path: Path, count: int) -> None:
     """Copies of one training: the page stays small, and what cannot be read takes nothing else down."""
     adapter = publish("a")

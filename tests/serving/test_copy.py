@@ -105,7 +105,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.std())
 
 
-@pytest.mark.parametrize("name", tiered(VARIANTS, EVERY_CHANGE))
+@pytest.mark.parametrize("name", tiered(VARIANTS, EVERY_CHANGE, ("rslora", "pissa", "several modules")))
 def test_copy_computes_the_logits_of_the_adapter(
     name: str, adapter: Callable[[Variant], Path], base_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

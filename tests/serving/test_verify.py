@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from servers.vllm import Vllm
 from serving.conftest import WRONG, World
+from tiers import tiered
 
 from finetune_assets.serving import vllm as client
 from finetune_assets.serving.errors import (
@@ -62,10 +63,11 @@ FAULTS = {
     "token": Fault(lambda first, other: {"token": "another"}, TOKEN),
     "timeout": Fault(lambda first, other: {"hangs": 0.6}, TIMEOUT),
 }
+LIKE_OTHERS = {"as previous", "rsLoRA read as LoRA", "one and a half scale", "500 at loading", "another base's name"}
+"""Faults with the diagnosis of another one, for `make soak`."""
 
 
-@pytest.mark.system
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", tiered(FAULTS, system=FAULTS.keys() - LIKE_OTHERS))
 def test_each_fault_is_diagnosed_and_the_adapter_before_serves_on(
     world: World, vllm: Vllm, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

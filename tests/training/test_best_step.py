@@ -117,7 +117,7 @@ def spoil_after(run: LoraFinetune, step: int) -> None:
     run.train_step = spoiling  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("kill", tiered([(-1, 1), (0, 1), (1, 3), (3, 3)], {(1, 3)}))
+@pytest.mark.parametrize("kill", tiered([(-1, 1), (0, 1), (1, 3), (3, 3)], {(1, 3)}, {(-1, 1)}))
 def test_a_resumed_training_keeps_best_step_and_patience(
     trained: Trained, finetune: Finetune, kill: tuple[int, int]
 ) -> None:
@@ -158,7 +158,7 @@ def test_a_training_killed_after_its_stop_is_not_continued(finetune: Finetune) -
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", tiered(VARIANTS, system=("tokens", "dora", "nf4, tokens")))
 def test_every_kind_of_adapter_is_restored(finetune: Finetune, base_model: Callable[[str], Path], name: str) -> None:
     """Also those with trained rows of the embedding, magnitudes of DoRA, or a quantized base."""
     variant = VARIANTS[name]
