@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from judgements import BASE, Rows, configured, labelled, pairs, prepared, sample_rows
+from tiers import tiered
 from training.conftest import ALONE, MADE_FROM
 from training.measuring import gradients, relative
 
@@ -82,8 +83,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple["subp
     return start
 
 
-@pytest.mark.system
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", tiered(["dpo", "kto"], system=["dpo"]))
 def test_a_killed_training_resumes_to_the_bit(
     start: Callable[..., tuple["subprocess.Popen[bytes]", Path, Path]], objective: str
 ) -> None:
