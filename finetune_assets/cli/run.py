@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import click
 
+from finetune_assets.artifacts.raw_lineage import refuse_missing_sources
 from finetune_assets.cli.terminal import EXPERIMENT, out, styled
-from finetune_assets.config.loading import load_experiment
+from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.resources import deployment
 
 ALL = "*"
@@ -37,7 +38,9 @@ def run(experiment: str, overrides: tuple[str, ...], select: str, force: bool, l
       finetune run demo --set training.learning_rate=1e-4 --set lora.rank=16
       finetune run demo --select lora_adapter --force
     """
-    load_experiment(deployment.configs(), experiment, list(overrides))  # a wrong setting fails here, not in a minute
+    loaded = load_experiment(deployment.configs(), experiment, list(overrides))  # fails here, not in a minute
+    if select == ALL:
+        refuse_missing_sources(loaded, load_raw_data_config(deployment.configs(), deployment.raw_data()))
     sys.exit(materialize(experiment, select, overrides, force, log_level))
 
 

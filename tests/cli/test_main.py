@@ -53,6 +53,8 @@ def test_wrong_usage_ends_with_2_and_names_what_is_wrong(
         (["run", "dmo"], ["'dmo'", "'demo'"]),
         (["run", "demo", "--set", "training.learnin_rate=1e-4"], ["training.learnin_rate", "'learning_rate'"]),
         (["run", "demo", "--set", "lora.rank"], ["lora.rank"]),
+        (["run", "demo", "--set", "data.sources=[sample-towns]"], ["sample-towns", "FINETUNE_RAW_DATA=sample-towns"]),
+        (["run", "demo", "--set", "data.sources=[smple]"], ["smple", "'sample'"]),
     ],
 )
 def test_a_run_that_cannot_be_fails_before_dagster_starts(

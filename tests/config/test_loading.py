@@ -64,6 +64,15 @@ def test_layers_win_in_order(configs: Path) -> None:
     assert (config.training.seed, config.training.epochs, config.training.learning_rate) == (3, 2.0, 1.0)
 
 
+def test_no_other_rows_have_the_name_of_the_packaged_ones(configs: Path) -> None:
+    raw = configs / "raw_data.yaml"
+    raw.write_text("sources: {sample: {source: sample}, mine: {source: ./mine}}")
+    assert [*load_raw_data_config(configs).sources] == ["sample", "mine"]
+    raw.write_text("sources: {sample: {source: ./mine}}")
+    with pytest.raises(ConfigError, match=r"sources\.sample: "):
+        load_raw_data_config(configs)
+
+
 def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
     config = load_experiment(CONFIGS, "demo", ["wandb.project=x", "lora.rank_pattern={q_proj: 4}"]).config
     (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
