@@ -235,9 +235,8 @@ def refuse_missing_sources(experiment: Experiment, config: RawDataConfig) -> Non
                 f"{problem}, the packaged rows, but raw_data.yaml names {', '.join(configured)}; run it with "
                 f"FINETUNE_RAW_DATA={name} in the environment, or add `{name}: {{source: {name}}}` to `sources`"
             )
-        raise ArtifactMissing(
-            f"{problem}, but raw_data.yaml (or FINETUNE_RAW_DATA) names {', '.join(configured)}; {suggest(name, configured)}"
-        )
+        where = "raw_data.yaml (or FINETUNE_RAW_DATA)"
+        raise ArtifactMissing(f"{problem}, but {where} names {', '.join(configured)}; {suggest(name, configured)}")
 
 
 def combined(parts: Mapping[str, str]) -> str:

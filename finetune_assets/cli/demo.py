@@ -70,8 +70,8 @@ def summarize(trained_before: bool, seconds: float) -> None:
     out.print(
         "\nExplore:  make demo-ui   (then http://127.0.0.1:3000, Lineage)\n"
         "Ask:      .venv/bin/finetune --demo chat demo\n"
-        "Next:     docs/your-data.md, docs/your-model.md; a real model is one YAML line away:\n"
-        "          configs/experiments/smollm2-135m-dolly.yaml"
+        "Next:     docs/your-data.md, docs/your-model.md; for a real model:\n"
+        "          finetune new mine --from smollm2-135m-dolly"
     )
 
 
