@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from finetune_assets.cli.terminal import new_table, out
+from finetune_assets.cli.terminal import out, styled
 from finetune_assets.config.examples import copy_example, load_examples
 from finetune_assets.resources import deployment
 
@@ -48,7 +48,6 @@ def new(name: str | None, example: str | None, lists: bool) -> None:
 
 
 def list_examples() -> None:
-    table = new_table("example", "kind", "description", "needs")
     for example in load_examples(deployment.configs()).values():
-        table.add_row(example.name, example.kind, example.description, example.needs)
-    out.print(table)
+        out.print(styled(example.name, "bold"), f"({example.kind})")
+        out.print(f"  {example.description}\n  Needs: {example.needs}")

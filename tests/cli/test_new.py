@@ -12,8 +12,10 @@ from finetune_assets.config.loading import load_experiment
 def test_examples_are_listed_and_one_is_copied(project: TestProject, capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, _ = run(capsys, "new", "--list")
     assert code == 0
-    listed = {line.split()[0]: line.split()[1] for line in printed.splitlines()[1:]}
-    assert listed == {name: example.kind for name, example in load_examples(ROOT / "configs").items()}
+    listed = [line for line in printed.splitlines() if not line.startswith(" ")]
+    examples = load_examples(ROOT / "configs").values()
+    assert listed == [f"{example.name} ({example.kind})" for example in examples]
+    assert all(example.needs in printed for example in examples)
     code, printed, _ = run(capsys, "new", "mine", "--from", "llama-3.1-8b-dolly-qlora")
     assert code == 0
     assert "configs/experiments/mine.yaml" in printed.replace("\n", "")
