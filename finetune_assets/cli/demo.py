@@ -38,7 +38,7 @@ def demo() -> None:
     began = time.monotonic()
     deployment.use_demo()
     trained_before = adapter_in_store() is not None
-    code = materialize(EXPERIMENT, environment={"PYTHONWARNINGS": "ignore"})
+    code = materialize(EXPERIMENT)
     if code != 0:
         sys.exit(code)
     summarize(trained_before, time.monotonic() - began)
