@@ -7,14 +7,13 @@ handler prints the events that a person wants to read, instead of one prefixed l
 import logging
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from finetune_assets.artifacts.kinds import CHAMPIONS
 from finetune_assets.cli.findings import findings
-from finetune_assets.cli.terminal import out, styled
+from finetune_assets.cli.terminal import out, shown_path, styled
 from finetune_assets.progress.screen import is_terminal
 
 EVENT = dg.DagsterEventType
@@ -163,8 +162,3 @@ def _run_error(event: dg.DagsterEvent) -> str:
     while error and error.cause:
         error = error.cause
     return error.message.strip() if error else event.message or "the run failed"
-
-
-def shown_path(uri: str) -> str:
-    """A path relative to the current folder, if it is inside; otherwise the path or URL."""
-    return uri.removeprefix("file://").removeprefix(f"{Path.cwd()}/")
