@@ -30,12 +30,14 @@ class Outcomes:
         reused: Assets that the store had (cache hits).
         failed: The error of each asset that failed.
         error: The error of the run itself, for example of its configuration.
+        interrupted: Whether a person or a scheduler has ended the run.
     """
 
     computed: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     error: str = ""
+    interrupted: bool = False
 
     @property
     def first_error(self) -> str:
@@ -133,6 +135,9 @@ class Account(logging.Handler):
     def _failed(self, step: str, event: dg.DagsterEvent) -> None:
         """Print nothing of the error yet: it is the last line of the run."""
         data = event.step_failure_data
+        if data.error and data.error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
+            self.outcomes.interrupted = True
+            return
         described = data.user_failure_data.description if data.user_failure_data else None
         error = self._checks.get(step) or described or (data.error and _last_error(data.error)) or "failed"
         self.outcomes.failed[step] = error

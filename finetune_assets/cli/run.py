@@ -94,10 +94,12 @@ def materialize(
     try:
         success = _execute(account, experiment, select, overrides, force, log_level)
     except dg.DagsterExecutionInterruptedError:
-        click.echo("Interrupted", err=True)
-        return INTERRUPTED
+        account.outcomes.interrupted, success = True, False
     except dg.DagsterError as e:  # for example, no such asset
         return _failed(str(e))
+    if account.outcomes.interrupted:
+        click.echo("Interrupted", err=True)
+        return INTERRUPTED
     if not success:
         return _failed(account.outcomes.first_error)
     computed, reused = len(account.outcomes.computed), len(account.outcomes.reused)
