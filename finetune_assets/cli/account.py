@@ -1,7 +1,7 @@
 """The account of a run on the terminal: asset by asset, what was computed or reused, found and stored.
 
 Dagster passes each event of a run to the loggers of its job, as the attribute `dagster_event` of a log record. This
-handler prints the events that a person wants to read, instead of one prefixed line each.
+handler prints the events that matter to a reader, instead of one prefixed line each.
 """
 
 import logging
@@ -18,7 +18,7 @@ from finetune_assets.progress.screen import is_terminal
 
 EVENT = dg.DagsterEventType
 NOISE = ("[pipes] ", "Cache hit: ", "Skipping step ", "Skipped: ", "Check ", "Dependencies for step ")
-"""Beginnings of log messages that the account says by itself, or that are Dagster's own."""
+"""Beginnings of log messages whose content the account prints in its own way, or that are Dagster's own."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Outcomes:
         reused: Assets that the store had (cache hits).
         failed: The error of each asset that failed.
         error: The error of the run itself, for example of its configuration.
-        interrupted: Whether a person or a scheduler has ended the run.
+        interrupted: Whether a signal has ended the run.
     """
 
     computed: list[str] = field(default_factory=list)
@@ -73,11 +73,15 @@ class Account(logging.Handler):
         return dg.LoggerDefinition(create, description="The account of `finetune run`.")
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; an error here never fails the run."""
         event = getattr(record, "dagster_event", None)
-        if isinstance(event, dg.DagsterEvent):
-            self._event(event)
-        else:
-            self._message(record)
+        try:
+            if isinstance(event, dg.DagsterEvent):
+                self._event(event)
+            else:
+                self._message(record)
+        except Exception:
+            self.handleError(record)
 
     def _event(self, event: dg.DagsterEvent) -> None:
         step = event.step_key or ""
@@ -125,7 +129,7 @@ class Account(logging.Handler):
     def _checked(self, step: str, check: Any) -> None:
         if check.passed:
             return
-        if check.severity is dg.AssetCheckSeverity.WARN:
+        if check.severity is dg.AssetCheckSeverity.WARN or not check.blocking:
             self._print(" ", styled("!", "yellow"), f"check {check.check_name}: {check.description}")
             return
         text = f"check {check.check_name} failed"
@@ -155,7 +159,7 @@ class Account(logging.Handler):
 
 
 def _last_error(error: Any) -> str:
-    """The message of an unexpected error, with the class of what caused it."""
+    """The message of an unexpected error, or of its cause."""
     while error.cause:
         error = error.cause
     return f"{error.message.strip()}\nThis error is unexpected; run again with --verbose for its traceback"

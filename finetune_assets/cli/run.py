@@ -138,7 +138,7 @@ def _execute(
 
 
 def _instance() -> "dg.DagsterInstance":
-    """The instance in DAGSTER_HOME, or without it one in memory, which nobody else sees."""
+    """The instance in DAGSTER_HOME, or without it a temporary one in memory."""
     import dagster as dg
 
     return dg.DagsterInstance.get() if os.environ.get("DAGSTER_HOME") else dg.DagsterInstance.ephemeral()

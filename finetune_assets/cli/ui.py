@@ -85,6 +85,7 @@ def workspace_file() -> Path:
 def serve(page: list[str], daemon: list[str]) -> int:
     """Run both until the webserver exits, and return its exit code; a daemon that dies is restarted."""
     running = {"page": _start(page), "daemon": _start(daemon)}
+    started = [*running.values()]
     try:
         while True:
             time.sleep(0.5)
@@ -94,10 +95,11 @@ def serve(page: list[str], daemon: list[str]) -> int:
                 print(f"The daemon exited with {running['daemon'].returncode}; restarting it", file=sys.stderr)
                 time.sleep(PAUSE_SECONDS)
                 running["daemon"] = _start(daemon)
+                started.append(running["daemon"])
     except KeyboardInterrupt:
         return 0
     finally:
-        end([*running.values()])
+        end(started)  # also what a daemon that died has left, such as a run
 
 
 def take_signals() -> None:

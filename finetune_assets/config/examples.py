@@ -38,7 +38,7 @@ class Example:
 
     @property
     def needs(self) -> str:
-        """What the header says that the example needs."""
+        """What the example needs, from the header."""
         return self._header.partition(NEEDS)[2].strip()
 
     @property
