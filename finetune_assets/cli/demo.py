@@ -63,12 +63,12 @@ def summarize(trained_before: bool, seconds: float) -> None:
     evaluation = read_evaluation(lineage.store.fetch(lineage.evaluation()))
     champion = lineage.champions.current()
     out.print()
+    if trained_before:
+        out.print(styled("Nothing was trained again:", "bold"), "same data, settings and code as in the last run.")
     out.print(answers(evaluation["samples"]))
     out.print(measurements(evaluation))
     if champion:
         out.print(styled(f"Champion {champion.number},", "bold"), f"{champion.action}: {champion.reason}")
-    if trained_before:
-        out.print(styled("Nothing was trained again:", "bold"), "same data, settings and code as in the last run.")
     out.print(f"Done in {seconds:.0f} s. Adapter stored in\n  {shown_path(lineage.expected(ADAPTERS).uri)}")
     is_checkout = (deployment.root() / "Makefile").is_file()  # where the command is in .venv, which may not be active
     ui, command = ("make demo-ui", ".venv/bin/finetune") if is_checkout else ("finetune --demo ui", "finetune")
