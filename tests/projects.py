@@ -8,10 +8,19 @@ from pathlib import Path
 
 from paths import ROOT
 
+from finetune_assets.config.examples import copy_example, load_examples
 from finetune_assets.store.artifacts import ArtifactStore, open_store
 
 SHORT = ("training.max_steps=2", "evaluation.generated_rows=4", "evaluation.general_tokens=500")
 """Overrides with which an experiment is trained and evaluated in seconds."""
+
+
+def all_configs(folder: Path) -> Path:
+    """Copy the project's configuration into a folder, with each example also as experiment or sweep of its name."""
+    configs = Path(shutil.copytree(ROOT / "configs", folder / "configs"))
+    for name in load_examples(configs):
+        copy_example(configs, name, name)
+    return configs
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,8 @@ class TestProject:
 
     @classmethod
     def create(cls, root: Path) -> "TestProject":
-        """A new one in a folder, with the configuration of now."""
-        shutil.copytree(ROOT / "configs", root / "configs")
-        demo = root / "configs" / "experiments" / "demo.yaml"  # here also trained on rows of a test's own
+        """A new one in a folder, with the configuration of now and all examples."""
+        demo = all_configs(root) / "experiments" / "demo.yaml"  # here also trained on rows of a test's own
         demo.write_text(re.sub(r"  sources: .*\n", "", demo.read_text()))
         (root / "dagster_home").mkdir()
         shutil.copy(ROOT / ".dagster_home" / "dagster.yaml", root / "dagster_home")

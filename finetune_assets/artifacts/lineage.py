@@ -30,6 +30,7 @@ from finetune_assets.artifacts.kinds import (
     ArtifactKind,
 )
 from finetune_assets.artifacts.layout import CHAMPION_AT_START, SOURCES
+from finetune_assets.artifacts.raw_lineage import refuse_missing_sources
 from finetune_assets.artifacts.streams import earlier_versions
 from finetune_assets.config.documents import load_documents
 from finetune_assets.sources.base_models import BaseModelError, BaseModelSource, is_tokenizer_file, locate
@@ -179,6 +180,7 @@ class Lineage(ExternalInputs):
         Raises:
             ArtifactMissing: if a source was not read, or is not configured.
         """
+        refuse_missing_sources(self.experiment, self.raw.config)
         parts = self.raw.parts(raw or self.raw.raw())
         wanted = self.experiment.config.data.sources
         for name in self.raw.sources if wanted is None else wanted:

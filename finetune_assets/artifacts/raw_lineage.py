@@ -11,7 +11,9 @@ from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.aliases import canonical
 from finetune_assets.artifacts.kinds import RAW
 from finetune_assets.artifacts.streams import is_good, newest_version
+from finetune_assets.config.errors import suggest
 from finetune_assets.config.fingerprint import fingerprint, identity
+from finetune_assets.config.loading import Experiment
 from finetune_assets.config.raw_data_schema import PACKAGED_ROWS, Columns, HubDataset, RawDataConfig, RawSource
 from finetune_assets.data.errors import DataError, Unreachable
 from finetune_assets.errors import UserError
@@ -214,6 +216,27 @@ class RawLineage:
         if len(self.sources) == 1:
             return {name_of_single(self.config): raw.fingerprint}
         return {name: part for name, part in self.current_parts().items() if part == raw.fingerprint}
+
+
+def refuse_missing_sources(experiment: Experiment, config: RawDataConfig) -> None:
+    """Compare the sources that an experiment selects with those that are configured; reads none of them.
+
+    Raises:
+        ArtifactMissing: if a selected source is not configured. An experiment of packaged rows is never trained on
+            others.
+    """
+    configured = [*config.sources] or [name_of_single(config)]
+    for name in experiment.config.data.sources or ():
+        if name in configured:
+            continue
+        problem = f"experiment {experiment.name}: data.sources names '{name}'"
+        if name in PACKAGED_ROWS:
+            raise ArtifactMissing(
+                f"{problem}, the packaged rows, but raw_data.yaml names {', '.join(configured)}; run it with "
+                f"FINETUNE_RAW_DATA={name} in the environment, or add `{name}: {{source: {name}}}` to `sources`"
+            )
+        where = "raw_data.yaml (or FINETUNE_RAW_DATA)"
+        raise ArtifactMissing(f"{problem}, but {where} names {', '.join(configured)}; {suggest(name, configured)}")
 
 
 def combined(parts: Mapping[str, str]) -> str:

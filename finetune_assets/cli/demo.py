@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.cli.run import materialize
-from finetune_assets.cli.terminal import out, styled
+from finetune_assets.cli.terminal import out, shown_path, styled
 from finetune_assets.errors import UserError
 from finetune_assets.evaluation.files import read_evaluation
 from finetune_assets.evaluation.metrics import METRICS
@@ -20,6 +19,11 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 EXPERIMENT = "demo"
+WHAT = """\
+A packaged model of two million parameters, which has read about invented towns, learns from 800 packaged rows to answer
+questions about them. This shows the whole graph offline, from rows to a promoted adapter; the model is too small to
+answer anything else, and it forgets much of its prose.
+"""
 
 
 @click.command()
@@ -36,9 +40,10 @@ def demo() -> None:
       finetune --demo adapter history demo
     """
     began = time.monotonic()
+    out.print(WHAT)
     deployment.use_demo()
     trained_before = adapter_in_store() is not None
-    code = materialize(EXPERIMENT, environment={"PYTHONWARNINGS": "ignore"})
+    code = materialize(EXPERIMENT)
     if code != 0:
         sys.exit(code)
     summarize(trained_before, time.monotonic() - began)
@@ -58,20 +63,20 @@ def summarize(trained_before: bool, seconds: float) -> None:
     evaluation = read_evaluation(lineage.store.fetch(lineage.evaluation()))
     champion = lineage.champions.current()
     out.print()
+    if trained_before:
+        out.print(styled("Nothing was trained again:", "bold"), "same data, settings and code as in the last run.")
     out.print(answers(evaluation["samples"]))
     out.print(measurements(evaluation))
     if champion:
         out.print(styled(f"Champion {champion.number},", "bold"), f"{champion.action}: {champion.reason}")
-    if trained_before:
-        out.print(styled("Nothing was trained again:", "bold"), "same data, settings and code as in the last run.")
-    uri = lineage.expected(ADAPTERS).uri
-    shown = uri.removeprefix("file://").removeprefix(f"{Path.cwd()}/")
-    out.print(f"Done in {seconds:.0f} s. Adapter stored in\n  {shown}")
+    out.print(f"Done in {seconds:.0f} s. Adapter stored in\n  {shown_path(lineage.expected(ADAPTERS).uri)}")
+    is_checkout = (deployment.root() / "Makefile").is_file()  # where the command is in .venv, which may not be active
+    ui, command = ("make demo-ui", ".venv/bin/finetune") if is_checkout else ("finetune --demo ui", "finetune")
     out.print(
-        "\nExplore:  make demo-ui   (then http://127.0.0.1:3000, Lineage)\n"
-        "Ask:      .venv/bin/finetune --demo chat demo\n"
-        "Next:     docs/your-data.md, docs/your-model.md; a real model is one YAML line away:\n"
-        "          configs/experiments/smollm2-135m-dolly.yaml"
+        f"\nExplore:     {ui}   (then http://127.0.0.1:3000, Lineage)\n"
+        f"Ask:         {command} --demo chat demo\n"
+        "Your data:   name it in configs/raw_data.yaml\n"
+        f"Real model:  {command} new mine --from smollm2-135m-dolly"
     )
 
 

@@ -11,6 +11,8 @@ from finetune_assets.errors import UserError
 INTERRUPTED = 130
 COMMANDS = {
     "run": "finetune_assets.cli.run:run",
+    "init": "finetune_assets.cli.init:init",
+    "new": "finetune_assets.cli.new:new",
     "plan": "finetune_assets.cli.plan:plan",
     "report": "finetune_assets.cli.report:report",
     "compare": "finetune_assets.cli.report:compare",

@@ -25,6 +25,7 @@ def sweep() -> None:
 
     \b
     Examples:
+      finetune new demo-ranks --from demo-ranks
       finetune sweep run demo-ranks
       finetune sweep report demo-ranks --plot ranks.svg
     """

@@ -185,6 +185,11 @@ def short(artifact: Artifact) -> str:
     return f"{repo}{slash}{last[:SHORT]}"
 
 
+def shown_path(uri: str) -> str:
+    """The path or URL of an artifact; a path inside the current folder is relative to it."""
+    return uri.removeprefix("file://").removeprefix(f"{Path.cwd()}/")
+
+
 def local_time(moment: datetime) -> str:
     return f"{moment.astimezone():%Y-%m-%d %H:%M}"
 

@@ -156,8 +156,9 @@ def load_experiment(configs: Path, name: str, overrides: Sequence[str] = ()) -> 
     has_file = _has_file(configs, name)
     point = None if has_file else _point(configs, name)
     if not point and not has_file:
-        problem = f"no experiment '{name}' here; {suggest(name, experiment_names(configs))}"
-        raise ConfigError(str(configs / "experiments"), "", problem)
+        known = experiment_names(configs)
+        hint = suggest(name, known) if known else "`finetune init FOLDER` creates a project"
+        raise ConfigError(str(configs / "experiments"), "", f"no experiment '{name}' here; {hint}")
     path = _file_of(configs, point.experiment if point else name)
     layers = [_read_layer(file, ExperimentConfig) for file in (configs / "base.yaml", path)]
     layers += [_point_layer(configs, point)] if point else []
@@ -276,7 +277,7 @@ def dump(config: ExperimentConfig) -> str:
 def _read_layer(path: Path, schema: type, reader: type[TypedReader] | None = None) -> Layer:
     try:
         if not path.exists():
-            raise ConfigError(str(path), "", "file not found; copy it from the project's repository")
+            raise ConfigError(str(path), "", "file not found; `finetune init FOLDER` creates the files of a project")
         if not path.is_file():
             raise ConfigError(str(path), "", "not a file; settings are read from YAML files")
         with path.open(encoding="utf-8-sig") as file:

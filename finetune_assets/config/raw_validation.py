@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune_assets.config.cluster import AUTO
-from finetune_assets.config.raw_data_schema import RawDataConfig, RawSource
+from finetune_assets.config.raw_data_schema import PACKAGED_ROWS, RawDataConfig, RawSource
 from finetune_assets.display import shown_url
 
 Problem = tuple[str, str]
@@ -41,6 +41,8 @@ def impossible_raw_settings(config: RawDataConfig) -> Iterator[Problem]:
 def _raw_source(key: str, name: str, source: RawSource) -> Iterator[Problem]:
     if not SOURCE_NAME.fullmatch(name):
         yield key, f"{name!r} is not a name; use letters, digits, '_' and '-'"
+    if name in PACKAGED_ROWS and source.source != name:
+        yield key, f"'{name}' is the name of packaged rows, which experiments such as demo use; use another name"
     if not source.source.strip():
         yield f"{key}.source", "is blank; name a file, a folder, s3://bucket/prefix or hf://datasets/owner/name"
     yield from address_problems(f"{key}.source", source.source)

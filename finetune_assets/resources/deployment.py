@@ -1,6 +1,6 @@
 """Environment variables of a deployment, with defaults for a single machine.
 
-FINETUNE_CONFIGS: folder of the configuration files; default `configs/` in the project.
+FINETUNE_CONFIGS: folder of the configuration files; default `configs/` in the project that the current folder is in.
 FINETUNE_STORE: URL of the artifact store, `file:///folder` or `s3://bucket/prefix`; default
     `file://<project>/.finetune/store`. S3 reads credentials, endpoint and region from the environment:
     AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION,
@@ -26,12 +26,30 @@ from finetune_assets.store.artifacts import ArtifactStore, open_store
 from finetune_assets.store.errors import StoreError
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+WORKSPACE = "workspace.yaml"
 IS_DEMO = "FINETUNE_DEMO"
 """Set by `use_demo`, so that a process that it starts does not switch again."""
 
 
 def configs() -> Path:
-    return Path(os.environ.get("FINETUNE_CONFIGS") or PACKAGE_PARENT / "configs").expanduser().resolve()
+    return Path(os.environ.get("FINETUNE_CONFIGS") or _project() / "configs").expanduser().resolve()
+
+
+def _project() -> Path:
+    """The project that the current folder is in, as `finetune init` creates it; otherwise the checkout of the code."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if _is_project(folder)), PACKAGE_PARENT)
+
+
+def _is_project(folder: Path) -> bool:
+    return (folder / WORKSPACE).is_file() and (folder / "configs" / "base.yaml").is_file()
+
+
+def use_dagster_home() -> None:
+    """Set DAGSTER_HOME to that of the project, unless it is set, so that runs are recorded."""
+    home = root() / ".dagster_home"
+    if "DAGSTER_HOME" not in os.environ and (home / "dagster.yaml").is_file():
+        os.environ["DAGSTER_HOME"] = str(home)
 
 
 def root() -> Path:
@@ -97,6 +115,7 @@ def use_demo() -> None:
     home.mkdir(parents=True, exist_ok=True)
     if IS_DEMO in os.environ:
         return
+    use_dagster_home()
     settings = Path(os.environ["DAGSTER_HOME"]) / "dagster.yaml" if os.environ.get("DAGSTER_HOME") else None
     if settings and settings.is_file():
         tree = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}

@@ -7,21 +7,20 @@ content is still the same, artifacts keep these identities (see `artifacts/alias
 import json
 from pathlib import Path
 
-from paths import ROOT
+from projects import all_configs
 
 from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, EVALUATIONS, MERGED, PLANS, RAW, STACKS, TOKENIZED
 from finetune_assets.config.loading import experiment_names, load_experiment, load_raw_data_config
 
-CONFIGS = ROOT / "configs"
 GOLDEN = Path(__file__).with_name("golden_fingerprints.json")
 """Changed by hand where a code version is raised, which is the only reason to change it."""
 ROWS, TOKENIZER, TEXT, TASKS = ({"rows.jsonl": "a" * 64}, {"tokenizer.json": "b" * 64}, "c" * 64, "d" * 64)
 COMMIT, OTHER_ADAPTER, INDEX = "e" * 40, "f" * 64, "9" * 64
 
 
-def fingerprints(name: str) -> dict[str, str]:
+def fingerprints(configs: Path, name: str) -> dict[str, str]:
     """Of an experiment's artifacts from inputs whose contents are pinned here."""
-    experiment, raw_config = load_experiment(CONFIGS, name), load_raw_data_config(CONFIGS)
+    experiment, raw_config = load_experiment(configs, name), load_raw_data_config(configs)
     config = experiment.config
     *_, raw = RAW.earlier_fingerprints(raw_config, content=ROWS)
     base_model = BASE_MODELS.fingerprint(None, repo=config.model.base_model, revision=COMMIT)
@@ -41,9 +40,9 @@ def fingerprints(name: str) -> dict[str, str]:
         given = {"champion": champion, "general_text": TEXT, "tasks": tasks, "split": split, "retrieval_index": index}
         return EVALUATIONS.fingerprint(config, lora_adapter=adapter(None), **given)
 
-    merged = load_experiment(CONFIGS, name, ["merge.dtype=bfloat16"]).config
+    merged = load_experiment(configs, name, ["merge.dtype=bfloat16"]).config
     stack = "stack={adapters: {llama-7b-int8: 0.5, demo: 0.5}, method: svd}"
-    stacked = load_experiment(CONFIGS, "demo", [stack]).config
+    stacked = load_experiment(configs, "demo", [stack]).config
     champions = [adapter(None), OTHER_ADAPTER]
     return {
         "dolly_raw": raw,
@@ -60,6 +59,6 @@ def fingerprints(name: str) -> dict[str, str]:
     }
 
 
-def test_fingerprints_of_what_is_shipped_are_those_of_the_golden_file() -> None:
-    golden = json.loads(GOLDEN.read_text())
-    assert {name: fingerprints(name) for name in experiment_names(CONFIGS)} == golden
+def test_fingerprints_of_what_is_shipped_are_those_of_the_golden_file(tmp_path: Path) -> None:
+    golden, configs = json.loads(GOLDEN.read_text()), all_configs(tmp_path)
+    assert {name: fingerprints(configs, name) for name in experiment_names(configs)} == golden

@@ -1,9 +1,11 @@
 """What an adapter has not seen, by what it was made from."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from paths import ROOT
 from projects import TestProject
 
 from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, STACKS
@@ -12,6 +14,7 @@ from finetune_assets.data.rows import HoldoutRows
 from finetune_assets.errors import UserError
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
+from finetune_assets.store.errors import ArtifactMissing
 
 
 @pytest.fixture
@@ -24,6 +27,21 @@ def adapter(project: TestProject, tmp_path: Path):  # type: ignore[no-untyped-de
         return project.store.publish(tmp_path / "adapter", kind, name, name, made_from)
 
     return publish
+
+
+def test_the_shipped_demo_is_trained_on_the_packaged_rows_alone(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(ROOT / "configs" / "experiments" / "demo.yaml", project.configs / "experiments")
+    mine = project.root / "mine.jsonl"
+    mine.write_text('{"instruction": "Mine?", "response": "Mine."}\n')
+    (project.configs / "raw_data.yaml").write_text(f"source: {mine}\n")
+    with pytest.raises(ArtifactMissing, match="FINETUNE_RAW_DATA=sample"):
+        Project().lineage("demo").selected_sources()
+    monkeypatch.setenv("FINETUNE_RAW_DATA", "sample")
+    with pytest.raises(ArtifactMissing, match="dolly_raw"):
+        Project().lineage("demo").selected_sources()
+    assert Project().lineage("demo").source_names() == ["sample"]
 
 
 def test_an_adapter_has_seen_what_those_before_it_have(project: TestProject, adapter) -> None:  # type: ignore[no-untyped-def]

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import commands
 import pytest
-from paths import ROOT
-from projects import TestProject
+from projects import TestProject, all_configs
 from trainings import Train
 
 from finetune_assets.cli.conversation import HELP, Conversation, run
@@ -57,7 +56,7 @@ def test_a_question_comes_with_passages_and_the_sources_are_shown(
     documents = read_documents([SourceFile("towns.md", tmp_path / "towns.md")], DocumentColumns())
     (tmp_path / "index").mkdir()
     build_index(documents, DocumentsConfig(), tmp_path / "index")
-    config = load_experiment(ROOT / "configs", "demo-retrieval").config
+    config = load_experiment(all_configs(tmp_path), "demo-retrieval").config
     talk = Conversation([Contender(BASE, FOLDER, config)], max_new_tokens=2, index=tmp_path / "index")
     run(talk, iter(["Which river runs through Kelm?", "/sources", "/quit"]))
     printed = capsys.readouterr().out

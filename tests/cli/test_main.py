@@ -1,6 +1,5 @@
 """`finetune` itself: what it offers, how it ends, and what the shell completes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from commands import run
 from projects import TestProject
 
 from finetune_assets.cli.main import COMMANDS
-from finetune_assets.cli.run import materialize_command
 
 
 def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +51,8 @@ def test_wrong_usage_ends_with_2_and_names_what_is_wrong(
         (["run", "dmo"], ["'dmo'", "'demo'"]),
         (["run", "demo", "--set", "training.learnin_rate=1e-4"], ["training.learnin_rate", "'learning_rate'"]),
         (["run", "demo", "--set", "lora.rank"], ["lora.rank"]),
+        (["run", "demo", "--set", "data.sources=[sample-towns]"], ["sample-towns", "FINETUNE_RAW_DATA=sample-towns"]),
+        (["run", "demo", "--set", "data.sources=[smple]"], ["smple", "'sample'"]),
     ],
 )
 def test_a_run_that_cannot_be_fails_before_dagster_starts(
@@ -62,17 +62,6 @@ def test_a_run_that_cannot_be_fails_before_dagster_starts(
     assert code == 1
     assert printed == "", "no command was run"
     assert all(name in err for name in named)
-
-
-def test_the_command_of_a_run_says_what_differs_from_the_defaults_alone() -> None:
-    plain = materialize_command("demo", "*", (), force=False, log_level="DEBUG")
-    assert plain == "dagster asset materialize --select * --partition demo -m finetune_assets.definitions".split()
-    *_, flag, config = materialize_command("demo", "*", ("lora.rank=4",), force=True, log_level="INFO")
-    assert flag == "--config-json"
-    assert json.loads(config) == {
-        "resources": {"project": {"config": {"overrides": ["lora.rank=4"], "force": True}}},
-        "loggers": {"console": {"config": {"log_level": "INFO"}}},
-    }
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from paths import ROOT
+from projects import all_configs
 
 from finetune_assets.artifacts.kinds import RAW, STACKS
 from finetune_assets.automation.settings_hash import SETTINGS
@@ -106,7 +105,7 @@ PATHS = [*paths(ExperimentConfig), ("lora.rank_pattern.a.b", int), ("launcher.en
 
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(ROOT / "configs", tmp_path / "configs"))
+    return all_configs(tmp_path)
 
 
 def loaded(load: Callable[[], Any]) -> Any:

@@ -1,11 +1,10 @@
 """Settings: every shipped file loads, and every mistake is one clear error."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from paths import ROOT
-from projects import TestProject
+from projects import TestProject, all_configs
 
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import (
@@ -24,32 +23,20 @@ CONFIGS = ROOT / "configs"
 
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
+    return all_configs(tmp_path)
 
 
 @pytest.mark.parametrize("name", experiment_files(CONFIGS))
 def test_shipped_experiment_loads_and_says_how_to_run_it(name: str) -> None:
     experiment = load_experiment(CONFIGS, name)
     head = (CONFIGS / "experiments" / f"{name}.yaml").read_text(encoding="utf-8")
-    assert "# Needs:" in head
-    assert f"--partition {name}" in head or f"finetune run {name}" in head
+    assert "# Needs: nothing" in head, "the others are examples"
+    assert f"finetune run {name}" in head
     assert experiment.config.subscribed == (name == "demo")
 
 
-def test_the_shipped_experiments() -> None:
-    assert experiment_files(CONFIGS) == [
-        "demo",
-        "demo-retrieval",
-        "demo-retrieval-control",
-        "llama-3.1-8b-dolly-lora",
-        "llama-3.1-8b-dolly-qlora",
-        "llama-7b-int8",
-        "smollm2-135m-dolly",
-    ]
-
-
-def test_the_reference_examples_own_settings() -> None:
-    config = load_experiment(CONFIGS, "llama-7b-int8").config
+def test_the_reference_examples_own_settings(tmp_path: Path) -> None:
+    config = load_experiment(all_configs(tmp_path), "llama-7b-int8").config
     assert config.model.base_model == "yahma/llama-7b-hf"
     assert config.model.quantization == "int8"
     assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (16, 32, 0.05)
@@ -62,6 +49,15 @@ def test_layers_win_in_order(configs: Path) -> None:
     (configs / "experiments" / "mine.yaml").write_text("model: {base_model: demo-base}\ntraining: {seed: 2, epochs: 2}")
     config = load_experiment(configs, "mine", ["training.seed=3"]).config
     assert (config.training.seed, config.training.epochs, config.training.learning_rate) == (3, 2.0, 1.0)
+
+
+def test_no_other_rows_have_the_name_of_the_packaged_ones(configs: Path) -> None:
+    raw = configs / "raw_data.yaml"
+    raw.write_text("sources: {sample: {source: sample}, mine: {source: ./mine}}")
+    assert [*load_raw_data_config(configs).sources] == ["sample", "mine"]
+    raw.write_text("sources: {sample: {source: ./mine}}")
+    with pytest.raises(ConfigError, match=r"sources\.sample: "):
+        load_raw_data_config(configs)
 
 
 def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:

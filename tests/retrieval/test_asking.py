@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from projects import all_configs
 
 from finetune_assets.config.documents import load_documents
 from finetune_assets.config.loading import load_experiment
@@ -34,8 +35,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config() -> ExperimentConfig:
-    return load_experiment(ROOT / "configs", "demo-retrieval").config
+def config(tmp_path: Path) -> ExperimentConfig:
+    return load_experiment(all_configs(tmp_path), "demo-retrieval").config
 
 
 def test_the_prompt_is_that_of_the_evaluation_and_each_source_is_where_the_text_is(
