@@ -13,9 +13,13 @@ from reading.blocks import PAGES
 
 from docs import layers
 from docs.graph import TARGET, draw, parents_of_assets
+from docs.reference import PAGES as PAGES_OF_REFERENCE
 from docs.screenshots import BROWSER, browser
 
 ELSEWHERE = re.compile(r"(https?:)?//")
+MOST_WORDS = 1500
+GENERATED = ("settings", *PAGES_OF_REFERENCE)
+"""Pages that people look things up in, and do not read."""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,18 @@ def test_it_reads_and_searches_from_the_disk(site: Path) -> None:
 def test_links_lead_somewhere_on_github_too(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in GENERATED], ids=lambda page: page.stem)
+def test_a_page_is_short(page: Path) -> None:
+    words = re.findall(r"\S*\w\S*", page.read_text(encoding="utf-8"))
+    assert len(words) <= MOST_WORDS, "divide the page by kind"
+
+
+def test_llms_txt_lists_every_page(site: Path) -> None:
+    listed = re.findall(r"^- \[.+\]\((.+)\): .+$", (site / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {str(page.relative_to(site)) for page in site.rglob("*.html")} - {"404.html"}
+    assert set(listed) == pages
 
 
 def test_the_packages_picture_is_of_the_contract(tmp_path: Path) -> None:
