@@ -59,6 +59,7 @@ docs: $(VENV)/installed  ## write the generated parts of the documentation, and 
 	$(BIN)/python -m finetune_assets.config.reference
 	$(BIN)/python -m docs.graph
 	$(BIN)/python -m docs.layers
+	$(BIN)/python -m docs.diagrams
 	$(BIN)/python -m docs.reference
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 

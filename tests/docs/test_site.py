@@ -11,7 +11,7 @@ from paths import ROOT
 from playwright.sync_api import expect
 from reading.blocks import PAGES
 
-from docs import layers
+from docs import diagrams, layers
 from docs.graph import TARGET, draw, parents_of_assets
 from docs.reference import PAGES as PAGES_OF_REFERENCE
 from docs.screenshots import BROWSER, browser
@@ -99,6 +99,12 @@ def test_llms_txt_lists_every_page(site: Path) -> None:
 def test_the_packages_picture_is_of_the_contract(tmp_path: Path) -> None:
     layers.draw(tmp_path / "layers.svg")
     assert (tmp_path / "layers.svg").read_bytes() == layers.TARGET.read_bytes(), "run `make docs`"
+
+
+@pytest.mark.parametrize("name", diagrams.DIAGRAMS)
+def test_a_diagram_is_as_drawn(name: str, tmp_path: Path) -> None:
+    diagrams.draw(diagrams.DIAGRAMS[name], tmp_path / "diagram.svg")
+    assert (tmp_path / "diagram.svg").read_bytes() == (diagrams.IMAGES / f"{name}.svg").read_bytes(), "run `make docs`"
 
 
 def test_the_graphs_picture_is_of_the_graph(tmp_path: Path) -> None:
