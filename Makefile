@@ -33,7 +33,7 @@ lint: $(VENV)/installed  ## style, import rules, types, definitions
 	$(BIN)/mypy
 	$(BIN)/dg check defs
 	@! grep -rnwiE --include=*.py --include=*.jinja --include=*.yaml --include=*.md --exclude=world.py --exclude-dir=documents -f docs/words.txt \
-		finetune_assets configs README.md docs/settings.md | grep -vE '# older name$$|\.tell\b' \
+		finetune_assets configs README.md CHANGELOG.md docs | grep -vE '# older name$$|\.tell\b' \
 		|| (echo "Words of docs/words.txt above: use the standard terms"; exit 1)
 
 ui: $(VENV)/installed  ## Dagster's UI on http://127.0.0.1:3000, and its daemon
@@ -59,6 +59,8 @@ docs: $(VENV)/installed  ## write the generated parts of the documentation, and 
 	$(BIN)/python -m finetune_assets.config.reference
 	$(BIN)/python -m docs.graph
 	$(BIN)/python -m docs.layers
+	$(BIN)/python -m docs.diagrams
+	$(BIN)/python -m docs.reference
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 screenshots: $(VENV)/installed  ## take the documentation's pictures of Dagster's UI; needs chromium

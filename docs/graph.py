@@ -66,7 +66,7 @@ def draw(parents: Parents, target: Path) -> None:
         for child, above in sorted(parents.items()):
             for parent in sorted(above):
                 if not is_indirect(parent, child, parents):
-                    _arrow(axes, at[parent], at[child])
+                    arrow(axes, at[parent], at[child])
         for node, place in at.items():
             box(axes, node, place, SOURCE_FILL if node in SOURCES.values() else FILL)
 
@@ -97,7 +97,7 @@ def box(axes: Any, text: str, place: tuple[float, float], fill: str) -> None:
     axes.text(*place, text, ha="center", va="center", fontsize=9.5, color=INK, zorder=3)
 
 
-def _arrow(axes: Any, begin: tuple[float, float], end: tuple[float, float]) -> None:
+def arrow(axes: Any, begin: tuple[float, float], end: tuple[float, float]) -> None:
     from matplotlib.patches import FancyArrowPatch
 
     ends = (begin[0], begin[1] - BOX_HEIGHT / 2), (end[0], end[1] + BOX_HEIGHT / 2)

@@ -147,8 +147,8 @@ def take_all(project: TestProject) -> None:
     inbox.mkdir()
     shutil.copy(SAMPLE, inbox / "first.jsonl")
     os.environ.update(project.environment, FINETUNE_RAW_DATA=str(inbox), HF_HUB_OFFLINE="1")
-    told = project.configs / "experiments" / "demo.yaml"  # nothing shall run but what is asked for
-    told.write_text(told.read_text().replace("subscribed: true", "subscribed: false"))
+    demo = project.configs / "experiments" / "demo.yaml"  # no run but those that are requested here
+    demo.write_text(demo.read_text().replace("subscribed: true", "subscribed: false"))
     for done in (materialize("*lora_adapter", "demo-ranks.rank-4", ["training.max_steps=20"]), materialize()):
         assert done.returncode == 0, done.stdout
     with serving(project) as (daemon, server), browser() as page:

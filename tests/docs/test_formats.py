@@ -1,4 +1,4 @@
-"""Every example of docs/formats.md is read, and is accepted or refused as the page states.
+"""Every example of the pages about formats is read, and is accepted or refused as the page states.
 
 <!-- accepted -->                     the rows of the block are good; with `<!-- accepted: {...} -->`, under
                                       these `columns`
@@ -21,9 +21,9 @@ from finetune_assets.data.layouts import row_reader
 from finetune_assets.data.readers import Unreadable, read_records
 from finetune_assets.data.rows import Row
 
-PAGE = ROOT / "docs" / "formats.md"
-EXAMPLES = [block for block in blocks(PAGE) if block.mark != "becomes"]
-RESULTS = {before.where: after for before, after in pairwise(blocks(PAGE))}
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("formats", "conversations", "judgements")]
+EXAMPLES = [block for page in PAGES for block in blocks(page) if block.mark != "becomes"]
+RESULTS = {before.where: after for page in PAGES for before, after in pairwise(blocks(page))}
 
 
 def written(block: Block, folder: Path) -> Path:

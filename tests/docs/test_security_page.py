@@ -1,4 +1,4 @@
-"""The page about security: what it names as proof is there, and what it gives to copy is valid."""
+"""The pages about security: what they name as proof is there, and what they give to copy is valid."""
 
 import json
 import re
@@ -13,9 +13,10 @@ from servers.kubernetes import VERSION
 
 from finetune_assets.artifacts.kinds import BASE_MODELS
 
-PAGE = ROOT / "docs" / "security.md"
-TEXT = PAGE.read_text("utf-8")
-POLICIES = [json.loads(block.text) for block in blocks(PAGE) if block.language == "json"]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("security", "securing", "supply-chain", "signing", "ui-access")]
+TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+POLICIES = [json.loads(block.text) for block in BLOCKS if block.language == "json"]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_only_one_role_writes_base_models() -> None:
 
 
 def test_network_policies_are_what_kubernetes_knows() -> None:
-    trees = [tree for b in blocks(PAGE) if b.language == "yaml" for tree in yaml.safe_load_all(b.text)]
+    trees = [tree for b in BLOCKS if b.language == "yaml" for tree in yaml.safe_load_all(b.text)]
     assert [tree["kind"] for tree in trees] == ["NetworkPolicy", "NetworkPolicy"]
     for tree in trees:
         kubernetes_validate.validate(tree, VERSION, strict=True)

@@ -11,11 +11,15 @@ from paths import ROOT
 from playwright.sync_api import expect
 from reading.blocks import PAGES
 
-from docs import layers
+from docs import diagrams, layers
 from docs.graph import TARGET, draw, parents_of_assets
+from docs.reference import PAGES as PAGES_OF_REFERENCE
 from docs.screenshots import BROWSER, browser
 
 ELSEWHERE = re.compile(r"(https?:)?//")
+MOST_WORDS = 1500
+GENERATED = ("settings", *PAGES_OF_REFERENCE)
+"""Pages that people look things up in, and do not read."""
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +84,27 @@ def test_links_lead_somewhere_on_github_too(page: Path) -> None:
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in GENERATED], ids=lambda page: page.stem)
+def test_a_page_is_short(page: Path) -> None:
+    words = re.findall(r"\S*\w\S*", page.read_text(encoding="utf-8"))
+    assert len(words) <= MOST_WORDS, "divide the page by kind"
+
+
+def test_llms_txt_lists_every_page(site: Path) -> None:
+    listed = re.findall(r"^- \[.+\]\((.+)\): .+$", (site / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {str(page.relative_to(site)) for page in site.rglob("*.html")} - {"404.html"}
+    assert set(listed) == pages
+
+
 def test_the_packages_picture_is_of_the_contract(tmp_path: Path) -> None:
     layers.draw(tmp_path / "layers.svg")
     assert (tmp_path / "layers.svg").read_bytes() == layers.TARGET.read_bytes(), "run `make docs`"
+
+
+@pytest.mark.parametrize("name", diagrams.DIAGRAMS)
+def test_a_diagram_is_as_drawn(name: str, tmp_path: Path) -> None:
+    diagrams.draw(diagrams.DIAGRAMS[name], tmp_path / "diagram.svg")
+    assert (tmp_path / "diagram.svg").read_bytes() == (diagrams.IMAGES / f"{name}.svg").read_bytes(), "run `make docs`"
 
 
 def test_the_graphs_picture_is_of_the_graph(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def production(project: TestProject, postgres: Postgres, ceph: Bucket, monkeypat
     (project.root / "dagster_home" / "dagster.yaml").write_text((ROOT / "deploy" / "dagster.yaml").read_text())
     for name, value in {**postgres.environment, "FINETUNE_LOGS_BUCKET": ceph.name, "FINETUNE_STORE": ceph.url}.items():
         monkeypatch.setenv(name, value)
-    for pool in ("gpu", "hub"):  # as docs/clusters.md says
+    for pool in ("gpu", "hub"):  # as in docs/deployment.md
         limit = [sys.executable, "-m", "dagster", "instance", "concurrency", "set", pool, "1"]
         subprocess.run(limit, check=True, capture_output=True)
     return ceph

@@ -1,6 +1,6 @@
 """The whole life of a job on Kubernetes, by the real clients, against an API server of ours on loopback.
 
-No real cluster has run these; what that leaves open is said in docs/clusters.md.
+No real cluster has run these; what that leaves open is in docs/kubernetes.md.
 """
 
 import json

@@ -2,9 +2,9 @@
 
     <!-- begins: demo s3 -->       once a page: what its project has when the page begins (see tests/docs/conftest.py)
     <!-- run -->                   run the block; with `<!-- run: exit=1 -->` it must end so
-    <!-- output -->                each line of the block stands in what the last run printed; `...` stands for anything
+    <!-- output -->                each line of the block is in what the last run printed; `...` matches anything
     <!-- not run: reason -->       nothing
-    <!-- accepted -->              also becomes, refused: a row of docs/formats.md (see tests/docs/test_formats.py)
+    <!-- accepted -->              also becomes, refused: a row of a page about formats (tests/docs/test_formats.py)
 
 A YAML block whose first line is `# configs/...` needs no comment: it is written to that file. So is, on a page that
 begins with `code`, a Python block whose first line is `# finetune_assets/...`; and a diff is applied.
