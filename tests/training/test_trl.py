@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from judgements import BASE, Rows, configured, labelled, pairs, prepared
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
 from tiers import tiered
+from torch import Tensor
 from training.conftest import ALONE, MADE_FROM
 from training.measuring import gradients, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer
