@@ -1,7 +1,8 @@
 """How soon processes are ready, against a bare import: `python -m benchmarks.startup`.
 
 CPU time of a process and its children. A worker, until its trainer is imported, as a fresh interpreter and forked from
-a fork server; `finetune plan demo`, on an empty cache and again; and the definitions.
+a fork server; `finetune plan demo`, on an empty cache and again; the definitions; and a shortened `finetune run demo`
+whose artifacts the store has.
 """
 
 import os
@@ -21,6 +22,7 @@ AS_A_WORKER = """
 from finetune_assets.worker.process import run_worker
 run_worker("benchmarks.worker_ready")
 """
+SHORT = ("training.max_steps=2", "evaluation.generated_rows=4", "evaluation.general_tokens=500")
 
 
 def cpu_time(*arguments: str, environment: dict[str, str] | None = None) -> dict[str, float]:
@@ -52,6 +54,8 @@ def main() -> None:
         settings = {
             "FINETUNE_CONFIGS": str(folder / "configs"),
             "FINETUNE_CACHE": str(cache),
+            "FINETUNE_STORE": f"file://{folder}/store",
+            "DAGSTER_HOME": str(folder),
             "FINETUNE_RAW_DATA": "sample",
             "HF_HUB_OFFLINE": "1",
         }
@@ -61,6 +65,12 @@ def main() -> None:
                 shutil.rmtree(cache, ignore_errors=True)
             return cpu_time("-m", "finetune_assets.cli", "plan", "demo", environment=settings)
 
+        def run() -> dict[str, float]:
+            overrides = [part for setting in SHORT for part in ("--set", setting)]
+            own = {**settings, "FINETUNE_CACHE": str(folder / "cache of runs")}
+            return cpu_time("-m", "finetune_assets.cli", "run", "demo", *overrides, environment=own)
+
+        run()
         sides: dict[str, Callable[[], dict[str, float]]] = {
             "import torch": lambda: cpu_time("-c", "import torch"),
             "worker, until its trainer is imported": lambda: cpu_time("-c", AS_A_WORKER),
@@ -69,16 +79,18 @@ def main() -> None:
             "finetune plan demo, repeated": lambda: plan(first=False),
             "import dagster": lambda: cpu_time("-c", "import dagster"),
             "import finetune_assets.definitions": lambda: cpu_time("-c", "import finetune_assets.definitions"),
+            "finetune run demo, all cache hits": run,
         }
         runs = interleaved(sides, 3 if args.quick else 5)
     seconds = {name: median(measured, "seconds") for name, measured in runs.items()}
-    torch, worker, from_server, first, repeated, dagster, definitions = seconds.values()
+    torch, worker, from_server, first, repeated, dagster, definitions, cached = seconds.values()
     ratios = {
         "worker_vs_import_torch": worker / torch,
         "forked_worker_vs_import_torch": from_server / torch,
         "cli_vs_import_torch": repeated / torch,
         "cli_first_vs_import_torch": first / torch,
         "definitions_vs_import_dagster": definitions / dagster,
+        "cached_run_vs_import_dagster": cached / dagster,
     }
     rows = [(name, f"{value:.2f} s") for name, value in seconds.items()]
     report("Start-up: CPU time, median of fresh processes", rows, ratios, args.json)
