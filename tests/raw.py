@@ -11,7 +11,7 @@ from finetune_assets.data.ingest import PARQUET, QUARANTINE, write_raw
 from finetune_assets.data.readers import SourceFile
 from finetune_assets.data.rows import Row
 
-OPTIONAL = ("tools", "rejected", "rejected_messages", "label")
+OPTIONAL = ("tools", "rejected", "rejected_messages", "label", "adapter")
 """Columns that most rows have no value in."""
 
 

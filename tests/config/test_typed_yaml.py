@@ -194,6 +194,7 @@ def test_settings_hashes_skip_a_broken_experiment_alone(configs: Path, monkeypat
 
     (configs / "experiments" / "broken.yaml").write_text("subscribed: true\nlora: {rank_pattern: {layers: {0: 4}}}\n")
     (configs / "experiments" / "other.yaml").write_text("subscribed: true\n" + BASE)
+    (configs / "sweeps").mkdir()
     (configs / "sweeps" / "all.yaml").write_text("experiment: demo\ngrid: {lora.rank: [4]}\nsample: -1\n")
     monkeypatch.setattr(deployment, "configs", lambda: configs)
     for asset in ("lora_adapter", "tokenized_dataset", "training_plan", "cached_base_model"):
