@@ -13,6 +13,9 @@ from finetune_assets.config.documents import users_of_documents
 from finetune_assets.config.loading import document_sets, experiment_names
 from finetune_assets.resources import deployment
 
+UP_TO_CHAMPION = ("dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation")
+UP_TO_CHAMPION += ("champion_adapter",)
+"""Assets of a training and its gate, without plan and report."""
 PARTITIONED = ("finetune_assets.assets", "finetune_assets.definitions")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from integration.graph import Graph
+from integration.graph import UP_TO_CHAMPION, Graph
 from projects import TestProject
 
 from finetune_assets.artifacts.champions import BY_HAND, PROMOTED, ROLLED_BACK, Champions, Record
@@ -65,7 +65,7 @@ class Gate:
         experiment["training"] |= {"macro_batch_size": 2, "micro_batch_size": 2, **training}
         experiment["evaluation"] |= {"generated_rows": 4, "general_tokens": 2_000}
         (self.project.configs / "experiments" / "demo.yaml").write_text(yaml.safe_dump(experiment))
-        run = self.graph.run(overrides=overrides)
+        run = self.graph.run(UP_TO_CHAMPION, overrides=overrides)
         assert run.success, run.log
         checks = run.result.get_asset_check_evaluations()
         (gate,) = (check for check in checks if check.asset_key.to_user_string() == "champion_adapter")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from integration.daemon import Daemon, running
-from integration.graph import Graph, Run
+from integration.graph import UP_TO_CHAMPION, Graph, Run
 from integration.test_daemon import inbox
 from mistakes import mistakes, sample_rows, write_lines
 from projects import TestProject
@@ -21,8 +21,6 @@ from finetune_assets.serving.state import ServedRecords
 
 __all__ = ["inbox"]
 pytestmark = [pytest.mark.system, pytest.mark.minutes]
-UP_TO_CHAMPION = ("dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation")
-UP_TO_CHAMPION += ("champion_adapter",)
 DPO = {"objective": "dpo", "max_steps": 30, "macro_batch_size": 4, "micro_batch_size": 4}
 LOOP = """
 subscribed: true
