@@ -9,6 +9,7 @@ import pytest
 from reading.blocks import FIRST_RUN, MUST_BE_MARKED, PAGES, blocks
 from reading.reader import Reader
 
+pytestmark = pytest.mark.timeout(1800)  # the first page trains twice, and the others wait for it
 FOR_EVERY_CHANGE = "settings"
 """The page with commands that `make test` follows; the others are in `make test-system`."""
 
