@@ -213,6 +213,7 @@ def test_held_out_loss_in_bf16_is_near_fp32s(trained: Callable[..., FinishedRun]
 
 @pytest.mark.real_data
 @pytest.mark.system
+@pytest.mark.soak
 def test_held_out_loss_on_dolly_is_within_half_a_percent(
     cpu: Callable[..., list[tuple[int, int]]], dolly: Path, stories260k: Path, tmp_path: Path
 ) -> None:
