@@ -97,6 +97,7 @@ def test_file_lands_and_two_experiments_train(daemon: Daemon, inbox: Path, rows:
 
 @pytest.mark.minutes
 @pytest.mark.system
+@pytest.mark.soak
 @pytest.mark.real_data
 def test_what_trains_an_experiment_and_what_does_not(ui: Daemon, inbox: Path, rows: list[str]) -> None:
     """First data, the same bytes again, more data, and a new experiment."""
