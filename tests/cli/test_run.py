@@ -21,11 +21,11 @@ def test_the_account_has_what_was_computed_found_and_stored(project: TestProject
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     (raw,) = project.published("raw")
     for ended, outcome in ((first, "computed in"), (second, "cache hit in")):
-        lines = ended.stdout.splitlines()
-        found = lines[lines.index("dolly_raw") + 1]
+        _, _, of_asset = ended.stdout.partition("dolly_raw\n")
+        found, stored = [line for line in of_asset.splitlines() if "✓" in line or "stored at" in line][:2]
         assert outcome in found
         assert "800 rows, 0 quarantined" in found
-        assert f"/raw/{raw}/" in lines[lines.index("dolly_raw") + 2]
+        assert f"/raw/{raw}/" in stored
     assert "2 computed, 0 cache hits" in first.stdout
     assert "0 computed, 2 cache hits" in second.stdout
     with dg.DagsterInstance.from_config(str(project.root / "dagster_home")) as instance:

@@ -20,6 +20,7 @@ from finetune_assets.data.errors import DataError
 from finetune_assets.data.ingest import OTHER_CATEGORIES, RawStatistics, write_raw
 from finetune_assets.data.readers import SourceFile, parquet_pages, read_records
 from finetune_assets.data.readers.arrow_messages import check_batches
+from finetune_assets.store.results import Results
 
 LONG = "x" * (4 << 20)
 GOOD = {"instruction": "i", "response": "r"}
@@ -219,10 +220,11 @@ def test_metadata_names_the_first_hundred_of_many_categories(tmp_path: Path) -> 
     assert len(statistics.categories) == 10_001
     assert statistics.categories[OTHER_CATEGORIES] == 10_000
     assert max(map(len, statistics.categories)) == 200
-    metadata = _describe(vars(statistics) | {"quality": vars(statistics.quality)})
+    drawn = Results(tmp_path / "drawn")
+    metadata = _describe(vars(statistics) | {"quality": vars(statistics.quality)}, drawn)
     assert metadata["categories"].value.count("\n") == 101  # type: ignore[attr-defined]
     assert metadata["category_count"] == 10_001
-    assert "category_count" not in _describe({**vars(RawStatistics()), "quality": {"lengths": {}}})
+    assert "category_count" not in _describe({**vars(RawStatistics()), "quality": {"lengths": {}}}, drawn)
 
 
 KEYS = ["instruction", "response", "messages", "tools", "category", "system", "history", "chosen", "context", "id"]
