@@ -7,8 +7,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import dagster as dg
 
 from finetune_assets import plots
 from finetune_assets.artifacts.layout import UPDATES, UTILISATION
-from finetune_assets.store.results import Results, code_of
+from finetune_assets.store.results import Results, code_and_libraries
 
 MARKDOWN = "markdown"
 LIBRARIES = ("matplotlib", "numpy", "pillow")
@@ -134,7 +132,7 @@ def _plot(name: str, draw: Callable[[], Any], drawn: Results, *shown: Any) -> Pi
         shown: The data in the plot.
     """
     data = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
-    question = {"plot": name, "data": data, **_code_and_libraries()}
+    question = {"plot": name, "data": data, **code_and_libraries(Path(plots.__file__).parent, *LIBRARIES)}
     if result := drawn.get(question, {MARKDOWN}):
         return _shown(name, result[MARKDOWN])
     try:
@@ -151,8 +149,3 @@ def _plot(name: str, draw: Callable[[], Any], drawn: Results, *shown: Any) -> Pi
 
 def _shown(name: str, markdown: str | None) -> Pictures:
     return {name: dg.MetadataValue.md(markdown)} if markdown else {}
-
-
-@cache
-def _code_and_libraries() -> dict[str, Any]:
-    return {"code": code_of(Path(plots.__file__).parent), "libraries": {name: version(name) for name in LIBRARIES}}

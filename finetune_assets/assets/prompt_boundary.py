@@ -1,10 +1,8 @@
 """Check `prompt_boundary` of `tokenized_dataset`: prompts whose tokens change once an answer follows."""
 
 from dataclasses import asdict
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -14,7 +12,7 @@ from finetune_assets.artifacts.passages import row_contexts
 from finetune_assets.assets.materialization import fraction_check
 from finetune_assets.sources.base_models import is_tokenizer_file
 from finetune_assets.store.artifacts import ArtifactRef
-from finetune_assets.store.results import code_of
+from finetune_assets.store.results import code_and_libraries
 
 if TYPE_CHECKING:
     from finetune_assets.data.prompt_boundary import PromptBoundary
@@ -47,12 +45,14 @@ def prompt_boundary_check(
 
     config, derived = lineage.experiment.config, lineage.store.cache.derived
     trusted = config.model.trust_remote_code is not None
-    question = {"prompt_boundary": dataset.fingerprint, "content": dataset.content, **_code_and_libraries()}
+    code = code_and_libraries(Path(data.__file__).parent, "transformers", "tokenizers", "jinja2")
+    question = {"prompt_boundary": dataset.fingerprint, "content": dataset.content, **code}
     found = None if trusted else derived.get(question, FIELDS)
     if found is None:
         compared = _compare(lineage, dolly_raw, cached_base_model, dataset)
         found = {**asdict(compared), "difference": masked(compared.difference)}
-        derived.put(question, found)
+        if not trusted:
+            derived.put(question, found)
     most, first = config.data.checks.max_changed_prompts_share, ", ".join(map(str, found["first"]))
     remedy = REMEDY_OF_CHAT_TEMPLATE if config.data.prompt_template.chat_template else REMEDY_OF_PROMPTS
     problem = (
@@ -62,12 +62,6 @@ def prompt_boundary_check(
     )
     severity = dg.AssetCheckSeverity.WARN
     return fraction_check(context, NAME, found["changed"], found["compared"], most, problem, severity, first_rows=first)
-
-
-@cache
-def _code_and_libraries() -> dict[str, Any]:
-    names = ("transformers", "tokenizers", "jinja2")
-    return {"code": code_of(Path(data.__file__).parent), "libraries": {name: version(name) for name in names}}
 
 
 def _compare(

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,11 @@ class Results:
         return self.folder / f"{_sum(question)}.json"
 
 
-def code_of(*folders: Path) -> str:
-    """SHA-256 of the Python files in these folders, as a part of a question."""
-    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+@cache
+def code_and_libraries(folder: Path, *libraries: str) -> dict[str, Any]:
+    """Part of a question: SHA-256 of the Python files in a folder, and versions of the libraries that they use."""
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))).hexdigest()
+    return {"code": code, "libraries": {name: version(name) for name in libraries}}
 
 
 def _sum(*parts: Any) -> str:
