@@ -1,12 +1,15 @@
 """Functions that tests compute in other processes, which import this module alone."""
 
+import logging
 import os
 import signal
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from finetune_assets.data.errors import DataError
+from finetune_assets.progress import ROWS, Progress
 
 
 class Unpicklable(Exception):
@@ -51,3 +54,19 @@ def sleep(folder: str) -> None:
     """Name this process in a folder, and compute for a minute."""
     (Path(folder) / str(os.getpid())).touch()
     time.sleep(60)
+
+
+def report(rows: int) -> int:
+    """Log, count rows, and return this process."""
+    logging.getLogger("finetune_assets.data").warning("%s rows are bad", rows)
+    with Progress("checking", rows, ROWS) as progress:
+        progress.add(rows)
+    return os.getpid()
+
+
+def has_torch() -> bool:
+    """Whether torch can be imported."""
+    try:
+        return find_spec("torch") is not None
+    except ValueError:  # `sys.modules` has None for it
+        return False

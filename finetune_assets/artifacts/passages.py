@@ -1,7 +1,5 @@
 """Passages of an experiment's rows: from the index of its document set, in the store."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_assets.artifacts.lineage import Lineage
@@ -9,34 +7,20 @@ from finetune_assets.config.schema import Data
 from finetune_assets.store.artifacts import ArtifactRef
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from finetune_assets.retrieval.contexts import RowContexts
+    from finetune_assets.retrieval.contexts import Passages
 
 
-def row_contexts(
-    lineage: Lineage,
-    raw: Sequence[Path],
-    tokenizer: "PreTrainedTokenizerBase",
-    index: ArtifactRef | None = None,
-    data: Data | None = None,
-) -> "RowContexts | None":
-    """What puts passages into the rows of an experiment; None without `data.retrieval`.
+def row_passages(lineage: Lineage, index: ArtifactRef | None = None, data: Data | None = None) -> "Passages | None":
+    """Where the passages of an experiment's rows come from; None without `data.retrieval`.
 
     Args:
         lineage: Lineage of the experiment.
-        raw: Parquet files of the raw data that the experiment uses; needed for training rows alone.
-        tokenizer: The experiment's tokenizer.
         index: The index; by default, that of the experiment's document set.
         data: The data settings; by default, those of the experiment.
     """
-    from finetune_assets.data.tokenization import Encoder
-    from finetune_assets.retrieval.contexts import RowContexts, held_out_passages
+    from finetune_assets.retrieval.contexts import Passages
 
-    data, salt, models = data or lineage.experiment.config.data, lineage.raw.config.split_salt, lineage.raw.root
-    used = index or lineage.index()
+    data, used = data or lineage.experiment.config.data, index or lineage.index()
     if data.retrieval is None or used is None:
         return None
-    folder, longest = lineage.store.fetch(used), data.tokenization.cutoff_len
-    held_out = held_out_passages(raw, folder, data, salt, models)
-    return RowContexts(folder, data.retrieval, salt, Encoder(tokenizer, data), longest, held_out, models)
+    return Passages(lineage.store.fetch(used), data, lineage.raw.config.split_salt, lineage.raw.root)

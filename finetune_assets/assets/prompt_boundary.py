@@ -8,9 +8,9 @@ import dagster as dg
 
 from finetune_assets import data
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.artifacts.passages import row_contexts
+from finetune_assets.assets.dataset_builder import dataset_builder
 from finetune_assets.assets.materialization import fraction_check
-from finetune_assets.sources.base_models import is_tokenizer_file
+from finetune_assets.data.processes import in_own_process
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.store.results import code_and_libraries
 
@@ -68,16 +68,10 @@ def _compare(
     lineage: Lineage, dolly_raw: ArtifactRef, cached_base_model: ArtifactRef, dataset: ArtifactRef
 ) -> "PromptBoundary":
     from finetune_assets.data.ingest import PARQUET
-    from finetune_assets.data.prompt_boundary import prompt_boundary
-    from finetune_assets.data.tokenization import load_tokenizer
 
-    config, store = lineage.experiment.config, lineage.store
-    selected, tokenization = lineage.selected_sources(dolly_raw), config.data.tokenization
+    store, selected = lineage.store, lineage.selected_sources(dolly_raw)
     used = [*selected.values(), *lineage.replayed(selected)]
     raw = [store.fetch(ref, lambda path: path == PARQUET) / PARQUET for ref in used]
     train = store.fetch(dataset, lambda path: path == TRAIN) / TRAIN
-    base_model = store.fetch(cached_base_model, is_tokenizer_file)
-    trusted = config.model.trust_remote_code is not None
-    tokenizer = load_tokenizer(str(base_model), tokenization.added_tokens, trusted)
-    contexts = row_contexts(lineage, raw, load_tokenizer(str(base_model), tokenization.added_tokens, trusted))
-    return prompt_boundary(train, raw, tokenizer, config.data, contexts=contexts)
+    builder = dataset_builder(lineage, cached_base_model)
+    return in_own_process(builder.compare_prompts, raw, train, torch=builder.needs_torch)

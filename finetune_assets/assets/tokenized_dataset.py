@@ -13,8 +13,8 @@ from finetune_assets.artifacts.aliases import SAME_AS, canonical
 from finetune_assets.artifacts.kinds import TOKENIZED
 from finetune_assets.artifacts.layout import JUDGED_ADAPTERS
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.artifacts.passages import row_contexts
 from finetune_assets.assets.contamination import contamination_check
+from finetune_assets.assets.dataset_builder import dataset_builder
 from finetune_assets.assets.dataset_checks import SPECS, dataset_checks
 from finetune_assets.assets.materialization import (
     ARTIFACT,
@@ -31,11 +31,10 @@ from finetune_assets.assets.partitions import project_asset
 from finetune_assets.assets.pictures import of_tokens
 from finetune_assets.assets.prompt_boundary import prompt_boundary_check
 from finetune_assets.automation.conditions import HasGoodData, auto_materialize
-from finetune_assets.data.learning import Learning
+from finetune_assets.data.processes import in_own_process
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.resources.project import Project
 from finetune_assets.serving.state import served_by_name
-from finetune_assets.sources.base_models import is_tokenizer_file
 from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.store.json_object import read_json
 
@@ -83,28 +82,14 @@ def tokenized_dataset(
             tags |= ignoring_index(lineage, dolly_raw=dolly_raw, cached_base_model=cached_base_model)
 
         def build(folder: Path) -> None:
-            from finetune_assets.data.prepare import prepare_dataset
-            from finetune_assets.data.preview import masked_tokens
-            from finetune_assets.data.tokenization import check_positions, load_tokenizer
-            from finetune_assets.retrieval.statistics import passage_statistics
-
             if trains_later(context):
                 launcher.prepare(config.launcher)
-            base_model = project.store().fetch(cached_base_model, is_tokenizer_file)
-            check_positions(base_model, config.data)
-            trusted = config.model.trust_remote_code is not None
-            tokenizer = load_tokenizer(str(base_model), config.data.tokenization.added_tokens, trusted)
-            parts = _raw_parts(lineage, dolly_raw)
-            contexts = row_contexts(lineage, [part.file for part in parts], tokenizer)
-            salt, learning = lineage.raw.config.split_salt, Learning.of(config.training)
-            statistics = prepare_dataset(parts, tokenizer, config.data, salt, folder, contexts, learning)
-            written = statistics.to_dict()
-            if contexts:
-                written["passages"] = passage_statistics(folder)
-            (folder / STATISTICS).write_text(json.dumps(written), encoding="utf-8")
-            (folder / PREVIEW).write_text(masked_tokens(folder / "train.arrow", tokenizer), encoding="utf-8")
-            if statistics.adapters:
-                made_from[JUDGED_ADAPTERS] = _judged_adapters(lineage, statistics.adapters)
+            builder, parts = dataset_builder(lineage, cached_base_model), _raw_parts(lineage, dolly_raw)
+            statistics, preview = in_own_process(builder.build, parts, folder, torch=builder.needs_torch)
+            (folder / STATISTICS).write_text(json.dumps(statistics), encoding="utf-8")
+            (folder / PREVIEW).write_text(preview, encoding="utf-8")
+            if statistics["adapters"]:
+                made_from[JUDGED_ADAPTERS] = _judged_adapters(lineage, statistics["adapters"])
             made_from.update(_same_as(lineage, folder, dolly_raw, cached_base_model))
             if replayed := lineage.replayed(lineage.selected_sources(dolly_raw)):
                 made_from["replayed"] = [ref.fingerprint for ref in replayed]

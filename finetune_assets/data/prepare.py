@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.dataset_statistics import FILL_BINS, LENGTH_BINS, Statistics, name_first
@@ -35,6 +35,9 @@ from finetune_assets.data.tokenization import Encoder
 from finetune_assets.progress import ROWS as UNIT
 from finetune_assets.progress import Progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 ROWS_PER_PROCESS = 5_000
 """Rows for each process with `auto`: about three times what is prepared in the time that a process takes to start
@@ -47,7 +50,7 @@ PACK_SCHEMA = pa.schema([pa.field("examples", pa.list_(pa.int32()), metadata={"d
 
 def prepare_dataset(
     rows: Path | Sequence[RawPart],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     data: Data,
     split_salt: str,
     out: Path,

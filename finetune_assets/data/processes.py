@@ -1,9 +1,10 @@
-"""Computes batches in several processes of this machine: in order, in bounded memory, and without temporary files.
+"""Computes in other processes of this machine: batches in several, or one function in a process of its own.
 
-This process is one of them: a thread of it computes while the others start, which takes each about a CPU second. The
-others are fresh interpreters rather than forks, because the steps of a Dagster run may be threads of one process. They
-import neither torch nor pandas, which takes seconds and hundreds of MiB. Each ends when its owner does,
-even by SIGKILL: its stdin is a pipe that closes then.
+Batches are computed in order, in bounded memory, and without temporary files. This process is one of those that compute
+them: a thread of it does while the others start, which takes each about a CPU second. The others are fresh interpreters
+rather than forks, because the steps of a Dagster run may be threads of one process. They import neither torch nor
+pandas, which takes seconds and hundreds of MiB. Each ends when its owner does, even by SIGKILL: its stdin is a pipe
+that closes then. What they log is logged by this process.
 
 `python -m finetune_assets.data.processes FILE` is such a process; FILE is the descriptor of its connection.
 """
@@ -14,13 +15,15 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
+from logging.handlers import QueueHandler
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,15 +34,20 @@ from typing import Any, Self, TypeVar
 from finetune_assets.config.cluster import AUTO
 from finetune_assets.data.cores import available_cores
 from finetune_assets.errors import UserError
+from finetune_assets.progress import Progress
+from finetune_assets.progress.relay import from_environment, heard
 
 MOST = 16
 """Maximum number of processes with `auto`. This process also reads the rows and writes the results, and keeps no more
 than about so many busy (benchmarks/RESULTS.md)."""
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""Environment of the other processes. They use all cores together, so each has one thread."""
+"""Environment of processes that compute batches. They use all cores together, so each has one thread."""
 TORCH, PANDAS = "torch", "pandas"
 """Packages that count as not installed in the other processes: transformers imports the one where it renders chat
 templates, and pyarrow the other for its first array."""
+TRANSFORMERS, WITH_TORCH = "transformers", "with-torch"
+PROCESSES = "data.processes"
+"""Setting with the number of processes of the data preparation."""
 LIFELINE = 0
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -119,7 +127,7 @@ class Processes:
     def _started(self) -> ThreadPoolExecutor:
         """The threads, of which each waits for a process or computes itself."""
         if not self._threads:
-            self._children = [_Child(self.setting) for _ in range(self.count - 1)]
+            self._children = [_Child(self.setting, ONE_THREAD) for _ in range(self.count - 1)]
             for child in self._children:
                 self._idle.put(child)
             self._idle.put(_Here())
@@ -134,6 +142,40 @@ class Processes:
             self._idle.put(process)
 
 
+def in_own_process(function: Callable[..., R], *arguments: Any, torch: bool = False) -> R:
+    """Call a function in a process of its own, so that what it imports does not stay in this one.
+
+    Importing a tokenizer takes a CPU second there, and eight with torch. If this process has transformers already, the
+    function is called here.
+
+    Args:
+        function: Function of a module.
+        arguments: Its arguments, which are pickled, as is the result.
+        torch: Whether the function may import torch.
+
+    Raises:
+        Exception: as the function raised it.
+        LostProcess: if the process is killed.
+    """
+    if sys.modules.get(TRANSFORMERS):
+        return function(*arguments)
+    with (
+        tempfile.TemporaryDirectory(prefix="finetune-") as folder,
+        heard(Path(folder), Progress.display) as environment,
+    ):
+        child = _Child(PROCESSES, environment, torch)
+        try:
+            return child.call(_applied, pickle.dumps(_applied), (function, arguments))
+        finally:
+            child.end()
+            child.close()
+
+
+def _applied(call: tuple[Callable[..., R], tuple[Any, ...]]) -> R:
+    function, arguments = call
+    return function(*arguments)
+
+
 class _Here:
     """This process."""
 
@@ -142,17 +184,24 @@ class _Here:
 
 
 class _Child:
-    """Another process, and the connection to it."""
+    """Another process, and the connection to it.
 
-    def __init__(self, setting: str) -> None:
+    Args:
+        setting: Name of the setting that chooses the number of processes, for messages.
+        environment: Added to the environment of this process.
+        torch: Whether it may import torch.
+    """
+
+    def __init__(self, setting: str, environment: Mapping[str, str], torch: bool = False) -> None:
         self._setting = setting
         self._connection, theirs = Pipe()
         self._function = b""
         paths = os.pathsep.join(str(Path(path).absolute()) for path in sys.path)
+        options = [WITH_TORCH] if torch else []
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "finetune_assets.data.processes", str(theirs.fileno())],
-                env={**os.environ, **ONE_THREAD, "PYTHONPATH": paths},
+                [sys.executable, "-P", "-m", "finetune_assets.data.processes", str(theirs.fileno()), *options],
+                env={**os.environ, **environment, "PYTHONPATH": paths},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -168,9 +217,11 @@ class _Child:
         try:
             self._connection.send_bytes(b"" if pickled is self._function else pickled)
             self._connection.send_bytes(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
-            is_error, result = pickle.loads(self._connection.recv_bytes())
+            while isinstance(message := pickle.loads(self._connection.recv_bytes()), logging.LogRecord):
+                _log(message)
         except (EOFError, OSError) as e:
             raise self._lost() from e
+        is_error, result = message
         self._function = b"" if is_error else pickled  # it may have failed to load
         if is_error:
             raise result
@@ -194,6 +245,12 @@ class _Child:
         self._connection.close()
         if self._process.stdin:
             self._process.stdin.close()
+
+
+def _log(record: logging.LogRecord) -> None:
+    log = logging.getLogger(record.name)
+    if log.isEnabledFor(record.levelno):
+        log.handle(record)
 
 
 def _pickled(function: Callable[..., Any]) -> bytes | None:
@@ -226,10 +283,14 @@ def process_count(setting: str, size: int, least: int) -> int:
 def main() -> None:
     threading.Thread(target=_end_with_owner, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner ends this process
-    sys.modules[TORCH] = None  # type: ignore[assignment]  # `find_spec` and `import` treat it as not installed
-    sys.meta_path.insert(0, _WithoutPandas())  # pyarrow, compiled by Cython, takes None for a module
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # warns that torch is not installed
+    if WITH_TORCH not in sys.argv:
+        sys.modules[TORCH] = None  # type: ignore[assignment]  # `find_spec` and `import` treat it as not installed
+        sys.meta_path.insert(0, _WithoutPandas())  # pyarrow, compiled by Cython, takes None for a module
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # warns that torch is not installed
     connection = Connection(int(sys.argv[1]))
+    Progress.display = from_environment()
+    logging.root.addHandler(_ToOwner(connection))  # not `basicConfig`, whose format would be added to the messages
+    logging.root.setLevel(logging.INFO)
     function: Callable[[Any], Any] = repr
     with suppress(EOFError):
         while True:
@@ -240,6 +301,13 @@ def main() -> None:
             except Exception as e:
                 result = _pickled_error(e)
             connection.send_bytes(result)
+
+
+class _ToOwner(QueueHandler):
+    """Sends log records to the owner, which logs them."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.queue.send_bytes(pickle.dumps(record))  # type: ignore[union-attr]
 
 
 class _WithoutPandas(MetaPathFinder):

@@ -8,10 +8,10 @@ chat template renders a prompt that it does not write in a whole conversation.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.chat import ChatTemplate
@@ -23,6 +23,9 @@ from finetune_assets.data.layouts.instruction import conversation
 from finetune_assets.data.raw_files import rows_at
 from finetune_assets.data.rows import Row, Split
 from finetune_assets.data.serving_template import prompt_messages, use_serving_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COMPARED_ROWS = 2_000
 """Rows to compare, evenly spaced over the training split."""
@@ -49,7 +52,7 @@ class PromptBoundary:
 def prompt_boundary(
     train: Path,
     raw: Sequence[Path],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     data: Data,
     most: int = COMPARED_ROWS,
     contexts: Contexts | None = None,
@@ -96,7 +99,7 @@ def prompt_boundary(
     return found
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase, data: Data) -> Callable[[Row], str]:
+def _renderer(tokenizer: "PreTrainedTokenizerBase", data: Data) -> Callable[[Row], str]:
     """The function that renders the prompt of a row with the tokenizer's chat template."""
     if data.prompt_template.chat_template:
         chat = ChatTemplate(tokenizer)
@@ -107,7 +110,7 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, data: Data) -> Callable[[Row],
     return lambda row: jinja.render(prompt_messages(row), prompt=True)[0]
 
 
-def _difference(trained: list[int], served: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _difference(trained: list[int], served: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
     """The first tokens that differ, as text."""
     same = next((i for i, pair in enumerate(zip(trained, served, strict=False)) if pair[0] != pair[1]), None)
     at = min(len(trained), len(served)) if same is None else same

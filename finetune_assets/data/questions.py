@@ -2,18 +2,20 @@
 
 from collections import Counter
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.tokenization import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIRST_WORDS = ("The", "It", "In", "A", "Yes")
 """Common first words of an answer; see `questions`."""
 
 
 def questions(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: Data, context: str = ""
+    prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", data: Data, context: str = ""
 ) -> list[list[int]]:
     """Tokenize the user's prompts, up to where the answer begins.
 

@@ -13,15 +13,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import Formatter, Template
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from finetune_assets.config.schema import Data
 from finetune_assets.data.chat.jinja import CLOCK, TODAY
 from finetune_assets.data.questions import questions
 from finetune_assets.data.rows import Row
 from finetune_assets.data.tokenization import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONTEXT = "context"
 """Role of the message that holds the context of an instruction."""
@@ -74,7 +75,7 @@ $begin
 """
 
 
-def use_serving_template(tokenizer: PreTrainedTokenizerBase, data: Data) -> PreTrainedTokenizerBase:
+def use_serving_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> "PreTrainedTokenizerBase":
     """Give a tokenizer the chat template that an adapter of the experiment carries.
 
     Args:
@@ -85,7 +86,7 @@ def use_serving_template(tokenizer: PreTrainedTokenizerBase, data: Data) -> PreT
     return tokenizer
 
 
-def serving_template(tokenizer: PreTrainedTokenizerBase, data: Data) -> Any:
+def serving_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> Any:
     """The chat template of an experiment's adapters: text, or texts by name if the base model has several.
 
     Args:
@@ -116,7 +117,7 @@ def _literal(text: str) -> str:
     return f"'{text}'"
 
 
-def _of_prompts(tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
+def _of_prompts(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
     """The chat template of an experiment with `prompt_input` and `prompt_no_input`.
 
     The text before a prompt, and the end to leave out of it, are those that give the tokens of training for sample

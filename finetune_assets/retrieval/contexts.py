@@ -12,15 +12,20 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from struct import unpack
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune_assets.config.schema import Data, Retrieval
 from finetune_assets.data.errors import RefusedRow
 from finetune_assets.data.raw_files import raw_batches
 from finetune_assets.data.rows import Row, Split, draw, plain, side_of
+from finetune_assets.data.tokenization import Encoder
 from finetune_assets.retrieval.citations import with_citations
 from finetune_assets.retrieval.golden import golden_passages
 from finetune_assets.retrieval.index import Index, open_index
+from finetune_assets.retrieval.statistics import passage_statistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PASSAGE, BETWEEN = "[{number}] {text}", "\n\n"
 """Format of a passage in a context, and the text between two of them."""
@@ -241,6 +246,40 @@ class RowContexts:
             return with_citations(response, golden) if self.settings.cite else response
         refuses = self.settings.without_golden == "refuse" and mode is not Mode.CLOSED_BOOK
         return self.settings.refusal if refuses else response
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Where the passages of an experiment's rows come from, with what decides which.
+
+    Attributes:
+        folder: Folder of the index.
+        data: Data settings of the experiment, with `data.retrieval`.
+        salt: Salt of the split and of the choices.
+        models: Folder that relative paths of models start from, for dense indexes.
+    """
+
+    folder: Path
+    data: Data
+    salt: str
+    models: Path
+
+    def contexts(self, tokenizer: "PreTrainedTokenizerBase", raw: Sequence[Path] = ()) -> RowContexts:
+        """What puts the passages into rows.
+
+        Args:
+            tokenizer: Tokenizer of the experiment.
+            raw: Parquet files of the raw data that the experiment uses; needed for training rows alone.
+        """
+        settings, longest = self.data.retrieval, self.data.tokenization.cutoff_len
+        assert settings
+        held_out = held_out_passages(raw, self.folder, self.data, self.salt, self.models)
+        encoder = Encoder(tokenizer, self.data)
+        return RowContexts(self.folder, settings, self.salt, encoder, longest, held_out, self.models)
+
+    def statistics(self, dataset: Path) -> dict[str, dict[str, int]]:
+        """`passage_statistics` of a tokenized dataset."""
+        return passage_statistics(dataset)
 
 
 def held_out_passages(raw: Sequence[Path], folder: Path, data: Data, salt: str, models: Path | None = None) -> set[int]:

@@ -9,7 +9,7 @@ from finetune_assets.artifacts import provenance
 from finetune_assets.artifacts.kinds import EVALUATIONS, INDEXES, RAW, TOKENIZED
 from finetune_assets.artifacts.layout import CONFIG, ROWS
 from finetune_assets.artifacts.lineage import Lineage
-from finetune_assets.artifacts.passages import row_contexts
+from finetune_assets.artifacts.passages import row_passages
 from finetune_assets.config.loading import load_resolved
 from finetune_assets.config.schema import Data
 from finetune_assets.errors import UserError
@@ -196,8 +196,9 @@ def _with_passages(lineage: Lineage, adapter: ArtifactRef, dataset: ArtifactRef,
     named = provenance.text(manifest.made_from if manifest else {}, INDEXES.asset or "") or ""
     index = lineage.store.resolve(INDEXES.folder, named, made_by="retrieval_index")
     config = load_resolved(folder / CONFIG)
-    contexts = row_contexts(lineage, (), load_tokenizer(str(folder)), index, config.data)
-    assert contexts
+    passages = row_passages(lineage, index, config.data)
+    assert passages
+    contexts = passages.contexts(load_tokenizer(str(folder)))
     return [row for row in contexts.apply(rows, Mode.RETRIEVED) if isinstance(row, dict)]
 
 

@@ -50,8 +50,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     pids: list[int] = []
     start = processes._Child.__init__
 
-    def counted(child: Any, setting: str) -> None:
-        start(child, setting)
+    def counted(child: Any, *arguments: Any) -> None:
+        start(child, *arguments)
         pids.append(child._process.pid)
 
     monkeypatch.setattr(processes._Child, "__init__", counted)

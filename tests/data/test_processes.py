@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from batch_functions import end, process, refuse, refuse_some, slow_square
+from batch_functions import end, has_torch, process, refuse, refuse_some, report, slow_square
 from paths import ROOT
 from processes import running, runs
 
 from finetune_assets.data import cores
 from finetune_assets.data.cores import available_cores
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.processes import MOST, LostProcess, Processes, process_count
+from finetune_assets.data.processes import MOST, LostProcess, Processes, in_own_process, process_count
+from finetune_assets.progress import Progress
+from finetune_assets.progress.relay import BarState
 
 OWNER = """
 import sys
@@ -98,6 +100,56 @@ def test_a_killed_process_is_named_with_the_setting() -> None:
         assert fact in str(error.value)
     assert error.value.retriable
     assert left() == []
+
+
+class Shown(list[BarState]):
+    """A display that keeps what it shows."""
+
+    def show(self, state: BarState) -> None:
+        self.append(state)
+
+
+@pytest.fixture
+def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run, which has not imported transformers."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+
+@pytest.mark.usefixtures("without_transformers")
+def test_a_function_in_its_own_process_logs_and_shows_progress_in_this_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = Shown()
+    monkeypatch.setattr(Progress, "display", shown)
+    pid = in_own_process(report, 7)
+    assert pid != os.getpid()
+    assert not runs(pid)
+    (record,) = (each for each in caplog.records if each.name == "finetune_assets.data")
+    assert (record.levelname, record.getMessage(), record.process) == ("WARNING", "7 rows are bad", pid)
+    assert {(state.what, state.total) for state in shown} == {("checking", 7)}
+    assert shown[-1].ended
+
+
+@pytest.mark.usefixtures("without_transformers")
+def test_it_has_torch_only_if_it_needs_it() -> None:
+    assert not in_own_process(has_torch)
+    assert in_own_process(has_torch, torch=True)
+
+
+@pytest.mark.usefixtures("without_transformers")
+def test_its_errors_are_raised_here() -> None:
+    with pytest.raises(DataError, match="row 3 is bad"):
+        in_own_process(refuse_some, 3)
+    with pytest.raises(LostProcess, match=r"SIGKILL.*data\.processes"):
+        in_own_process(end, os.getpid())
+    assert left() == []
+
+
+def test_a_process_with_transformers_calls_it_itself() -> None:
+    import transformers
+
+    assert transformers
+    assert in_own_process(report, 1) == os.getpid()
 
 
 def test_processes_end_when_their_owner_is_killed(tmp_path: Path) -> None:

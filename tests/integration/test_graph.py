@@ -32,7 +32,8 @@ def test_the_demo_runs_the_whole_graph_from_the_command_line(
 ) -> None:
     """`make demo`, shortened, with two ranks below a fork server of the run's own, and progress in its output.
 
-    wandb, which no setting asks for, is imported by none of its processes, and torch by none of a second run.
+    wandb, which no setting asks for, is imported by none of its processes. Of a first run, only workers import torch
+    and transformers, and of a second run no process does.
     """
     interpreters, wandb_was_imported = tmp_path / "interpreters", tmp_path / "wandb_was_imported"
     (tmp_path / "traps").mkdir()
@@ -69,6 +70,8 @@ def test_the_demo_runs_the_whole_graph_from_the_command_line(
     started = [word for line in interpreters.read_text().splitlines() for word in workers if word in line]
     assert started == [SERVER], "all workers are forked from one interpreter"
 
+    loaded = (tmp_path / "loaded").read_text().splitlines()
+    assert len([line for line in loaded if "torch" in line]) == len(started), loaded
     (tmp_path / "loaded").unlink()
     monkeypatch.setenv("FINETUNE_FORKSERVER", "off")
     again = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

@@ -1,12 +1,14 @@
 """How a chat template ends an assistant turn, which is also where generation has to stop."""
 
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from finetune_assets.data.chat.messages import parsed, shapes
 from finetune_assets.data.chat.template import ChatTemplate
 from finetune_assets.data.errors import RefusedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -24,7 +26,7 @@ class TurnEnd:
     tokens: tuple[int, ...] = ()
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
+def turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
     """The end of an assistant turn in the tokenizer's chat template.
 
     Raises:
