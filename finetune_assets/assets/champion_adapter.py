@@ -42,7 +42,7 @@ def champion_adapter(
     """
     with asset_step(context):
         lineage = project.lineage(context.partition_key)
-        decision = promote_if_better(lineage, lora_adapter, adapter_evaluation, by=f"run {context.run_id}")
+        decision = promote_if_better(lineage, lora_adapter, adapter_evaluation, by=f"run {context.run.run_id}")
         context.log.info(decision.reason)
         yield from announced(lineage, decision, wandb_metadata(context, lineage, decision))
 

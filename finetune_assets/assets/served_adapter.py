@@ -59,7 +59,7 @@ def served_adapter(
         if champion is None:
             yield check_skipped(context, VERIFIED, f"experiment {name} has no champion yet")
             return
-        serving = Serving(lineage, servers, context.log.info, f"run {context.run_id}")
+        serving = Serving(lineage, servers, context.log.info, f"run {context.run.run_id}")
         with store.cache.exclusive(store.prefix(SERVED.folder, name), f"serving {name}"):
             rollout = serving.serve(champion)
         for note in rollout.notes:

@@ -82,7 +82,7 @@ def stacked_adapter(
         evaluation_outcome = evaluate(
             context, project, launcher, lineage, outcome.ref, tokenized_dataset, cached_base_model
         )
-        decision = promote_if_better(lineage, outcome.ref, evaluation_outcome.ref, by=f"run {context.run_id}")
+        decision = promote_if_better(lineage, outcome.ref, evaluation_outcome.ref, by=f"run {context.run.run_id}")
         context.log.info(decision.reason)
         champion = wandb_metadata(context, lineage, decision)
         evaluation = read_evaluation(project.store().fetch(evaluation_outcome.ref))
