@@ -55,12 +55,13 @@ class RowLosses:
         micro_batch_size = self.config.training.micro_batch_size
         max_length = max(self.config.data.tokenization.cutoff_len, int(rows.lengths.max()))
         (batches,) = evaluation_batches(rows, 1, micro_batch_size, micro_batch_size * max_length if flat else None)
+        with autocast(self.precision, self.device):
+            shortest = [[int(rows.lengths.argmin())]]  # its logits are all in memory
+            self.summed.check(collate(shortest, rows, self.device, flat))
         done = 0
-        for batch_number, sequences in enumerate(batches):
+        for sequences in batches:
             batch = collate(sequences, rows, self.device, flat)
             with autocast(self.precision, self.device):
-                if batch_number == 0:
-                    self.summed.check(batch)
                 token_losses = self.summed.of_tokens(batch).double().cpu().numpy()
             indices = np.concatenate(sequences)
             row_losses[indices] = _group_sums(token_losses, rows.learned[indices])

@@ -127,7 +127,8 @@ class TrainingSetup:
         self.flat = select_attention(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.model.eval()
         with self._autocast():
-            self.summed_loss.check(self.batch(self.sequences[:1]))
+            shortest = [[int(self.train.lengths.argmin())]]  # its logits are all in memory
+            self.summed_loss.check(collate(shortest, self.train, self.process.device, self.flat))
         checkpointing = self._select_checkpointing()
         if self.training.compile:
             for layer in layers:
@@ -156,8 +157,7 @@ class TrainingSetup:
     def _select_checkpointing(self) -> bool:
         """Enable gradient checkpointing if the settings require it or, by default, if the activations do not fit."""
         base, wanted = self.model.get_base_model(), self.training.gradient_checkpointing
-        median = self.sequences[np.argsort(self.lengths)[len(self.lengths) // 2]]
-        batches = self.batch([median]), self.batch([median, median])
+        batches = self._measured_batches()
         tokens = self.training.micro_batch_size * self.longest
         sharing = self.process.local_world if self.process.device.type == "cpu" else 1
         self.model.train()
@@ -181,6 +181,18 @@ class TrainingSetup:
             base.enable_input_require_grads()
             self.estimate = estimate(True)
         return bool(self.estimate and self.estimate.checkpointing)
+
+    def _measured_batches(self) -> tuple[Batch, Batch]:
+        """Two batches of different size, which are no larger than a micro-batch if the sequences permit that."""
+        by_length = np.argsort(self.lengths)
+        median, shortest = (self.sequences[by_length[at]] for at in (len(by_length) // 2, 0))
+        if self.training.micro_batch_size > 1:
+            return self.batch([median]), self.batch([median, median])
+        if len(median) > 1:
+            return self.batch([median[: len(median) // 2]]), self.batch([median])
+        if self.lengths[by_length[0]] < self.lengths[by_length[len(by_length) // 2]]:
+            return self.batch([shortest]), self.batch([median])
+        return self.batch([median]), self.batch([median, median])
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self.precision, self.process.device)

@@ -11,6 +11,8 @@ import torch
 from training.measuring import names
 
 from finetune_assets.training import memory
+from finetune_assets.training.batches import Batch
+from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.memory import OutOfMemory
 from finetune_assets.training.recipe import LoraFinetune
 
@@ -96,3 +98,23 @@ def test_other_errors_stay_what_they_are(finetune: Finetune, monkeypatch: pytest
     with pytest.raises(RuntimeError) as error:
         run.run()
     assert error.type is RuntimeError
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_more_is_measured_than_a_micro_batch_holds(
+    packing: bool, finetune: Finetune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the model's own logits, which are whole in memory, are computed of the shortest example."""
+    measured, checked = list[int](), list[int]()
+    estimate, check = memory.estimate, SummedLoss.check
+
+    def of_batches(loss: object, batches: tuple[Batch, Batch], tokens: int, *rest: object) -> memory.Estimate:
+        measured.extend(batch.tokens for batch in batches)
+        assert measured[0] < measured[1] <= tokens
+        return estimate(loss, batches, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(memory, "estimate", of_batches)
+    monkeypatch.setattr(SummedLoss, "check", lambda loss, batch: (checked.append(batch.tokens), check(loss, batch)))
+    run = finetune("training.micro_batch_size=1", f"data.tokenization.packing={packing}".lower())
+    assert len(measured) == 2
+    assert checked == [run.train.lengths.min()]
