@@ -102,6 +102,7 @@ def test_a_model_of_70_billion_is_planned_without_its_weights_and_the_second_tim
     assert took(again)[1] == []
 
 
+@pytest.mark.soak
 @pytest.mark.system  # one more simulation for each setting that would fit
 def test_what_a_model_of_70_billion_would_fit_with_is_advised(project: TestProject, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))

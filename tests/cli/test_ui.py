@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from integration.webserver import DEFINITIONS
 from processes import running
+from tiers import SOAK
 
 
 def ignore_interrupts() -> None:
@@ -19,7 +20,7 @@ def ignore_interrupts() -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SOAK)], ids=["SIGTERM", "SIGINT"])
 def test_all_its_processes_end_where_interrupts_are_ignored(tmp_path: Path, number: signal.Signals) -> None:
     home = tmp_path / "a home"
     home.mkdir()

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 import pytest
 from integration.webserver import GUARDED, LAUNCH, Webserver, free_port, serving
 from playwright.sync_api import Browser, Error, Page, sync_playwright
+from tiers import SOAK
 
 from docs.screenshots import BROWSER
 
@@ -116,7 +117,9 @@ def page(chromium: Browser) -> Iterator[Page]:
     context.close()
 
 
-@pytest.mark.parametrize(("page_name", "ui_name"), [(FOREIGN, "127.0.0.1"), ("127.0.0.1", "127.0.0.1")])
+@pytest.mark.parametrize(
+    ("page_name", "ui_name"), [(FOREIGN, "127.0.0.1"), pytest.param("127.0.0.1", "127.0.0.1", marks=SOAK)]
+)
 def test_page_of_another_site_starts_no_run(
     server: Webserver, foreign: int, page: Page, page_name: str, ui_name: str
 ) -> None:

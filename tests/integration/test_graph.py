@@ -129,6 +129,7 @@ def test_asset_whose_input_was_not_made_says_which(graph: Graph) -> None:
     assert any(asset in run.failures["tokenized_dataset"] for asset in ("dolly_raw", "cached_base_model"))
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_two_processes_give_the_adapter_of_one(project: TestProject, graph: Graph) -> None:
     """The same global batch from one and from two torchrun processes."""

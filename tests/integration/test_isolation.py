@@ -35,6 +35,7 @@ def owned(ceph: Bucket, name: str) -> dict[str, bytes]:
     return {key: ceph.get(key) for key in ceph.listed() if key.startswith(f"{PREFIX}/{name}/")}
 
 
+@pytest.mark.soak
 @pytest.mark.minutes
 @pytest.mark.system
 def test_each_has_their_own_and_all_share_the_base_model(

@@ -111,6 +111,7 @@ def test_an_own_asset_takes_ours_and_is_materialized_by_dg(
         assert evaluation.metadata["fingerprint"].value == tokenized
 
 
+@pytest.mark.soak
 def test_the_daemon_materializes_an_own_asset_after_ours(project: TestProject, checkout: Path, own: Path) -> None:
     for path in (project.configs / "experiments").glob("*.yaml"):
         path.unlink()

@@ -126,6 +126,7 @@ def started(*arguments: str, written: str = "") -> "subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.soak
 @pytest.mark.system
 @pytest.mark.minutes
 def test_the_demo_and_its_ui_leave_no_secret(project: TestProject) -> None:

@@ -167,6 +167,7 @@ def test_where_fewer_are_enough_the_rest_goes_on(
     assert load(adapter(project, ceph))
 
 
+@pytest.mark.soak
 def test_terminated_run_leaves_no_job_and_keeps_a_checkpoint(
     project: TestProject, ceph: Bucket, cluster: Slurm, prepared: None
 ) -> None:

@@ -55,6 +55,7 @@ def test_online_the_alias_follows_each_promotion(
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.soak
 def test_without_a_server_it_is_recorded_and_nothing_fails(
     project: TestProject, graph: Graph, trains: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def test_image_that_is_not_there_is_named(job: Make, nodes: tuple[int, int]) -> 
     assert all(fact in message for fact in ("ImagePullBackOff", "registry/absent:2", "launcher.kubernetes.image"))
 
 
+@pytest.mark.soak
 @SYSTEM
 @JOB
 def test_evicted_pod_is_told_and_may_be_tried_again(job: Make, api: Server, nodes: tuple[int, int]) -> None:
@@ -179,6 +180,7 @@ def test_time_limit_is_told(job: Make) -> None:
     assert "launcher.time_limit" in error(run(job("sleep", "1", time_limit="0:00:02")))
 
 
+@pytest.mark.soak
 @SYSTEM
 def test_pod_that_waits_for_a_gpu_says_so(job: Make, api: Server) -> None:
     process = start(job("good", "1", gpus_per_node=1), api)
@@ -353,6 +355,7 @@ def test_of_lists_things_of_the_same_name_are_merged() -> None:
     assert merged(base, over) == {"a": [{"name": "x", "one": 1, "two": 2}, {"name": "y"}], "b": 1, "c": 3}
 
 
+@pytest.mark.soak
 @SYSTEM
 def test_the_clients_ask_what_they_asked_when_this_was_recorded(job: Make, api: Server) -> None:
     """The server above answers these requests; a new client that asks others needs another look at it."""

@@ -113,6 +113,7 @@ def test_what_cannot_run_is_refused_in_one_line(job: Make, cluster: Slurm) -> No
         SlurmEngine().run(job("good", "1", (3, 3)), {})
 
 
+@pytest.mark.soak
 def test_options_of_a_job_that_dagster_runs_in_are_not_its_jobs(
     job: Make, cluster: Slurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +134,7 @@ def test_full_queue_is_told_and_tried_again(
     assert refused.value.retriable
 
 
+@pytest.mark.soak
 def test_place_in_the_queue_and_reason_are_told(job: Make, cluster: Slurm, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "finetune_assets")
     first = cluster.run("sbatch", "--parsable", "--output=/dev/null", "-N2", "--exclusive", "--wrap", "sleep 600")
@@ -196,6 +198,7 @@ def test_job_is_told_of_its_time_limit_and_keeps_what_it_has(job: Make, cluster:
     assert left(cluster) == []
 
 
+@pytest.mark.soak
 def test_job_that_is_preempted_is_told_and_keeps_what_it_has(job: Make, cluster: Slurm) -> None:
     spec = job("told_to_end", "1", (2, 2))
     urgent = ["-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1"]

@@ -72,6 +72,7 @@ def largest_difference(server: LlamaCpp, model: PreTrainedModel, prompt: list[in
     return max(abs(entry["logprob"] - float(expected[entry["id"]])) for entry in first["top_logprobs"])
 
 
+@pytest.mark.soak
 @pytest.mark.real_data
 def test_a_real_model(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct from its GGUF file in Q4_1: in, out as Q8_0, and both answer."""

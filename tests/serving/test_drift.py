@@ -119,6 +119,7 @@ def test_an_adapter_that_is_no_champion(vllm: Vllm, served: str, watch: Watch) -
     assert len(watch.alerts) == 2, "it is another one"
 
 
+@pytest.mark.soak
 def test_another_experiments_adapters_are_no_strangers(world: World, vllm: Vllm, served: str, watch: Watch) -> None:
     world.configure(vllm.url, experiment="other")
     world.promote("c", experiment="other")

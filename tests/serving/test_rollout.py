@@ -150,6 +150,7 @@ def test_sixteen_bits_are_measured_and_tolerated(world: World, vllm: Vllm) -> No
     assert verdict.diagnosis == "another base"
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_a_server_that_confuses_the_base_alone_serves_the_adapter(world: World, vllm: Vllm) -> None:
     """As vLLM 0.32 does on a CPU while requests of an adapter run."""
@@ -175,6 +176,7 @@ def test_verify_rows_is_the_number_of_rows(world: World, vllm: Vllm) -> None:
     assert verdict.numbers["rows"] == 3
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_another_base_name_is_another_copy(world: World, vllm: Vllm) -> None:
     vllm.base_name = "company/base"

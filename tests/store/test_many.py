@@ -10,6 +10,7 @@ import pytest
 from servers.proxy import Proxy
 from servers.s3 import Bucket
 from store.folders import contents, make_folder
+from tiers import SOAK
 
 from finetune_assets.store.artifacts import open_store
 
@@ -86,8 +87,8 @@ print(round(peak_resident_mib() - before))
     ("kind", "size_mib", "most_mib"),
     [
         ("file", 512, 300),
-        pytest.param("file", 1024, 400, marks=[pytest.mark.system, pytest.mark.soak]),
-        pytest.param("s3", 1024, 400, marks=pytest.mark.system),
+        pytest.param("file", 1024, 400, marks=SOAK),
+        pytest.param("s3", 1024, 400, marks=SOAK),
         pytest.param("file", 4096, 400, marks=pytest.mark.soak),
         pytest.param("s3", 4096, 400, marks=pytest.mark.soak),
     ],

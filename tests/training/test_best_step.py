@@ -230,6 +230,7 @@ def test_step_and_savings_are_named(finetune: Finetune, keep: str) -> None:
         assert names(text, step, 16, saved, f"{hours:,.3g}", f"{7200 * hours:,.3g}")
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_only_measurements_between_the_steps_count_as_their_time(trained: Trained) -> None:
     """Those before the first and after the last step are made without these settings as well."""
@@ -284,6 +285,7 @@ def rows_split(folder: Path, tokenizer: Any, train: int) -> Path:
     raise AssertionError(f"no split has {train} training rows")
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_ten_rows_trained_too_long(finetune: Finetune, tmp_path: Path) -> None:
     """A user's settings against all 100 steps, each of them measured."""

@@ -52,6 +52,7 @@ def test_one_and_two_ranks_agree(machine: Callable[..., Machine]) -> None:
     assert difference.norm() / moved.norm() < 1e-3
 
 
+@pytest.mark.soak
 @pytest.mark.system
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_training_ends_with_the_same_best_step(machine: Callable[..., Machine], ranks: int) -> None:

@@ -199,6 +199,7 @@ def test_resumed_training_in_bf16_ends_bit_equal(
     assert equal(weights(second), weights(undisturbed))
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_held_out_loss_in_bf16_is_near_fp32s(trained: Callable[..., FinishedRun]) -> None:
     settings = ("training.max_steps=6", "training.learning_rate=1e-2")

@@ -124,6 +124,7 @@ def test_fp16_scales_the_loss_on_cuda(gpu: Counter[str], make: Make) -> None:
     assert all(0 < entry["grad_norm"] < 1e3 for entry in run.log.history), "of unscaled gradients"
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_a_killed_training_on_cuda_resumes_bit_equal(gpu: Counter[str], make: Make) -> None:
     steps = ("training.max_steps=4", "training.save_steps=2")

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 from processes import AGENT, JOB, RANK, SERVER, family
+from tiers import tiered
 from training.conftest import dataset
 from training.test_resume import STEPS, Machine, assert_nothing_left, ended, machine, undisturbed, wait_for_step
 
@@ -37,7 +38,7 @@ def a_server_elsewhere() -> Iterator[tuple[int, dict[str, str]]]:
 @pytest.mark.system
 @pytest.mark.parametrize(
     "victim",
-    ["job", "rank", "fork server", "agent", RUN, PARENT],
+    tiered(["job", "rank", "fork server", "agent", RUN, PARENT], system={"fork server", RUN, PARENT}),
 )
 def test_nothing_is_left_and_the_next_run_ends_bit_equal(
     machine: Callable[..., Machine],

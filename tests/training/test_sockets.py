@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 from processes import AGENT, RANK, family, is_loopback, listening
+from tiers import SOAK
 from training.conftest import dataset
 from training.test_resume import Machine, machine
 
@@ -44,7 +45,7 @@ def test_sockets_of_this_process_are_seen() -> None:
     [
         pytest.param(1, None, marks=SYSTEM),
         (2, None),
-        pytest.param(1, OFF, marks=SYSTEM),
+        pytest.param(1, OFF, marks=SOAK),
         pytest.param(2, OFF, marks=SYSTEM),
     ],
     ids=["one forked", "two forked", "one fresh", "two fresh"],

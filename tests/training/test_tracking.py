@@ -245,6 +245,7 @@ def test_recorded_offline_where_the_server_cannot_be_used(
     assert [row["step"] for row in history(Path(link["folder"]))] == [1, 2]
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_server_that_is_cut_off_is_not_waited_for(
     train: Callable[..., dict[str, Any]],
@@ -268,6 +269,7 @@ def test_server_that_is_cut_off_is_not_waited_for(
     assert history(folder) == state["history"]
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_what_a_silent_server_missed_is_sent_once_it_answers(
     track: Callable[..., dict[str, Any]], server: Server, monkeypatch: pytest.MonkeyPatch
@@ -310,6 +312,7 @@ def test_killed_training_is_marked_as_failed_and_resumes_the_same_run(
     assert run.exit_code == 0
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_parts_of_an_offline_run_are_sent_as_one(
     track: Callable[..., dict[str, Any]], server: Server, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from processes import runs
+from tiers import tiered
 
 from finetune_assets.worker import gpus, warm
 from finetune_assets.worker.process import FORKSERVER, OFF
@@ -169,7 +170,7 @@ def owner(program: Callable[..., warm.Process], tmp_path: Path) -> Iterator[Call
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("victim", ["owner", "server", "child"])
+@pytest.mark.parametrize("victim", tiered(["owner", "server", "child"], system={"owner"}))
 def test_a_kill_leaves_no_process(owner: Callable[[str], tuple[int, int, int]], victim: str) -> None:
     numbers = dict(zip(("owner", "server", "child"), owner("child.wait()"), strict=True))
     os.kill(numbers[victim], signal.SIGKILL)
