@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfFileSystem, constants
 from paths import SHARED
-from projects import TestProject
+from projects import TestProject, share_derived
 from servers import ceph as ceph_server
 from servers import hub as hub_server
 from servers import proxy as proxy_server
@@ -42,13 +42,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, for_all_workers: Path, monkeypatch: pytest.MonkeyPatch) -> TestProject:
-    """A project of this test alone, which the environment points to. All share what a machine's experiments share and
-    depends on code and inputs alone: simulated memory, plots, and comparisons of prompts."""
+    """A project of this test alone, which the environment points to."""
     created = TestProject.create(tmp_path)
-    created.cache.mkdir(parents=True)
-    for name in ("simulations", "derived"):
-        (for_all_workers / name).mkdir(exist_ok=True)
-        (created.cache / name).symlink_to(for_all_workers / name)
+    share_derived(for_all_workers, created.cache)
     for name, value in created.environment.items():
         monkeypatch.setenv(name, value)
     return created

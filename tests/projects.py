@@ -23,6 +23,15 @@ def all_configs(folder: Path) -> Path:
     return configs
 
 
+def share_derived(shared: Path, cache: Path) -> None:
+    """Let a new cache have what a machine's experiments share and what depends on code and inputs alone: simulated
+    memory, plots, and comparisons of prompts."""
+    cache.mkdir(parents=True)
+    for name in ("simulations", "derived"):
+        (shared / name).mkdir(exist_ok=True)
+        (cache / name).symlink_to(shared / name)
+
+
 @dataclass(frozen=True)
 class TestProject:
     """A copy of the project's configuration with a store and a Dagster home of its own."""

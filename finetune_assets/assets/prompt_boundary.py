@@ -35,11 +35,20 @@ def prompt_boundary_check(
     dolly_raw: ArtifactRef,
     cached_base_model: ArtifactRef,
     dataset: ArtifactRef,
+    compared: "PromptBoundary | None",
 ) -> dg.AssetCheckResult:
     """Compare the prompts of a sample of the training rows with those that a server renders.
 
     The comparison is no part of the dataset: a materialization whose dataset is a cache hit is checked too. A machine
     compares a dataset once, unless the base model brings its own code.
+
+    Args:
+        context: Context of the asset step.
+        lineage: Lineage of the experiment.
+        dolly_raw: The raw data.
+        cached_base_model: The base model.
+        dataset: The dataset.
+        compared: The comparison, if it was made when the dataset was built.
     """
     from finetune_assets.data.sensitive import masked
 
@@ -47,9 +56,9 @@ def prompt_boundary_check(
     trusted = config.model.trust_remote_code is not None
     code = code_and_libraries(Path(data.__file__).parent, "transformers", "tokenizers", "jinja2")
     question = {"prompt_boundary": dataset.fingerprint, "content": dataset.content, **code}
-    found = None if trusted else derived.get(question, FIELDS)
+    found = None if trusted or compared else derived.get(question, FIELDS)
     if found is None:
-        compared = _compare(lineage, dolly_raw, cached_base_model, dataset)
+        compared = compared or _compare(lineage, dolly_raw, cached_base_model, dataset)
         found = {**asdict(compared), "difference": masked(compared.difference)}
         if not trusted:
             derived.put(question, found)

@@ -39,6 +39,7 @@ from finetune_assets.store.artifacts import ArtifactRef
 from finetune_assets.store.json_object import read_json
 
 if TYPE_CHECKING:
+    from finetune_assets.data.building import Built
     from finetune_assets.data.raw_files import RawPart
 
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
@@ -81,15 +82,18 @@ def tokenized_dataset(
             made_from["retrieval_index"] = lineage.documents.index().fingerprint
             tags |= ignoring_index(lineage, dolly_raw=dolly_raw, cached_base_model=cached_base_model)
 
+        built: list[Built] = []
+
         def build(folder: Path) -> None:
             if trains_later(context):
                 launcher.prepare(config.launcher)
             builder, parts = dataset_builder(lineage, cached_base_model), _raw_parts(lineage, dolly_raw)
-            statistics, preview = in_own_process(builder.build, parts, folder, torch=builder.needs_torch)
-            (folder / STATISTICS).write_text(json.dumps(statistics), encoding="utf-8")
-            (folder / PREVIEW).write_text(preview, encoding="utf-8")
-            if statistics["adapters"]:
-                made_from[JUDGED_ADAPTERS] = _judged_adapters(lineage, statistics["adapters"])
+            made = in_own_process(builder.build, parts, folder, torch=builder.needs_torch)
+            built.append(made)
+            (folder / STATISTICS).write_text(json.dumps(made.statistics), encoding="utf-8")
+            (folder / PREVIEW).write_text(made.preview, encoding="utf-8")
+            if adapters := made.statistics["adapters"]:
+                made_from[JUDGED_ADAPTERS] = _judged_adapters(lineage, adapters)
             made_from.update(_same_as(lineage, folder, dolly_raw, cached_base_model))
             if replayed := lineage.replayed(lineage.selected_sources(dolly_raw)):
                 made_from["replayed"] = [ref.fingerprint for ref in replayed]
@@ -102,7 +106,8 @@ def tokenized_dataset(
         statistics = read_json(folder / STATISTICS, f"{TOKENIZED.folder}/{fingerprint}")
         checks = dataset_checks(context, statistics, config.data)
         checks.append(contamination_check(context, lineage, dolly_raw, outcome.ref))
-        checks.append(prompt_boundary_check(context, lineage, dolly_raw, cached_base_model, outcome.ref))
+        compared = built[0].prompts if built else None
+        checks.append(prompt_boundary_check(context, lineage, dolly_raw, cached_base_model, outcome.ref, compared))
         metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
         metadata |= _describe_judged(lineage, outcome.ref, statistics.get("adapters", {}))
         metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len, project.store().cache.derived)

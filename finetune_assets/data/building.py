@@ -15,6 +15,7 @@ from finetune_assets.data.prepare import prepare_dataset
 from finetune_assets.data.preview import masked_tokens
 from finetune_assets.data.prompt_boundary import PromptBoundary, prompt_boundary
 from finetune_assets.data.raw_files import RawPart
+from finetune_assets.data.rows import Split
 from finetune_assets.data.tokenization import check_positions, load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +27,21 @@ class Passages(Protocol):
 
     def contexts(self, tokenizer: "PreTrainedTokenizerBase", raw: Sequence[Path]) -> Contexts: ...
     def statistics(self, dataset: Path) -> dict[str, dict[str, int]]: ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """What is known of a dataset that was built.
+
+    Attributes:
+        statistics: `Statistics` as a dictionary.
+        preview: The first examples in Markdown.
+        prompts: Its prompts, compared with those of servers.
+    """
+
+    statistics: dict[str, Any]
+    preview: str
+    prompts: PromptBoundary
 
 
 @dataclass(frozen=True)
@@ -53,11 +69,8 @@ class Builder:
         """Whether code is run that may import torch: that of a tokenizer, or the model of an index."""
         return self.trusted or self.passages is not None
 
-    def build(self, parts: Sequence[RawPart], out: Path) -> tuple[dict[str, Any], str]:
-        """Write the examples of the raw data into an empty folder.
-
-        Returns:
-            The statistics, and a preview in Markdown.
+    def build(self, parts: Sequence[RawPart], out: Path) -> "Built":
+        """Write the examples of the raw data into an empty folder, and compare the prompts.
 
         Raises:
             DataError: as `prepare_dataset` does, or because the tokenizer or model does not suit the settings.
@@ -69,7 +82,9 @@ class Builder:
         statistics = found.to_dict()
         if self.passages:
             statistics["passages"] = self.passages.statistics(out)
-        return statistics, masked_tokens(out / "train.arrow", tokenizer)
+        train = out / f"{Split.TRAIN}.arrow"
+        preview = masked_tokens(train, tokenizer)
+        return Built(statistics, preview, self.compare_prompts([part.file for part in parts], train))
 
     def compare_prompts(self, raw: Sequence[Path], train: Path) -> PromptBoundary:
         """Compare the prompts of training rows with those that a server renders.

@@ -42,9 +42,10 @@ class Reader:
     def follow(self, page: Path) -> None:
         """Do what a page says, from its first block to its last."""
         for block in blocks(page):
-            self._do(block)
+            self.do(block)
 
-    def _do(self, block: Block) -> None:
+    def do(self, block: Block) -> None:
+        """Do what one block says."""
         if block.file:
             self._write(self.root / block.file, block.text)
         elif block.language == "diff":
