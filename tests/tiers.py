@@ -8,6 +8,11 @@ import pytest
 SOAK = [pytest.mark.system, pytest.mark.soak]
 
 
+def every_third(cases: Iterable[Any]) -> list[Any]:
+    """Cases of a sweep for every change: every third one, beginning with the first."""
+    return [*cases][::3]
+
+
 def tiered(cases: Iterable[Any], every_change: Container[Any] = (), system: Container[Any] | None = None) -> list[Any]:
     """Parameters of a test, each in one tier.
 

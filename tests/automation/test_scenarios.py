@@ -384,6 +384,7 @@ def test_bad_data_that_is_let_pass_after_all(trained: World) -> None:
     assert trained.settle() == [{"a": ALL - {"cached_base_model"}, "b": ALL - {"cached_base_model"}}]
 
 
+@pytest.mark.system
 def test_check_of_one_experiment_fails_then_all_pass(trained: World) -> None:
     trained.failing_checks = {"a"}
     adapter = trained.last("lora_adapter", "a")
@@ -504,6 +505,7 @@ def test_base_model_has_moved(trained: World) -> None:
     assert trained.settle() == [], "the same commit again"
 
 
+@pytest.mark.system
 def test_broken_file_stops_itself_alone(trained: World) -> None:
     trained.write("a", "trainig: {}")
     trained.new_data("v2")
@@ -522,6 +524,7 @@ def test_manual_run_with_nothing_new_is_left_alone(trained: World) -> None:
     assert trained.settle() == []
 
 
+@pytest.mark.system
 def test_data_that_lands_while_training_runs(trained: World) -> None:
     """Two versions in quick succession: what has begun goes on, and the older one is not trained twice."""
     trained.new_data("v2")
@@ -819,6 +822,7 @@ def test_changed_documents_evaluate_the_champion_and_train_nothing(retrieving: W
     assert retrieving.settle() == [], "the same documents"
 
 
+@pytest.mark.system
 def test_changed_documents_and_new_data(retrieving: World) -> None:
     """The training waits for the dataset, which shows that more than the documents has changed."""
     retrieving.new_documents("towns", "d2")

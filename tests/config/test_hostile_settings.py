@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from limited import run_limited
 from projects import TestProject
-from tiers import tiered
+from tiers import every_third, tiered
 
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import experiment_names, load_experiment, load_raw_data_config, load_store_config
@@ -25,7 +25,7 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", tiered(DEEP, every_third(DEEP)))
 @pytest.mark.parametrize(
     "file", tiered(["experiments/bad.yaml", "raw_data.yaml", "store.yaml", "sweeps/bad.yaml"], {"store.yaml"})
 )
@@ -51,7 +51,7 @@ CATASTROPHIC = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", CATASTROPHIC)
+@pytest.mark.parametrize("pattern", tiered(CATASTROPHIC, every_third(CATASTROPHIC)))
 def test_patterns_that_may_match_forever_are_refused(pattern: str, project: TestProject) -> None:
     assert pattern_problem(pattern)
     with pytest.raises(ConfigError, match=r"lora\.rank_pattern"):
@@ -110,7 +110,7 @@ PIECES = ["training:", "lora:", "  rank: ", "&a ", "*a", "<<: *a", "[", "]", "{"
           "---", "description: ", "\t", "é", "rank_pattern: {(a+)+: 1}", "null", "~", ": "]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", tiered(range(50), every_third(range(20))))
 def test_hostile_settings_are_one_line(seed: int, project: TestProject) -> None:
     rng = random.Random(seed)
     text = "".join(rng.choices(PIECES, k=rng.choice([5, 30, 400]))) * rng.choice([1, 1, 20])

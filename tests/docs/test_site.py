@@ -47,6 +47,7 @@ class Loaded(HTMLParser):
         self.classes |= set((of.get("class") or "").split())
 
 
+@pytest.mark.system
 def test_no_page_loads_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) >= len(list((ROOT / "docs").glob("*.md")))

@@ -63,7 +63,7 @@ class Gate:
         """What the gate measured, and whether the new adapter serves (`passed`)."""
         experiment = yaml.safe_load(self.settings)
         experiment["training"] |= {"macro_batch_size": 2, "micro_batch_size": 2, **training}
-        experiment["evaluation"] |= {"generated_rows": 4, "general_tokens": 2_000}
+        experiment["evaluation"] |= {"generated_rows": 4, "general_tokens": 2_000 if SOAK else 300}
         (self.project.configs / "experiments" / "demo.yaml").write_text(yaml.safe_dump(experiment))
         run = self.graph.run(UP_TO_CHAMPION, overrides=overrides)
         assert run.success, run.log

@@ -15,6 +15,7 @@ from integration.daemon import running
 from integration.graph import Graph
 from planted import tail
 from projects import SHORT, TestProject
+from tiers import every_third, tiered
 
 SECRETS = {
     name: f"{prefix}{tail(24)}"
@@ -102,7 +103,7 @@ def test_a_store_with_a_secret_shows_it_in_no_command(
     assert found(project.root) == []
 
 
-@pytest.mark.parametrize("rows", BAD_ROWS)
+@pytest.mark.parametrize("rows", tiered(BAD_ROWS, every_third(BAD_ROWS)))
 def test_rows_with_a_secret_show_it_in_no_run(
     rows: str, project: TestProject, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_experiments_use_all_sources_or_those_that_they_name(project: TestProjec
     assert graph.run(["tokenized_dataset"], "both").metadata("tokenized_dataset")["dagster/row_count"] == 130
 
 
+@pytest.mark.system
 def test_a_single_source_by_name_is_the_same_data(project: TestProject, sources: tuple[Path, Path]) -> None:
     graph = Graph()
     graph.run("dolly_raw", partition=None)
@@ -188,6 +189,7 @@ def test_weights_are_shares_of_the_training_tokens(project: TestProject, sources
     assert capped["dagster/row_count"] == 90
 
 
+@pytest.mark.system
 def test_rows_of_earlier_versions_are_replayed(project: TestProject, sources: tuple[Path, Path]) -> None:
     one, _ = sources
     project.write_experiment("ones", QUICK + "  sources: [one]\n  replay: 0.2\n")
@@ -248,6 +250,7 @@ def test_the_gate_refuses_an_adapter_of_another_source(
     assert lineage.sources_of(champion) == {"one"}
 
 
+@pytest.mark.system
 def test_a_version_that_was_reverted_does_not_come_back_in_an_outage(
     project: TestProject, sources: tuple[Path, Path]
 ) -> None:
@@ -263,6 +266,7 @@ def test_a_version_that_was_reverted_does_not_come_back_in_an_outage(
     assert Project().raw().current_parts()["two"] == first
 
 
+@pytest.mark.system
 def test_a_source_may_have_any_name(project: TestProject, sources: tuple[Path, Path]) -> None:
     """Also that of a statistic."""
     settings = project.configs / "raw_data.yaml"
@@ -286,6 +290,7 @@ def test_sources_of_one_location_have_histories_of_their_own(project: TestProjec
     assert Project().raw().current_parts() == parts
 
 
+@pytest.mark.system
 def test_a_cached_dataset_is_trained_with_the_version_that_its_run_read(
     project: TestProject, sources: tuple[Path, Path]
 ) -> None:

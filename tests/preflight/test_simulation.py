@@ -59,6 +59,7 @@ def test_two_depths_stand_for_all(swept: tuple[str, list[str]], monkeypatch: pyt
     assert vars(short) == pytest.approx(vars(at_depth(one.shape.config, one.question, None)))
 
 
+@pytest.mark.system
 def test_layers_with_adapters_of_their_own_are_all_looked_at() -> None:
     whole, some = case("llama"), case("llama", "lora.layers_to_transform=[0, 8]")
     assert simulate(some).trained == pytest.approx(simulate(whole).trained * 2 / 9)

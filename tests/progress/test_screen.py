@@ -151,6 +151,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 """
 
 
+@pytest.mark.system
 def test_dagsters_lines_and_those_of_children_stand_above_the_bar(project: TestProject, tmp_path: Path) -> None:
     """Although Dagster has its own processes copy them to the terminal."""
     (tmp_path / "counting.py").write_text(COUNTING + ASSET)

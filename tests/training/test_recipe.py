@@ -276,6 +276,7 @@ def test_warm_start_of_another_kind_is_refused(
     assert names(error, "training.warm_start", setting, theirs, ours)
 
 
+@pytest.mark.system
 def test_modules_saved_whole_are_trained_in_float32(finetune: Finetune) -> None:
     run = finetune(*ONE, "model.dtype=bfloat16", "training.precision=bf16", "lora.modules_to_save=[norm]")
     assert {parameter.dtype for parameter in run.parameters} == {torch.float32}
