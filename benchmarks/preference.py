@@ -109,11 +109,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=Path, default=ROWS if ROWS.exists() else SAMPLE, help="JSON Lines of rows")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="measure memory alone, without TRL")
     args = parser.parse_args()
     work, runs = (QUICK, 1) if args.quick else (FULL, args.runs)
-    recipes = {
-        name: replace(each, candidates=each.candidates[1:2]) if args.quick else each for name, each in RECIPES.items()
-    }
+    recipes = {name: each for name, each in RECIPES.items() if name == "ours" or not args.memory}
+    if args.quick:
+        recipes = {name: replace(each, candidates=each.candidates[1:2]) for name, each in recipes.items()}
     with tempfile.TemporaryDirectory() as folder:
         made = subjects(Path(folder), args.rows, work)
         best = {
@@ -129,10 +130,9 @@ def main() -> None:
         name: {figure: median(runs, figure) for figure in (FIGURE, "peak_memory_mib")}
         for name, runs in measured.items()
     }
-    ratios = {
-        "vs_trl_dpo": figures["ours"][FIGURE] / figures["TRL"][FIGURE],
-        "memory_vs_sft": figures["ours"]["peak_memory_mib"] / figures["ours, sft"]["peak_memory_mib"],
-    }
+    ratios = {"memory_vs_sft": figures["ours"]["peak_memory_mib"] / figures["ours, sft"]["peak_memory_mib"]}
+    if not args.memory:
+        ratios["vs_trl_dpo"] = figures["ours"][FIGURE] / figures["TRL"][FIGURE]
     lines = [
         (name, f"{each[FIGURE]:,.0f} tokens/CPU-s, {each['peak_memory_mib']:,.0f} MiB, {best.get(name, same_tokens)}")
         for name, each in figures.items()
