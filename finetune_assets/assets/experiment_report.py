@@ -1,4 +1,4 @@
-"""Asset `experiment_report`: all experiments on one page."""
+"""Asset `experiment_report`: an overview of all experiments, and a page for each of them."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ has a champion."""
     automation_condition=newer("adapter_evaluation", "champion_adapter", "stacked_adapter"),
 )
 def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
-    """One page with every experiment: its latest runs, its champion and its differences in settings.
+    """An overview of all experiments, and a page for each: runs, champions, served versions, lineage and settings.
 
     The report reads the artifact store and not Dagster's event log. It can be materialized at any time, even before
     the first training.
@@ -41,7 +41,7 @@ def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg
             context.log.warning(f"Not in the report: {problem}")
 
         def build(folder: Path) -> None:
-            write(report, folder)
+            write(report, folder, project.store().cache.derived)
 
         def make() -> ArtifactRef:
             # No adapter fingerprints: a report must not protect the adapters it lists from garbage collection
