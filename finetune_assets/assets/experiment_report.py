@@ -14,9 +14,9 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 LAST = {"dagster/priority": "-1"}
-"""Lowest step priority, so that the report is the last step of a run. It covers champions and stacked adapters, but
-cannot depend on them: Dagster skips downstream assets of an asset that is not materialized, and not every experiment
-has a champion."""
+"""Lowest step priority, so that the report is the last step of a run. It covers champions, stacked and served
+adapters, but cannot depend on them: Dagster skips downstream assets of an asset that is not materialized, and not every
+experiment has a champion."""
 
 
 @project_asset(
@@ -24,7 +24,7 @@ has a champion."""
     "matplotlib",
     op_tags=LAST,
     deps=[dg.AssetDep("adapter_evaluation", partition_mapping=dg.AllPartitionMapping())],
-    automation_condition=newer("adapter_evaluation", "champion_adapter", "stacked_adapter"),
+    automation_condition=newer("adapter_evaluation", "champion_adapter", "stacked_adapter", "served_adapter"),
 )
 def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
     """An overview of all experiments, and a page for each: runs, champions, served versions, lineage and settings.
