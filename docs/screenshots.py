@@ -47,6 +47,7 @@ class Shot:
         seen: Texts that must be visible before it is taken.
         clicks: Texts that are clicked first, in order.
         size: Of the window, in pixels; a wide one where the page shows less in a narrow one.
+        top: Text that is scrolled to the top; empty for the page's beginning.
     """
 
     name: str
@@ -54,10 +55,11 @@ class Shot:
     seen: tuple[str, ...]
     clicks: tuple[str, ...] = ()
     size: tuple[int, int] = (1440, 900)
+    top: str = ""
 
 
 AFTER_DEMO = (
-    Shot("lineage", "/asset-groups", ("Passed", "Hugging Face"), ("Hide navigation",), (2600, 1150)),
+    Shot("lineage", "/asset-groups", ("Passed", "Hugging Face"), ("Hide navigation",), (2600, 1300)),
     Shot("run", "/runs/{run}", ("RUN_SUCCESS",)),
     Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("rows_with_context", "Timestamp")),
     Shot("tokenized_dataset", "/assets/tokenized_dataset?view=overview", ("Latest materialization", "Timestamp")),
@@ -72,7 +74,13 @@ AFTER_DEMO = (
     ),
 )
 WITH_RANKS = (
-    Shot("lora_adapter-plots", "/assets/lora_adapter?view=overview", ("device_hours", "grad_norm"), ("Plots",)),
+    Shot(
+        "lora_adapter-plots",
+        "/assets/lora_adapter?view=overview",
+        ("device_hours", "grad_norm"),
+        ("Hide navigation", "Plots"),
+        top="held_out_loss_after",
+    ),
 )
 FAILED_CHECK = Shot(
     "failed-check",
@@ -122,7 +130,10 @@ def take(page: Page, server: str, shot: Shot, folder: Path, run: str = "") -> No
     for text in shot.seen:
         expect(page.get_by_text(text).locator("visible=true").first).to_be_visible()
     page.wait_for_load_state("networkidle")
+    expect(page.get_by_text("Loading").locator("visible=true")).to_have_count(0)
     page.wait_for_timeout(SETTLING)
+    if shot.top:
+        page.get_by_text(shot.top).locator("visible=true").first.evaluate("element => element.scrollIntoView()")
     shoot(page, folder / f"{shot.name}.png")
 
 

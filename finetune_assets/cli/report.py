@@ -42,8 +42,9 @@ def report(file: Path) -> None:
     write_html(found, file, store.cache.derived)
     for problem in found.problems:
         out.print(styled(problem, "red"))
-    out.print(f"{len(found.experiments)} experiments, {len(found.trained)} with a run: {file}")
-    out.print(f"A page for each experiment: {file.parent / pages_folder(file)}")
+    out.print(f"Experiments: {len(found.experiments)}, with a run: {len(found.trained)}")
+    out.print(f"Overview: {file}")
+    out.print(f"Page of each experiment: {file.parent / pages_folder(file)}/")
 
 
 @click.command(cls=StoreCommand)
