@@ -209,7 +209,6 @@ def take_demo(project: TestProject) -> None:
         run = daemon.made("lora_adapter")[-1].run_id
         for shot in AFTER_DEMO:
             take(page, server, shot, IMAGES, run)
-        take_report(page, project.root / "report.html")
 
 
 def take_others(project: TestProject, inbox: Path) -> None:
@@ -219,6 +218,7 @@ def take_others(project: TestProject, inbox: Path) -> None:
     with serving(project) as (daemon, server), browser() as page:
         for shot in WITH_RANKS:
             take(page, server, shot, IMAGES)
+        take_report(page, project.root / "report.html")
         assert materialize("training_plan", overrides=TOO_SMALL).returncode == 1
         for shot in AFTER_TOO_SMALL:
             take(page, server, shot, IMAGES)
