@@ -178,8 +178,8 @@ METADATA = {
         "experiments_with_a_run": "those with a training",
         "champions": "those with a champion",
         "unreadable_experiments": "files that cannot be read",
-        "page": "path of the HTML page",
-        "report": "the report as Markdown",
+        "page": "path of the overview as HTML",
+        "report": "the overview as Markdown",
     },
 }
 """Metadata keys of each asset; `*` is a part that varies, and a key may be absent if it does not apply."""
@@ -305,7 +305,12 @@ FILES = {
     "servable": {"*": "the adapter in the form that servers load"},
     "served": {"<experiment>/<number>.json": "what the servers answer with; the highest number is current"},
     "stacks": {"*": "as of `adapters`, with `stacks` of their own"},
-    "reports": {"report.html": "the page", "report.md": "the same as Markdown", "report.json": "all numbers"},
+    "reports": {
+        "report.html": "overview of all experiments",
+        "report-experiments/*.html": "a page for each experiment",
+        "report.md": "the overview as Markdown",
+        "report.json": "all numbers",
+    },
     "imports": {"*": "adapters for a warm start, texts and tasks for evaluations"},
     "checkpoints": {"*": "adapter, optimizer, schedule, step and log of a training that has not ended"},
 }

@@ -1,7 +1,8 @@
 """Pictures of Dagster's UI for the documentation: `make screenshots`. The tests of the browser use the same functions.
 
-A picture is a row of `AFTER_DEMO` or `AFTER_BAD_ROWS`: its name, where it is, what must be seen there, what is clicked.
-Servers and the project are those of the tests, which lie on the path.
+A picture is a row of one of the lists below: its name, where it is, what must be seen there, what is clicked. Servers
+and the project are those of the tests, which are on the path. The project has one experiment, `demo`, until the
+pictures that compare experiments are taken.
 """
 
 import io
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
+import yaml
 from integration.cli import materialize
 from integration.daemon import Daemon, running
 from paths import ROOT
@@ -24,12 +26,15 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from projects import TestProject
 
+from finetune_assets.config.examples import copy_example
+
 IMAGES = ROOT / "docs" / "images"
 SAMPLE = ROOT / "finetune_assets" / "sample" / "dolly_sample.jsonl"
 BROWSER = shutil.which("chromium")
 COLORS, MILLISECONDS = 64, 60_000
 SETTLING = 2_000  # milliseconds in which the page lays out its boxes
 FAILED = dg.DagsterRunStatus.FAILURE
+RANKS = "demo-ranks"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Shot:
         seen: Texts that must be visible before it is taken.
         clicks: Texts that are clicked first, in order.
         size: Of the window, in pixels; a wide one where the page shows less in a narrow one.
+        top: Text that is scrolled to the top; empty for the page's beginning.
     """
 
     name: str
@@ -49,10 +55,11 @@ class Shot:
     seen: tuple[str, ...]
     clicks: tuple[str, ...] = ()
     size: tuple[int, int] = (1440, 900)
+    top: str = ""
 
 
 AFTER_DEMO = (
-    Shot("lineage", "/asset-groups", ("7 / 7 Passed", "Hugging Face"), ("Hide navigation",), (2600, 1150)),
+    Shot("lineage", "/asset-groups", ("Passed", "Hugging Face"), ("Hide navigation",), (2600, 1300)),
     Shot("run", "/runs/{run}", ("RUN_SUCCESS",)),
     Shot("dolly_raw", "/assets/dolly_raw?view=overview", ("rows_with_context", "Timestamp")),
     Shot("tokenized_dataset", "/assets/tokenized_dataset?view=overview", ("Latest materialization", "Timestamp")),
@@ -65,7 +72,15 @@ AFTER_DEMO = (
         ("experiments_with_a_run",),
         ("[Show Markdown]",),
     ),
-    Shot("lora_adapter-plots", "/assets/lora_adapter?view=overview", ("device_hours", "grad_norm"), ("Plots",)),
+)
+WITH_RANKS = (
+    Shot(
+        "lora_adapter-plots",
+        "/assets/lora_adapter?view=overview",
+        ("device_hours", "grad_norm"),
+        ("Hide navigation", "Plots"),
+        top="held_out_loss_after",
+    ),
 )
 FAILED_CHECK = Shot(
     "failed-check",
@@ -115,7 +130,10 @@ def take(page: Page, server: str, shot: Shot, folder: Path, run: str = "") -> No
     for text in shot.seen:
         expect(page.get_by_text(text).locator("visible=true").first).to_be_visible()
     page.wait_for_load_state("networkidle")
+    expect(page.get_by_text("Loading").locator("visible=true")).to_have_count(0)
     page.wait_for_timeout(SETTLING)
+    if shot.top:
+        page.get_by_text(shot.top).locator("visible=true").first.evaluate("element => element.scrollIntoView()")
     shoot(page, folder / f"{shot.name}.png")
 
 
@@ -128,10 +146,14 @@ def shoot(page: Page, target: Path) -> None:
 
 
 def take_report(page: Page, file: Path) -> None:
-    """The page about all experiments, as a browser opens it from the disk."""
+    """The report's overview and the page of an experiment, as a browser opens them from the disk."""
     subprocess.run([sys.executable, "-m", "finetune_assets.cli", "report", str(file)], check=True)
+    page.set_viewport_size({"width": 1440, "height": 900})
     page.goto(file.as_uri())
     shoot(page, IMAGES / "report.png")
+    page.get_by_role("link", name="demo", exact=True).click()
+    page.set_viewport_size({"width": 1440, "height": 1700})
+    shoot(page, IMAGES / "report-experiment.png")
 
 
 def spoil(inbox: Path, daemon: Daemon) -> None:
@@ -141,33 +163,75 @@ def spoil(inbox: Path, daemon: Daemon) -> None:
     daemon.wait_for("the sensor's run", lambda: [run for run in daemon.runs() if run.dagster_run.status == FAILED])
 
 
-def take_all(project: TestProject) -> None:
-    """Run the demo in the project, and write all pictures."""
+def demo_alone(root: Path) -> TestProject:
+    """A new project whose only experiment is `demo`; it makes no run but those that are requested here."""
+    project = TestProject.create(root)
+    for file in (project.configs / "experiments").glob("*.yaml"):
+        if file.stem != "demo":
+            file.unlink()
+    shutil.rmtree(project.configs / "sweeps")
+    demo = project.configs / "experiments" / "demo.yaml"
+    demo.write_text(demo.read_text().replace("subscribed: true", "subscribed: false"))
+    return project
+
+
+def train(select: str = "*", partition: str = "demo", *overrides: str) -> None:
+    done = materialize(select, partition, [*overrides])
+    assert done.returncode == 0, done.stdout
+
+
+def first_champion(project: TestProject) -> None:
+    """Promote an adapter of few steps, so that the demo's own adapter has a champion to improve on."""
+    demo = project.configs / "experiments" / "demo.yaml"
+    settings = demo.read_text()
+    shorter = yaml.safe_load(settings)
+    shorter["training"] |= {"max_steps": 60}
+    demo.write_text(yaml.safe_dump(shorter))
+    train()
+    demo.write_text(settings)
+
+
+def prepare(project: TestProject) -> Path:
+    """Run the demo in the project; the folder that its raw data is read from."""
     inbox = project.root / "inbox"
     inbox.mkdir()
     shutil.copy(SAMPLE, inbox / "first.jsonl")
     os.environ.update(project.environment, FINETUNE_RAW_DATA=str(inbox), HF_HUB_OFFLINE="1")
-    demo = project.configs / "experiments" / "demo.yaml"  # no run but those that are requested here
-    demo.write_text(demo.read_text().replace("subscribed: true", "subscribed: false"))
-    for done in (materialize("*lora_adapter", "demo-ranks.rank-4", ["training.max_steps=20"]), materialize()):
-        assert done.returncode == 0, done.stdout
+    first_champion(project)
+    train()
+    return inbox
+
+
+def take_demo(project: TestProject) -> None:
     with serving(project) as (daemon, server), browser() as page:
         before = len(daemon.made("dolly_raw"))
         daemon.wait_for("the sensor's own run", lambda: len(daemon.made("dolly_raw")) > before and daemon.quiet())
         run = daemon.made("lora_adapter")[-1].run_id
         for shot in AFTER_DEMO:
             take(page, server, shot, IMAGES, run)
+
+
+def take_others(project: TestProject, inbox: Path) -> None:
+    """Pictures of several experiments, and of what fails."""
+    copy_example(project.configs, RANKS, RANKS)
+    train("*lora_adapter", f"{RANKS}.rank-4", "training.max_steps=20")
+    with serving(project) as (daemon, server), browser() as page:
+        for shot in WITH_RANKS:
+            take(page, server, shot, IMAGES)
         take_report(page, project.root / "report.html")
         assert materialize("training_plan", overrides=TOO_SMALL).returncode == 1
         for shot in AFTER_TOO_SMALL:
             take(page, server, shot, IMAGES)
         spoil(inbox, daemon)
         for shot in AFTER_BAD_ROWS:
-            take(page, server, shot, IMAGES, run)
+            take(page, server, shot, IMAGES)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "finetune_assets"
         root.mkdir()
-        take_all(TestProject.create(root))
+        project = demo_alone(root)
+        inbox = prepare(project)
+        take_demo(project)
+        take_others(project, inbox)

@@ -41,7 +41,7 @@ PLAN = "plan.json"
 MERGE = "merge.json"
 """Differences between a merged model and base plus adapter."""
 PAGE, PAGE_MARKDOWN, PAGE_NUMBERS = "report.html", "report.md", "report.json"
-"""The report of all experiments as HTML, as Markdown, and its data as JSON."""
+"""The overview of all experiments as HTML and as Markdown, and the data of the report as JSON."""
 
 
 def write_sums(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Asset `experiment_report`: all experiments on one page."""
+"""Asset `experiment_report`: an overview of all experiments, and a page for each of them."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
 LAST = {"dagster/priority": "-1"}
-"""Lowest step priority, so that the report is the last step of a run. It covers champions and stacked adapters, but
-cannot depend on them: Dagster skips downstream assets of an asset that is not materialized, and not every experiment
-has a champion."""
+"""Lowest step priority, so that the report is the last step of a run. It covers champions, stacked and served
+adapters, but cannot depend on them: Dagster skips downstream assets of an asset that is not materialized, and not every
+experiment has a champion."""
 
 
 @project_asset(
@@ -24,10 +24,10 @@ has a champion."""
     "matplotlib",
     op_tags=LAST,
     deps=[dg.AssetDep("adapter_evaluation", partition_mapping=dg.AllPartitionMapping())],
-    automation_condition=newer("adapter_evaluation", "champion_adapter", "stacked_adapter"),
+    automation_condition=newer("adapter_evaluation", "champion_adapter", "stacked_adapter", "served_adapter"),
 )
 def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg.MaterializeResult[ArtifactRef]:
-    """One page with every experiment: its latest runs, its champion and its differences in settings.
+    """An overview of all experiments, and a page for each: runs, champions, served versions, lineage and settings.
 
     The report reads the artifact store and not Dagster's event log. It can be materialized at any time, even before
     the first training.
@@ -41,7 +41,7 @@ def experiment_report(context: dg.AssetExecutionContext, project: Project) -> dg
             context.log.warning(f"Not in the report: {problem}")
 
         def build(folder: Path) -> None:
-            write(report, folder)
+            write(report, folder, project.store().cache.derived)
 
         def make() -> ArtifactRef:
             # No adapter fingerprints: a report must not protect the adapters it lists from garbage collection

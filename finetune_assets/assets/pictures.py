@@ -1,24 +1,16 @@
-"""Plots of artifacts as metadata, which Dagster's UI renders as images.
-
-Drawing takes longer than all else that a cache hit does, so plots are cached on this machine by the data they show.
-"""
+"""Plots of artifacts as metadata, which Dagster's UI renders as images."""
 
 import hashlib
-import json
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from finetune_assets import plots
 from finetune_assets.artifacts.layout import UPDATES, UTILISATION
-from finetune_assets.store.results import Results, code_and_libraries
+from finetune_assets.plots.plot_cache import drawn_once
+from finetune_assets.store.results import Results
 
-MARKDOWN = "markdown"
-LIBRARIES = ("matplotlib", "numpy", "pillow")
-logger = logging.getLogger(__name__)
 Pictures = dict[str, dg.MarkdownMetadataValue]
 
 
@@ -123,7 +115,7 @@ def of_evaluation(evaluation: Mapping[str, Any], drawn: Results) -> Pictures:
 
 
 def _plot(name: str, draw: Callable[[], Any], drawn: Results, *shown: Any) -> Pictures:
-    """A plot by its name; empty without data or if plotting fails, because the artifact itself is complete by then.
+    """A plot by its name; empty without data, or if plotting fails.
 
     Args:
         name: Name of the plot.
@@ -131,21 +123,12 @@ def _plot(name: str, draw: Callable[[], Any], drawn: Results, *shown: Any) -> Pi
         drawn: Cache of plots.
         shown: The data in the plot.
     """
-    data = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
-    question = {"plot": name, "data": data, **code_and_libraries(Path(plots.__file__).parent, *LIBRARIES)}
-    if result := drawn.get(question, {MARKDOWN}):
-        return _shown(name, result[MARKDOWN])
-    try:
+
+    def picture() -> str | None:
         from finetune_assets.plots.style import as_markdown
 
         figure = draw()
-        markdown = None if figure is None else as_markdown(figure, name.replace("_", " "))
-    except Exception as e:
-        logger.warning("Could not draw plot %s: %s: %s", name, type(e).__name__, e)
-        return {}
-    drawn.put(question, {MARKDOWN: markdown})
-    return _shown(name, markdown)
+        return None if figure is None else as_markdown(figure, name.replace("_", " "))
 
-
-def _shown(name: str, markdown: str | None) -> Pictures:
-    return {name: dg.MetadataValue.md(markdown)} if markdown else {}
+    shown_picture = drawn_once(name, picture, drawn, *shown)
+    return {name: dg.MetadataValue.md(shown_picture)} if shown_picture else {}

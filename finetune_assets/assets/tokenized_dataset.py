@@ -28,7 +28,7 @@ from finetune_assets.assets.materialization import (
     trains_later,
 )
 from finetune_assets.assets.partitions import project_asset
-from finetune_assets.assets.pictures import of_tokens
+from finetune_assets.assets.pictures import Pictures, of_tokens
 from finetune_assets.assets.prompt_boundary import prompt_boundary_check
 from finetune_assets.automation.conditions import HasGoodData, auto_materialize
 from finetune_assets.data.processes import in_own_process
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from finetune_assets.data.raw_files import RawPart
 
 STATISTICS, PREVIEW = "statistics.json", "preview.md"
+SIZES = ("tokens", "labelled_tokens", "sequences", "fill")
+"""Statistics that are shown first."""
 UNKNOWN = "unknown"
 """In place of the fingerprint of a served adapter that this store has no record of."""
 
@@ -108,11 +110,11 @@ def tokenized_dataset(
         checks.append(contamination_check(context, lineage, dolly_raw, outcome.ref))
         compared = built[0].prompts if built else None
         checks.append(prompt_boundary_check(context, lineage, dolly_raw, cached_base_model, outcome.ref, compared))
-        metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"))
+        pictures = of_tokens(statistics, config.data.tokenization.cutoff_len, project.store().cache.derived)
+        metadata = _describe(statistics, (folder / PREVIEW).read_text(encoding="utf-8"), pictures)
         metadata |= _describe_judged(lineage, outcome.ref, statistics.get("adapters", {}))
-        metadata |= of_tokens(statistics, config.data.tokenization.cutoff_len, project.store().cache.derived)
         outcome = replace(outcome, ref=canonical(project.store(), outcome.ref))
-        return result(outcome, checks, tags, dolly_raw=dolly_raw.fingerprint, **metadata)
+        return result(outcome, checks, tags, **metadata, dolly_raw=dolly_raw.fingerprint)
 
 
 def _raw_parts(lineage: Lineage, raw: ArtifactRef) -> list["RawPart"]:
@@ -160,7 +162,8 @@ def _same_as(lineage: Lineage, folder: Path, raw: ArtifactRef, base_model: Artif
     return {}
 
 
-def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
+def _describe(statistics: dict[str, Any], preview: str, pictures: Pictures) -> dict[str, object]:
+    """Metadata: the size of the dataset, what it looks like, and then how its rows were selected."""
     from finetune_assets.data.encoding import example_schema
 
     counts = dict(statistics)
@@ -186,7 +189,9 @@ def _describe(statistics: dict[str, Any], preview: str) -> dict[str, object]:
         "dagster/row_count": sum(examples.values()),
         "dagster/column_schema": column_schema(example_schema(bool(counts["sources"]), bool(passages))),
         **{f"{split}_examples": count for split, count in examples.items()},
+        **{name: counts.pop(name) for name in SIZES if name in counts},
         **{f"length_{name}": length for name, length in lengths.items()},
-        **counts,
+        **pictures,
         "preview": dg.MetadataValue.md(preview),
+        **counts,
     }

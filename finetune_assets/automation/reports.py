@@ -24,7 +24,7 @@ class NewerInputs(dg.AutomationCondition):  # type: ignore[type-arg]
 
     @property
     def description(self) -> str:
-        return "Upstream evaluation or champion updated since the last request"
+        return "Evaluation, champion or served adapter updated since the last request"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:  # type: ignore[type-arg]
         memory = json.loads(context.cursor) if context.cursor else {"asked": 0, "seen": 0}

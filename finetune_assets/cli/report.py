@@ -1,4 +1,4 @@
-"""`finetune report` and `finetune compare`: all experiments on one page, and any two runs side by side."""
+"""`finetune report` and `finetune compare`: pages of all experiments, and any two runs side by side."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,8 @@ from finetune_assets.config.comparing import SettingDifference
 from finetune_assets.reporting.collect import collect
 from finetune_assets.reporting.comparison import Pair, RunComparison
 from finetune_assets.reporting.comparison import compare as compare_adapters
-from finetune_assets.reporting.pages import as_html, moment
+from finetune_assets.reporting.page_names import moment, pages_folder
+from finetune_assets.reporting.pages import write_html
 from finetune_assets.reporting.runs import adapters
 from finetune_assets.resources import deployment
 from finetune_assets.store.artifacts import ArtifactStore
@@ -32,16 +33,18 @@ from finetune_assets.store.gc import Artifact, Inventory, inventory
 @click.command(cls=StoreCommand)
 @click.argument("file", type=FOLDER, default="report.html")
 def report(file: Path) -> None:
-    """Write the report of all experiments to FILE.
+    """Write the report of all experiments to FILE, and a page for each of them into a folder beside it.
 
-    By default report.html. The asset experiment_report publishes the same page.
+    By default report.html and report-experiments/. The asset experiment_report publishes the same pages.
     """
-    page = collect(open_store(), deployment.configs())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(as_html(page), encoding="utf-8")
-    for problem in page.problems:
+    store = open_store()
+    found = collect(store, deployment.configs())
+    write_html(found, file, store.cache.derived)
+    for problem in found.problems:
         out.print(styled(problem, "red"))
-    out.print(f"{len(page.experiments)} experiments, {len(page.trained)} with a run: {file}")
+    out.print(f"Experiments: {len(found.experiments)}, with a run: {len(found.trained)}")
+    out.print(f"Overview: {file}")
+    out.print(f"Page of each experiment: {file.parent / pages_folder(file)}/")
 
 
 @click.command(cls=StoreCommand)

@@ -25,8 +25,8 @@ def by_category(categories: Sequence[Mapping[str, Any]], contenders: Sequence[st
     )
 
 
-def by_experiment(losses: Mapping[str, Mapping[str, float | None]], look: Look = ON_WHITE) -> Any:
-    """Plot the held-out loss of base, champion and challenger, one group of bars per experiment."""
+def by_run(losses: Mapping[str, Mapping[str, float | None]], look: Look = ON_WHITE) -> Any:
+    """Plot the held-out loss of base, champion and challenger, one group of bars per run."""
     figure, panel = new_figure(0.7 + 0.6 * max(len(losses), 2), look=look)
     series = {name: [values.get(name) for values in losses.values()] for name in OF_CONTENDER}
     measured = {name: values for name, values in series.items() if any(value is not None for value in values)}

@@ -105,10 +105,11 @@ def png(figure: Any) -> bytes:
 def svg(figure: Any) -> bytes:
     """Render a figure as SVG with selectable text; equal figures give equal bytes."""
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "finetune-assets", "svg.fonttype": "none"}):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})  # draws once, as in `png`
     return file.getvalue()
 
 

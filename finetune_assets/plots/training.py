@@ -24,12 +24,12 @@ def curves(state: Mapping[str, Any]) -> Any:
     mark = "." if len(steps) <= MARKED else ""
     figure, (above, below) = new_figure(4.4, rows=2, sharex=True, height_ratios=[2, 1])
     above.plot(steps, [entry["loss"] for entry in history], color=COLOURS[0], marker=mark, label="training loss")
-    held_out = _held_out(state)
-    if held_out:
+    measured = held_out(state)
+    if measured:
         # A line needs values from within the training: nothing is known between the first and the last value
-        between = "-" if len(held_out) > 2 else ""
+        between = "-" if len(measured) > 2 else ""
         style = {"color": COLOURS[1], "marker": "o", "markersize": 4, "linestyle": between}
-        above.plot(*zip(*held_out, strict=True), **style, label="held-out loss")
+        above.plot(*zip(*measured, strict=True), **style, label="held-out loss")
     best = state.get("best") or {}
     if best.get("is_published"):
         above.axvline(
@@ -54,7 +54,7 @@ def curves(state: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _held_out(state: Mapping[str, Any]) -> list[tuple[int, float]]:
+def held_out(state: Mapping[str, Any]) -> list[tuple[int, float]]:
     """Steps and held-out losses, including those before the first and after the last step."""
     ends = state["held_out_loss"]
     during = [(entry["step"], entry["held_out_loss"]) for entry in state["history"] if "held_out_loss" in entry]
@@ -94,26 +94,38 @@ class Curve:
         name: Label in the legend.
         steps: Steps at which the loss was reported; shape (n,).
         losses: Losses at these steps, in nats per token; shape (n,).
+        held_out: Step and held-out loss where it was measured; shape (m, 2).
     """
 
     name: str
     steps: Sequence[int]
     losses: Sequence[float]
+    held_out: Sequence[tuple[int, float]] = ()
 
 
 def overlaid(shown: Sequence[Curve], look: Look = ON_WHITE) -> Any:
-    """Plot loss curves by training progress in percent; the first ones are labeled, the others are grey."""
+    """Plot loss curves by training progress in percent; the first ones are labeled, the others are grey.
+
+    Held-out losses are dots.
+    """
     figure, panel = new_figure(3.4, look=look)
     named = len(COLOURS) - 1  # the last colour is the grey for unlabeled curves
     for curve in shown[named:]:
         panel.plot(_progress_percent(curve), curve.losses, color=COLOURS[-1], linewidth=0.7, alpha=0.4)
     for colour, curve in zip(COLOURS, shown[:named], strict=False):
         panel.plot(_progress_percent(curve), curve.losses, color=colour, linewidth=1.4, label=shortened(curve.name, 36))
+        if curve.held_out:
+            points = [(100 * step / curve.steps[-1], loss) for step, loss in curve.held_out]
+            panel.plot(*zip(*points, strict=True), "o", color=colour, markersize=4, clip_on=False)
+    held_out_losses = [loss for curve in shown for _, loss in curve.held_out]
+    if held_out_losses:
+        panel.plot([], [], "o", color=look.ink, markersize=4, label="held-out loss")
     if others := shown[named:]:
         panel.plot([], [], color=COLOURS[-1], linewidth=0.7, label=f"{len(others)} others")
     panel.set_xlim(0, 100)
     panel.set_xlabel("training progress, %")
-    losses(panel, [loss for curve in shown for loss in curve.losses], "training loss, nats per token")
+    label = "loss, nats per token" if held_out_losses else "training loss, nats per token"
+    losses(panel, [*(loss for curve in shown for loss in curve.losses), *held_out_losses], label)
     legend(panel, look)
     return figure
 

@@ -3,26 +3,31 @@
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune_assets.artifacts.champions import Record, parse_record
+from finetune_assets.artifacts.kinds import CHAMPIONS, SERVED
 from finetune_assets.config.comparing import SettingDifference, differences
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import base_settings, experiment_files, load_experiment
+from finetune_assets.config.retrieval_validation import gate_mode
 from finetune_assets.errors import UserError
+from finetune_assets.reporting.histories import History, keys_by_experiment, read_history
 from finetune_assets.reporting.numbers import with_cost
-from finetune_assets.reporting.runs import Run, adapters, evaluations, newest_records, read_run
+from finetune_assets.reporting.runs import Run, adapters, evaluations, read_run
+from finetune_assets.serving.state import Served, parse_served
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory, inventory
+from finetune_assets.store.json_object import MOST_BYTES
 
 RUNS = 3
 """Number of newest runs shown per experiment, in addition to its champion."""
 READERS = 8
-REPORT_CODE = "2"
-"""Increase when the same experiments result in a different page."""
+REPORT_CODE = "3"
+"""Increase when the same experiments result in different pages."""
 T = TypeVar("T")
 
 
@@ -35,25 +40,49 @@ class Reported:
         description: Description from its settings.
         error: Why its settings are invalid; empty if they are valid.
         differences: Settings that differ from `base.yaml` over the defaults.
+        gate_mode: Retrieval mode that the gate compares; empty without retrieval.
         runs: Newest runs, newest first, followed by the champion if it is older.
         older: Number of older runs in the store that are not shown.
-        champion: Record of the current champion.
+        champions: History of the champions.
+        served: History of what the servers answered with.
     """
 
     name: str
     description: str = ""
     error: str = ""
     differences: tuple[SettingDifference, ...] = ()
+    gate_mode: str = ""
     runs: tuple[Run, ...] = ()
     older: int = 0
-    champion: Record | None = None
+    champions: History[Record] = field(default_factory=History)
+    served: History[Served] = field(default_factory=History)
 
     @property
     def latest(self) -> Run | None:
         return self.runs[0] if self.runs else None
 
-    def serves(self, run: Run) -> bool:
+    @property
+    def evaluated(self) -> Run | None:
+        """The newest run that has been evaluated."""
+        return next((run for run in self.runs if run.evaluation), None)
+
+    @property
+    def champion(self) -> Record | None:
+        return self.champions.current
+
+    def is_champion(self, run: Run) -> bool:
         return self.champion is not None and self.champion.adapter == run.fingerprint
+
+    def is_served(self, run: Run) -> bool:
+        return self.served.current is not None and self.served.current.adapter == run.fingerprint
+
+    def promotion(self, run: Run) -> Record | None:
+        """The newest record that made the run the champion, if it is shown."""
+        return next((record for record in self.champions.records if record.adapter == run.fingerprint), None)
+
+    def is_unpromoted(self, run: Run) -> bool:
+        """Whether the run was evaluated and never became the champion."""
+        return bool(run.evaluation) and not self.champions.older and self.promotion(run) is None
 
 
 @dataclass(frozen=True)
@@ -84,7 +113,7 @@ class Collector:
     """Collects a report from one listing of the store.
 
     Args:
-        store: Store of adapters, evaluations and champions.
+        store: Store of adapters, evaluations and records.
         configs: Folder of the configuration files.
     """
 
@@ -95,29 +124,53 @@ class Collector:
     def collect(self) -> Report:
         listing, namespace = inventory(self.store.objects), self.store.namespace
         self.problems += listing.problems
-        records = self._records(listing)
+        champions = self._champions(listing)
+        served = self._served()
         by_experiment: dict[str, list[Artifact]] = defaultdict(list)
         for adapter in adapters(listing, namespace):
             by_experiment[adapter.experiment].append(adapter)
-        runs = self._runs(
-            listing, [adapter for name in by_experiment for adapter in _shown(by_experiment[name], records.get(name))]
-        )
+        shown = {name: _shown(found, champions.get(name)) for name, found in by_experiment.items()}
+        runs = self._runs(listing, [adapter for found in shown.values() for adapter in found])
         base = self._read_or_report(lambda: base_settings(self.configs))
-        names = sorted({*experiment_files(self.configs), *by_experiment, *records})
+        names = sorted({*experiment_files(self.configs), *by_experiment, *champions, *served})
         reported = [
-            self._reported(name, base, runs[name], len(by_experiment[name]), records.get(name)) for name in names
+            Reported(
+                name,
+                runs=tuple(runs[name]),
+                older=len(by_experiment[name]) - len(runs[name]),
+                champions=champions.get(name, History()),
+                served=served.get(name, History()),
+            )
+            for name in names
         ]
         newest_first = sorted(
-            reported, key=lambda experiment: experiment.latest.created if experiment.latest else "", reverse=True
+            (self._with_settings(experiment, base) for experiment in reported),
+            key=lambda experiment: experiment.latest.created if experiment.latest else "",
+            reverse=True,
         )
-        return Report(namespace, tuple(newest_first), tuple(self.problems))
+        return Report(namespace, tuple(newest_first), tuple(sorted(self.problems)))
 
-    def _records(self, listing: Inventory) -> dict[str, Record]:
+    def _champions(self, listing: Inventory) -> dict[str, History[Record]]:
         def read(key: str) -> Record | None:
             return self._read_or_report(lambda: parse_record(listing.records[key], f"{self.store.url}/{key}"))
 
-        records = {name: read(key) for name, key in newest_records(listing, self.store.namespace).items()}
-        return {name: record for name, record in records.items() if record}
+        keys = keys_by_experiment(listing.records, f"{self.store.namespace}/{CHAMPIONS.folder}/")
+        return {name: read_history(found, read) for name, found in keys.items()}
+
+    def _served(self) -> dict[str, History[Served]]:
+        """What the servers answered with, without the rows that servers are asked."""
+
+        def read(key: str) -> Served | None:
+            content = self._read_or_report(lambda: self.store.objects.get(key, MOST_BYTES))
+            if content is None:
+                return None
+            record = self._read_or_report(lambda: parse_served(content, f"{self.store.url}/{key}"))
+            return replace(record, probe={}) if record else None
+
+        prefix = f"{self.store.namespace}/{SERVED.folder}/"
+        keys = keys_by_experiment((stored.key for stored in self.store.objects.listing(prefix)), prefix)
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(keys, pool.map(lambda found: read_history(found, read), keys.values()), strict=True))
 
     def _runs(self, listing: Inventory, artifacts: list[Artifact]) -> dict[str, list[Run]]:
         newest_evaluations = evaluations(listing, self.store.namespace)
@@ -133,24 +186,24 @@ class Collector:
                     runs[run.experiment].append(run)
         return runs
 
-    def _reported(
-        self, name: str, base: dict[str, Any] | None, runs: list[Run], count: int, champion: Record | None
-    ) -> Reported:
-        older = count - len(runs)
+    def _with_settings(self, experiment: Reported, base: dict[str, Any] | None) -> Reported:
         try:
-            config = load_experiment(self.configs, name).config
+            config = load_experiment(self.configs, experiment.name).config
         except ConfigError as e:
-            return Reported(
-                name, error=str(e).replace(f"{self.configs}/", ""), runs=tuple(runs), older=older, champion=champion
-            )
+            return replace(experiment, error=str(e).replace(f"{self.configs}/", ""))
         price = config.hardware.price_per_hour
         changed = tuple(
             difference
             for difference in differences(base or {}, asdict(config))
             if base and difference.setting != "description"
         )
-        priced_runs = tuple(replace(run, numbers=with_cost(run.numbers, price)) for run in runs)
-        return Reported(name, config.description, "", changed, priced_runs, older, champion)
+        return replace(
+            experiment,
+            description=config.description,
+            differences=changed,
+            gate_mode=gate_mode(config) or "",
+            runs=tuple(replace(run, numbers=with_cost(run.numbers, price)) for run in experiment.runs),
+        )
 
     def _read_or_report(self, read: Callable[[], T]) -> T | None:
         """Return the result of `read`; on an error record a problem and return None, so that the rest is still read."""
@@ -166,8 +219,8 @@ def collect(store: ArtifactStore, configs: Path) -> Report:
     return Collector(store, configs).collect()
 
 
-def _shown(newest_first: list[Artifact], champion: Record | None) -> list[Artifact]:
-    older = newest_first[RUNS:]
+def _shown(newest_first: list[Artifact], champions: History[Record] | None) -> list[Artifact]:
+    older, champion = newest_first[RUNS:], champions.current if champions else None
     return newest_first[:RUNS] + [
         adapter for adapter in older if champion and adapter.manifest.fingerprint == champion.adapter
     ]

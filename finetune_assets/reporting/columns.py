@@ -1,16 +1,10 @@
-"""Columns of the table of runs, and plots of the latest runs."""
+"""Columns of the table of runs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from finetune_assets.evaluation.metrics import ANSWER_METRICS, PREFERENCE_ACCURACY
-from finetune_assets.plots.bars import by_experiment, by_mode
-from finetune_assets.plots.style import OF_CONTENDER, ON_WHITE, Look
-from finetune_assets.plots.training import Curve, overlaid
-from finetune_assets.reporting.collect import Report
 from finetune_assets.reporting.runs import Run
-
-MOST_BARS = 12
 
 
 @dataclass(frozen=True)
@@ -62,17 +56,7 @@ EXPLAINED = (
 )
 
 
-def pictures(report: Report, look: Look = ON_WHITE) -> dict[str, Any]:
-    """Return plots of the latest runs by title; plots without data are omitted."""
-    latest = [(entry.name, entry.latest) for entry in report.experiments if entry.latest]
-    curves = [Curve(name, run.steps, run.losses) for name, run in latest if run.steps]
-    losses = {
-        name: {contender: run.numbers.get(f"loss_{contender}") for contender in OF_CONTENDER}
-        for name, run in latest
-        if "loss_challenger" in run.numbers
-    }
-    newest = dict([*losses.items()][:MOST_BARS])
-    figures = {"Training loss of the latest runs": overlaid(curves, look)} if curves else {}
-    figures |= {"Held-out loss of the latest runs": by_experiment(newest, look)} if newest else {}
-    retrieving = [(name, run) for name, run in latest if run.modes][:MOST_BARS]
-    return figures | {f"Modes of the latest run of {name}": by_mode(run.modes, look) for name, run in retrieving}
+def filled(runs: Iterable[Run]) -> list[Column]:
+    """The columns in which any of the runs has a value."""
+    shown = list(runs)
+    return [column for column in COLUMNS if any(column.value(run) is not None for run in shown)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune_assets.config.retrieval_validation import RETRIEVED
 from finetune_assets.evaluation.files import forgetting_of
+from finetune_assets.evaluation.metrics import METRICS
 from finetune_assets.training.best_step import published, training_seconds
 
 Numbers = dict[str, float]
@@ -20,6 +21,9 @@ def of_training(state: Mapping[str, Any]) -> Numbers:
     seconds, last = training_seconds(state), history[-1]
     held_out = {f"held_out_loss_{when}": loss for when, loss in state["held_out_loss"].items() if loss is not None}
     return {
+        **{name: round(loss, 4) for name, loss in held_out.items()},
+        "train_loss": round(last["loss"], 4),
+        **_of_selection(state),
         "steps": state["step"],
         "tokens": state["tokens"],
         "training_seconds": round(seconds, 1),
@@ -29,10 +33,7 @@ def of_training(state: Mapping[str, Any]) -> Numbers:
         "trainable_parameters": state["trainable_parameters"],
         "mfu": round(median(entry["mfu"] for entry in history), 3),
         "peak_memory_mib": state["peak_memory_mib"],
-        "train_loss": round(last["loss"], 4),
         "grad_norm": round(last["grad_norm"], 4),
-        **{name: round(loss, 4) for name, loss in held_out.items()},
-        **_of_selection(state),
     }
 
 
@@ -45,18 +46,25 @@ def _of_selection(state: Mapping[str, Any]) -> Numbers:
 
 def of_evaluation(evaluation: Mapping[str, Any]) -> Numbers:
     """Return the metrics of each contender (such as `loss_challenger`), and forgetting in nats per token."""
-    contenders, forgetting = evaluation["contenders"], forgetting_of(evaluation)
-    numbers = {
-        f"{metric}_{name}": value for name, metrics in contenders.items() for metric, value in sorted(metrics.items())
+    forgetting = forgetting_of(evaluation)
+    numbers = _by_metric(evaluation["contenders"])
+    numbers |= {} if forgetting is None else {"forgetting": forgetting}
+    for mode, measured in evaluation.get("modes", {}).items():
+        if mode != RETRIEVED:  # the mode that serves has the names of evaluations without modes
+            numbers |= {f"{name}_{mode}": value for name, value in _by_metric(measured["contenders"]).items()}
+    return numbers
+
+
+def _by_metric(contenders: Mapping[str, Mapping[str, float]]) -> Numbers:
+    """Metrics of all contenders, those of one metric beside each other."""
+    measured = {metric for metrics in contenders.values() for metric in metrics}
+    known = [metric.name for metric in METRICS if metric.name in measured]
+    return {
+        f"{metric}_{name}": metrics[metric]
+        for metric in (*known, *sorted(measured - {*known}))
+        for name, metrics in contenders.items()
+        if metric in metrics
     }
-    numbers |= {
-        f"{metric}_{name}_{mode}": value
-        for mode, measured in evaluation.get("modes", {}).items()
-        for name, metrics in measured["contenders"].items()
-        for metric, value in sorted(metrics.items())
-        if mode != RETRIEVED  # the mode that serves has the names of evaluations without modes
-    }
-    return numbers | ({} if forgetting is None else {"forgetting": forgetting})
 
 
 def with_cost(numbers: Numbers, price_per_hour: float | None) -> Numbers:

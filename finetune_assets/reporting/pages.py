@@ -1,100 +1,123 @@
-"""Render a report as a self-contained HTML page, and as Markdown with embedded images."""
+"""The report as HTML: an overview of all experiments, and a page for each of them."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import datetime
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from finetune_assets.artifacts.layout import PAGE, PAGE_MARKDOWN, PAGE_NUMBERS
-from finetune_assets.data.tables import rows_table
-from finetune_assets.display import markdown
-from finetune_assets.plots.style import ON_ANY_PAGE, as_address, as_markdown
+from finetune_assets.display import plain
+from finetune_assets.evaluation.metrics import PREFERENCE_METRICS
 from finetune_assets.reporting.collect import Report, Reported
-from finetune_assets.reporting.columns import COLUMNS, EXPLAINED, pictures
+from finetune_assets.reporting.columns import EXPLAINED, filled
+from finetune_assets.reporting.figures import Plot, of_experiment, of_latest_runs
+from finetune_assets.reporting.histories import gain, verifications
+from finetune_assets.reporting.markdown_page import as_markdown_page
 from finetune_assets.reporting.modes import TITLES, mode_table
+from finetune_assets.reporting.page_names import moment, page_file, pages_folder, short
+from finetune_assets.reporting.run_inputs import inputs_of
+from finetune_assets.store.results import Results
 
-SHORT = 12
-MOST_LINES = 100
-"""Maximum number of experiments in the Markdown table, which Dagster stores in its database."""
+if TYPE_CHECKING:
+    from jinja2 import Template
 
-
-def write(report: Report, folder: Path) -> None:
-    """Write the report as HTML, as Markdown, and its data as JSON."""
-    numbers = json.dumps(asdict(report), indent=1, ensure_ascii=False)
-    for name, text in {PAGE: as_html(report), PAGE_MARKDOWN: as_page(report), PAGE_NUMBERS: numbers}.items():
-        (folder / name).write_text(text, encoding="utf-8")
+CONTENDERS = ("base", "champion", "challenger")
 
 
-def as_html(report: Report) -> str:
-    """Render the HTML page; all user-defined text is escaped."""
+def write(report: Report, folder: Path, drawn: Results) -> None:
+    """Write the report as HTML, as Markdown, and its data as JSON.
+
+    Args:
+        report: The report.
+        folder: Folder of the files.
+        drawn: Cache of plots.
+    """
+    write_html(report, folder / PAGE, drawn)
+    (folder / PAGE_MARKDOWN).write_text(as_markdown_page(report, drawn), encoding="utf-8")
+    (folder / PAGE_NUMBERS).write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def write_html(report: Report, file: Path, drawn: Results) -> None:
+    """Write the overview, and the pages of the experiments into a folder beside it, one at a time."""
+    pages = file.parent / pages_folder(file)
+    pages.mkdir(parents=True, exist_ok=True)
+    for name, text in experiment_pages(report, file, drawn):
+        (pages / name).write_text(text, encoding="utf-8")
+    file.write_text(overview(report, file, drawn), encoding="utf-8")
+
+
+def overview(report: Report, file: Path, drawn: Results) -> str:
+    """Render the overview; all user-defined text is escaped.
+
+    Args:
+        report: The report.
+        file: File of the overview, from which its links begin.
+        drawn: Cache of plots.
+    """
+    runs = [experiment.latest for experiment in report.trained if experiment.latest]
+    return _template("report.html.jinja").render(
+        report=report,
+        columns=filled(runs),
+        explained=EXPLAINED,
+        plots=_addresses(of_latest_runs(report), drawn),
+        pages=quote(pages_folder(file)),
+    )
+
+
+def experiment_pages(report: Report, file: Path, drawn: Results) -> Iterator[tuple[str, str]]:
+    """Yield the file name and the text of each experiment's page."""
+    for experiment in report.experiments:
+        yield page_file(experiment.name), _experiment_page(report, experiment, file, drawn)
+
+
+def _experiment_page(report: Report, experiment: Reported, file: Path, drawn: Results) -> str:
+    plots = of_experiment(experiment)
+    pictures = {section: _addresses([plot], drawn) for section, plot in plots.items()}
+    return _template("experiment.html.jinja").render(
+        report=report,
+        experiment=experiment,
+        overview=quote(file.name),
+        columns=filled(experiment.runs),
+        explained=EXPLAINED,
+        plots=pictures,
+        mode_titles=TITLES,
+        contenders=CONTENDERS,
+        preference_metrics=PREFERENCE_METRICS,
+    )
+
+
+def _addresses(plots: list[Plot], drawn: Results) -> dict[str, str]:
+    """Data URIs by title."""
+    return {plot.title: address for plot in plots if (address := plot.address(drawn))}
+
+
+@cache
+def _template(name: str) -> "Template":
+    """A template that escapes all values, and shows characters that hide or reorder others as escapes."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def visible(value: Any) -> Any:
+        return plain(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     pages = Environment(
         loader=PackageLoader("finetune_assets.reporting"),
         autoescape=True,
+        finalize=visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(moment=moment, short=short, mode_table=mode_table)
-    drawn = {what: as_address(figure) for what, figure in pictures(report, ON_ANY_PAGE).items()}
-    page = pages.get_template("report.html.jinja")
-    return page.render(report=report, columns=COLUMNS, explained=EXPLAINED, pictures=drawn, mode_titles=TITLES)
-
-
-def as_page(report: Report) -> str:
-    """Render the report as Markdown, without the details of each experiment."""
-    trained = report.trained[:MOST_LINES]
-    titles = ["experiment", "run", "created (UTC)", *(column.title for column in COLUMNS)]
-    lines = [_table_row(titles), _table_row(["---"] * len(titles)), *map(_experiment_row, trained)] if trained else []
-    omitted = len(report.trained) - len(trained)
-    broken = [f"{entry.name}: invalid settings: {entry.error}" for entry in report.experiments if entry.error]
-    parts = [
-        "\n".join(lines) or "No experiment has a run yet.",
-        f"{omitted} older experiments are on the HTML page." if omitted else "",
-        EXPLAINED if trained else "",
-        *map(_mode_tables, trained),
-        *(as_markdown(figure, what) for what, figure in pictures(report).items()),
-        "\n".join(f"- {markdown(problem)}" for problem in [*broken, *report.problems]),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _experiment_row(experiment: Reported) -> str:
-    run = experiment.latest
-    assert run is not None
-    status = (
-        "champion"
-        if experiment.serves(run)
-        else f"champion: {short(experiment.champion.adapter)}"
-        if experiment.champion
-        else ""
+    pages.filters.update(
+        moment=moment,
+        short=short,
+        mode_table=mode_table,
+        page_file=page_file,
+        gain=gain,
+        verifications=verifications,
+        inputs_of=inputs_of,
     )
-    name = f"**{markdown(experiment.name)}**" + (f" ({status})" if status else "")
-    return _table_row(
-        [name, f"`{short(run.fingerprint)}`", moment(run.created), *(column.of(run) for column in COLUMNS)]
-    )
-
-
-def _mode_tables(experiment: Reported) -> str:
-    """Tables of the modes of the latest run; empty without retrieval."""
-    assert experiment.latest is not None
-    found = {title: getattr(experiment.latest, name) for name, title in TITLES.items()}
-    return "\n\n".join(
-        f"**{markdown(experiment.name)}**: {title}\n\n{rows_table(*mode_table(modes))}"
-        for title, modes in found.items()
-        if modes
-    )
-
-
-def _table_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def short(fingerprint: str) -> str:
-    return fingerprint[:SHORT]
-
-
-def moment(written: str) -> str:
-    """Format an ISO 8601 timestamp in UTC, so that the page does not depend on the local time zone."""
-    return f"{datetime.fromisoformat(written):%Y-%m-%d %H:%M}"
+    return pages.get_template(name)

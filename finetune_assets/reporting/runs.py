@@ -2,16 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from finetune_assets.artifacts.kinds import ADAPTERS, CHAMPIONS, EVALUATIONS, STACKS
+from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, STACKS
 from finetune_assets.artifacts.layout import EVALUATION, PROVENANCE, TRAINER_STATE
 from finetune_assets.artifacts.provenance import texts
+from finetune_assets.plots.training import held_out
 from finetune_assets.reporting.modes import mode_table
 from finetune_assets.reporting.numbers import Numbers, of_evaluation, of_training
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory
-from finetune_assets.store.json_object import MOST_FILE_BYTES, parse_object
+from finetune_assets.store.json_object import MOST_FILE_BYTES, check_types, parse_object
+
+T = TypeVar("T")
+MOST_POINTS = 1000
+"""Maximum number of points of a curve; a longer one is thinned out evenly."""
+PREFERENCE_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("pairs", "labelled"), int),
+    "beta": (int, float),
+    "margins": dict,
+}
+"""Fields of `preferences` in `evaluation.json` that are shown."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +40,12 @@ class Run:
         numbers: Measurements by name.
         steps: Steps at which the training loss was reported; shape (n,).
         losses: Training loss at these steps, in nats per token; shape (n,).
+        held_out: Step and held-out loss where it was measured; shape (m, 2).
+        evaluation: Fingerprint of the evaluation; empty if the run is not evaluated.
+        wandb_url: Page of the run in Weights & Biases; empty without one.
         modes: Measurements in each mode, with retrieval: `modes` of `evaluation.json`.
         unseen_passages: The same of the rows with unseen passages.
+        preferences: Held-out judgements and their reward margins: `preferences` of `evaluation.json`.
     """
 
     experiment: str
@@ -43,8 +58,12 @@ class Run:
     numbers: Numbers
     steps: tuple[int, ...]
     losses: tuple[float, ...]
+    held_out: tuple[tuple[int, float], ...] = ()
+    evaluation: str = ""
+    wandb_url: str = ""
     modes: Mapping[str, Any] = field(default_factory=dict)
     unseen_passages: Mapping[str, Any] = field(default_factory=dict)
+    preferences: Mapping[str, Any] = field(default_factory=dict)
 
 
 def adapters(inventory: Inventory, namespace: str) -> list[Artifact]:
@@ -69,16 +88,6 @@ def evaluations(inventory: Inventory, namespace: str) -> dict[str, Artifact]:
     return newest
 
 
-def newest_records(inventory: Inventory, namespace: str) -> dict[str, str]:
-    """Return the key of the newest champion record of each experiment."""
-    newest: dict[str, str] = {}
-    for key in inventory.records:
-        first, kind, *rest = key.split("/")
-        if (first, kind, len(rest)) == (namespace, CHAMPIONS.folder, 2):
-            newest[rest[0]] = max(key, newest.get(rest[0], ""))
-    return newest
-
-
 def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | None) -> Run:
     """Read the metadata and measurements of an adapter, without its weights.
 
@@ -87,10 +96,13 @@ def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | Non
     """
     state, provenance = (read_object(store, adapter, name) for name in (TRAINER_STATE, PROVENANCE))
     measured = read_object(store, evaluation, EVALUATION) if evaluation else {}
+    # What the pages show: an invalid part is an error of this run alone
     of_modes = {name: measured.get(name, {}) for name in ("modes", "unseen_passages")}
     for modes in of_modes.values():
-        mode_table(modes)  # which the report shows: an invalid one is an error of this run alone
-    history = state["history"]
+        mode_table(modes)
+    if preferences := measured.get("preferences", {}):
+        check_types(preferences, PREFERENCE_TYPES)
+    history = thinned(state["history"])
     return Run(
         adapter.experiment,
         adapter.manifest.fingerprint,
@@ -102,8 +114,23 @@ def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | Non
         of_training(state) | (of_evaluation(measured) if measured else {}),
         tuple(entry["step"] for entry in history),
         tuple(entry["loss"] for entry in history),
+        tuple(thinned(held_out(state))) if history else (),
+        evaluation.manifest.fingerprint if evaluation else "",
+        _web_address(state.get("wandb")),
         **of_modes,
+        preferences=preferences,
     )
+
+
+def thinned(points: list[T]) -> list[T]:
+    """At most `MOST_POINTS` of the points, evenly, and the last one."""
+    every = -(-len(points) // MOST_POINTS) or 1
+    return points[:-1][::every] + points[-1:]
+
+
+def _web_address(link: Any) -> str:
+    url = link.get("url") if isinstance(link, dict) else None
+    return url if isinstance(url, str) and url.startswith(("https://", "http://")) else ""
 
 
 def read_object(store: ArtifactStore, artifact: Artifact, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from finetune_assets.assets.experiment_report import experiment_report
 from finetune_assets.automation.reports import SETTLED_SECONDS
 
 KEY = experiment_report.key
-BEFORE = ("adapter_evaluation", "champion_adapter", "stacked_adapter")
+BEFORE = ("adapter_evaluation", "champion_adapter", "stacked_adapter", "served_adapter")
 EXPERIMENTS = dg.StaticPartitionsDefinition(["a", "b"])
 
 

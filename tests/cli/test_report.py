@@ -42,6 +42,11 @@ def test_two_runs_side_by_side(
     page = (tmp_path / "pages" / "all.html").read_text(encoding="utf-8")
     assert first.fingerprint[:12] in page
     assert second.fingerprint[:12] in page
+    for name, ref in (("demo", first), ("other", second)):
+        assert f'href="all-experiments/{name}.html"' in page
+        of_experiment = (tmp_path / "pages" / "all-experiments" / f"{name}.html").read_text(encoding="utf-8")
+        assert ref.fingerprint in of_experiment
+        assert 'href="../all.html"' in of_experiment
 
 
 def test_a_run_that_is_not_there_is_refused(project: TestProject, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ from projects import TestProject
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.artifacts.layout import PREFERENCES
 from finetune_assets.config.loading import load_experiment
+from finetune_assets.reporting.collect import collect
+from finetune_assets.reporting.pages import experiment_pages
 from finetune_assets.serving.state import ServedRecords
 
 __all__ = ["inbox"]
@@ -97,6 +99,12 @@ def test_the_bases_own_mistakes_are_unlearned_and_shuffled_judgements_are_refuse
     (record,) = Champions(project.store, "demo").history()
     evaluation = project.store.resolve("evaluations", record.evaluation or "", "adapter_evaluation")
     assert (project.store.fetch(evaluation) / PREFERENCES).is_file()
+    report = collect(project.store, project.configs)
+    assert report.problems == ()
+    page = dict(experiment_pages(report, Path("report.html"), project.store.cache.derived))["demo.html"]
+    assert f"{dataset['gate_pairs']} held-out pairs" in page
+    assert f"{numbers['preference_accuracy_challenger']:.1%}" in page
+    assert page.count("data:image/svg") == 3, "with the margins"
     again = graph.run(UP_TO_CHAMPION)
     assert again.reused == {*UP_TO_CHAMPION}
 

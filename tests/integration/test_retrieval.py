@@ -13,6 +13,8 @@ from retrieval.towns import REFUSAL, TEMPLATE, TOWNS, passage, write_rows
 
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.evaluation.files import gain_of, read_evaluation
+from finetune_assets.reporting.collect import collect
+from finetune_assets.reporting.pages import experiment_pages
 from finetune_assets.retrieval.asking import RetrievalFormat
 
 MODES = {"closed_book", "golden", "golden_and_distractors", "retrieved"}
@@ -135,3 +137,13 @@ def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestPro
         for each in towns.published("evaluations")
     }  # type: ignore[union-attr]
     assert len(made_from) == 2, "the champion is measured again"
+
+    report = collect(towns.store, towns.configs)
+    assert report.problems == ()
+    pages = dict(experiment_pages(report, Path("report.html"), towns.store.cache.derived))
+    (measured_again,) = (entry.evaluated for entry in report.experiments if entry.name == "towns")
+    assert measured_again
+    for mode, result in measured_again.modes.items():
+        assert pages["towns.html"].count(f"<td>{mode}</td>") == 2 * len(result["contenders"]), "in two tables"
+    assert "<code>golden</code>" in pages["towns.html"], "the mode that the gate compares"
+    assert pages["towns.html"].count("data:image/svg") == 3

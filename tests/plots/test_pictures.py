@@ -45,7 +45,7 @@ def drawings(folder: Path) -> dict[str, Any]:
         "utilisation": training.utilisation(sampled(folder)),
         "overlaid": training.overlaid([training.Curve(f"e{n}", [1, 10], [2.0, n + 0.1]) for n in range(20)]),
         "by category": bars.by_category(CATEGORIES, ["base", "champion", "challenger"]),
-        "by experiment": bars.by_experiment({"demo": {"base": 3.0, "challenger": 1.0}}),
+        "by run": bars.by_run({"demo": {"base": 3.0, "challenger": 1.0}}),
         "updates": modules.updates(found),
         "margins": preferences.margins(
             {"edges": [-1.0, 0.0, 1.0], "counts": {"champion": [3, 4], "challenger": [1, 6]}}
