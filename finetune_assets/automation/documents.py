@@ -68,7 +68,7 @@ def documents_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
 
 def _users() -> dict[str, list[str]]:
     """Subscribed experiments that retrieve from each document set, by name of the set."""
-    users = defaultdict(list)
+    users = defaultdict[str, list[str]](list)
     for experiment, retrieval in sorted(retrieval_of_experiments().items()):
         users[retrieval.documents].append(experiment)
     return users
