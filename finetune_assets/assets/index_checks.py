@@ -68,7 +68,7 @@ def index_checks(
 
     described, allowed = read_description(folder), documents.config.checks
     statistics, repeated = described["statistics"], described["near_duplicates"]
-    index = open_index(folder, documents.raw.root)
+    index = open_index(folder)
     long = (index.passages.words >= allowed.long_words).nonzero()[0]
     pairs = "; ".join(f"{_passage(index, ours)} repeats {_passage(index, other)}" for ours, other in repeated["first"])
     first_long = "; ".join(_passage(index, int(number)) for number in long[:SHOWN])

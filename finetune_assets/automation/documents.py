@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import defaultdict
 from dataclasses import asdict
 
 import dagster as dg
@@ -10,6 +11,7 @@ from finetune_assets.artifacts.document_lineage import DocumentLineage
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.change_detection import SensorCursor, observe
 from finetune_assets.automation.experiments import EACH_TIME
+from finetune_assets.automation.loaded_experiments import loaded_experiments
 from finetune_assets.automation.settings_hash import retrieval_of_experiments
 from finetune_assets.config.documents import load_documents
 from finetune_assets.config.raw_data_schema import Arrivals
@@ -18,13 +20,15 @@ from finetune_assets.resources import deployment
 from finetune_assets.resources.project import AUTOMATIC_TAG, Project
 from finetune_assets.resources.raw_versions import configured_source, newest_good
 
+RETRIEVAL_INDEX = dg.AssetKey("retrieval_index")
 INDEX_TAG = "finetune/documents_version"
 UNUSED = "No subscribed experiment retrieves passages"
 NO_RAW_DATA = "Waiting for raw data that has passed its checks"
+NOT_LOADED = "Waiting for Dagster to reload the definitions: no experiment that they contain retrieves from this set"
 
 
 @dg.sensor(
-    target=dg.AssetSelection.assets("retrieval_index"),
+    target=dg.AssetSelection.assets(RETRIEVAL_INDEX),
     minimum_interval_seconds=EACH_TIME,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Watches the documents of subscribed experiments (configs/documents/) every five seconds and "
@@ -33,11 +37,15 @@ NO_RAW_DATA = "Waiting for raw data that has passed its checks"
 )
 def documents_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     stored = json.loads(context.cursor) if context.cursor else {}
-    users = {retrieval.documents: name for name, retrieval in sorted(retrieval_of_experiments().items(), reverse=True)}
-    names = sorted(users)
-    memory = {name: SensorCursor(**stored.get(name, {})) for name in names}
+    users, loaded = _users(), loaded_experiments(context, RETRIEVAL_INDEX)
+    # Sets that no experiment uses at present keep theirs: numbers of run keys must not begin again
+    memory = {name: SensorCursor(**stored.get(name, {})) for name in sorted({*stored, *users})}
     messages, requests = {}, []
-    for name in names:
+    for name in sorted(users):
+        user = next((experiment for experiment in users[name] if experiment in loaded), None)
+        if user is None:
+            messages[name] = NOT_LOADED
+            continue
         try:
             documents = _documents(context.instance, name)
             if documents is None:
@@ -51,11 +59,19 @@ def documents_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
             continue
         memory[name], messages[name] = observation.seen, observation.message
         if observation.starts:
-            requests.append(_request(name, users[name], observation.seen))
+            requests.append(_request(name, user, observation.seen))
     heartbeat.beat("documents_sensor")
     cursor = json.dumps({name: asdict(seen) for name, seen in memory.items()})
     reason = "; ".join(f"{name}: {message}" for name, message in messages.items()) or UNUSED
     return dg.SensorResult(run_requests=requests, skip_reason=None if requests else reason, cursor=cursor)
+
+
+def _users() -> dict[str, list[str]]:
+    """Subscribed experiments that retrieve from each document set, by name of the set."""
+    users = defaultdict[str, list[str]](list)
+    for experiment, retrieval in sorted(retrieval_of_experiments().items()):
+        users[retrieval.documents].append(experiment)
+    return users
 
 
 def _documents(instance: dg.DagsterInstance, name: str) -> DocumentLineage | None:

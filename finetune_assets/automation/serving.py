@@ -10,6 +10,7 @@ import dagster as dg
 from finetune_assets.artifacts.champions import Champions
 from finetune_assets.automation import heartbeat
 from finetune_assets.automation.alerts import AlertError, send_alert
+from finetune_assets.automation.loaded_experiments import loaded_experiments
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import Experiment, experiment_files, load_experiment
 from finetune_assets.errors import UserError
@@ -66,6 +67,7 @@ def serving_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     memory, now = Memory(**json.loads(context.cursor or "{}")), time.time()
     served = [*_served_experiments(context)]
     known = {name for _, record, _ in served if record for name in (record.name, record.previous) if name}
+    loaded = loaded_experiments(context, SERVED_ADAPTER)
     found: list[Finding] = []
     requests = []
     for experiment, record, servers in served:
@@ -76,7 +78,7 @@ def serving_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
             continue
         findings = _findings(experiment, record, servers, known)
         found += findings
-        if request := _request(memory, experiment.name, findings, now):
+        if experiment.name in loaded and (request := _request(memory, experiment.name, findings, now)):
             requests.append(request)
     _alert(context, memory, found)
     heartbeat.beat("serving_sensor")

@@ -3,7 +3,6 @@
 import click
 
 from finetune_assets.cli.terminal import EXPERIMENT, progress_shown
-from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
 
 
@@ -27,6 +26,6 @@ def chat(experiment: str, max_new_tokens: int, temperature: float, retrieval: bo
         available = contenders(lineage)
         index = lineage.index() if retrieval else None
         folder = lineage.store.fetch(index) if index else None
-    talk = Conversation(available, max_new_tokens, temperature, folder, deployment.root())
+    talk = Conversation(available, max_new_tokens, temperature, folder)
     print(f"{experiment}: {', '.join(talk.names)} available; {talk.active} answers. /help lists the commands.")
     run(talk, typed_lines())

@@ -99,7 +99,6 @@ class Conversation:
         temperature: 0 is greedy decoding.
         index: Folder of the retrieval index, from which contenders that were trained with retrieval get passages; None
             asks the question alone.
-        root: Folder that relative paths of models start from, for dense indexes.
         history: The turns so far, by contender, as chat templates take them; without passages.
 
     Attributes:
@@ -110,7 +109,6 @@ class Conversation:
     max_new_tokens: int
     temperature: float = 0.0
     index: Path | None = None
-    root: Path | None = None
     history: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     found: Found | None = field(default=None, init=False)
 
@@ -172,7 +170,7 @@ class Conversation:
         if not data.retrieval or self.index is None:
             return tokens(turns[-1:])
         settings = RetrievalFormat.of_experiment(data, None)
-        found = Retriever(settings, self.index, self.root).find(turns[-1]["content"])
+        found = Retriever(settings, self.index).find(turns[-1]["content"])
         self.found = found.fitting(lambda messages: len(tokens(messages)) <= data.tokenization.cutoff_len)
         return tokens(self.found.messages)
 

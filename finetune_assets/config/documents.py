@@ -6,37 +6,12 @@ from pathlib import Path
 
 from finetune_assets.config.documents_schema import INDEX_KINDS, DocumentsConfig
 from finetune_assets.config.errors import ConfigError, suggest
-from finetune_assets.config.loading import document_sets, experiment_names, load_experiment, load_file
+from finetune_assets.config.loading import document_sets, load_file
 from finetune_assets.config.raw_validation import Problem, address_problems, column_problems, named, shares
 
 MOST_WORDS = 100_000
 """Maximum length of a passage, in words."""
 MOST_K = 1000
-
-
-def users_of_documents(configs: Path) -> dict[str, list[str]]:
-    """Names of the experiments that retrieve from each document set, by set.
-
-    Only files that mention `retrieval` are loaded, and none without document sets. Invalid experiments are left out:
-    they are reported where they are used.
-    """
-    users: dict[str, list[str]] = {name: [] for name in document_sets(configs)}
-    for name in experiment_names(configs) if users else []:
-        try:
-            retrieval = load_experiment(configs, name).config.data.retrieval if _may_retrieve(configs, name) else None
-        except ConfigError:
-            continue
-        if retrieval and retrieval.documents in users:
-            users[retrieval.documents].append(name)
-    return {name: experiments for name, experiments in users.items() if experiments}
-
-
-def _may_retrieve(configs: Path, experiment: str) -> bool:
-    """Whether a file that an experiment's settings are read from mentions `retrieval`."""
-    own = configs / "experiments" / f"{experiment}.yaml"
-    if not own.exists():
-        return True  # a point of a sweep
-    return any(b"retrieval" in path.read_bytes() for path in (configs / "base.yaml", own) if path.is_file())
 
 
 def load_documents(configs: Path, name: str) -> DocumentsConfig:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Passages(Protocol):
     """Passages of the experiment's document set; it can be pickled."""
 
+    @property
+    def needs_torch(self) -> bool: ...
     def contexts(self, tokenizer: "PreTrainedTokenizerBase", raw: Sequence[Path]) -> Contexts: ...
     def statistics(self, dataset: Path) -> dict[str, dict[str, int]]: ...
 
@@ -67,7 +69,7 @@ class Builder:
     @property
     def needs_torch(self) -> bool:
         """Whether code is run that may import torch: that of a tokenizer, or the model of an index."""
-        return self.trusted or self.passages is not None
+        return self.trusted or (self.passages is not None and self.passages.needs_torch)
 
     def build(self, parts: Sequence[RawPart], out: Path) -> "Built":
         """Write the examples of the raw data into an empty folder, and compare the prompts.

@@ -289,7 +289,8 @@ def main() -> None:
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # warns that torch is not installed
     connection = Connection(int(sys.argv[1]))
     Progress.display = from_environment()
-    logging.root.addHandler(_ToOwner(connection))  # not `basicConfig`, whose format would be added to the messages
+    # Not `basicConfig`, whose format would be added to the messages
+    logging.root.addHandler(_ToOwner(connection))  # type: ignore[arg-type]
     logging.root.setLevel(logging.INFO)
     function: Callable[[Any], Any] = repr
     with suppress(EOFError):
@@ -307,7 +308,7 @@ class _ToOwner(QueueHandler):
     """Sends log records to the owner, which logs them."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.send_bytes(pickle.dumps(record))  # type: ignore[union-attr]
+        self.queue.send_bytes(pickle.dumps(record))  # type: ignore[attr-defined]
 
 
 class _WithoutPandas(MetaPathFinder):

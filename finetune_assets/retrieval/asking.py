@@ -154,15 +154,14 @@ class Retriever:
     Args:
         adapter: Folder of an adapter that was trained with retrieval, or its format.
         index: Folder of a retrieval index.
-        models: Folder that relative paths of models start from, for dense indexes.
 
     Raises:
         InvalidJson: if one of the folders is not what it should be.
     """
 
-    def __init__(self, adapter: Path | str | RetrievalFormat, index: Path | str, models: Path | None = None) -> None:
+    def __init__(self, adapter: Path | str | RetrievalFormat, index: Path | str) -> None:
         self.settings = adapter if isinstance(adapter, RetrievalFormat) else RetrievalFormat.read(Path(adapter))
-        self.index = open_index(Path(index), models)
+        self.index = open_index(Path(index))
 
     def find(self, question: str) -> Found:
         """Find the passages for a question."""

@@ -57,7 +57,7 @@ def _numbered(passages: Passages, settings: IndexSettings) -> tuple[dict[str, in
     return numbers, texts
 
 
-def open_index(passages: Passages, settings: IndexSettings, folder: Path, models: Path | None) -> "Bm25Searcher":
+def open_index(passages: Passages, settings: IndexSettings, folder: Path) -> "Bm25Searcher":
     """Open the index that `build` wrote; see `IndexKind`."""
     return Bm25Searcher(settings, folder)
 

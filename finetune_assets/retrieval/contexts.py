@@ -21,12 +21,14 @@ from finetune_assets.data.rows import Row, Split, draw, plain, side_of
 from finetune_assets.data.tokenization import Encoder
 from finetune_assets.retrieval.citations import with_citations
 from finetune_assets.retrieval.golden import golden_passages
-from finetune_assets.retrieval.index import Index, open_index
+from finetune_assets.retrieval.index import Index, open_index, read_description
 from finetune_assets.retrieval.statistics import passage_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BM25 = "bm25"
+"""The kind of index that is searched in several processes, and without torch."""
 PASSAGE, BETWEEN = "[{number}] {text}", "\n\n"
 """Format of a passage in a context, and the text between two of them."""
 
@@ -96,7 +98,6 @@ class RowContexts:
         longest: Maximum length of a row, in tokens. Passages are dropped until the row fits: the lowest-ranked
             distractors first, and golden ones last. An answer is never cut for a passage.
         held_out: Numbers of the golden passages of held-out rows, which are distractors of no training row.
-        models: Folder that relative paths of models start from, for dense indexes.
     """
 
     def __init__(
@@ -107,18 +108,17 @@ class RowContexts:
         encoder: Lengths,
         longest: int,
         held_out: Set[int] = frozenset(),
-        models: Path | None = None,
     ) -> None:
-        self.folder, self.settings, self.salt, self.models = folder, settings, salt, models
+        self.folder, self.settings, self.salt = folder, settings, salt
         self.encoder, self.longest, self.held_out = encoder, longest, held_out
 
     @cached_property
     def index(self) -> Index:
-        return open_index(self.folder, self.models)
+        return open_index(self.folder)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the open index. An index with a model is searched in one process."""
-        if self.index.kind != "bm25":
+        if self.index.kind != BM25:
             raise TypeError(f"an index of the kind {self.index.kind} is searched in one process")
         return {name: value for name, value in vars(self).items() if name != "index"}
 
@@ -256,13 +256,16 @@ class Passages:
         folder: Folder of the index.
         data: Data settings of the experiment, with `data.retrieval`.
         salt: Salt of the split and of the choices.
-        models: Folder that relative paths of models start from, for dense indexes.
     """
 
     folder: Path
     data: Data
     salt: str
-    models: Path
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether the index may use torch: that of words does not."""
+        return bool(read_description(self.folder)["index"]["kind"] != BM25)
 
     def contexts(self, tokenizer: "PreTrainedTokenizerBase", raw: Sequence[Path] = ()) -> RowContexts:
         """What puts the passages into rows.
@@ -273,16 +276,16 @@ class Passages:
         """
         settings, longest = self.data.retrieval, self.data.tokenization.cutoff_len
         assert settings
-        held_out = held_out_passages(raw, self.folder, self.data, self.salt, self.models)
+        held_out = held_out_passages(raw, self.folder, self.data, self.salt)
         encoder = Encoder(tokenizer, self.data)
-        return RowContexts(self.folder, settings, self.salt, encoder, longest, held_out, self.models)
+        return RowContexts(self.folder, settings, self.salt, encoder, longest, held_out)
 
     def statistics(self, dataset: Path) -> dict[str, dict[str, int]]:
         """`passage_statistics` of a tokenized dataset."""
         return passage_statistics(dataset)
 
 
-def held_out_passages(raw: Sequence[Path], folder: Path, data: Data, salt: str, models: Path | None = None) -> set[int]:
+def held_out_passages(raw: Sequence[Path], folder: Path, data: Data, salt: str) -> set[int]:
     """Numbers of the golden passages of all held-out rows.
 
     Args:
@@ -290,9 +293,8 @@ def held_out_passages(raw: Sequence[Path], folder: Path, data: Data, salt: str, 
         folder: Folder of the index.
         data: Data settings of the experiment.
         salt: Salt of the split.
-        models: Folder that relative paths of models start from, for dense indexes.
     """
-    passages, numbers = open_index(folder, models).passages, set[int]()
+    passages, numbers = open_index(folder).passages, set[int]()
     for _, batch in raw_batches(raw, READ_ROWS, ["instruction", "context"]):
         for row in batch.to_pylist():
             if side_of(draw(row["instruction"], row["context"], salt), data) is not Split.TRAIN:

@@ -86,7 +86,8 @@ class TokenMeans:
 
 
 class SentenceTransformers:
-    """Embeds texts with a sentence-transformers model.
+    """Embeds texts with a sentence-transformers model, in float32: with less, what is found for a query depends on the
+    other queries of its batch.
 
     Args:
         model: Its folder, or `owner/name@commit`.
@@ -102,9 +103,19 @@ class SentenceTransformers:
             ) from e
         name, _, revision = str(model).partition("@")
         try:
-            self.model = SentenceTransformer(name, revision=revision or None, device="cpu", trust_remote_code=False)
+            self.model = SentenceTransformer(
+                name,
+                revision=revision or None,
+                device="cpu",
+                trust_remote_code=False,
+                model_kwargs={"dtype": "float32"},
+            )
         except Exception as e:  # damaged folders and missing models raise many types
             raise DataError(f"index.model: {model} cannot be loaded by sentence-transformers: {e}") from e
+
+    def save(self, folder: Path) -> None:
+        """Copy the model, without a model card: that has the time and the versions of the libraries."""
+        self.model.save(str(folder), create_model_card=False)
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         return _of_length_one(np.asarray(self.model.encode([*texts], show_progress_bar=False), np.float64))
@@ -117,7 +128,7 @@ def build(passages: Passages, settings: IndexSettings, folder: Path, models: Pat
     if model.is_dir() and not (model / "modules.json").is_file():
         TokenMeans.save(model, passages.texts, folder)
     else:
-        SentenceTransformers(model if model.is_dir() else setting).model.save(str(folder / MODEL))
+        SentenceTransformers(model if model.is_dir() else setting).save(folder / MODEL)
     embedder, embedded = _embedder(folder), []
     with Progress("embedding passages", len(passages), PASSAGES) as progress:
         for start in range(0, len(passages), AT_A_TIME):
@@ -130,7 +141,7 @@ def build(passages: Passages, settings: IndexSettings, folder: Path, models: Pat
     return {"dimensions": vectors.shape[1]}
 
 
-def open_index(passages: Passages, settings: IndexSettings, folder: Path, models: Path | None) -> "DenseSearcher":
+def open_index(passages: Passages, settings: IndexSettings, folder: Path) -> "DenseSearcher":
     """Open the index that `build` wrote; see `IndexKind`."""
     return DenseSearcher(folder)
 

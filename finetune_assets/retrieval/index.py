@@ -54,6 +54,8 @@ class IndexKind(Protocol):
     ) -> Mapping[str, Any]:
         """Write the index's files to a folder: the same bytes for the same passages and settings.
 
+        The files must have all that a search needs, such as a copy of a model.
+
         Args:
             passages: The passages.
             settings: How passages are found.
@@ -64,8 +66,8 @@ class IndexKind(Protocol):
             What `index.json` has to hold beside the settings.
         """
 
-    def open_index(self, passages: Passages, settings: IndexSettings, folder: Path, models: Path | None) -> Searcher:
-        """Open the index that `build` wrote."""
+    def open_index(self, passages: Passages, settings: IndexSettings, folder: Path) -> Searcher:
+        """Open the index that `build` wrote, also on a machine that has nothing but the folder."""
 
 
 class Index:
@@ -73,7 +75,6 @@ class Index:
 
     Args:
         folder: Folder of the artifact.
-        models: Folder that relative paths of models start from, for dense indexes.
 
     Attributes:
         passages: The passages.
@@ -82,14 +83,14 @@ class Index:
         statistics: Counts of the document set.
     """
 
-    def __init__(self, folder: Path, models: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         described = read_description(folder)
         self.kind: str = described["index"]["kind"]
         self.fingerprint: str = described["fingerprint"]
         self.statistics: dict[str, Any] = described["statistics"]
         self.passages = Passages(folder, PassageSettings(**described["passages"]))
         settings = IndexSettings(**described["index"])
-        self._searcher = kind_of(settings).open_index(self.passages, settings, folder / INDEX_FOLDER, models)
+        self._searcher = kind_of(settings).open_index(self.passages, settings, folder / INDEX_FOLDER)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """Find the best `k` passages of each query, best first, those of equal score by number.
@@ -104,9 +105,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     return read_json(folder / INDEX_FILE, f"the retrieval index in {folder}")
 
 
-def open_index(folder: Path, models: Path | None = None) -> Index:
+def open_index(folder: Path) -> Index:
     """Open the index of an artifact's folder; its files are memory-mapped."""
-    return Index(folder, models)
+    return Index(folder)
 
 
 def kind_of(settings: IndexSettings) -> IndexKind:

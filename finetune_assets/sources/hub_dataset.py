@@ -8,12 +8,12 @@ from typing import Any
 
 from finetune_assets.config.raw_data_schema import HubDataset
 from finetune_assets.data.errors import DataError
-from finetune_assets.data.readers import ROW_FORMATS, Formats, SourceFile
+from finetune_assets.data.readers import ROW_FORMATS, TEXT_ENDINGS, Formats, SourceFile
 from finetune_assets.sources import hub
 from finetune_assets.sources.listing import is_hidden, refuse_saved_dataset
 from finetune_assets.sources.source import SourceContext
 
-HUB = "hf://"
+HUB, CARD = "hf://", "README.md"
 HUB_DATASET = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+|[^/@]+)(@(?P<revision>[^@]+))?/?")
 
 
@@ -22,7 +22,8 @@ class HubSource:
     """A Hub dataset at a commit.
 
     Its files are read by the same readers as local files, so that a bad row is reported with file and line; the
-    `datasets` library determines the files of a subset and split.
+    `datasets` library determines the files of a subset and split. It knows no Markdown: of a repository that has texts
+    and no rows, all texts are read, where texts are documents.
     """
 
     repo: str
@@ -41,7 +42,7 @@ class HubSource:
         return self.content()
 
     def files(self) -> Sequence[SourceFile]:
-        """Download the split's files.
+        """Download the files.
 
         Raises:
             DataError: if a download fails, the subset or split does not exist, or a file format is not supported.
@@ -57,7 +58,7 @@ class HubSource:
             return [SourceFile(name, folder / name) for name in names]
 
     def ignored_files(self) -> Sequence[str]:
-        """Files of the repository that are not part of the split."""
+        """Other files of the repository."""
         return [name for name in self._tree if name not in self._names and not is_hidden(name)]
 
     @cached_property
@@ -70,6 +71,17 @@ class HubSource:
 
     @cached_property
     def _names(self) -> list[str]:
+        """Names of the files to read."""
+        return self._texts or self._of_split()
+
+    @property
+    def _texts(self) -> list[str]:
+        """Names of all text files but the dataset's card; empty if other formats, a subset or a split are read."""
+        found = {name: self.formats.suffix_of(name) for name in self._tree if not is_hidden(name) and name != CARD}
+        only_texts = TEXT_ENDINGS.issuperset(ending for ending in found.values() if ending)
+        return sorted(name for name in found if found[name]) if only_texts and self.part == HubDataset() else []
+
+    def _of_split(self) -> list[str]:
         """Names of the split's files."""
         from datasets import DownloadConfig, load_dataset_builder
 

@@ -5,16 +5,20 @@ import time
 
 import dagster as dg
 import pytest
-from integration.graph import Graph, Run
+from integration.graph import Graph, Run, definitions
 from projects import TestProject
 from retrieval.towns import TOWNS, passage, write_rows
+from servers.hub import Hub
+from servers.s3 import Bucket
 
 from finetune_assets.automation import documents as sensors
 from finetune_assets.automation.documents import documents_sensor
+from finetune_assets.resources.project import Project
 from finetune_assets.resources.raw_versions import GOOD_TAG
 from finetune_assets.retrieval.index import open_index
+from finetune_assets.store.artifacts import ArtifactRef
 
-INDEX = ["retrieval_index"]
+INDEX, HUB_NAME = ["retrieval_index"], "datasets/owner/towns"
 
 
 @pytest.fixture
@@ -124,21 +128,30 @@ def test_contexts_and_runs_of_experiments(towns: TestProject, graph: Graph) -> N
 
 
 class Sensor:
-    """Ticks of `documents_sensor`, a minute apart."""
+    """Ticks of `documents_sensor`, a minute apart.
+
+    Attributes:
+        loaded: Definitions that Dagster has loaded; None for those of now.
+        keys: Keys of all runs that were asked for.
+    """
 
     def __init__(self, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
         self.instance, self.cursor, self.now = instance, "", time.time()
+        self.loaded: dg.Definitions | None = None
+        self.keys: list[str] = []
         monkeypatch.setattr(sensors.time, "time", lambda: self.now)
 
     def starts(self) -> list[str]:
-        """Document sets that three ticks ask for."""
+        """Experiments whose document sets three ticks ask for."""
         started = []
         for _ in range(3):
             self.now += 60
-            result = documents_sensor(dg.build_sensor_context(self.instance, self.cursor))
+            loaded = self.loaded or definitions()
+            result = documents_sensor(dg.build_sensor_context(self.instance, self.cursor, definitions=loaded))
             assert isinstance(result, dg.SensorResult)
             self.cursor = result.cursor or ""
             started += [str(request.partition_key) for request in result.run_requests or []]
+            self.keys += [str(request.run_key) for request in result.run_requests or []]
         return started
 
 
@@ -163,3 +176,97 @@ def test_sensor(towns: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatc
     (towns.root / "nowhere").mkdir()
     (towns.root / "nowhere" / "a.md").write_text("# A\nText.")
     assert sensor.starts() == ["away"]
+
+
+def test_sensor_and_experiments_that_dagster_has_not_loaded_yet(
+    towns: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `finetune new` under a running UI: a request for an unknown partition fails the tick of all sets."""
+    sensor = Sensor(graph.instance, monkeypatch)
+    sensor.loaded = definitions()
+    write(towns, "added", "source: ./towns")
+    towns.write_experiment("also", (towns.configs / "experiments" / "towns.yaml").read_text())
+    assert sensor.starts() == ["towns"], "by an experiment that is loaded, although `also` uses the set too"
+    sensor.loaded = None
+    assert sensor.starts() == ["added"]
+    assert sensor.starts() == []
+
+
+def test_sensor_and_a_set_that_is_out_of_use_for_a_while(
+    towns: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster never runs a key twice, so numbers go on where they were."""
+    sensor, file = Sensor(graph.instance, monkeypatch), towns.root / "towns" / f"{TOWNS[0]}.txt"
+    text = file.read_text()
+    assert sensor.starts() == ["towns"]
+    file.write_text("Changed.")
+    assert sensor.starts() == ["towns"]
+    experiment = towns.configs / "experiments" / "towns.yaml"
+    subscribed = experiment.read_text()
+    experiment.unlink()
+    assert sensor.starts() == []
+    file.write_text(text)
+    experiment.write_text(subscribed)
+    assert sensor.starts() == ["towns"], "back to the first version"
+    assert len({*sensor.keys}) == 3
+
+
+def passages(project: TestProject, run: Run) -> dict[str, str]:
+    """Passages of the index of `towns` that a run made, with their sources."""
+    assert run.success, run.log
+    table = open_index(project.store.fetch(current_index())).passages.table
+    return dict(zip(table["text"].to_pylist(), table["source"].to_pylist(), strict=True))
+
+
+def current_index() -> ArtifactRef:
+    index = Project().lineage("towns").index()
+    assert index
+    return index
+
+
+def test_documents_of_a_bucket(towns: TestProject, graph: Graph, moto: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(name: str, text: str) -> None:
+        moto.put(f"some/prefix/{name}", text.encode())
+
+    write(towns, "towns", f"source: {moto.url}")
+    sensor = Sensor(graph.instance, monkeypatch)
+    assert sensor.starts() == [], "an empty bucket is not read"
+    put("north/alby.md", "# Alby\nAlby sells oil.")
+    put("coast.jsonl", json.dumps({"id": "breham", "text": "Breham sells salt."}))
+    put("map.png", "no document")
+    moto.put("some/prefix-of-another/c.md", b"Not ours.")
+    assert sensor.starts() == ["towns"]
+    expected = {"Alby sells oil.": "north/alby.md", "Breham sells salt.": "coast.jsonl#breham"}
+    assert passages(towns, graph.run(INDEX, "towns")) == expected
+    put("north/alby.md", "# Alby\nAlby sells oil.")
+    assert sensor.starts() == [], "the same bytes"
+    put("north/alby.md", "# Alby\nAlby sells wool.")
+    assert sensor.starts() == ["towns"]
+    assert "Alby sells wool." in passages(towns, graph.run(INDEX, "towns"))
+
+
+def test_documents_of_a_hub_dataset(
+    towns: TestProject, graph: Graph, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sensor and index alone ask for the branch: what uses the index reads the same commit, also without a Hub."""
+    card = b"# A card is no document"
+    hub.add(
+        HUB_NAME, {"README.md": card, "alby.md": b"# Alby\nAlby sells oil.", "notes/coast.txt": b"Breham sells salt."}
+    )
+    write(towns, "towns", f"source: hf://{HUB_NAME}")
+    sensor = Sensor(graph.instance, monkeypatch)
+    assert sensor.starts() == ["towns"]
+    assert passages(towns, graph.run(INDEX, "towns")) == {
+        "Alby sells oil.": "alby.md",
+        "Breham sells salt.": "notes/coast.txt",
+    }
+    first = current_index()
+    hub.add(
+        HUB_NAME, {"README.md": card, "rows.jsonl": json.dumps({"title": "Alby", "text": "It sells wool."}).encode()}
+    )
+    assert current_index() == first
+    assert sensor.starts() == ["towns"]
+    assert passages(towns, graph.run(INDEX, "towns")) == {"It sells wool.": "rows.jsonl#1"}
+    hub.failing = 503
+    assert sensor.starts() == []
+    assert current_index() != first

@@ -22,7 +22,6 @@ from finetune_assets.assets.tokenized_dataset import tokenized_dataset
 from finetune_assets.assets.training_plan import training_plan
 from finetune_assets.automation.conditions import SERVABLE_CHECK
 from finetune_assets.automation.settings_hash import settings_hashes
-from finetune_assets.config.documents import users_of_documents
 from finetune_assets.config.fingerprint import fingerprint
 from finetune_assets.config.loading import load_experiment
 from finetune_assets.resources.index_versions import DOCUMENTS_TAG
@@ -127,7 +126,8 @@ class World:
 
         @dg.asset(name=INDEX, deps=["dolly_raw"], partitions_def=partitions)
         def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:  # type: ignore[type-arg]
-            (documents,) = (name for name, users in self.users().items() if context.partition_key in users)
+            documents = self.set_of(context.partition_key)
+            assert documents
             version = self.documents[documents]
             tags = {DOCUMENTS_TAG: documents, **({} if version.endswith("-bad") else {GOOD_TAG: "true"})}
             return dg.MaterializeResult(data_version=dg.DataVersion(version), tags=tags)
@@ -136,7 +136,7 @@ class World:
 
     def new_documents(self, name: str, version: str) -> None:
         self.documents[name] = version
-        self.run({INDEX}, self.users()[name][0])
+        self.run({INDEX}, next(user for user in self.experiments() if self.set_of(user) == name))
 
     def _raw(self) -> dg.AssetsDefinition:
         @dg.asset(name="dolly_raw", check_specs=[dg.AssetCheckSpec("good", asset="dolly_raw", blocking=True)])
@@ -189,11 +189,10 @@ class World:
 
         return made
 
-    def users(self) -> dict[str, list[str]]:
-        return users_of_documents(self.project.configs)
-
     def set_of(self, experiment: str) -> str | None:
-        return next((name for name, users in self.users().items() if experiment in users), None)
+        """The document set that an experiment retrieves from."""
+        retrieval = load_experiment(self.project.configs, experiment).config.data.retrieval
+        return retrieval.documents if retrieval else None
 
     def training_version(self, name: str, experiment: str, context: dg.AssetExecutionContext) -> str | None:
         """Version of a dataset without its index, as the real asset has it."""

@@ -9,8 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.config.documents import users_of_documents
-from finetune_assets.config.loading import document_sets, experiment_names
+from finetune_assets.config.loading import experiment_names
 from finetune_assets.resources import deployment
 
 UP_TO_CHAMPION = ("dolly_raw", "cached_base_model", "tokenized_dataset", "lora_adapter", "adapter_evaluation")
@@ -20,7 +19,7 @@ PARTITIONED = ("finetune_assets.assets", "finetune_assets.definitions")
 
 
 @cache
-def _definitions(*names: tuple[str, ...]) -> dg.Definitions:
+def _definitions(*experiments: str) -> dg.Definitions:
     for name in [name for name in sys.modules if name.startswith(PARTITIONED)]:
         del sys.modules[name]
     return importlib.import_module("finetune_assets.definitions").project_definitions()
@@ -29,12 +28,9 @@ def _definitions(*names: tuple[str, ...]) -> dg.Definitions:
 def definitions() -> dg.Definitions:
     """The definitions of the project that the environment points to.
 
-    Partitions are the names of its experiments and document sets, and which of them belong together. They are read when
-    the modules are imported; so they are, for other names.
+    Partitions are the names of its experiments, which are read when the modules are imported; so they are, for others.
     """
-    configs = deployment.configs()
-    users = (f"{name}: {', '.join(experiments)}" for name, experiments in users_of_documents(configs).items())
-    return _definitions(tuple(experiment_names(configs)), tuple(document_sets(configs)), tuple(users))
+    return _definitions(*experiment_names(deployment.configs()))
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """An experiment with retrieval, from raw rows to a promotion, and what a change of its documents re-runs."""
 
-import json
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,11 +13,18 @@ from integration.graph import Graph, Run
 from projects import TestProject
 from retrieval.towns import REFUSAL, TEMPLATE, TOWNS, passage, write_rows
 
-from finetune_assets.artifacts.champions import Champions
+from finetune_assets.artifacts.champions import Champions, Record
+from finetune_assets.artifacts.kinds import RETENTION
+from finetune_assets.config.schema import StoreConfig
+from finetune_assets.data.tokenization import load_tokenizer
 from finetune_assets.evaluation.files import gain_of, read_evaluation
 from finetune_assets.reporting.collect import collect
 from finetune_assets.reporting.pages import experiment_pages
+from finetune_assets.resources.project import Project
 from finetune_assets.retrieval.asking import RetrievalFormat
+from finetune_assets.serving.gate_rows import gate_rows
+from finetune_assets.sources.base_models import PACKAGED
+from finetune_assets.store.gc import inventory, plan
 
 MODES = {"closed_book", "golden", "golden_and_distractors", "retrieved"}
 UPSTREAM = ("dolly_raw", "cached_base_model")
@@ -68,6 +77,46 @@ def evaluation_of(project: TestProject, name: str) -> Path:
     return project.store.fetch(project.store.resolve("evaluations", name, "adapter_evaluation"))
 
 
+def made_from(project: TestProject, kind: str, name: str) -> Mapping[str, Any]:
+    manifest = project.store.manifest(kind, name)
+    assert manifest
+    return manifest.made_from
+
+
+def collected(project: TestProject, kind: str) -> set[str]:
+    """Names of the artifacts of a kind that garbage collection removes once all are old, if it keeps the newest one."""
+    few, later = StoreConfig(keep_raw=1, keep_adapters=1, keep_indexes=1), datetime.now(UTC) + timedelta(days=30)
+    removals = plan(inventory(project.store.objects), project.namespace, few, RETENTION, later)
+    prefixes = [removal.prefix.split("/") for removal in removals if removal.whole]
+    return {name for _, folder, name in prefixes if folder == kind}
+
+
+class ServedRow(NamedTuple):
+    """A gate row as servers are asked it: as tokens, and as messages."""
+
+    ids: list[int]
+    messages: tuple[tuple[str, str], ...] | None
+
+
+def rows_of_servers(record: Record) -> list[ServedRow]:
+    lineage = Project().lineage("towns")
+    rows = gate_rows(lineage, lineage.champions.adapter(record), record.evaluation, count=8, longest=192)
+    assert len(rows.ids) == 8
+    asked = [turns and tuple((turn["role"], turn["content"]) for turn in turns) for turns in rows.messages]
+    return [*map(ServedRow, rows.ids, asked)]
+
+
+def asks_as_trained(row: ServedRow, adapter: Path) -> bool:
+    """Whether the messages have passages, and the adapter's chat template renders them as the row's tokens."""
+    assert row.messages
+    assert row.messages[0][0] == "context"
+    assert row.messages[0][1].startswith("[1] ")
+    messages = [{"role": role, "content": content} for role, content in row.messages]
+    tokenizer = load_tokenizer(str(adapter))
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return bool(row.ids[: len(prompt)] == [*prompt])
+
+
 @pytest.mark.system
 def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestProject, graph: Graph) -> None:
     run(graph, "dolly_raw", partition=None)
@@ -79,6 +128,11 @@ def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestPro
 
     with_passages = {**SETTINGS, "data": {**SETTINGS["data"], "retrieval": RETRIEVAL}}
     towns.write_experiment("towns", yaml.safe_dump(with_passages))
+    unused = towns.root / "towns" / "unused.txt"
+    unused.write_text("A document of a version that nothing is made with.")
+    run(graph, "retrieval_index")
+    (never_used,) = towns.published("indexes")
+    unused.unlink()
     run(graph, "retrieval_index")
     trained = run(graph, *EXPERIMENT)
     dataset, measured = trained.metadata("tokenized_dataset"), trained.metadata("adapter_evaluation")
@@ -116,8 +170,9 @@ def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestPro
     assert (record.against, record.numbers["mode"]) == (champion.adapter, "retrieved")
     assert record.numbers["mean"] == pytest.approx(gain_of(folder, 0.95, "retrieved")[0].mean)
     adapter = towns.store.fetch(towns.store.resolve("adapters", record.adapter, "lora_adapter"))
-    (index,) = towns.published("indexes")
+    (index,) = {*towns.published("indexes")} - {never_used}
     assert RetrievalFormat.read(adapter) == RetrievalFormat("towns", index, 2, cite=True, refusal=REFUSAL)
+    assert all(asks_as_trained(row, adapter) for row in rows_of_servers(record))
 
     bounded = {**with_passages, "gate": {**SETTINGS["gate"], "mode": "golden", "max_loss_of": {"closed_book": 0.0}}}
     towns.write_experiment("towns", yaml.safe_dump(bounded))
@@ -127,16 +182,18 @@ def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestPro
     assert "loss_increase_closed_book" in gate.metadata
 
     (towns.root / "towns" / "new.txt").write_text(passage(TOWNS[0]))
-    run(graph, "retrieval_index")
+    shutil.copytree(PACKAGED["demo-base"], towns.root / "embedder")
+    dense = {"source": "./towns", "index": {"kind": "dense", "model": "./embedder"}, "checks": {"min_hit": 0.0}}
+    (towns.configs / "documents" / "towns.yaml").write_text(yaml.safe_dump(dense))
+    assert run(graph, "retrieval_index").metadata("retrieval_index")["index"] == "dense"
     again = run(graph, "tokenized_dataset", "adapter_evaluation")
     assert len(towns.published("adapters")) == 2, "none is trained"
     assert again.metadata("tokenized_dataset")["gate_unknown_golden_rows"] == 0
     assert len(towns.published("evaluations")) == 3
-    made_from = {
-        json.dumps(towns.store.manifest("evaluations", each).made_from["lora_adapter"])
-        for each in towns.published("evaluations")
-    }  # type: ignore[union-attr]
-    assert len(made_from) == 2, "the champion is measured again"
+    assert {made_from(towns, "evaluations", name)["lora_adapter"] for name in towns.published("evaluations")} == {
+        champion.adapter,
+        record.adapter,
+    }, "the champion is measured again"
 
     report = collect(towns.store, towns.configs)
     assert report.problems == ()
@@ -147,3 +204,9 @@ def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestPro
         assert pages["towns.html"].count(f"<td>{mode}</td>") == 2 * len(result["contenders"]), "in two tables"
     assert "<code>golden</code>" in pages["towns.html"], "the mode that the gate compares"
     assert pages["towns.html"].count("data:image/svg") == 3
+
+    assert len(towns.published("indexes")) == 3
+    assert collected(towns, "indexes") == {never_used}
+    assert all(asks_as_trained(row, adapter) for row in rows_of_servers(record)), "with the index of the evaluation"
+    shutil.rmtree(towns.store_root / towns.namespace / "indexes" / index)
+    assert {row.messages for row in rows_of_servers(record)} == {None}

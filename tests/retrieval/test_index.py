@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from paths import ROOT
 from retrieval.towns import TOWNS, passage
 
 from finetune_assets.config.documents_schema import DocumentsConfig, IndexSettings, PassageSettings
@@ -15,6 +14,7 @@ from finetune_assets.retrieval.documents import Document
 from finetune_assets.retrieval.golden import golden_passages
 from finetune_assets.retrieval.index import Index, build_index, open_index
 from finetune_assets.retrieval.metrics import hit_rate, rank_of
+from finetune_assets.sources.base_models import PACKAGED
 
 
 def built(folder: Path, *texts: str, config: DocumentsConfig | None = None) -> Index:
@@ -129,34 +129,60 @@ def test_contexts_of_real_rows_are_found(dolly: Path, tmp_path: Path) -> None:
         assert all(golden)
 
 
-def test_dense_index_of_the_packaged_model(tmp_path: Path) -> None:
-    """It finds what it has embedded, is the same bytes when rebuilt, and needs the model no more."""
-    model = tmp_path / "model"
-    shutil.copytree(ROOT / "finetune_assets" / "sample" / "base_model", model)
+def dense_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
+    """An index by the model in `model`, a relative path. It is built twice, as the same bytes, and opened in another
+    place, where the model is not: as on the machine of a worker.
+    """
     config = DocumentsConfig(index=IndexSettings("dense", model="model"))
-    texts = [passage(town) for town in TOWNS]
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        build_index((Document(text, "t") for text in texts), config, tmp_path / name, tmp_path)
-    assert same_bytes(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(model)
-    index = open_index(tmp_path / "a")
-    assert [numbers(index, text, 1) for text in texts] == [[number] for number in range(len(texts))]
-    (hits,) = index.search([texts[7]], 99)
-    assert len(hits) == len(texts)
-    assert hits[0].score == pytest.approx(1)
+        (folder / name).mkdir()
+        build_index((Document(passage(town), "t") for town in TOWNS), config, folder / name, folder)
+    assert same_bytes(folder / "a", folder / "b")
+    shutil.rmtree(folder / "model")
+    elsewhere = folder / "elsewhere"
+    (folder / "a").rename(elsewhere)
+    monkeypatch.chdir(elsewhere)
+    return open_index(elsewhere)
+
+
+def finds_each_passage(index: Index) -> bool:
+    """Whether each passage is the nearest to its own text, with a similarity of 1."""
+    hits = [found[0] for found in index.search([passage(town) for town in TOWNS], 1)]
+    assert [hit.score for hit in hits] == pytest.approx([1] * len(TOWNS))
+    return [hit.passage for hit in hits] == [*range(len(TOWNS))]
+
+
+def test_dense_index_of_the_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(PACKAGED["demo-base"], tmp_path / "model")
+    index = dense_index(tmp_path, monkeypatch)
+    assert finds_each_passage(index)
+    assert len(index.search([passage(TOWNS[7])], 99)[0]) == len(TOWNS)
     assert index.search([""], 3) == [[]]
     questions = [f"What is it that {town} sells?" for town in TOWNS]
     ranks = [rank_of((hit.passage for hit in found), {at}) for at, found in enumerate(index.search(questions, 10))]
     assert hit_rate(ranks).hits[10] > 0.5, hit_rate(ranks)
 
 
+@pytest.mark.system
+def test_dense_index_of_a_sentence_transformers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the library itself, with the packaged model as its transformer."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(PACKAGED["demo-base"]), device="cpu", model_kwargs={"dtype": "float32"})
+    model.save(str(tmp_path / "model"))
+    index = dense_index(tmp_path, monkeypatch)
+    assert finds_each_passage(index)
+    (hits,) = index.search(["oil"], len(TOWNS))
+    query, *texts = model.encode(["oil", *map(passage, TOWNS)], normalize_embeddings=True)
+    similarities = sorted((float(query @ text) for text in texts), reverse=True)
+    assert [hit.score for hit in hits] == pytest.approx(similarities, abs=1e-5)
+
+
 @pytest.mark.parametrize("files", [(), ("tokenizer.json",), ("model.safetensors",), ("modules.json",)])
 def test_models_that_embed_nothing(tmp_path: Path, files: tuple[str, ...]) -> None:
     (tmp_path / "model").mkdir()
-    packaged = ROOT / "finetune_assets" / "sample" / "base_model"
     for name in files:
-        source = packaged / name
+        source = PACKAGED["demo-base"] / name
         (tmp_path / "model" / name).write_bytes(source.read_bytes() if source.exists() else b"[]")
     (tmp_path / "out").mkdir()
     config = DocumentsConfig(index=IndexSettings("dense", model="model"))

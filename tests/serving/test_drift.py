@@ -4,7 +4,7 @@ import json
 
 import dagster as dg
 import pytest
-from integration.graph import Graph
+from integration.graph import Graph, definitions
 from projects import TestProject
 from servers.vllm import Vllm
 from serving.conftest import World
@@ -23,6 +23,7 @@ class Watch:
     def __init__(self, project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
         self.graph, self.cursor, self.alerts = Graph(), "{}", list[str]()
         self.now, self.fails = 1_800_000_000.0, False
+        self.loaded: dg.Definitions | None = None
         monkeypatch.setattr(serving, "send_alert", self.alert)
         monkeypatch.setattr(serving.time, "time", lambda: self.now)
 
@@ -33,7 +34,8 @@ class Watch:
 
     def tick(self, seconds: float = 30) -> list[dg.RunRequest]:
         self.now += seconds
-        result = serving_sensor(dg.build_sensor_context(self.graph.instance, cursor=self.cursor))
+        loaded = self.loaded or definitions()
+        result = serving_sensor(dg.build_sensor_context(self.graph.instance, self.cursor, definitions=loaded))
         assert isinstance(result, dg.SensorResult)
         self.cursor = result.cursor or ""
         self.message = result.skip_reason.skip_message if result.skip_reason else ""
@@ -171,3 +173,13 @@ def test_what_never_served_is_served_where_it_is_subscribed(
     path.write_text(path.read_text().replace("subscribed: true", f"subscribed: {str(subscribed).lower()}"))
     world.promote("a")
     assert len(watch.tick()) == subscribed
+
+
+def test_an_experiment_that_dagster_has_not_loaded_yet(world: World, vllm: Vllm, watch: Watch) -> None:
+    """A request for a partition that the definitions do not have would fail the tick, and with it all experiments."""
+    watch.loaded = definitions()
+    world.configure(vllm.url, experiment="other")
+    world.promote("c", experiment="other")
+    assert watch.tick() == []
+    watch.loaded = None
+    assert [request.partition_key for request in watch.tick()] == ["other"]
