@@ -12,6 +12,7 @@ from finetune_assets.assets.partitions import check_of_each, project_asset
 from finetune_assets.assets.promotion import GATE, Decision, promote_if_better, wandb_metadata
 from finetune_assets.automation.conditions import auto_materialize
 from finetune_assets.display import code, markdown
+from finetune_assets.reporting.page_names import moment
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
 
@@ -69,7 +70,7 @@ def announced(
 def table(history: list) -> str:  # type: ignore[type-arg]
     """The latest 20 records of a promotion history, newest first, as a Markdown table."""
     rows = [
-        f"| {r.number} | {markdown(r.at)} | {markdown(r.action)} | {code(r.adapter[:12])} | {markdown(r.reason)} |"
+        f"| {r.number} | {moment(r.at)} | {markdown(r.action)} | {code(r.adapter[:12])} | {markdown(r.reason)} |"
         for r in reversed(history[-20:])
     ]
-    return "\n".join(["| record | time | action | adapter | reason |", "| --- | --- | --- | --- | --- |", *rows])
+    return "\n".join(["| record | time (UTC) | action | adapter | reason |", "| --- | --- | --- | --- | --- |", *rows])

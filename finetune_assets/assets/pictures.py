@@ -9,6 +9,7 @@ import dagster as dg
 
 from finetune_assets.artifacts.layout import UPDATES, UTILISATION
 from finetune_assets.plots.plot_cache import drawn_once
+from finetune_assets.reporting.numbers import in_order
 from finetune_assets.store.results import Results
 
 Pictures = dict[str, dg.MarkdownMetadataValue]
@@ -88,7 +89,7 @@ def of_training(folder: Path, state: Mapping[str, Any], drawn: Results) -> Pictu
 
 def of_evaluation(evaluation: Mapping[str, Any], drawn: Results) -> Pictures:
     """Plots of held-out losses by category and, where they are measured, of retrieval modes and reward margins."""
-    categories, contenders = evaluation["categories"], [*evaluation["contenders"]]
+    categories, contenders = evaluation["categories"], in_order(evaluation["contenders"])
     modes, histograms = evaluation.get("modes", {}), evaluation.get("preferences", {}).get("margins")
 
     def losses() -> Any:

@@ -17,7 +17,7 @@ from finetune_assets.config.retrieval_validation import gate_mode
 from finetune_assets.launch.engines import Launcher
 from finetune_assets.launch.pipes import run_in_pipes
 from finetune_assets.reporting.modes import mode_table
-from finetune_assets.reporting.numbers import of_evaluation
+from finetune_assets.reporting.numbers import in_order, of_evaluation
 from finetune_assets.reporting.wandb_champion import log_champion
 from finetune_assets.resources.project import Project
 from finetune_assets.store.artifacts import ArtifactRef
@@ -25,6 +25,8 @@ from finetune_assets.store.results import Results
 
 CATEGORIES = 100
 """Maximum number of categories whose losses are shown."""
+DIGITS = 8
+"""Significant digits of a metric in the metadata."""
 GATE = "gate"
 """Name of the check that reports a promotion."""
 
@@ -106,7 +108,7 @@ def evaluation_metadata(evaluation: Mapping[str, Any], drawn: Results) -> dict[s
     """Metadata of an evaluation: scalars, losses by category, and answers side by side."""
     from finetune_assets.data.tables import rows_table
 
-    names = [*evaluation["contenders"]]
+    names = in_order(evaluation["contenders"])
 
     def losses_by(column: str, groups: list[dict[str, Any]]) -> dg.MarkdownMetadataValue:
         shown = [
@@ -118,7 +120,7 @@ def evaluation_metadata(evaluation: Mapping[str, Any], drawn: Results) -> dict[s
     sources, modes = evaluation.get("sources"), evaluation.get("modes")
     samples = [{**row, **{name: row[name] or "" for name in names}} for row in evaluation["samples"]]
     return {
-        **of_evaluation(evaluation),
+        **{name: float(f"{value:.{DIGITS}g}") for name, value in of_evaluation(evaluation).items()},
         "split": evaluation["split"],
         "rows": evaluation["rows"],
         "generated_rows": evaluation["generated_rows"],

@@ -44,7 +44,7 @@ VERIFIED = "verified"
 def served_adapter(
     context: dg.AssetExecutionContext, champion_adapter: ArtifactRef, project: Project
 ) -> Iterator[dg.MaterializeResult[ArtifactRef] | dg.AssetCheckResult]:
-    """The champion, loaded on the experiment's servers, verified by numbers, and named by the alias.
+    """The champion on the experiment's servers: loaded, verified by log-probabilities of held-out answers, and served.
 
     Materialized only for experiments with `serving` settings.
     """

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_assets.evaluation.metrics import RETRIEVAL_METRICS, ROW_METRICS
+from finetune_assets.reporting.numbers import in_order
 
 MODES = "mode"
 METRICS = (*ROW_METRICS, *RETRIEVAL_METRICS)
@@ -17,9 +18,9 @@ def mode_table(modes: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, A
     Metrics without a value are left out.
     """
     measured = [
-        (mode, numbers["rows"], name, metrics)
+        (mode, numbers["rows"], name, numbers["contenders"][name])
         for mode, numbers in modes.items()
-        for name, metrics in numbers["contenders"].items()
+        for name in in_order(numbers["contenders"])
     ]
     shown = [metric for metric in METRICS if any(metric.name in metrics for *_, metrics in measured)]
     rows = [

@@ -1,7 +1,7 @@
 """Measurements of an adapter, with the same names in Dagster metadata (and its plots), the report, and comparisons of
 two runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -11,6 +11,13 @@ from finetune_assets.evaluation.metrics import METRICS
 from finetune_assets.training.best_step import published, training_seconds
 
 Numbers = dict[str, float]
+CONTENDERS = ("base", "champion", "challenger")
+"""Models of an evaluation, in the order in which they are shown."""
+
+
+def in_order(contenders: Iterable[str]) -> list[str]:
+    """Names of contenders in the order in which they are shown."""
+    return sorted(contenders, key=lambda name: CONTENDERS.index(name) if name in CONTENDERS else len(CONTENDERS))
 
 
 def of_training(state: Mapping[str, Any]) -> Numbers:
@@ -60,10 +67,10 @@ def _by_metric(contenders: Mapping[str, Mapping[str, float]]) -> Numbers:
     measured = {metric for metrics in contenders.values() for metric in metrics}
     known = [metric.name for metric in METRICS if metric.name in measured]
     return {
-        f"{metric}_{name}": metrics[metric]
+        f"{metric}_{name}": contenders[name][metric]
         for metric in (*known, *sorted(measured - {*known}))
-        for name, metrics in contenders.items()
-        if metric in metrics
+        for name in in_order(contenders)
+        if metric in contenders[name]
     }
 
 

@@ -17,14 +17,13 @@ from finetune_assets.reporting.figures import Plot, of_experiment, of_latest_run
 from finetune_assets.reporting.histories import gain, verifications
 from finetune_assets.reporting.markdown_page import as_markdown_page
 from finetune_assets.reporting.modes import TITLES, mode_table
+from finetune_assets.reporting.numbers import CONTENDERS
 from finetune_assets.reporting.page_names import moment, page_file, pages_folder, short
 from finetune_assets.reporting.run_inputs import inputs_of
 from finetune_assets.store.results import Results
 
 if TYPE_CHECKING:
     from jinja2 import Template
-
-CONTENDERS = ("base", "champion", "challenger")
 
 
 def write(report: Report, folder: Path, drawn: Results) -> None:
