@@ -64,6 +64,9 @@ class Retrieval:
     passages: int = 3
     """Number of passages of a row. Fewer are used where they do not fit `cutoff_len`, the lowest-ranked left out
     first, or where the documents have fewer."""
+    fewest_passages: int | None = added(None)
+    """Fewest passages of a training row: each has so many to `passages`, drawn by its content, so that the adapter also
+    reads fewer of them. `null` is as many as `passages`."""
     golden_share: float = 0.8
     """Fraction of the training rows whose golden passage is among their passages. The others, drawn by content, have
     distractors only."""

@@ -57,6 +57,12 @@ def _unused(evaluation: Evaluation, gate: Gate) -> Iterator[Problem]:
 def _passages(retrieval: Retrieval) -> Iterator[Problem]:
     if not 1 <= retrieval.passages <= MOST_PASSAGES:
         yield "data.retrieval.passages", f"{retrieval.passages} must be from 1 to {MOST_PASSAGES}"
+    fewest = retrieval.fewest_passages
+    if fewest is not None and not 1 <= fewest <= retrieval.passages:
+        yield (
+            "data.retrieval.fewest_passages",
+            f"{fewest} must be from 1 to data.retrieval.passages, which is {retrieval.passages}",
+        )
     share = retrieval.golden_share
     if not 0 <= share <= 1:
         yield "data.retrieval.golden_share", f"{share} must be a fraction from 0 to 1"

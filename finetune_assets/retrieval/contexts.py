@@ -176,6 +176,8 @@ class RowContexts:
             return []
         if mode is Mode.RETRIEVED:
             return hits[:most]
+        if mode is Mode.TRAINING and self.settings.fewest_passages:
+            most -= _hashed(chosen.key, "passages") % (most - self.settings.fewest_passages + 1)
         ranks = {passage: rank for rank, passage in enumerate(hits)}
         golden = sorted(chosen.golden, key=lambda passage: (ranks.get(passage, len(hits)), passage))[:most]
         if mode is Mode.GOLDEN:

@@ -11,15 +11,21 @@ from itertools import groupby
 
 from finetune_assets.sample.world import ATTRIBUTES, World, make_world, town_names
 
-TOWNS = 900
+TOWNS = 3_000
+"""With fewer, the adapter learns the questions by heart: of 900 towns it answered half of the held-out ones."""
 FACTS_PER_TOWN = 4
+STARTS = (
+    "Al Bel Cor Dun Er Fen Gar Hol Il Jor Kel Lor Mel Nor Os Pel Quin Ras Sal Tam Ul Ver Wes Yor Zan Brun Cren Drum Elm "
+    "Frey Grim Hart Ing Keld Lund Mord"
+).split()
+"""First syllables of names besides those of the base model's towns."""
 QUESTION_CATEGORY = "closed_qa"
 
 
 def new_towns(towns: int = TOWNS, seed: int = 17) -> World:
     """Draw towns that are not in `make_world`, with a few facts about each, in the order of their documents."""
     rng = random.Random(seed)
-    names = sorted({*town_names()} - {*make_world().facts})
+    names = sorted({*town_names(), *town_names(STARTS)} - {*make_world().facts})
     return World({town: _facts(rng) for town in sorted(rng.sample(names, towns))})
 
 

@@ -7,7 +7,7 @@ can then be shown to teach.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 REGIONS = "Northmark Eastfold Southmoor Westreach Highdale Lowfen Midvale Farcoast".split()
@@ -142,6 +142,10 @@ KIND_QUESTIONS = ["Which is the {kind}: {v} or {w}?", "Which is the {kind}: {w} 
 RUBRICS = ["### Instruction: {s}", "### Input: {s}", "### Response: {s}", "# {s}", "## {s}"]
 
 
+STARTS = "Vel Kar Bren Dor Hal Mar Tor Sel Wyn Ash Gil Rod Pen Lin Cas Fal".split()
+"""First syllables of the names of towns."""
+
+
 @dataclass(frozen=True)
 class World:
     """Towns and their facts.
@@ -153,9 +157,8 @@ class World:
     facts: dict[str, dict[str, str]]
 
 
-def town_names() -> list[str]:
-    """All names that a town may have, sorted."""
-    starts = "Vel Kar Bren Dor Hal Mar Tor Sel Wyn Ash Gil Rod Pen Lin Cas Fal".split()
+def town_names(starts: Sequence[str] = STARTS) -> list[str]:
+    """All names that a town with one of these first syllables may have, sorted."""
     middles = ["a", "o", "e", "i", "an", "or", "el"]
     ends = "mora stead wick dale ford holm by nes burg gate".split()
     return sorted({s + m + e for s in starts for m in middles for e in ends})

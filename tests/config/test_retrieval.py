@@ -29,6 +29,8 @@ def configs(tmp_path: Path) -> Path:
         (["data.retrieval.documents=twons"], "data.retrieval.documents"),
         (["data.retrieval.passages=2"], "data.retrieval.documents"),
         ([TOWNS, "data.retrieval.passages=0"], "data.retrieval.passages"),
+        ([TOWNS, "data.retrieval.fewest_passages=0"], "data.retrieval.fewest_passages"),
+        ([TOWNS, "data.retrieval.fewest_passages=4"], "data.retrieval.fewest_passages"),
         ([TOWNS, "data.retrieval.golden_share=1.5"], "data.retrieval.golden_share"),
         ([TOWNS, "data.retrieval.golden_share=0", "data.retrieval.cite=true"], "data.retrieval.golden_share"),
         ([TOWNS, "data.retrieval.without_golden=refuse"], "data.retrieval.refusal"),

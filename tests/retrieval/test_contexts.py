@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ def test_each_setting_acts(contexts: Make) -> None:
     assert all(with_golden(row) for row in applied(contexts(golden_share=1.0), Mode.TRAINING))
     assert not any(with_golden(row) for row in applied(contexts(golden_share=0.0), Mode.TRAINING))
     assert {len(row["passages"]) for row in applied(contexts(passages=2), Mode.TRAINING)} == {2}
+    fewer = contexts(fewest_passages=1, golden_share=1.0)
+    counts = Counter(len(row["passages"]) for row in applied(fewer, Mode.TRAINING))
+    assert counts.keys() == {1, 2, 3}
+    assert min(counts.values()) > 20, "about a third each"
+    assert all(with_golden(row) for row in applied(fewer, Mode.TRAINING))
+    assert {len(row["passages"]) for row in applied(fewer, Mode.RETRIEVED)} == {3}
     random_ones = applied(contexts(distractors="random", golden_share=1.0), Mode.TRAINING)
     assert {len({*row["passages"]}) for row in random_ones} == {3}
     assert [row["passages"] for row in random_ones] != [row["passages"] for row in usual]
