@@ -12,11 +12,11 @@ from itertools import groupby
 from finetune_assets.sample.world import ATTRIBUTES, World, make_world, town_names
 
 TOWNS = 3_000
-"""With fewer, the adapter learns the questions by heart: of 900 towns it answered half of the held-out ones."""
+"""With fewer, an adapter learns the questions by heart: of 900, it answered 65% of the held-out ones."""
 FACTS_PER_TOWN = 4
 STARTS = (
-    "Al Bel Cor Dun Er Fen Gar Hol Il Jor Kel Lor Mel Nor Os Pel Quin Ras Sal Tam Ul Ver Wes Yor Zan Brun Cren Drum Elm "
-    "Frey Grim Hart Ing Keld Lund Mord"
+    "Al Bel Cor Dun Er Fen Gar Hol Il Jor Kel Lor Mel Nor Os Pel Quin Ras "
+    "Sal Tam Ul Ver Wes Yor Zan Brun Cren Drum Elm Frey Grim Hart Ing Keld Lund Mord"
 ).split()
 """First syllables of names besides those of the base model's towns."""
 QUESTION_CATEGORY = "closed_qa"
