@@ -13,7 +13,7 @@ from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, EVALUATIONS, 
 from finetune_assets.config.loading import experiment_names, load_experiment, load_raw_data_config
 
 GOLDEN = Path(__file__).with_name("golden_fingerprints.json")
-"""Changed by hand where a code version is raised or the settings of a shipped experiment change, and for nothing else."""
+"""Changed by hand where a code version is raised or settings of a shipped experiment change, and for nothing else."""
 ROWS, TOKENIZER, TEXT, TASKS = ({"rows.jsonl": "a" * 64}, {"tokenizer.json": "b" * 64}, "c" * 64, "d" * 64)
 COMMIT, OTHER_ADAPTER, INDEX = "e" * 40, "f" * 64, "9" * 64
 
