@@ -79,14 +79,15 @@ class Builder:
         """
         check_positions(self.base_model, self.data)
         tokenizer = self._tokenizer()
-        contexts = self.passages.contexts(tokenizer, [part.file for part in parts]) if self.passages else None
+        files = [part.file for part in parts]
+        contexts = self._contexts(tokenizer, files)
         found = prepare_dataset(parts, tokenizer, self.data, self.split_salt, out, contexts, self.learning)
         statistics = found.to_dict()
         if self.passages:
             statistics["passages"] = self.passages.statistics(out)
         train = out / f"{Split.TRAIN}.arrow"
         preview = masked_tokens(train, tokenizer)
-        return Built(statistics, preview, self.compare_prompts([part.file for part in parts], train))
+        return Built(statistics, preview, self._compared(files, train, contexts))
 
     def compare_prompts(self, raw: Sequence[Path], train: Path) -> PromptBoundary:
         """Compare the prompts of training rows with those that a server renders.
@@ -95,7 +96,13 @@ class Builder:
             raw: Parquet files of the raw data.
             train: Arrow stream of the train split.
         """
-        contexts = self.passages.contexts(self._tokenizer(), raw) if self.passages else None
+        return self._compared(raw, train, self._contexts(self._tokenizer(), raw))
+
+    def _contexts(self, tokenizer: "PreTrainedTokenizerBase", raw: Sequence[Path]) -> Contexts | None:
+        return self.passages.contexts(tokenizer, raw) if self.passages else None
+
+    def _compared(self, raw: Sequence[Path], train: Path, contexts: Contexts | None) -> PromptBoundary:
+        """The comparison with a tokenizer of its own, whose chat template it replaces."""
         return prompt_boundary(train, raw, self._tokenizer(), self.data, contexts=contexts)
 
     def _tokenizer(self) -> "PreTrainedTokenizerBase":

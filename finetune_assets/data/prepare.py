@@ -27,7 +27,7 @@ from finetune_assets.data.judgements import describe_judgements, judged_adapters
 from finetune_assets.data.learning import SFT, Learning
 from finetune_assets.data.mixture import choose, choose_replayed
 from finetune_assets.data.packing import pack, sequences_of
-from finetune_assets.data.processes import Processes, process_count
+from finetune_assets.data.processes import PROCESSES, Processes, process_count
 from finetune_assets.data.raw_files import RawPart, number_of_rows
 from finetune_assets.data.rows import Split
 from finetune_assets.data.selection import Rows, describe_split, draw_rows, leave_out, select
@@ -77,7 +77,7 @@ def prepare_dataset(
     files = [part.file for part in parts]
     statistics = Statistics()
     count = process_count(data.processes, number_of_rows(files), ROWS_PER_PROCESS)
-    with Processes(count, "data.processes") as processes:
+    with Processes(count, PROCESSES) as processes:
         drawn = draw_rows(parts, split_salt, processes)
         taken = select(drawn, parts, data, statistics, learning)
         describe_split(files, drawn, taken, data, statistics)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.training.attention import select_attention
-from finetune_assets.training.batches import collate
+from finetune_assets.training.batches import collate, shortest_batch
 from finetune_assets.training.loss import SummedLoss
 from finetune_assets.training.model import autocast, base_of
 from finetune_assets.training.order import Examples, evaluation_batches
@@ -56,8 +56,7 @@ class RowLosses:
         max_length = max(self.config.data.tokenization.cutoff_len, int(rows.lengths.max()))
         (batches,) = evaluation_batches(rows, 1, micro_batch_size, micro_batch_size * max_length if flat else None)
         with autocast(self.precision, self.device):
-            shortest = [[int(rows.lengths.argmin())]]  # its logits are all in memory
-            self.summed.check(collate(shortest, rows, self.device, flat))
+            self.summed.check(shortest_batch(rows, self.device, flat))
         done = 0
         for sequences in batches:
             batch = collate(sequences, rows, self.device, flat)

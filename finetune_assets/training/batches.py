@@ -99,3 +99,8 @@ def collate(sequences: list[list[int]], examples: Examples, device: torch.device
         [example for row in rows for example in row],
         [int((example_labels != IGNORED).sum()) for row in parts for _, example_labels in row],
     )
+
+
+def shortest_batch(examples: Examples, device: torch.device, flat: bool) -> Batch:
+    """A batch of the shortest example, for computations that have all its logits in memory."""
+    return collate([[int(examples.lengths.argmin())]], examples, device, flat)

@@ -13,7 +13,7 @@ from finetune_assets.data.learning import Learning
 from finetune_assets.data.packing import sequences_of
 from finetune_assets.training import checkpoint, memory
 from finetune_assets.training.attention import select_attention
-from finetune_assets.training.batches import Batch, collate
+from finetune_assets.training.batches import Batch, collate, shortest_batch
 from finetune_assets.training.distributed import DistributedContext
 from finetune_assets.training.embeddings import check_begins_with_same, experiment_tokenizer, resize_embeddings
 from finetune_assets.training.judged import JudgedExamples
@@ -127,8 +127,7 @@ class TrainingSetup:
         self.flat = select_attention(self.model, self.config.model.attention, self.train, self._logits, self.packed)
         self.model.eval()
         with self._autocast():
-            shortest = [[int(self.train.lengths.argmin())]]  # its logits are all in memory
-            self.summed_loss.check(collate(shortest, self.train, self.process.device, self.flat))
+            self.summed_loss.check(shortest_batch(self.train, self.process.device, self.flat))
         checkpointing = self._select_checkpointing()
         if self.training.compile:
             for layer in layers:
@@ -185,12 +184,13 @@ class TrainingSetup:
     def _measured_batches(self) -> tuple[Batch, Batch]:
         """Two batches of different size, which are no larger than a micro-batch if the sequences permit that."""
         by_length = np.argsort(self.lengths)
-        median, shortest = (self.sequences[by_length[at]] for at in (len(by_length) // 2, 0))
+        first, middle = by_length[0], by_length[len(by_length) // 2]
+        shortest, median = self.sequences[first], self.sequences[middle]
         if self.training.micro_batch_size > 1:
             return self.batch([median]), self.batch([median, median])
         if len(median) > 1:
             return self.batch([median[: len(median) // 2]]), self.batch([median])
-        if self.lengths[by_length[0]] < self.lengths[by_length[len(by_length) // 2]]:
+        if self.lengths[first] < self.lengths[middle]:
             return self.batch([shortest]), self.batch([median])
         return self.batch([median]), self.batch([median, median])
 
