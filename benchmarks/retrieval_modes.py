@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--generated-rows", type=int, default=100)
     parser.add_argument("--cutoff-len", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--chat-template", action="store_true", help="prompts are in the model's own chat template")
     parser.add_argument("--folder", type=Path, help="keep project and store here, and reuse what is there")
     args = parser.parse_args()
     if args.quick:
@@ -96,7 +97,11 @@ def write_project(args: argparse.Namespace, folder: Path) -> None:
                 "categories": args.categories,
                 "num_samples": args.limit,
                 "gate_fraction": 0.15,
-                "retrieval": {"documents": DOCUMENTS, "passages": 3, "closed_book": name == CONTROL},
+                "retrieval": {
+                    **{"documents": DOCUMENTS, "passages": 3, "fewest_passages": 1},
+                    "closed_book": name == CONTROL,
+                },
+                "prompt_template": {"chat_template": args.chat_template},
                 "tokenization": {"cutoff_len": args.cutoff_len},
                 "checks": {"max_truncated_share": 1.0},
             },

@@ -59,12 +59,13 @@ class Plan:
         if self.memory is None:
             return f"Memory estimate unavailable: the model cannot be simulated ({self.unknown})"
         each = "GPU" if self.device.kind == "cuda" else "process"
-        needs = f"{sized(self.memory.total)} of the {sized(self.device.usable)} that a {each} can use"
+        needs, usable = sized(self.memory.total), sized(self.device.usable)
         machines = f" on {self.device.nodes} machines" if self.device.nodes > 1 else ""
         where = f"{self.device.processes} x {self.device.name}{machines}"
         if self.fits:
-            return f"Fits {where}: {needs}"
-        return f"Does not fit {where}: {needs}. Settings that fit: {'; or '.join(self.advice)}"
+            return f"Fits {where}: {needs} of the {usable} that a {each} can use"
+        advice = "; or ".join(self.advice)
+        return f"Does not fit {where}: it needs {needs}, and a {each} can use {usable}. Settings that fit: {advice}"
 
     def to_dict(self) -> dict[str, Any]:
         work = self.work and {"steps": self.work.steps, "tokens": self.work.tokens}

@@ -119,31 +119,85 @@ def asks_as_trained(row: ServedRow, adapter: Path) -> bool:
 
 @pytest.mark.system
 def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestProject, graph: Graph) -> None:
+    champion = promoted_without_passages(towns, graph)
+    before = {*towns.published("evaluations")}
+    write_settings(towns)
+    never_used = index_twice(towns, graph)
+    trained = run(graph, *EXPERIMENT)
+    unknown = unknown_golden_rows(trained)
+    (name,) = {*towns.published("evaluations")} - before
+    folder = evaluation_of(towns, name)
+    modes_are_measured(folder, trained, unknown["gate"])
+
+    record = Champions(towns.store, "towns").current()
+    assert record
+    assert (record.against, record.numbers["mode"]) == (champion.adapter, "retrieved")
+    assert record.numbers["mean"] == pytest.approx(gain_of(folder, 0.95, "retrieved")[0].mean)
+    adapter = towns.store.fetch(towns.store.resolve("adapters", record.adapter, "lora_adapter"))
+    (index,) = {*towns.published("indexes")} - {never_used}
+    assert RetrievalFormat.read(adapter) == RetrievalFormat("towns", index, 2, cite=True, refusal=REFUSAL)
+    assert all(asks_as_trained(row, adapter) for row in rows_of_servers(record))
+    the_gate_compares_another_mode(towns, graph, folder)
+
+    documents_change_and_the_index_is_dense(towns)
+    assert run(graph, "retrieval_index").metadata("retrieval_index")["index"] == "dense"
+    again = run(graph, "tokenized_dataset", "adapter_evaluation")
+    assert len(towns.published("adapters")) == 2, "none is trained"
+    assert again.metadata("tokenized_dataset")["gate_unknown_golden_rows"] == 0
+    assert len(towns.published("evaluations")) == 3
+    assert {made_from(towns, "evaluations", name)["lora_adapter"] for name in towns.published("evaluations")} == {
+        champion.adapter,
+        record.adapter,
+    }, "the champion is measured again"
+    the_report_shows_modes(towns)
+
+    assert len(towns.published("indexes")) == 3
+    assert collected(towns, "indexes") == {never_used}
+    assert all(asks_as_trained(row, adapter) for row in rows_of_servers(record)), "with the index of the evaluation"
+    shutil.rmtree(towns.store_root / towns.namespace / "indexes" / index)
+    assert {row.messages for row in rows_of_servers(record)} == {None}
+
+
+def promoted_without_passages(towns: TestProject, graph: Graph) -> Record:
     run(graph, "dolly_raw", partition=None)
     run(graph, "cached_base_model", *EXPERIMENT)
     (without,) = towns.published("evaluations")
     assert "modes" not in read_evaluation(evaluation_of(towns, without)), "no passages, no modes"
     champion = Champions(towns.store, "towns").current()
     assert champion, "what is compared next was trained without passages"
+    return champion
 
-    with_passages = {**SETTINGS, "data": {**SETTINGS["data"], "retrieval": RETRIEVAL}}
-    towns.write_experiment("towns", yaml.safe_dump(with_passages))
+
+def write_settings(towns: TestProject, **gate: object) -> None:
+    """Settings with passages, and with some of the gate."""
+    data, gate = {**SETTINGS["data"], "retrieval": RETRIEVAL}, {**SETTINGS["gate"], **gate}
+    towns.write_experiment("towns", yaml.safe_dump({**SETTINGS, "data": data, "gate": gate}))
+
+
+def index_twice(towns: TestProject, graph: Graph) -> str:
+    """Make an index that nothing is made with, and then that of the documents; return the name of the first."""
     unused = towns.root / "towns" / "unused.txt"
     unused.write_text("A document of a version that nothing is made with.")
     run(graph, "retrieval_index")
     (never_used,) = towns.published("indexes")
     unused.unlink()
     run(graph, "retrieval_index")
-    trained = run(graph, *EXPERIMENT)
-    dataset, measured = trained.metadata("tokenized_dataset"), trained.metadata("adapter_evaluation")
-    assert dataset["train_golden_rows"] > dataset["train_without_golden_rows"] > 0
-    unknown = [dataset[f"{split}_unknown_golden_rows"] for split in ("train", "val", "gate")]
-    assert sum(unknown) == 2, "the two questions about the town without a document"
-    assert REFUSAL.split()[0] in dataset["preview"] or "[1]" in dataset["preview"]
+    return never_used
 
-    (name,) = {*towns.published("evaluations")} - {without}
-    folder = evaluation_of(towns, name)
-    evaluation = read_evaluation(folder)
+
+def unknown_golden_rows(trained: Run) -> dict[str, int]:
+    """Rows of each split whose golden passage is in no document."""
+    dataset = trained.metadata("tokenized_dataset")
+    assert dataset["train_golden_rows"] > dataset["train_without_golden_rows"] > 0
+    unknown = {split: dataset[f"{split}_unknown_golden_rows"] for split in ("train", "val", "gate")}
+    assert sum(unknown.values()) == 2, "the two questions about the town without a document"
+    assert REFUSAL.split()[0] in dataset["preview"] or "[1]" in dataset["preview"]
+    return unknown
+
+
+def modes_are_measured(folder: Path, trained: Run, unknown: int) -> None:
+    """In the evaluation, row by row, and in the run's metadata."""
+    evaluation, measured = read_evaluation(folder), trained.metadata("adapter_evaluation")
     assert evaluation["modes"].keys() == evaluation["unseen_passages"].keys() == MODES
     for mode, result in evaluation["modes"].items():
         assert result["contenders"].keys() == {"base", "champion", "challenger"}
@@ -155,7 +209,7 @@ def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestPro
     losses = {mode: result["contenders"]["challenger"]["loss"] for mode, result in evaluation["modes"].items()}
     assert losses["golden"] < losses["closed_book"], "it reads"
     assert 0 < evaluation["unseen_passages"]["golden"]["rows"] < evaluation["modes"]["golden"]["rows"]
-    assert evaluation["modes"]["golden"]["golden_rows"] == evaluation["modes"]["closed_book"]["rows"] - unknown[2]
+    assert evaluation["modes"]["golden"]["golden_rows"] == evaluation["modes"]["closed_book"]["rows"] - unknown
     table = pq.read_table(folder / "rows.parquet")
     for mode in MODES - {"retrieved"}:
         used = table.filter(table[f"{mode}_comparable"])
@@ -165,48 +219,29 @@ def test_from_rows_to_a_promotion_and_again_for_changed_documents(towns: TestPro
     assert "golden citations" in measured["modes"]
     assert measured["modes_side_by_side"].startswith("![")
 
-    record = Champions(towns.store, "towns").current()
-    assert record
-    assert (record.against, record.numbers["mode"]) == (champion.adapter, "retrieved")
-    assert record.numbers["mean"] == pytest.approx(gain_of(folder, 0.95, "retrieved")[0].mean)
-    adapter = towns.store.fetch(towns.store.resolve("adapters", record.adapter, "lora_adapter"))
-    (index,) = {*towns.published("indexes")} - {never_used}
-    assert RetrievalFormat.read(adapter) == RetrievalFormat("towns", index, 2, cite=True, refusal=REFUSAL)
-    assert all(asks_as_trained(row, adapter) for row in rows_of_servers(record))
 
-    bounded = {**with_passages, "gate": {**SETTINGS["gate"], "mode": "golden", "max_loss_of": {"closed_book": 0.0}}}
-    towns.write_experiment("towns", yaml.safe_dump(bounded))
+def the_gate_compares_another_mode(towns: TestProject, graph: Graph, folder: Path) -> None:
+    write_settings(towns, mode="golden", max_loss_of={"closed_book": 0.0})
     decided = run(graph, "champion_adapter")
     (gate,) = decided.result.get_asset_check_evaluations()
     assert gate.metadata["mean"].value == pytest.approx(gain_of(folder, 0.95, "golden")[0].mean)
     assert "loss_increase_closed_book" in gate.metadata
 
+
+def documents_change_and_the_index_is_dense(towns: TestProject) -> None:
     (towns.root / "towns" / "new.txt").write_text(passage(TOWNS[0]))
     shutil.copytree(PACKAGED["demo-base"], towns.root / "embedder")
     dense = {"source": "./towns", "index": {"kind": "dense", "model": "./embedder"}, "checks": {"min_hit": 0.0}}
     (towns.configs / "documents" / "towns.yaml").write_text(yaml.safe_dump(dense))
-    assert run(graph, "retrieval_index").metadata("retrieval_index")["index"] == "dense"
-    again = run(graph, "tokenized_dataset", "adapter_evaluation")
-    assert len(towns.published("adapters")) == 2, "none is trained"
-    assert again.metadata("tokenized_dataset")["gate_unknown_golden_rows"] == 0
-    assert len(towns.published("evaluations")) == 3
-    assert {made_from(towns, "evaluations", name)["lora_adapter"] for name in towns.published("evaluations")} == {
-        champion.adapter,
-        record.adapter,
-    }, "the champion is measured again"
 
+
+def the_report_shows_modes(towns: TestProject) -> None:
     report = collect(towns.store, towns.configs)
     assert report.problems == ()
     pages = dict(experiment_pages(report, Path("report.html"), towns.store.cache.derived))
-    (measured_again,) = (entry.evaluated for entry in report.experiments if entry.name == "towns")
-    assert measured_again
-    for mode, result in measured_again.modes.items():
+    (measured,) = (entry.evaluated for entry in report.experiments if entry.name == "towns")
+    assert measured
+    for mode, result in measured.modes.items():
         assert pages["towns.html"].count(f"<td>{mode}</td>") == 2 * len(result["contenders"]), "in two tables"
     assert "<code>golden</code>" in pages["towns.html"], "the mode that the gate compares"
     assert pages["towns.html"].count("data:image/svg") == 3
-
-    assert len(towns.published("indexes")) == 3
-    assert collected(towns, "indexes") == {never_used}
-    assert all(asks_as_trained(row, adapter) for row in rows_of_servers(record)), "with the index of the evaluation"
-    shutil.rmtree(towns.store_root / towns.namespace / "indexes" / index)
-    assert {row.messages for row in rows_of_servers(record)} == {None}
