@@ -41,6 +41,8 @@ FOLDER = "adapters"
 SAME, APART = 1e-3, 0.05
 """Differences of log-probabilities between answers of one adapter, and between adapters."""
 SECONDS = 1200
+EPOCHS = 6
+"""Of the demo, instead of 15."""
 ANSWER_TOKENS = 8
 """`evaluation.max_new_tokens` of the demo."""
 
@@ -100,7 +102,7 @@ def parts(daemon: Daemon, dropped: float, experiment: str, record: Served) -> di
     for asset in assets:
         made = [one for one in daemon.made(asset) if one.partition_key in (None, experiment)]
         ends[asset] = made[-1].timestamp
-    runs = [one for one in daemon.runs() if one.run_id == daemon.made("dolly_raw")[-1].run_id]
+    runs = [one for one in daemon.runs() if one.dagster_run.run_id == daemon.made("dolly_raw")[-1].run_id]
     times = {"detected": runs[0].create_timestamp.timestamp(), "run started": runs[0].start_time, **ends}
     seconds = {name: after - before for (_, before), (name, after) in pairwise([("dropped", dropped), *times.items()])}
     return {**seconds, "in all": time.time() - dropped}
@@ -140,7 +142,7 @@ def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox
     """Two experiments on one base model, one of them with `rank_pattern`; clients ask for both, and for the base."""
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()
     vllm, prompt, token = VllmServer(server.url), [1, 35, 77, 200], 100
-    configure(project, server.url, "demo")
+    configure(project, server.url, "demo", training={"epochs": EPOCHS})
     ranks = {"rank": 8, "rank_pattern": {"down_proj": 4}}
     short = {"max_steps": 30}
     configure(project, server.url, "ranks", lora=ranks, training=short, evaluation={"generated_rows": 4})
@@ -151,7 +153,7 @@ def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox
         expected[record.name] = vllm.logprob(record.name, prompt, token, salt=record.name)
 
     with daemon_running(project) as daemon, client.asking():
-        drop(inbox, "a.jsonl", lines[:400])
+        drop(inbox, "a.jsonl", lines[:500])
         first = wait_for_record(daemon, "demo", 1)
         other = wait_for_record(daemon, "ranks", 1)
         assert other.numbers[vllm.shown]["distance_to_challenger"] < SAME
@@ -159,7 +161,7 @@ def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox
         learn(first)
 
         dropped = time.time()
-        drop(inbox, "b.jsonl", lines[400:])
+        drop(inbox, "b.jsonl", lines[500:])
         second = wait_for_record(daemon, "demo", 2)
         print("drop to served:", json.dumps(parts(daemon, dropped, "demo", second)), second.numbers)
         daemon.wait_for("no run", daemon.quiet, SECONDS)
