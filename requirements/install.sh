@@ -14,7 +14,7 @@ locks=$(cd "$(dirname "$0")" && pwd)
 
 install() { "$python" -m pip --quiet --disable-pip-version-check install "$@"; }
 # The locks name every dependency. Without isolation, since what builds a source distribution is locked too
-locked() { install --no-deps --no-build-isolation --require-hashes "$@"; }
+locked() { install --no-deps --no-build-isolation --use-pep517 --require-hashes "$@"; }
 
 locked -r "$locks/build.txt"
 

@@ -80,6 +80,7 @@ def test_what_a_server_cannot_serve_is_shown_and_fails_where_there_are_servers(
     assert "lora.use_dora" in problem
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_a_model_of_70_billion_is_planned_without_its_weights_and_the_second_time_without_torch(
     project: TestProject, tmp_path: Path

@@ -146,6 +146,7 @@ def is_told(daemon: Daemon) -> bool:
     return bool(pages) and pages[-1].storage_id > max(one.storage_id for one in evaluations + champions)
 
 
+@pytest.mark.soak
 @pytest.mark.minutes
 @pytest.mark.system
 @pytest.mark.real_data

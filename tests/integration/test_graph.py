@@ -148,6 +148,7 @@ def test_two_processes_give_the_adapter_of_one(project: TestProject, graph: Grap
     assert difference.norm() / moved.norm() < 1e-3
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_own_folder_of_rows_and_model(
     project: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -22,7 +22,7 @@ SLOTS = 16
 """More than the adapters that a test loads: on a CPU, vLLM answers requests for the base model beside requests for
 adapters with the adapter in the last slot."""
 LONGEST = 192
-PAUSE_SECONDS = 0.5
+PAUSE_SECONDS = 1.5
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from finetune_assets.serving.vllm import VllmServer
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.sources.local import SAMPLE
 
-pytestmark = [pytest.mark.soak, pytest.mark.minutes, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.system, pytest.mark.minutes, pytest.mark.timeout(3000)]
 BASE = "demo-base"
 FOLDER = "adapters"
 SAME, APART = 1e-3, 0.05
