@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", default="sample-towns", help="rows with instruction, context, response, category")
     parser.add_argument("--model", default="demo-base", help="base model: as the setting model.base_model")
     parser.add_argument("--categories", nargs="*", help="of rows; all by default")
+    parser.add_argument("--longest-context", type=int, help="leave out rows whose context has more words than this")
     parser.add_argument("--limit", type=int, help="number of rows, chosen by content")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--generated-rows", type=int, default=100)
@@ -58,7 +59,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train and evaluate both experiments; return the results by experiment."""
     write_project(args, folder)
-    rows = Path(args.rows)
+    rows = short_rows(Path(args.rows), args.longest_context, folder) if args.longest_context else Path(args.rows)
     os.environ |= {
         "FINETUNE_CONFIGS": str(folder / "configs"),
         "FINETUNE_STORE": f"file://{folder}/store",
@@ -77,6 +78,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         evaluation = read_evaluation(lineage.store.fetch(lineage.evaluation()))
         measured[name] = {"modes": evaluation["modes"], "unseen_passages": evaluation["unseen_passages"]}
     return measured
+
+
+def short_rows(rows: Path, longest: int, folder: Path) -> Path:
+    """Write the rows whose context has at most so many words to a file of their own."""
+    lines = rows.read_text(encoding="utf-8").splitlines()
+    short = folder / "rows.jsonl"
+    kept = [line for line in lines if 0 < len((json.loads(line)["context"] or "").split()) <= longest]
+    short.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return short
 
 
 def write_project(args: argparse.Namespace, folder: Path) -> None:
