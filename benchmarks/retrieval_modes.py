@@ -109,7 +109,9 @@ def write_project(args: argparse.Namespace, folder: Path) -> None:
                 "num_samples": args.limit,
                 "gate_fraction": 0.15,
                 "retrieval": {
-                    **{"documents": DOCUMENTS, "passages": 3, "fewest_passages": 1},
+                    "documents": DOCUMENTS,
+                    "passages": 3,
+                    "fewest_passages": 1,
                     "closed_book": name == CONTROL,
                 },
                 "prompt_template": {"chat_template": args.chat_template},
