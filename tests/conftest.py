@@ -168,6 +168,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = _dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
+def _is_long(item: pytest.Item) -> bool:
+    return item.path.parent.name in ("integration", "docs") or item.get_closest_marker("minutes") is not None
+
+
 def _turn(item: pytest.Item) -> tuple[bool, bool]:
     """Tests of minutes come first, the first page before all; other pages, which wait for its project, come last."""
     is_short, is_page = item.get_closest_marker("minutes") is None, item.path.parent.name == "docs"
@@ -176,9 +180,8 @@ def _turn(item: pytest.Item) -> tuple[bool, bool]:
 
 def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
     """Tests in an order in which each slice, as pytest-xdist gives them to its processes, begins with long ones."""
-    long = [item for item in items if item.path.parent.name in ("integration", "docs")]
-    long.sort(key=_turn)
-    short = [item for item in items if item.path.parent.name not in ("integration", "docs")]
+    long = sorted((item for item in items if _is_long(item)), key=_turn)
+    short = [item for item in items if not _is_long(item)]
     dealt: list[pytest.Item] = []
     for process in range(processes):
         size, mine = (len(items) - len(dealt)) // (processes - process), long[process::processes]

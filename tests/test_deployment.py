@@ -117,6 +117,7 @@ def test_images_programs_are_there() -> None:
 
 
 @pytest.mark.system
+@pytest.mark.minutes
 def test_one_command_deploys_from_ci(project: TestProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a repository of its own, where a commit adds one experiment."""
     workflow = yaml.safe_load((DEPLOY / "ci" / "train.yaml").read_text())

@@ -159,6 +159,7 @@ def versions(python: Path) -> dict[str, str]:
 
 
 @pytest.mark.system
+@pytest.mark.minutes
 def test_only_locked_files_are_installed_offline_too(python: Path, tmp_path: Path) -> None:
     """From a mirror of wheels; the build of torch that it has is installed, and no altered or unlocked file."""
     mirror, locks = tmp_path / "mirror", tmp_path / "requirements"

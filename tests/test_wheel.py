@@ -19,6 +19,7 @@ print(*d.lora_adapter.partitions_def.get_partition_keys())
 
 
 @pytest.mark.system
+@pytest.mark.minutes
 def test_a_project_is_created_and_used_from_the_wheel(tmp_path: Path) -> None:
     source, site, elsewhere = tmp_path / "source", tmp_path / "site", tmp_path / "a folder"
     for name in SOURCES:

@@ -12,6 +12,7 @@ COUNT = 1_000_000 if os.environ.get("SOAK") else 30_000
 
 
 @pytest.mark.system
+@pytest.mark.minutes
 def test_many_rows_are_prepared_in_little_memory() -> None:
     """Raw rows to packed tokens in a process of its own, torch and transformers included."""
     command = [sys.executable, "-m", "benchmarks.scale", "--alone", "--rows", str(COUNT)]
