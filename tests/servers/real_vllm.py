@@ -23,7 +23,7 @@ SLOTS = 16
 adapters with the adapter in the last slot."""
 LONGEST = 192
 PERIOD_SECONDS, AT_ONCE = 4.0, 3
-"""When clients ask, all together: vLLM's worker spins for a second after each request, and would never rest otherwise."""
+"""Clients ask together: vLLM's worker spins for a second after each request, and would never rest otherwise."""
 
 
 @contextmanager
