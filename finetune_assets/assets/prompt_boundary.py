@@ -54,7 +54,7 @@ def prompt_boundary_check(
 
     config, derived = lineage.experiment.config, lineage.store.cache.derived
     trusted = config.model.trust_remote_code is not None
-    code = code_and_libraries(Path(data.__file__).parent, "transformers", "tokenizers", "jinja2")
+    code = code_and_libraries((Path(data.__file__).parent,), ("transformers", "tokenizers", "jinja2"))
     question = {"prompt_boundary": dataset.fingerprint, "content": dataset.content, **code}
     found = None if trusted or compared else derived.get(question, FIELDS)
     if found is None:

@@ -26,7 +26,7 @@ def drawn_once(name: str, draw: Callable[[], str | None], drawn: Results, *shown
         shown: The data in the plot.
     """
     data = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
-    question = {"plot": name, "data": data, **code_and_libraries(Path(__file__).parent, *LIBRARIES)}
+    question = {"plot": name, "data": data, **code_and_libraries((Path(__file__).parent,), LIBRARIES)}
     if result := drawn.get(question, {PICTURE}):
         return result[PICTURE]
     try:

@@ -9,25 +9,22 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import cache, cached_property
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.config.schema import ExperimentConfig, Lora
 from finetune_assets.preflight.device import Device
 from finetune_assets.sources.model_sizes import check_sizes
-from finetune_assets.store.results import Results
+from finetune_assets.store.results import Results, code_and_libraries
 from finetune_assets.worker.model_libraries import import_lean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PACKAGE = Path(__file__).parents[1]
-SIMULATED_CODE = (
-    "preflight/simulation.py",
-    *(f"training/{name}.py" for name in ("attention", "batches", "lora", "lora_names", "loss", "model", "precision")),
-)
+TRAINING = ("attention", "batches", "lora", "lora_names", "loss", "model", "precision")
+SIMULATED_CODE = (PACKAGE / "preflight" / "simulation.py", *(PACKAGE / "training" / f"{name}.py" for name in TRAINING))
 LIBRARIES = ("torch", "transformers", "peft")
 
 
@@ -245,7 +242,8 @@ def _cached_result(
     shape: Shape, kind: str, inputs: dict[str, Any], names: set[str], compute: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return the cached result, or compute and cache it."""
-    key = {"kind": kind, "config": hashlib.sha256(shape.content).hexdigest(), **_code_and_libraries(), **inputs}
+    code = code_and_libraries(SIMULATED_CODE, LIBRARIES)
+    key = {"kind": kind, "config": hashlib.sha256(shape.content).hexdigest(), **code, **inputs}
     result = shape.results.get(key, names) if shape.results else None
     if result is None:
         with warnings.catch_warnings():
@@ -254,10 +252,3 @@ def _cached_result(
         if shape.results:
             shape.results.put(key, result)
     return result
-
-
-@cache
-def _code_and_libraries() -> dict[str, Any]:
-    """Hash of the simulation code, and versions of its libraries."""
-    code = hashlib.sha256(b"".join((PACKAGE / name).read_bytes() for name in SIMULATED_CODE)).hexdigest()
-    return {"code": code, "libraries": {name: version(name) for name in LIBRARIES}}

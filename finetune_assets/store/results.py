@@ -54,10 +54,16 @@ class Results:
 
 
 @cache
-def code_and_libraries(folder: Path, *libraries: str) -> dict[str, Any]:
-    """Part of a question: SHA-256 of the Python files in a folder, and versions of the libraries that they use."""
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))).hexdigest()
-    return {"code": code, "libraries": {name: version(name) for name in libraries}}
+def code_and_libraries(code: tuple[Path, ...], libraries: tuple[str, ...]) -> dict[str, Any]:
+    """Part of a question: SHA-256 of Python code, and versions of the libraries that it uses.
+
+    Args:
+        code: Python files, and folders of such files.
+        libraries: Names of packages.
+    """
+    files = [file for path in code for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    content = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return {"code": content, "libraries": {name: version(name) for name in libraries}}
 
 
 def _sum(*parts: Any) -> str:
