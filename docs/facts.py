@@ -187,6 +187,7 @@ METADATA = {
 VARIABLES = {
     "Where things are": {
         "DAGSTER_HOME": ("Dagster's home: runs, schedules and `dagster.yaml`", "set by `make`; else required"),
+        "DAGSTER_DAEMON_LOG_LEVEL": ("what the daemon of `finetune ui` prints: `info` for each tick", "`warning`"),
         "FINETUNE_CONFIGS": ("folder of the configuration files; its parent is the project", "`<project>/configs`"),
         "FINETUNE_STORE": (
             "URL of the store: `file:///folder` or [`s3://bucket/prefix`](s3.md)",

@@ -69,7 +69,7 @@ def plan(experiment: str, overrides: tuple[str, ...], as_json: bool) -> bool:
     else:
         show(experiment, planned)
         for problem in found:
-            out.print(styled(f"Not servable with vLLM: {problem}", "yellow"))
+            out.print(styled(f"{problem.heading}: {problem}", "yellow"))
     return planned.fits and not (config.serving and any(problem.refused for problem in found))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune_assets.artifacts.raw_lineage import refuse_missing_sources
+from finetune_assets.cli.foreground import in_own_group
 from finetune_assets.cli.terminal import EXPERIMENT, out
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.display import message
@@ -71,7 +72,9 @@ def materialize(
     force: bool = False,
     log_level: str | None = None,
 ) -> int:
-    """Materialize assets of one experiment in this process, and print an account, which ends with the error if any.
+    """Materialize assets of one experiment, and print an account, which ends with the error if any.
+
+    In a terminal this is done in a child process, which alone gets Ctrl-C; see `in_own_group`.
 
     Args:
         experiment: Name of the experiment, or of a point of a sweep.
@@ -83,6 +86,10 @@ def materialize(
     Returns:
         The exit code.
     """
+    return in_own_group(lambda: _materialize(experiment, select, overrides, force, log_level))
+
+
+def _materialize(experiment: str, select: str, overrides: Sequence[str], force: bool, log_level: str | None) -> int:
     if log_level is None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that train
@@ -98,7 +105,7 @@ def materialize(
     except dg.DagsterError as e:  # for example, no such asset
         return _failed(str(e))
     if account.outcomes.interrupted:
-        click.echo("Interrupted", err=True)
+        click.echo("Interrupted. The same command goes on: a training resumes from its last checkpoint", err=True)
         return INTERRUPTED
     if not success:
         return _failed(account.outcomes.first_error)

@@ -65,6 +65,11 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.what}: {self.why}; {self.remedy}"
 
+    @property
+    def heading(self) -> str:
+        """Whether it cannot be served, or not as it was evaluated."""
+        return "Not servable with vLLM" if self.refused else "Served with other answers by vLLM"
+
 
 def server_base_name(config: ExperimentConfig) -> str:
     """Name of the experiment's base model on the servers."""

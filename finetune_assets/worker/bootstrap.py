@@ -186,6 +186,7 @@ def _runner(spec: JobSpec, processes: int, place: Place, folder: Path) -> tuple[
         *meeting.arguments,
         f"--nproc-per-node={processes}",
         f"--log-dir={folder}",  # torchrun's own logs, which would otherwise stay in /tmp
+        "--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT",  # not SIGINT, see `prepare`
     ]
     if not warm.was_forked():
         return TORCHRUN, replace(meeting, arguments=[*torchrun, "-m", spec.module])
@@ -308,8 +309,13 @@ def answer_of(read: Callable[[], JobSpec], place: Place = ALONE) -> dict[str, An
 
 
 def prepare() -> None:
-    """Exit cleanly on SIGTERM, write private files, and log progress to the terminal."""
+    """Exit cleanly on SIGTERM, ignore Ctrl-C, write private files, and log progress to the terminal.
+
+    A terminal sends SIGINT to all its processes. The process that waits for this one then sends SIGTERM, and a training
+    saves a checkpoint.
+    """
     os.umask(modes.umask())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     Progress.display = from_environment()
     in_terminal()

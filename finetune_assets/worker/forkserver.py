@@ -78,7 +78,12 @@ class Request:
         if self.module == TORCHRUN:
             # torchrun inspects its stack at each event, and searches all modules for each frame without a module, such
             # as runpy's: two seconds of CPU
-            return import_module(TORCHRUN).main()
+            from torch.distributed.elastic.multiprocessing import SignalException
+
+            try:
+                return import_module(TORCHRUN).main()
+            except SignalException as e:  # its traceback would say no more
+                sys.exit(128 + e.sigval)
         # runpy warns that the module was imported before it runs
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)
@@ -103,7 +108,7 @@ class Server:
         self.woken, waker = os.pipe()
         os.set_blocking(self.woken, False)
         os.set_blocking(waker, False)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the children and the waiting process
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in children: Ctrl-C is for the process that waits
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "ending", True))
         signal.set_wakeup_fd(waker)
@@ -145,7 +150,6 @@ class Server:
     def _child(self, request: Request, connection: socket.socket, files: list[int], server: int) -> None:
         """Release the server's resources and run the request."""
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         die_with_parent(server)

@@ -95,6 +95,7 @@ def run_worker(module: str) -> None:
     """
     die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # replaces torchrun's handler in a forked rank
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     if os.environ.get(FORKSERVER, OFF) != OFF:
         show_as(module.rpartition(".")[0], sys.argv[1:])
         set_threads()

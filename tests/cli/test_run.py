@@ -7,6 +7,7 @@ import sys
 
 import dagster as dg
 import pytest
+import terminals
 from projects import TestProject
 
 
@@ -58,3 +59,16 @@ def test_an_asset_that_there_is_not(project: TestProject) -> None:
     assert "lora_adaptr" in ended.stderr
     assert '"lora_adapter"' in ended.stderr
     assert "Trace" not in ended.stderr
+
+
+@pytest.mark.system
+def test_ctrl_c_saves_a_checkpoint_from_which_the_same_command_goes_on(project: TestProject) -> None:
+    command = ["run", "demo", "--select", "dolly_raw,cached_base_model,tokenized_dataset,lora_adapter"]
+    command += ["--set", "training.max_steps=40"]
+    trains = lambda seen: seen.ever("training", " of 40 steps")  # noqa: E731
+    seen = terminals.run("-m", "finetune_assets.cli", *command, shows=trains, interrupt=True)
+    assert seen.code == 130
+    assert b"Traceback" not in seen.raw
+    again = run(*command[1:])
+    assert again.returncode == 0
+    assert "Resuming from checkpoint at step " in again.stdout
