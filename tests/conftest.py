@@ -160,6 +160,7 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest begin first in each process, so that none is left with them; some run in `make soak` alone."""
     if not os.environ.get("SOAK"):
