@@ -173,10 +173,14 @@ def _is_long(item: pytest.Item) -> bool:
     return item.path.parent.name in ("integration", "docs") or item.get_closest_marker("minutes") is not None
 
 
-def _turn(item: pytest.Item) -> tuple[bool, bool]:
-    """Tests of minutes come first, the first page before all; other pages, which wait for its project, come last."""
+def _turn(item: pytest.Item) -> tuple[bool, bool, float]:
+    """Tests of minutes come first, the first page before all; other pages, which wait for its project, come last.
+
+    Of the same kind, those with a longer timeout of their own begin first.
+    """
     is_short, is_page = item.get_closest_marker("minutes") is None, item.path.parent.name == "docs"
-    return is_short, is_page == is_short
+    timeout = item.get_closest_marker("timeout")
+    return is_short, is_page == is_short, -timeout.args[0] if timeout else 0.0
 
 
 def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:

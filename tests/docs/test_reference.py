@@ -73,7 +73,6 @@ def is_described(name: str, described: dict[str, str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in described)
 
 
-@pytest.mark.minutes
 @pytest.mark.system
 def test_metadata_and_files_of_a_run_are_described(first_run: Path) -> None:
     with dg.DagsterInstance.from_config(str(first_run / ".finetune" / "demo")) as instance:
