@@ -17,7 +17,9 @@ from finetune_assets.cli.terminal import out, shown_path, styled
 from finetune_assets.progress.screen import is_terminal
 
 EVENT = dg.DagsterEventType
-NOISE = ("[pipes] ", "Cache hit: ", "Skipping step ", "Skipped: ", "Check ", "Dependencies for step ")
+NOT_NEEDED = "Skipped: "
+"""Beginning of the log message of an asset that the experiment has no settings for."""
+NOISE = ("[pipes] ", "Cache hit: ", "Skipping step ", "Check ", "Dependencies for step ")
 """Beginnings of log messages whose content the account prints in its own way, or that are Dagster's own."""
 
 
@@ -151,6 +153,9 @@ class Account(logging.Handler):
         meta = getattr(record, "dagster_meta", {})  # the message of the record begins with job, run and step
         text = str(meta.get("orig_message") or record.getMessage())
         if text.startswith(NOISE) or " stored at " in text:
+            return
+        if text.startswith(NOT_NEEDED):
+            self._print(f"    not needed: {text.removeprefix(NOT_NEEDED)}")
             return
         if record.levelno >= logging.WARNING:
             self._print(" ", styled("!", "yellow"), text)

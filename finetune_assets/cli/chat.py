@@ -1,5 +1,7 @@
 """`finetune chat`: talk to an experiment's base model, champion and challenger."""
 
+import warnings
+
 import click
 
 from finetune_assets.cli.terminal import EXPERIMENT, progress_shown
@@ -19,6 +21,7 @@ def chat(experiment: str, max_new_tokens: int, temperature: float, retrieval: bo
     Base model, champion and challenger, each with its own history; /help lists the commands. With data.retrieval, each
     question comes with passages of the experiment's documents, whose sources are shown below the answer.
     """
+    warnings.simplefilter("ignore", FutureWarning)  # addressed to libraries, in the middle of an answer
     from finetune_assets.cli.conversation import Conversation, contenders, run, typed_lines
 
     lineage = Project().lineage(experiment)

@@ -76,7 +76,7 @@ def summarize(trained_before: bool, seconds: float) -> None:
         f"\nExplore:     {ui}   (then http://127.0.0.1:3000, Lineage)\n"
         f"Ask:         {command} --demo chat demo\n"
         "Your data:   name it in configs/raw_data.yaml\n"
-        f"Real model:  {command} new mine --from smollm2-135m-dolly"
+        f"Real model:  {command} new mine --from smollm2-135m-dolly   (from the Hub; without it, docs/real-model.md)"
     )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from finetune_assets.progress import gigabytes
 
 Metadata = Mapping[str, Any]
+EVALUATED = (("loss", "held-out loss", ".3f"), ("exact_match", "exact match", ".1%"), ("rouge_l", "ROUGE-L", ".3f"))
+"""Metrics of an evaluation, each with its title and format."""
 
 
 def findings(asset: str, metadata: Metadata) -> str:
@@ -61,7 +63,7 @@ def _adapter(metadata: Metadata) -> list[str]:
 def _evaluation(metadata: Metadata) -> list[str]:
     scores = [
         f"{title} {metadata[f'{name}_base']:{form}} → {metadata[f'{name}_challenger']:{form}}"
-        for name, title, form in (("loss", "held-out loss", ".3f"), ("exact_match", "exact match", ".1%"))
+        for name, title, form in EVALUATED
         if f"{name}_base" in metadata and f"{name}_challenger" in metadata
     ]
     forgetting = metadata.get("forgetting")

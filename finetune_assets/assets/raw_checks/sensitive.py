@@ -13,7 +13,7 @@ def _sensitive(version: Version) -> dg.AssetCheckResult:
     kinds = [{"kind": kind, "findings": findings} for kind, findings in sensitive["findings"].items()]
     counts = ", ".join(f"{kind}: {findings:,}" for kind, findings in sensitive["findings"].items())
     first = min(sensitive["first"], key=lambda finding: finding["row"], default=None)
-    where = "row {row}, {field}: {shown} ({kind})".format(**first) if first else ""
+    where = "row {row} of those read, from 0, {field}: {shown} ({kind})".format(**first) if first else ""
     return fraction_check(
         version.context,
         "sensitive",
