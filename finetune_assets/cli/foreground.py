@@ -1,7 +1,7 @@
 """Ctrl-C for a run in a terminal: it reaches the run itself and none of the processes that the run has started.
 
 A terminal sends the signal to all processes of its foreground group. What Dagster starts there to copy the output of a
-step would then end with a traceback of its own, before the step has said what became of its training.
+step would then end with a traceback of its own, before the step has reported what became of its training.
 """
 
 import os

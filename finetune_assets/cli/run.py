@@ -105,7 +105,7 @@ def _materialize(experiment: str, select: str, overrides: Sequence[str], force: 
     except dg.DagsterError as e:  # for example, no such asset
         return _failed(str(e))
     if account.outcomes.interrupted:
-        click.echo("Interrupted. The same command goes on: a training resumes from its last checkpoint", err=True)
+        click.echo("Interrupted. The same command continues: a training resumes from its last checkpoint", err=True)
         return INTERRUPTED
     if not success:
         return _failed(account.outcomes.first_error)

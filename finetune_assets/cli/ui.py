@@ -63,7 +63,7 @@ def ui(host: str, port: int, allowed: tuple[str, ...]) -> None:
     workspace = ["-w", str(workspace_file())]
     page = [*WEBSERVER, "--host", host, *names, *workspace, "-p", str(port)]
     daemon = ["dagster-daemon", "run", *workspace]
-    os.environ.setdefault("DAGSTER_DAEMON_LOG_LEVEL", "warning")  # it says every five seconds that nothing happens
+    os.environ.setdefault("DAGSTER_DAEMON_LOG_LEVEL", "warning")  # at `info`, it reports each tick
     deployment.use_dagster_home()
     if "DAGSTER_HOME" in os.environ:
         with dg.DagsterInstance.get():

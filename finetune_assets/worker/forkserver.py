@@ -82,7 +82,7 @@ class Request:
 
             try:
                 return import_module(TORCHRUN).main()
-            except SignalException as e:  # its traceback would say no more
+            except SignalException as e:  # its traceback would add nothing
                 sys.exit(128 + e.sigval)
         # runpy warns that the module was imported before it runs
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
