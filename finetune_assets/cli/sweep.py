@@ -6,7 +6,7 @@ import click
 
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import TRAINER_STATE
-from finetune_assets.cli.run import materialize
+from finetune_assets.cli.run import INTERRUPTED, materialize
 from finetune_assets.cli.terminal import StoreCommand, new_table, open_store, out, plot, styled
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import load_sweep
@@ -55,7 +55,7 @@ def list_sweeps() -> bool:
 def run(ctx: click.Context, name: str) -> None:
     """Run the points of SWEEP that are not done yet.
 
-    One after the other. Exit code 1 if one fails; the others run.
+    One after the other. Exit code 1 if one fails; the others run. After Ctrl-C none does.
     """
     points = load_sweep(deployment.configs(), name)
     failed = []
@@ -64,7 +64,10 @@ def run(ctx: click.Context, name: str) -> None:
             out.print(f"{number}/{len(points)} {point.name}: already done")
             continue
         out.print(f"{number}/{len(points)} {point.name}")
-        if materialize(point.name, ASSETS) != 0:
+        code = materialize(point.name, ASSETS)
+        if code == INTERRUPTED:
+            ctx.exit(code)
+        if code != 0:
             failed.append(point.name)
     if failed:
         out.print(styled(f"Failed: {', '.join(failed)}", "red"))
