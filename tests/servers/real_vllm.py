@@ -22,7 +22,7 @@ SLOTS = 16
 """More than the adapters that a test loads: on a CPU, vLLM answers requests for the base model beside requests for
 adapters with the adapter in the last slot."""
 LONGEST = 192
-PERIOD_SECONDS, AT_ONCE = 10.0, 6
+PERIOD_SECONDS, AT_ONCE = 4.0, 3
 """Clients ask together: vLLM's worker spins for a second after each request, and would never rest otherwise."""
 
 
@@ -113,7 +113,7 @@ class Client:
 
     def _ask_once(self, server: VllmServer, records: ServedRecords, experiment: str) -> None:
         served = records.current() if experiment else None
-        if experiment and served is None:
+        if experiment and not served:
             return
         name, at = served.name if served else self.base, time.monotonic()
         try:
