@@ -5,13 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from integration.cli import materialize, materialize_command, run_at_once
-from paths import ROOT
+from integration.cli import run_at_once
 from projects import TestProject
-from servers import proxy as proxy_server
 from servers.hub import Hub
-from servers.proxy import Fault, Proxy
+from servers.proxy import Proxy
 from servers.s3 import Bucket
 
 from finetune_assets.sources.base_models import PACKAGED
@@ -20,7 +17,6 @@ from finetune_assets.store.artifacts import open_store
 PROCESSES = 8 if os.environ.get("SOAK") else 3
 FILES = 5
 """Of the model, those that training reads."""
-WEIGHTS = r"/resolve/.*model\.safetensors"
 
 ASK = """
 import logging
@@ -82,21 +78,3 @@ def test_machines_that_share_a_store_have_one_winner(
     assert store.verify("base-models", f"owner/model/{commit}") == []
     stored = [key for key in ceph.listed() if "/base-models/" in key]
     assert len(stored) == 1 + FILES, "the losers have removed theirs"
-
-
-@pytest.mark.system
-@pytest.mark.parametrize("limited", [True, pytest.param(False, marks=pytest.mark.soak)])
-def test_pool_keeps_runs_from_downloading_the_same_model(
-    commit: str, hub: Hub, project: TestProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool
-) -> None:
-    if limited:
-        production = yaml.safe_load((ROOT / "deploy" / "dagster.yaml").read_text())
-        del production["storage"], production["compute_logs"]
-        (tmp_path / "dagster_home" / "dagster.yaml").write_text(yaml.safe_dump(production))
-    # Several that make one empty Dagster home at the same moment trip over one another's tables
-    assert materialize("dolly_raw", partition=None).returncode == 0
-    with proxy_server.running(hub.url) as slow:
-        slow.faults.append(Fault(WEIGHTS, "throttle", None, rate=500_000))
-        monkeypatch.setenv("HF_ENDPOINT", slow.url)
-        run_at_once(materialize_command("cached_base_model"), [environment(tmp_path / f"node{i}") for i in range(3)])
-    assert downloads(hub) == (1 if limited else 3), "without the pool each machine downloads"

@@ -9,16 +9,21 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from integration.cli import materialize_command, run_at_once
 from integration.daemon import Daemon, processes_of, running
 from integration.test_daemon import JOB, QUICK, WORKERS, drop, inbox, rows
+from integration.test_hub_store import commit, downloads, environment
 from paths import ROOT
 from processes import kill
 from projects import TestProject
 from servers import postgres as postgres_server
+from servers import proxy as proxy_server
+from servers.hub import Hub
 from servers.postgres import Postgres
+from servers.proxy import Fault
 from servers.s3 import Bucket
 
-__all__ = ["inbox", "rows"]
+__all__ = ["commit", "inbox", "rows"]
 pytestmark = pytest.mark.system
 LONGER = QUICK.replace("batch_size: 2", "batch_size: 8")
 STEPS, NAMES = (40, ["one", "two"]) if os.environ.get("SOAK") else (8, ["one"])
@@ -39,10 +44,27 @@ def production(project: TestProject, postgres: Postgres, ceph: Bucket, monkeypat
     (project.root / "dagster_home" / "dagster.yaml").write_text((ROOT / "deploy" / "dagster.yaml").read_text())
     for name, value in {**postgres.environment, "FINETUNE_LOGS_BUCKET": ceph.name, "FINETUNE_STORE": ceph.url}.items():
         monkeypatch.setenv(name, value)
-    for pool in ("gpu", "hub"):  # as in docs/deployment.md
-        limit = [sys.executable, "-m", "dagster", "instance", "concurrency", "set", pool, "1"]
-        subprocess.run(limit, check=True, capture_output=True)
+    for pool in ("gpu", "hub"):
+        limit_pool(pool, 1)
     return ceph
+
+
+def limit_pool(pool: str, limit: int) -> None:
+    """Do what docs/deployment.md says."""
+    command = [sys.executable, "-m", "dagster", "instance", "concurrency", "set", pool, str(limit)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("limit", [1, pytest.param(3, marks=pytest.mark.soak)])
+def test_pool_keeps_runs_from_downloading_the_same_model(
+    commit: str, hub: Hub, production: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    limit_pool("hub", limit)
+    with proxy_server.running(hub.url) as slow:
+        slow.faults.append(Fault(r"/resolve/.*model\.safetensors", "throttle", None, rate=500_000))
+        monkeypatch.setenv("HF_ENDPOINT", slow.url)
+        run_at_once(materialize_command("cached_base_model"), [environment(tmp_path / f"node{i}") for i in range(3)])
+    assert downloads(hub) == limit
 
 
 @pytest.mark.minutes

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -122,17 +122,16 @@ def refuse_duplicate_keys(text: str, value: Any) -> None:
 
 
 def _number_of_keys(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
     count, items = (len(value), value.values()) if isinstance(value, dict) else (0, value)
-    for item in items if isinstance(value, dict | list) else ():
-        if not isinstance(item, str):
-            count += _number_of_keys(item)
-    return count
+    return count + sum(_number_of_keys(item) for item in items if isinstance(item, (dict, list)))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    if len(row) < len(pairs):  # up to the first key that comes again, both have the same keys in the same order
+        twice = next(key for (key, _), kept_key in zip_longest(pairs, row) if key != kept_key)
         raise DuplicateKey(f"duplicate key '{twice}': all values but the last would be lost")
     return row
 
