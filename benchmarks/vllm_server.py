@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock
 
@@ -103,12 +104,14 @@ class VllmProcess:
         arguments: Command line, after `vllm serve`.
         log: File of its output.
         port: Its port, the same after a restart.
+        variables: Environment variables beside those of every server.
         process: Leader of the session of its processes; None before the first start.
     """
 
     arguments: Sequence[str]
     log: Path
     port: int
+    variables: Mapping[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -126,9 +129,10 @@ class VllmProcess:
             "--port",
             str(self.port),
         ]
+        variables = environment() | self.variables
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                command, env=environment(), stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+                command, env=variables, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
     def wait(self) -> None:
@@ -162,7 +166,7 @@ class VllmProcess:
 
 
 def environment() -> dict[str, str]:
-    """Environment variables of a server, without those of this Python."""
+    """Environment variables of every server, without those of this Python."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     path = os.pathsep.join([str(FOLDER / "bin"), inherited.get("PATH", os.defpath)])
     return {**inherited, **ENVIRONMENT, "PATH": path}
@@ -181,16 +185,19 @@ def command(base: Path, name: str, longest: int, *more: str) -> list[str]:
 
 
 @contextmanager
-def running(arguments: Sequence[str], log: Path) -> Iterator[VllmProcess]:
+def running(
+    arguments: Sequence[str], log: Path, variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[VllmProcess]:
     """A server that answers, until the context ends.
 
     Args:
         arguments: Command line, after `vllm serve`.
         log: File of its output.
+        variables: Environment variables beside those of every server.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        server = VllmProcess(arguments, log, free.getsockname()[1])
+        server = VllmProcess(arguments, log, free.getsockname()[1], variables)
     server.start()
     try:
         server.wait()
