@@ -11,6 +11,7 @@ import click
 from rich.tree import Tree
 
 from finetune_assets.artifacts.champions import Champions, Record
+from finetune_assets.artifacts.evaluations import newest_evaluations
 from finetune_assets.artifacts.kinds import ADAPTERS, BASE_MODELS, CHAMPIONS, EVALUATIONS, STACKS
 from finetune_assets.artifacts.layout import NOT_ON_THE_HUB, SIGNATURE
 from finetune_assets.artifacts.update_spectrum import ENERGY, suggested
@@ -138,6 +139,11 @@ def promote(experiment: str, adapter: str, reason: str) -> None:
     trained_for = manifest.made_from.get("experiment") if manifest else None
     if trained_for != experiment:
         out.print(f"Note: {fingerprint} was trained for experiment {trained_for}, with its settings")
+    if ref.fingerprint not in newest_evaluations(inventory(store.objects), store.namespace):
+        out.print(
+            f"Note: {fingerprint} was not evaluated, so it may be worse than its base model, and no server can be "
+            f"verified with it; materialize adapter_evaluation of {trained_for}"
+        )
     record = Champions(store, experiment).promote_by_hand(ref, reason, _user())
     if record is None:
         out.print(f"{fingerprint} is already the champion of {experiment}")

@@ -13,6 +13,8 @@ from types import FrameType
 
 from finetune_assets.worker.process import die_with_parent
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -4,11 +4,11 @@ from importlib import import_module
 
 import click
 
+from finetune_assets.cli.foreground import INTERRUPTED
 from finetune_assets.config.errors import suggest
 from finetune_assets.display import message
 from finetune_assets.errors import UserError
 
-INTERRUPTED = 130
 COMMANDS = {
     "run": "finetune_assets.cli.run:run",
     "init": "finetune_assets.cli.init:init",

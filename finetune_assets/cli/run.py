@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune_assets.artifacts.raw_lineage import refuse_missing_sources
-from finetune_assets.cli.foreground import in_own_group
+from finetune_assets.cli.foreground import INTERRUPTED, in_own_group
 from finetune_assets.cli.terminal import EXPERIMENT, out
 from finetune_assets.config.loading import load_experiment, load_raw_data_config
 from finetune_assets.display import message
@@ -27,7 +27,6 @@ ALL_ASSETS = "__ASSET_JOB"
 DEFINITIONS = "finetune_assets.definitions"
 """Imported by name, as workspace.yaml does: the definitions are above the command line, and are loaded last."""
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-INTERRUPTED = 130
 
 
 @click.command()

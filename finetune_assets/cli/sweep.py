@@ -6,7 +6,8 @@ import click
 
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import TRAINER_STATE
-from finetune_assets.cli.run import INTERRUPTED, materialize
+from finetune_assets.cli.foreground import INTERRUPTED
+from finetune_assets.cli.run import materialize
 from finetune_assets.cli.terminal import StoreCommand, new_table, open_store, out, plot, styled
 from finetune_assets.config.errors import ConfigError
 from finetune_assets.config.loading import load_sweep

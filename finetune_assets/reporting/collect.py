@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune_assets.artifacts.champions import Record, parse_record
+from finetune_assets.artifacts.evaluations import newest_evaluations
 from finetune_assets.artifacts.kinds import CHAMPIONS, SERVED
 from finetune_assets.config.comparing import SettingDifference, differences
 from finetune_assets.config.errors import ConfigError
@@ -17,7 +18,7 @@ from finetune_assets.config.retrieval_validation import gate_mode
 from finetune_assets.errors import UserError
 from finetune_assets.reporting.histories import History, keys_by_experiment, read_history
 from finetune_assets.reporting.numbers import with_cost
-from finetune_assets.reporting.runs import Run, adapters, evaluations, read_run
+from finetune_assets.reporting.runs import Run, adapters, read_run
 from finetune_assets.serving.state import Served, parse_served
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory, inventory
@@ -173,10 +174,10 @@ class Collector:
             return dict(zip(keys, pool.map(lambda found: read_history(found, read), keys.values()), strict=True))
 
     def _runs(self, listing: Inventory, artifacts: list[Artifact]) -> dict[str, list[Run]]:
-        newest_evaluations = evaluations(listing, self.store.namespace)
+        evaluations = newest_evaluations(listing, self.store.namespace)
 
         def read(adapter: Artifact) -> Run | None:
-            evaluation = newest_evaluations.get(adapter.manifest.fingerprint)
+            evaluation = evaluations.get(adapter.manifest.fingerprint)
             return self._read_or_report(lambda: read_run(self.store, adapter, evaluation))
 
         runs: dict[str, list[Run]] = defaultdict(list)

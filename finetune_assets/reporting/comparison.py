@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_assets.artifacts.evaluations import newest_evaluations
 from finetune_assets.artifacts.layout import CONFIG, PROVENANCE
 from finetune_assets.config.comparing import SettingDifference, differences
 from finetune_assets.config.loading import read_settings
-from finetune_assets.reporting.runs import Run, evaluations, read, read_object, read_run
+from finetune_assets.reporting.runs import Run, read, read_object, read_run
 from finetune_assets.store.artifacts import ArtifactStore
 from finetune_assets.store.gc import Artifact, Inventory
 
@@ -69,9 +70,9 @@ class RunComparison:
 
 def compare(store: ArtifactStore, inventory: Inventory, first: Artifact, second: Artifact) -> RunComparison:
     """Compare two adapters of a store, using the newest evaluation of each."""
-    newest_evaluations = evaluations(inventory, store.namespace)
+    evaluations = newest_evaluations(inventory, store.namespace)
     run, other_run = (
-        read_run(store, adapter, newest_evaluations.get(adapter.manifest.fingerprint)) for adapter in (first, second)
+        read_run(store, adapter, evaluations.get(adapter.manifest.fingerprint)) for adapter in (first, second)
     )
     settings = [read_settings(read(store, adapter, CONFIG)) for adapter in (first, second)]
     versions = [_versions(read_object(store, adapter, PROVENANCE)) for adapter in (first, second)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from finetune_assets.artifacts.kinds import ADAPTERS, EVALUATIONS, STACKS
+from finetune_assets.artifacts.kinds import ADAPTERS, STACKS
 from finetune_assets.artifacts.layout import EVALUATION, PROVENANCE, TRAINER_STATE
 from finetune_assets.artifacts.provenance import texts
 from finetune_assets.plots.training import held_out
@@ -73,19 +73,6 @@ def adapters(inventory: Inventory, namespace: str) -> list[Artifact]:
         for artifact in inventory.artifacts
         if artifact.namespace == namespace and artifact.kind in (ADAPTERS.folder, STACKS.folder)
     ]
-
-
-def evaluations(inventory: Inventory, namespace: str) -> dict[str, Artifact]:
-    """Return the newest evaluation of each adapter, by fingerprint of the adapter."""
-    artifacts = (
-        artifact
-        for artifact in inventory.artifacts
-        if artifact.namespace == namespace and artifact.kind == EVALUATIONS.folder
-    )
-    newest: dict[str, Artifact] = {}
-    for artifact in artifacts:
-        newest.setdefault(str(artifact.manifest.made_from.get("lora_adapter")), artifact)
-    return newest
 
 
 def read_run(store: ArtifactStore, adapter: Artifact, evaluation: Artifact | None) -> Run:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts import provenance
+from finetune_assets.artifacts.evaluations import newest_evaluations
 from finetune_assets.artifacts.kinds import EVALUATIONS, INDEXES, RAW, TOKENIZED
 from finetune_assets.artifacts.layout import CONFIG, ROWS
 from finetune_assets.artifacts.lineage import Lineage
@@ -75,19 +76,12 @@ def evaluation_of(lineage: Lineage, adapter: ArtifactRef, recorded: str | None) 
     store = lineage.store
     if recorded and (found := store.find(EVALUATIONS.folder, recorded)):
         return found
-    candidates = [
-        artifact
-        for artifact in inventory(store.objects).artifacts
-        if artifact.kind == EVALUATIONS.folder
-        and artifact.namespace == store.namespace
-        and artifact.manifest.made_from.get("lora_adapter") == adapter.fingerprint
-    ]
-    if not candidates:
+    newest = newest_evaluations(inventory(store.objects), store.namespace).get(adapter.fingerprint)
+    if newest is None:
         raise StoreError(
             f"no evaluation of adapter {adapter.fingerprint[:12]} in the store, so no server can be verified; "
             f"materialize adapter_evaluation of {lineage.experiment.name}"
         )
-    newest = max(candidates, key=lambda artifact: artifact.created)
     return store.ref(newest.kind, newest.name, newest.manifest)
 
 

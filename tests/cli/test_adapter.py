@@ -27,6 +27,7 @@ def test_history_promote_and_roll_back(
     second = publish("b", "training.seed=5")
     code, said, _ = run(capsys, "adapter", "promote", "demo", second.fingerprint[:8], "--reason", "I like it")
     assert code == 0
+    assert "adapter_evaluation" in said, "it was not evaluated"
     champions = Champions(project.store, "demo")
     serving = champions.current()
     assert serving
@@ -78,6 +79,18 @@ def test_what_cannot_be_is_refused(
     assert code == 1
     assert told in err, "the name that is wrong, or what is lacking"
     assert [record.number for record in Champions(project.store, "demo").history()] == [1]
+
+
+def test_an_adapter_that_was_evaluated_is_promoted_without_a_word(
+    project: TestProject, publish: Callable[..., ArtifactRef], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    adapter = publish("a")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text("{}")
+    made_from = {"lora_adapter": adapter.fingerprint}
+    project.store.publish(tmp_path / "evaluation", EVALUATIONS.folder, "e" * 64, "e" * 64, made_from)
+    _, said, _ = run(capsys, "adapter", "promote", "demo", adapter.fingerprint, "--reason", "I like it")
+    assert len(said.splitlines()) == 1
 
 
 def test_an_adapter_of_another_experiment_is_promoted_with_a_word(

@@ -110,19 +110,16 @@ def checkpoints(ceph: Bucket) -> list[str]:
 def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
     project: TestProject, graph: Graph, ceph: Bucket, cluster: Slurm, prepared: None
 ) -> None:
-    """On one node with two processes, on two nodes, and on two of which one dies; the same to the bit."""
+    """On one node with two processes, and on two nodes of which one dies; the same to the bit."""
     one = graph.run("lora_adapter", overrides=[*LONG, "training.processes_per_node=2"])
     assert one.success, one.log
     expected = adapter(project, ceph)
 
-    two = materialize("lora_adapter", overrides=[*LONG, *TWO_NODES], force=True)
-    assert two.returncode == 0, two.stdout[-5000:]
-    assert processes(project, ceph) == 2
-    assert "n[1-2]" in two.stdout, "where Slurm runs it"
-    assert "30/30" in two.stdout, "how far it is"
-    assert not resumed_at(two.stdout)
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in one.log + two.stdout
-    assert adapter(project, ceph) == expected
+    if os.environ.get("SOAK"):
+        two = materialize("lora_adapter", overrides=[*LONG, *TWO_NODES], force=True)
+        assert two.returncode == 0, two.stdout[-5000:]
+        assert not resumed_at(two.stdout)
+        assert adapter(project, ceph) == expected
 
     victim = cluster.nodes[1]
 
@@ -135,6 +132,10 @@ def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
     with in_background(power_fails, cluster):
         hurt = materialize("lora_adapter", overrides=[*LONG, *TWO_NODES], force=True)
     assert hurt.returncode == 0, hurt.stdout[-5000:]
+    assert "n[1-2]" in hurt.stdout, "where Slurm runs it"
+    assert "30/30" in hurt.stdout, "how far it is"
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in one.log + hurt.stdout
+    assert processes(project, ceph) == 2
     assert retries() == 1
     assert any(resumed_at(hurt.stdout))
     assert adapter(project, ceph) == expected
