@@ -6,10 +6,8 @@ from finetune_assets.store.gc import Artifact, Inventory
 
 def newest_evaluations(inventory: Inventory, namespace: str) -> dict[str, Artifact]:
     """Return the newest evaluation of each adapter, by fingerprint of the adapter."""
-    artifacts = (
-        artifact
-        for artifact in inventory.artifacts
+    return {
+        str(artifact.manifest.made_from.get("lora_adapter")): artifact
+        for artifact in reversed(inventory.artifacts)  # the newest is last and replaces the others
         if artifact.namespace == namespace and artifact.kind == EVALUATIONS.folder
-    )
-    oldest_first = sorted(artifacts, key=lambda artifact: artifact.created)
-    return {str(artifact.manifest.made_from.get("lora_adapter")): artifact for artifact in oldest_first}
+    }
