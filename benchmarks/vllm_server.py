@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -111,7 +111,7 @@ class VllmProcess:
     arguments: Sequence[str]
     log: Path
     port: int
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str]
     process: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -129,7 +129,7 @@ class VllmProcess:
             "--port",
             str(self.port),
         ]
-        variables = environment() | self.variables
+        variables = {**environment(), **self.variables}
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 command, env=variables, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True

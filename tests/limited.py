@@ -1,13 +1,12 @@
 """Runs a function in a child process with limits, and measures what it takes."""
 
 import json
-import math
 import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SECONDS, MEMORY_BYTES, ATTEMPTS = 5, 1 << 30, 3
+SECONDS, MEMORY_BYTES = 5, 1 << 30
 ADDRESSES = 4 << 30
 """Address space beyond that of this process; allocators reserve more than they use."""
 
@@ -38,18 +37,7 @@ class Outcome:
 
 
 def run_limited(function: Callable[[], object]) -> Outcome:
-    """Run a function in a fork of this process.
-
-    A second of a core that is shared does less, so after too many seconds it is run again: the least counts.
-    """
-    outcome = _in_a_fork(function)
-    for _ in range(ATTEMPTS - 1):
-        if outcome.seconds > SECONDS:
-            outcome = min(outcome, _in_a_fork(function), key=lambda one: one.seconds)
-    return outcome
-
-
-def _in_a_fork(function: Callable[[], object]) -> Outcome:
+    """Run a function in a fork of this process."""
     source, sink = os.pipe()
     child = os.fork()
     if child == 0:
@@ -62,7 +50,7 @@ def _in_a_fork(function: Callable[[], object]) -> Outcome:
     with os.fdopen(source, "rb") as answer:
         content = answer.read()
     os.waitpid(child, 0)
-    return Outcome(**json.loads(content)) if content else Outcome("killed", "", math.inf, 0)
+    return Outcome(**json.loads(content)) if content else Outcome("killed", "", 0.0, 0)
 
 
 def _run(function: Callable[[], object], sink: int) -> None:

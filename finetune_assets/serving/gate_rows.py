@@ -77,7 +77,7 @@ def evaluation_of(lineage: Lineage, adapter: ArtifactRef, recorded: str | None) 
     if recorded and (found := store.find(EVALUATIONS.folder, recorded)):
         return found
     newest = newest_evaluations(inventory(store.objects), store.namespace).get(adapter.fingerprint)
-    if newest is None:
+    if not newest:
         raise StoreError(
             f"no evaluation of adapter {adapter.fingerprint[:12]} in the store, so no server can be verified; "
             f"materialize adapter_evaluation of {lineage.experiment.name}"

@@ -118,7 +118,9 @@ def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
     if os.environ.get("SOAK"):
         two = materialize("lora_adapter", overrides=[*LONG, *TWO_NODES], force=True)
         assert two.returncode == 0, two.stdout[-5000:]
+        assert processes(project, ceph) == 2
         assert not resumed_at(two.stdout)
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] not in two.stdout
         assert adapter(project, ceph) == expected
 
     victim = cluster.nodes[1]

@@ -19,7 +19,7 @@ from finetune_assets.data.readers.records import (
     too_long,
 )
 
-CHUNK = 1 << 20
+CHUNK = LONG = 1 << 20
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 END_OF_KEY = re.compile(r'"[ \t\r\n]*:')
 KEY_OF_A_LIST = re.compile(rb'"([^"\\]+)"\s*:\s*\[')
@@ -87,9 +87,7 @@ def _skip_line(file: BinaryIO, line: bytes, path: Path, number: int) -> int:
 def _parsed(line: bytes, number: int, path: Path) -> SourceRecord | Unreadable:
     try:
         text = line.removeprefix(BYTE_ORDER_MARK).decode().rstrip()
-        row = json.loads(text)
-        refuse_duplicate_keys(text, row)
-        return SourceRecord(number, row, line)
+        return SourceRecord(number, _unique_keys(text), line)
     except UnicodeDecodeError as e:
         reason = f"not UTF-8 at byte {e.start} of the line; save the file as UTF-8"
     except json.JSONDecodeError as e:
@@ -101,6 +99,15 @@ def _parsed(line: bytes, number: int, path: Path) -> SourceRecord | Unreadable:
     except (ValueError, RecursionError) as e:
         reason = f"cannot be read: {e}"
     return Unreadable(number, reason, kept(line))
+
+
+def _unique_keys(text: str) -> Any:
+    """Parse a JSON text in which no object has a key twice; a long one with the hook at once, not a second time."""
+    if len(text) > LONG:
+        return json.loads(text, object_pairs_hook=_object)
+    value = json.loads(text)
+    refuse_duplicate_keys(text, value)
+    return value
 
 
 def refuse_duplicate_keys(text: str, value: Any) -> None:
