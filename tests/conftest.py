@@ -20,6 +20,7 @@ from servers.hub import Hub
 from servers.proxy import Proxy
 from servers.s3 import Bucket
 
+gc.disable()  # until all tests are collected
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests start trainings beside their own
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of the test processes has one core
@@ -156,6 +157,7 @@ def _shared(path: Path) -> Path:
 
 def pytest_collection_finish() -> None:
     """Search for garbage less often, and not among what is imported: that takes a twentieth of the tests' time."""
+    gc.enable()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 

@@ -1,9 +1,12 @@
 """A project of one test's own."""
 
+import atexit
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from paths import ROOT
@@ -17,7 +20,15 @@ SHORT = ("training.max_steps=2", "evaluation.generated_rows=4", "evaluation.gene
 
 def all_configs(folder: Path) -> Path:
     """Copy the project's configuration into a folder, with each example also as experiment or sweep of its name."""
-    configs = Path(shutil.copytree(ROOT / "configs", folder / "configs"))
+    return Path(shutil.copytree(_with_examples(), folder / "configs"))
+
+
+@cache
+def _with_examples() -> Path:
+    """What `all_configs` copies. Examples are validated when they become experiments: 0.2 s, so once a process."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    configs = Path(shutil.copytree(ROOT / "configs", Path(folder) / "configs"))
     for name in load_examples(configs):
         copy_example(configs, name, name)
     return configs

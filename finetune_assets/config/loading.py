@@ -23,6 +23,8 @@ from finetune_assets.config.validation import impossible_settings, impossible_st
 OVERRIDE, ENVIRONMENT = "override", "launcher.environment"
 EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NAMES = "use letters, digits, '.', '_' and '-', ending in .yaml"
+CACHED = 256
+"""Files, and merged experiments, that are kept."""
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -44,9 +46,9 @@ class Experiment:
     sweep: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """One source of settings; layers are merged in order.
+    """One source of settings; layers are merged in order. Equal only to itself, so that merging is cached.
 
     Attributes:
         where: The file or override.
@@ -289,7 +291,7 @@ def _read_layer(path: Path, schema: type, reader: type[TypedReader] | None = Non
     return _parse(schema, path, text, reader)  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=CACHED)
 def _parse(schema: type, path: Path, text: str, reader: type[TypedReader] | None) -> Layer:
     """Cached, because every experiment starts from the same `base.yaml`; layers are never modified."""
     return _layer(str(path), read_document(schema, text, str(path), reader))
@@ -308,12 +310,19 @@ def _override_layer(override: str) -> Layer:
 
 def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
     try:
-        merged = OmegaConf.merge(_defaults(schema), *(layer.settings for layer in layers))  # type: ignore[arg-type]
-        for key in sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(str(path), key, "must be set: it is '???'")
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        return OmegaConf.to_object(_merged(schema, tuple(layers), path))  # type: ignore[arg-type,return-value]
     except OmegaConfBaseException as e:
         raise ConfigError(str(path), str(e.full_key or ""), str(e).partition("\n")[0]) from e
+
+
+@lru_cache(maxsize=CACHED)
+def _merged(schema: type[Any], layers: tuple[Layer, ...], path: Path) -> DictConfig:
+    """Cached, because it takes 20 ms, and the daemon loads every experiment again and again. Interpolations are left:
+    their values may change."""
+    merged = OmegaConf.merge(_defaults(schema), *(layer.settings for layer in layers))  # type: ignore[arg-type]
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(str(path), key, "must be set: it is '???'")
+    return merged  # type: ignore[return-value]
 
 
 @lru_cache

@@ -224,6 +224,7 @@ def current_index() -> ArtifactRef:
     return index
 
 
+@pytest.mark.system
 def test_documents_of_a_bucket(towns: TestProject, graph: Graph, moto: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     def put(name: str, text: str) -> None:
         moto.put(f"some/prefix/{name}", text.encode())
@@ -245,6 +246,7 @@ def test_documents_of_a_bucket(towns: TestProject, graph: Graph, moto: Bucket, m
     assert "Alby sells wool." in passages(towns, graph.run(INDEX, "towns"))
 
 
+@pytest.mark.system
 def test_documents_of_a_hub_dataset(
     towns: TestProject, graph: Graph, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,7 @@ def test_experiments(configs: Path, seed: int) -> None:
     compute_all(load_experiment(configs, "demo"), configs)
 
 
+@pytest.mark.system
 def test_overrides(configs: Path) -> None:
     rng = random.Random(2)
     for _ in range(2 * CASES):

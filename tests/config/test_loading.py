@@ -364,3 +364,16 @@ def test_the_packaged_rows_have_names_of_their_own(project: TestProject) -> None
     (project.configs / "raw_data.yaml").write_text("source: ./mine.csv\ncolumns: {instruction: asked}\n")
     assert load_raw_data_config(project.configs).columns.instruction == "asked"
     assert load_raw_data_config(project.configs, "sample").columns.instruction is None
+
+
+def test_what_is_loaded_is_the_callers_own_and_of_the_file_as_it_is(configs: Path) -> None:
+    """Though what is merged once is kept."""
+    file = configs / "experiments" / "demo.yaml"
+    first = load_experiment(configs, "demo").config
+    first.training.learning_rate = 7.0
+    first.lora.rank_pattern["q_proj"] = 1
+    second = load_experiment(configs, "demo").config
+    assert second.training.learning_rate != 7.0
+    assert second.lora.rank_pattern == {}
+    file.write_text(file.read_text().replace("rank: 32", "rank: 4"))
+    assert (second.lora.rank, load_experiment(configs, "demo").config.lora.rank) == (32, 4)

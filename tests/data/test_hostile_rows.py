@@ -139,7 +139,13 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
 }
 
 
-LARGE = {"a million keys", "a million keys, the last twice", "a category of 8 MB", "rows of 100 new keys"}
+LARGE = {
+    "a million keys",
+    "a million keys, the last twice",
+    "a category of 8 MB",
+    "rows of 100 new keys",
+    "a compressed dictionary of Arrow",
+}
 """Of a kind that another one stands for in `make test`."""
 
 

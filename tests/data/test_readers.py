@@ -283,6 +283,7 @@ def test_a_row_of_an_array_that_never_ends_is_told(tmp_path: Path, monkeypatch: 
         ingest(tmp_path / "out", tmp_path / "rows.json")
 
 
+@pytest.mark.system
 @pytest.mark.real_data
 def test_all_of_dolly_is_read_as_json_reads_it(tmp_path: Path, dolly: Path) -> None:
     expected = [

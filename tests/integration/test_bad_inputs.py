@@ -345,6 +345,7 @@ LOADED = {
     "weights of more layers",
     "weights of another shape",
     "a weight that is missing",
+    "architecture that nobody knows",
     "target that is not in the model",
 }
 """Found only when a training loads them."""

@@ -64,7 +64,7 @@ def test_materialize_watch_and_find_out_why(
     daemon, address = ui
     materialize_in_lineage(page, address)
     (run, *_) = daemon.wait_for("the run", lambda: [run for run in daemon.runs() if trains(run)])
-    watch(page, f"{address}/runs/{run.dagster_run.run_id}")
+    watch(page, f"{address}/runs/{run.dagster_run.run_id}", daemon)
     assert len(project.published("adapters")) == 1
 
     spoil(inbox, daemon)
@@ -88,7 +88,12 @@ def materialize_in_lineage(page: Page, address: str) -> None:
     page.get_by_role("button", name="Launch 1 run").click()
 
 
-def watch(page: Page, run: str) -> None:
+def watch(page: Page, run: str, daemon: Daemon) -> None:
+    """See the run's step while it goes on, and that it succeeded once it ended; in between, nothing is drawn."""
+    page.goto(run)
+    expect(page.get_by_text("lora_adapter").first).to_be_visible()
+    page.goto("about:blank")
+    daemon.wait_for("the end of the run", daemon.quiet)
     page.goto(run)
     expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=4 * MILLISECONDS)
     shoot(page, PICTURES / "run.png")

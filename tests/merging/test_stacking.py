@@ -41,6 +41,7 @@ def update(folder: Path) -> torch.Tensor:
     return b @ a * (config.lora_alpha / config.r)
 
 
+@pytest.mark.system
 def test_by_svd_the_updates_are_added_as_weighted(two: Callable[..., list[Trained]], tmp_path: Path) -> None:
     runs = two()
     model = combined(runs, Stack({"one": 0.75, "two": 0.25}, "svd", svd_rank=8))

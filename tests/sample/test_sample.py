@@ -47,6 +47,7 @@ def test_packaged_documents_and_their_questions_are_what_the_script_writes() -> 
     assert [json.loads(line) for line in lines] == question_rows(world)
 
 
+@pytest.mark.system
 def test_only_the_documents_answer_questions_about_new_towns() -> None:
     """No town is one that the base has read about, each is asked about once, and one paragraph has the answer."""
     world, text = new_towns(), "\n".join(text for _, text in documents(new_towns()))

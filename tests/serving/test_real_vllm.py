@@ -11,7 +11,7 @@ import torch
 import yaml
 from integration.daemon import Daemon
 from integration.daemon import running as daemon_running
-from integration.graph import Graph
+from integration.graph import UP_TO_CHAMPION, Graph
 from projects import TestProject
 from servers import real_vllm
 from servers.real_vllm import Client
@@ -138,6 +138,36 @@ def chatted(url: str, model: str, rows: GateRows) -> list[str]:
     return [real_vllm.chat(url, model, messages or [], ANSWER_TOKENS) for messages in rows.messages]
 
 
+def test_a_champion_answers_as_in_its_evaluation_and_after_a_restart(
+    project: TestProject, inbox: Path, server: VllmProcess
+) -> None:
+    """What the story below tells, without the daemon and its clients, and with one adapter."""
+    vllm, prompt, token = VllmServer(server.url), [1, 35, 77, 200], 100
+    configure(project, server.url, "demo", training={"epochs": EPOCHS})
+    drop(inbox, "a.jsonl", SAMPLE.read_text(encoding="utf-8").splitlines())
+    graph = Graph()
+    run = graph.run([*UP_TO_CHAMPION, "served_adapter"])
+    assert run.success, run.log
+    record = served(project, "demo")
+    assert record
+    assert {*vllm.names()} == {record.name}
+    assert record.numbers[vllm.shown]["distance_to_challenger"] < SAME
+    assert record.numbers[vllm.shown]["distance_to_base"] > APART
+    rows, share = evaluated(project)
+    assert matching(chatted(server.url, record.name, rows), rows) == pytest.approx(share)
+    answered = vllm.logprob(record.name, prompt, token)
+
+    server.kill()
+    server.start()
+    server.wait()
+    assert not vllm.names()
+    again = graph.run("served_adapter")
+    assert again.success, again.log
+    assert served(project, "demo") == record
+    assert vllm.logprob(record.name, prompt, token) == pytest.approx(answered, abs=SAME)
+
+
+@pytest.mark.soak
 def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox: Path, server: VllmProcess) -> None:
     """Two experiments on one base model, one of them with `rank_pattern`; clients ask for both, and for the base."""
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()

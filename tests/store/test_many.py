@@ -86,7 +86,7 @@ print(round(peak_resident_mib() - before))
 @pytest.mark.parametrize(
     ("kind", "size_mib", "most_mib"),
     [
-        ("file", 512, 300),
+        pytest.param("file", 512, 300, marks=pytest.mark.system),
         pytest.param("file", 1024, 400, marks=SOAK),
         pytest.param("s3", 1024, 400, marks=SOAK),
         pytest.param("file", 4096, 400, marks=pytest.mark.soak),
