@@ -317,8 +317,7 @@ def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
 
 @lru_cache(maxsize=CACHED)
 def _merged(schema: type[Any], layers: tuple[Layer, ...], path: Path) -> DictConfig:
-    """Cached, because it takes 20 ms, and the daemon loads every experiment again and again. Interpolations are left:
-    their values may change."""
+    """Cached, because it takes 20 ms, and the daemon loads every experiment again and again; it is never modified."""
     merged = OmegaConf.merge(_defaults(schema), *(layer.settings for layer in layers))  # type: ignore[arg-type]
     for key in sorted(OmegaConf.missing_keys(merged)):
         raise ConfigError(str(path), key, "must be set: it is '???'")

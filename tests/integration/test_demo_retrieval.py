@@ -38,6 +38,7 @@ def test_the_control_differs_in_nothing_but_its_training_contexts(project: TestP
     assert identity(reader) == identity(control)
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_what_was_trained_with_passages_has_the_lower_loss(
     project: TestProject, graph: Graph, monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,7 @@ from finetune_assets.reporting.pages import experiment_pages
 from finetune_assets.serving.state import ServedRecords
 
 __all__ = ["inbox"]
-pytestmark = [pytest.mark.system, pytest.mark.minutes]
+pytestmark = [pytest.mark.system, pytest.mark.soak, pytest.mark.minutes]
 DPO = {"objective": "dpo", "max_steps": 30, "macro_batch_size": 4, "micro_batch_size": 4}
 LOOP = """
 subscribed: true

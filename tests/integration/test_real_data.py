@@ -34,6 +34,7 @@ evaluation: {{generated_rows: 4, max_new_tokens: 16}}
 
 @pytest.mark.minutes
 @pytest.mark.real_data
+@pytest.mark.soak
 @pytest.mark.system
 def test_all_of_dolly_through_the_graph(
     project: TestProject, graph: Graph, dolly: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,7 @@ def sweep(*arguments: str) -> str:
 
 @pytest.mark.minutes
 @pytest.mark.real_data
+@pytest.mark.soak
 @pytest.mark.system
 def test_a_sweep_finds_the_smallest_rank(
     project: TestProject, dolly: Path, stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -86,7 +86,7 @@ def test_job_ends_in_an_artifact(job: Make, tmp_path: Path, cluster: Slurm, node
     [
         pytest.param("user_error", "rank: 0 is wrong", marks=SOAK),
         ("one_rank", "rank one is ill"),
-        ("import_error", "no_such_module"),
+        pytest.param("import_error", "no_such_module", marks=SOAK),
         pytest.param("exit", "last words", marks=SOAK),
     ],
 )

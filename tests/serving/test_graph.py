@@ -12,7 +12,7 @@ from finetune_assets.plots import style
 from finetune_assets.serving.state import ServedRecords
 from finetune_assets.serving.vllm import VllmServer
 
-pytestmark = [pytest.mark.system, pytest.mark.minutes]
+pytestmark = [pytest.mark.system, pytest.mark.soak, pytest.mark.minutes]
 
 
 def train(project: TestProject, url: str, **training: float) -> None:
