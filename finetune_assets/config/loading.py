@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +24,8 @@ from finetune_assets.config.validation import impossible_settings, impossible_st
 OVERRIDE, ENVIRONMENT = "override", "launcher.environment"
 EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NAMES = "use letters, digits, '.', '_' and '-', ending in .yaml"
-CACHED = 256
-"""Files, and merged experiments, that are kept."""
+CACHED = 1_024
+"""Number of files, and of experiments, whose settings are kept in memory, about 50 KB each."""
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -309,19 +310,19 @@ def _override_layer(override: str) -> Layer:
 
 
 def _merge(schema: type[T], layers: list[Layer], path: Path) -> T:
-    try:
-        return OmegaConf.to_object(_merged(schema, tuple(layers), path))  # type: ignore[arg-type,return-value]
-    except OmegaConfBaseException as e:
-        raise ConfigError(str(path), str(e.full_key or ""), str(e).partition("\n")[0]) from e
+    return deepcopy(_merged(schema, tuple(layers), path))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=CACHED)
-def _merged(schema: type[Any], layers: tuple[Layer, ...], path: Path) -> DictConfig:
-    """Cached, because it takes 20 ms, and the daemon loads every experiment again and again; it is never modified."""
-    merged = OmegaConf.merge(_defaults(schema), *(layer.settings for layer in layers))  # type: ignore[arg-type]
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(str(path), key, "must be set: it is '???'")
-    return merged  # type: ignore[return-value]
+def _merged(schema: type[Any], layers: tuple[Layer, ...], path: Path) -> Any:
+    """Cached, because it takes 20 ms, and the daemon loads every experiment again and again."""
+    try:
+        merged = OmegaConf.merge(_defaults(schema), *(layer.settings for layer in layers))  # type: ignore[arg-type]
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(str(path), key, "must be set: it is '???'")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as e:
+        raise ConfigError(str(path), str(e.full_key or ""), str(e).partition("\n")[0]) from e
 
 
 @lru_cache

@@ -72,7 +72,8 @@ def _command(pid: int) -> str:
         return "slurmd, which has ended"
 
 
-@pytest.mark.parametrize("nodes", [*(pytest.param(nodes, marks=SOAK) for nodes in [(1, 1), (2, 2)]), (1, 2)])
+@pytest.mark.soak
+@pytest.mark.parametrize("nodes", [(1, 1), (2, 2), (1, 2)])
 def test_job_ends_in_an_artifact(job: Make, tmp_path: Path, cluster: Slurm, nodes: tuple[int, int]) -> None:
     ref = SlurmEngine().run(job("good", "2", nodes), {})
     store = open_store(os.environ["FINETUNE_STORE"], "me", tmp_path / "elsewhere")

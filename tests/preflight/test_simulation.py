@@ -37,7 +37,7 @@ QUANTIZED = (["model.quantization=nf4", "training.gradient_checkpointing=true"],
 SWEPT = tiered(
     [(kind, overrides) for kind in SHAPES for overrides in ([], *QUANTIZED)],
     [("llama", QUANTIZED[0])],
-    [("gpt_neox", QUANTIZED[1]), ("gemma3_text", [])],
+    [("gpt_neox", QUANTIZED[1])],
 )
 
 

@@ -177,7 +177,7 @@ def test_bf16_output_layer_multiplies_in_bf16_where_the_cpu_can(
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("capabilities", [(), NATIVE])
+@pytest.mark.parametrize("capabilities", [pytest.param((), marks=pytest.mark.soak), NATIVE])
 def test_resumed_training_in_bf16_ends_bit_equal(
     cpu: Callable[..., list[tuple[int, int]]],
     finetune: Finetune,

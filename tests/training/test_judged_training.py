@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from judgements import BASE, Rows, configured, labelled, pairs, prepared, sample_rows
-from tiers import tiered
 from training.conftest import ALONE, MADE_FROM
 from training.measuring import gradients, relative
 
@@ -83,7 +82,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple["subp
     return start
 
 
-@pytest.mark.parametrize("objective", tiered(["dpo", "kto"], system=["dpo"]))
+@pytest.mark.soak
+@pytest.mark.system
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_killed_training_resumes_to_the_bit(
     start: Callable[..., tuple["subprocess.Popen[bytes]", Path, Path]], objective: str
 ) -> None:
