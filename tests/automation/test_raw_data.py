@@ -155,7 +155,7 @@ def test_restart_forgets_nothing(inbox: Path, sensor: Sensor) -> None:
     assert sensor.starts() == []
 
 
-@pytest.mark.parametrize("server", tiered(["moto", "ceph"], {"moto"}))
+@pytest.mark.parametrize("server", tiered(["moto", "ceph"], system={"ceph"}))
 def test_prefix_of_a_bucket(
     server: str,
     project: TestProject,

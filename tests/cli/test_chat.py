@@ -28,6 +28,7 @@ def talk(trained: Train) -> Conversation:
     return Conversation([Contender(BASE, FOLDER, runs[0].config), *seats], max_new_tokens=6)
 
 
+@pytest.mark.system
 def test_each_answers_as_it_does_alone(talk: Conversation) -> None:
     question = "Which river runs through Kelm?"
     together = {name: talk.answer(name, question) for name in (CHAMPION, BASE, CHALLENGER, BASE, CHAMPION)}

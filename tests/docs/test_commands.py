@@ -10,7 +10,7 @@ from reading.blocks import FIRST_RUN, MUST_BE_MARKED, PAGES, blocks
 from reading.reader import Reader
 
 pytestmark = pytest.mark.timeout(1800)  # the first page trains the whole demo, and the others wait for it
-FOR_EVERY_CHANGE = "settings"
+FOR_EVERY_CHANGE = "extending-index"
 """The page with commands that `make test` follows; the others are in `make test-system`."""
 
 

@@ -43,8 +43,8 @@ def test_sockets_of_this_process_are_seen() -> None:
 @pytest.mark.parametrize(
     ("ranks", "server"),
     [
-        pytest.param(1, None, marks=SYSTEM),
-        (2, None),
+        pytest.param(1, None, marks=SOAK),
+        pytest.param(2, None, marks=SYSTEM),
         pytest.param(1, OFF, marks=SOAK),
         pytest.param(2, OFF, marks=SYSTEM),
     ],
