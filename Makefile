@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 demo-ui: $(VENV)/installed  ## Dagster's UI with what the demo made
 	@$(BIN)/finetune --demo ui $(ARGS)
 
-test: $(VENV)/installed  ## tests for every change, twenty minutes on two cores in JOBS=3 processes, for many wait
+test: $(VENV)/installed  ## tests for every change, ten minutes on two cores in JOBS=3 processes, for many wait
 	$(BIN)/python -m pytest -n $(JOBS) -m "not system" --durations=20 $(ARGS)
 
 test-system: $(VENV)/installed  ## the other tests: Slurm, PostgreSQL, every page of the documentation, sweeps

@@ -66,6 +66,7 @@ def test_processes_of_one_machine_share_one_download(
     assert same_as_packaged(Path(where))
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_machines_that_share_a_store_have_one_winner(
     commit: str, hub: Hub, ceph: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -55,7 +55,8 @@ def limit_pool(pool: str, limit: int) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("limit", [1, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("limit", [1, 3])
 def test_pool_keeps_runs_from_downloading_the_same_model(
     commit: str, hub: Hub, production: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:

@@ -28,6 +28,7 @@ def trains(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
 
+@pytest.mark.soak
 def test_online_the_alias_follows_each_promotion(
     project: TestProject, graph: Graph, trains: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

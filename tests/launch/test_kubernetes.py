@@ -141,6 +141,7 @@ def assert_evicted(failed: dg.ExecuteInProcessResult) -> None:
     assert all(fact in message for fact in ("Evicted", "The node was low on resource: ephemeral-storage."))
 
 
+@pytest.mark.soak
 @SYSTEM
 @JOB
 def test_server_that_is_away_for_a_while_ends_nothing(job: Make, api: Server, nodes: tuple[int, int]) -> None:
@@ -195,6 +196,7 @@ def test_pod_that_waits_for_a_gpu_says_so(job: Make, api: Server) -> None:
         process.communicate(timeout=SECONDS)
 
 
+@pytest.mark.soak
 @SYSTEM
 @JOB
 def test_interrupt_leaves_nothing(job: Make, api: Server, nodes: tuple[int, int]) -> None:

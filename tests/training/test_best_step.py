@@ -78,6 +78,7 @@ def test_the_published_adapter_is_that_of_the_lowest_held_out_loss(trained: Trai
     assert f"| published step | {best} of 16 |" in card
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_the_last_step_is_what_it_was(trained: Trained, finetune: Finetune) -> None:
     last = trained(*OVERFITTED, "training.keep=last").run

@@ -46,7 +46,7 @@ def test_sockets_of_this_process_are_seen() -> None:
         pytest.param(1, None, marks=SOAK),
         pytest.param(2, None, marks=SYSTEM),
         pytest.param(1, OFF, marks=SOAK),
-        pytest.param(2, OFF, marks=SYSTEM),
+        pytest.param(2, OFF, marks=SOAK),
     ],
     ids=["one forked", "two forked", "one fresh", "two fresh"],
 )

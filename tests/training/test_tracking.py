@@ -179,6 +179,7 @@ def test_offline_run_holds_everything(train: Callable[..., dict[str, Any]], tmp_
     assert reference.ref == "s3://bucket/tests/tokenized/d"
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_offline_run_is_sent_later(
     train: Callable[..., dict[str, Any]], server: Server, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from judgements import BASE, Rows, configured, labelled, pairs, prepared
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from tiers import tiered
 from torch import Tensor
 from training.conftest import ALONE, MADE_FROM
 from training.measuring import gradients, relative
@@ -201,7 +200,9 @@ def test_the_champion_as_reference_is_trls_copy_of_the_initial_adapter(
     assert max(abs(a - b) for a, b in zip(base, references[0].tolist(), strict=True)) > 0.01
 
 
-@pytest.mark.parametrize("objective", tiered(["dpo", "kto"], system=["kto"]))
+@pytest.mark.soak
+@pytest.mark.system
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_two_ranks_have_the_gradient_of_one(make: Callable[..., LoraFinetune], tmp_path: Path, objective: str) -> None:
     overrides = (f"training.objective={objective}", *SETTINGS)
     run = make(objective, rows=16)
