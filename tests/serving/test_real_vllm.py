@@ -152,6 +152,7 @@ def test_a_champion_answers_as_in_its_evaluation(project: TestProject, inbox: Pa
     assert record.numbers[vllm.shown]["distance_to_challenger"] < SAME
     assert record.numbers[vllm.shown]["distance_to_base"] > APART
     rows, share = evaluated(project)
+    assert share > 0.3, "it has learned to answer"
     assert matching(chatted(server.url, record.name, rows), rows) == pytest.approx(share)
 
 
