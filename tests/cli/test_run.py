@@ -61,6 +61,7 @@ def test_an_asset_that_there_is_not(project: TestProject) -> None:
     assert "Trace" not in ended.stderr
 
 
+@pytest.mark.minutes
 @pytest.mark.system
 def test_ctrl_c_saves_a_checkpoint_from_which_the_same_command_goes_on(project: TestProject) -> None:
     command = ["run", "demo", "--select", "dolly_raw,cached_base_model,tokenized_dataset,lora_adapter"]
