@@ -1,13 +1,16 @@
-"""The order of the data: every sequence once an epoch, the same for any number of processes."""
+"""The order of the data: every sequence once an epoch, alike for any number of processes; and what a batch learns."""
 
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from training.measuring import names
 
 from finetune_assets.config.schema import Training
-from finetune_assets.training.order import BatchError, GlobalBatchSampler
+from finetune_assets.training.batches import collate
+from finetune_assets.training.order import BatchError, Examples, GlobalBatchSampler
 
 LENGTHS = np.random.default_rng(0).integers(1, 500, 1_003)
 
@@ -78,3 +81,13 @@ def test_too_small_a_batch_for_the_processes_is_refused() -> None:
     with pytest.raises(BatchError) as error:
         order(world=4, macro_batch_size=2, micro_batch_size=1)
     assert names(error, "training.macro_batch_size", 2, "training.processes_per_node", 4)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_no_example_predicts_the_first_token_of_the_next(flat: bool) -> None:
+    """Where prompts are learned too, which have targets from their first token on."""
+    tokens = pa.array([[1, 2, 3], [4, 5], [6]], pa.list_(pa.int32()))
+    examples = Examples(pa.table({"input_ids": tokens, "labels": tokens}))
+    batch = collate([[0, 1, 2]], examples, torch.device("cpu"), flat)
+    assert batch.targets.tolist() == [2, 3, 5]
+    assert batch.counts == examples.learned.tolist() == [2, 1, 0]
