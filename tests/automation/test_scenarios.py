@@ -736,7 +736,7 @@ EVENTS = ("new", "bad", "again", "removed", "foreign", "foreign and bad", "fails
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("seed", range(200 if os.environ.get("SOAK") else 2))
+@pytest.mark.parametrize("seed", range(200 if os.environ.get("SOAK") else 4))
 def test_every_order_ends_with_the_newest_good_version(trained: World, seed: int) -> None:
     """Whatever arrives in whatever order, what is trained at last is the newest good version of the source."""
     draw = random.Random(seed)

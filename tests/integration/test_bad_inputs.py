@@ -297,9 +297,7 @@ TRAINING = {
         model(set_in("config.json", num_hidden_layers=2)),
     ),
     "a weight that is missing": Case("lora_adapter", ["model.layers.1.mlp.up_proj.weight"], model(without_a_weight)),
-    "architecture that nobody knows": Case(
-        "lora_adapter", ["brand_new"], model(set_in("config.json", model_type="brand_new"))
-    ),
+    "unknown architecture": Case("lora_adapter", ["brand_new"], model(set_in("config.json", model_type="brand_new"))),
     "target that is not in the model": Case(
         "lora_adapter",
         ["lora.target_modules", "w_nowhere"],
@@ -345,7 +343,7 @@ LOADED = {
     "weights of more layers",
     "weights of another shape",
     "a weight that is missing",
-    "architecture that nobody knows",
+    "unknown architecture",
     "target that is not in the model",
 }
 """Found only when a training loads them."""
