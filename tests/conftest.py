@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 from paths import SHARED
 from projects import TestProject, share_derived
+from reading.first_run import followed
 from servers import ceph as ceph_server
 from servers import hub as hub_server
 from servers import proxy as proxy_server
@@ -98,6 +99,12 @@ def for_all_workers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) ->
     """A folder that all test processes of this session share."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture
+def first_run(for_all_workers: Path) -> Path:
+    """The project that the first page of the documentation leaves behind: `make demo`, and the graph in one's own."""
+    return followed(for_all_workers / "first-run")
 
 
 @pytest.fixture(scope="session")

@@ -1,47 +1,18 @@
 """What the pages' projects begin with."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import boto3
 import pytest
-from filelock import FileLock
 from projects import share_derived
-from reading.blocks import FIRST_RUN, begins_with, blocks
+from reading.blocks import begins_with
 from reading.reader import Reader, copy_code, new_project
 from servers.ceph import environment
 
 from finetune_assets.worker import warm
 from finetune_assets.worker.process import FORKSERVER
-
-SAID, OWN_RUN = "said.json", "dagster asset materialize"
-
-
-@pytest.fixture
-def first_run(for_all_workers: Path) -> Path:
-    """The project that the first page leaves behind, and in `said.json` what its commands said.
-
-    Its training is done once for all test processes.
-    """
-    shared = for_all_workers / "first-run"
-    with FileLock(f"{shared}.lock"):
-        if not (shared / SAID).exists():
-            shutil.rmtree(shared, ignore_errors=True)
-            reader = new_project(shared)
-            for block in blocks(FIRST_RUN):
-                if OWN_RUN in block.text:
-                    adopt_adapter(shared / ".finetune" / "store")
-                reader.do(block)
-            (shared / SAID).write_text(json.dumps(reader.said), encoding="utf-8")
-    return shared
-
-
-def adopt_adapter(store: Path) -> None:
-    """Give the reader's own namespace the adapter of the demo, which the page trains a second time."""
-    (demos,) = store.glob("*-demo/adapters")
-    shutil.copytree(demos, store / demos.parent.name.removesuffix("-demo") / "adapters")
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ def same_as_packaged(folder: Path) -> bool:
     return same and len(names) == FILES
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_processes_of_one_machine_share_one_download(
     commit: str, hub: Hub, ceph: Bucket, proxied: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

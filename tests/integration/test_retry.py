@@ -16,6 +16,7 @@ from finetune_assets.definitions import defs
 STEPS, SAVED = 20, 3
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_run_whose_worker_is_killed_goes_on_by_itself(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(materialization, "RETRY_SECONDS", 0.1)

@@ -155,8 +155,9 @@ def test_server_that_is_away_for_a_while_ends_nothing(job: Make, api: Server, no
     thread.join()
 
 
+@pytest.mark.soak
 @SYSTEM
-@pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.soak), 0], ids=["another", "the first"])
+@pytest.mark.parametrize("lost", [1, 0], ids=["another", "the first"])
 def test_where_fewer_are_enough_the_rest_goes_on(job: Make, tmp_path: Path, api: Server, lost: int) -> None:
     def evict() -> None:
         wait_for(lambda: len(started(api)) == 2)

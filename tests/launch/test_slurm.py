@@ -164,12 +164,12 @@ def test_interrupt_leaves_no_job_and_no_process(job: Make, start: Start, cluster
 
 
 def test_what_a_killed_run_left_is_cancelled_by_the_next(job: Make, start: Start, cluster: Slurm) -> None:
-    process = start(job("sleep", "1", (2, 2)))
-    wait_for(lambda: started(job("sleep")) == 2)
+    process = start(job("sleep"))
+    wait_for(lambda: started(job("sleep")) == 1)
     process.kill()
     process.wait()
     (abandoned,) = cluster.jobs()
-    SlurmEngine().run(job("good", "1", (2, 2)), {})
+    SlurmEngine().run(job("good"), {})
     state = slurm.state_of(abandoned)
     assert state
     assert state.name == "CANCELLED"

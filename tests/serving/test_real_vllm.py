@@ -1,6 +1,7 @@
 """A real vLLM server and a real daemon: new data, a worse challenger, a rollback and a killed server, under traffic."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -35,7 +36,7 @@ from finetune_assets.serving.vllm import VllmServer
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.sources.local import SAMPLE
 
-pytestmark = [pytest.mark.system, pytest.mark.minutes, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(3000)]
 BASE = "demo-base"
 FOLDER = "adapters"
 SAME, APART = 1e-3, 0.05
@@ -59,7 +60,7 @@ def inbox(project: TestProject, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def server(project: TestProject, inbox: Path) -> Iterator[VllmProcess]:
+def server(project: TestProject) -> Iterator[VllmProcess]:
     """A server with the packaged base model and the chat template of the demo."""
     config = load_experiment(project.configs, "demo").config
     template = project.root / "chat_template.jinja"
@@ -138,14 +139,21 @@ def chatted(url: str, model: str, rows: GateRows) -> list[str]:
     return [real_vllm.chat(url, model, messages or [], ANSWER_TOKENS) for messages in rows.messages]
 
 
-def test_a_champion_answers_as_in_its_evaluation(project: TestProject, inbox: Path, server: VllmProcess) -> None:
+@pytest.fixture
+def demo(project: TestProject, first_run: Path) -> None:
+    """A store in which the demo is trained, evaluated and promoted."""
+    (made,) = (first_run / ".finetune" / "store").glob("*-demo")
+    shutil.copytree(made, project.store_root / project.namespace)
+
+
+def test_a_champion_answers_as_in_its_evaluation(project: TestProject, demo: None, server: VllmProcess) -> None:
     """What the story below tells, without the daemon and its clients, and with one adapter."""
     vllm = VllmServer(server.url)
-    configure(project, server.url, "demo", training={"epochs": EPOCHS})
-    drop(inbox, "a.jsonl", SAMPLE.read_text(encoding="utf-8").splitlines())
+    configure(project, server.url, "demo")
     graph = Graph()
     run = graph.run([*UP_TO_CHAMPION, "served_adapter"])
     assert run.success, run.log
+    assert run.reused == {*UP_TO_CHAMPION}
     record = served(project, "demo")
     assert record
     assert {*vllm.names()} == {record.name}
@@ -156,6 +164,7 @@ def test_a_champion_answers_as_in_its_evaluation(project: TestProject, inbox: Pa
     assert matching(chatted(server.url, record.name, rows), rows) == pytest.approx(share)
 
 
+@pytest.mark.minutes
 @pytest.mark.soak
 def test_new_data_rollback_and_restart_under_traffic(project: TestProject, inbox: Path, server: VllmProcess) -> None:
     """Two experiments on one base model, one of them with `rank_pattern`; clients ask for both, and for the base."""

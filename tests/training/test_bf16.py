@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from raw import ingest
+from tiers import tiered
 from torch import nn
 from training.conftest import ALONE, MADE_FROM, FinishedRun, configured
 from training.measuring import (
@@ -62,8 +63,7 @@ def test_packed_equals_alone_in_bf16(finetune: Finetune) -> None:
     assert (leaking - alone).abs().mean() > 1
 
 
-@pytest.mark.system
-@pytest.mark.parametrize("capabilities", [(), NATIVE])
+@pytest.mark.parametrize("capabilities", tiered([(), NATIVE], system={NATIVE}))
 def test_bf16_gradients_are_fp32s_within_rounding(
     cpu: Callable[..., list[tuple[int, int]]],
     finetune: Finetune,
