@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,17 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("name", tiered(DEEP, every_third(DEEP)))
+FILES = ("experiments/bad.yaml", "raw_data.yaml", "store.yaml", "sweeps/bad.yaml")
+EVERY_CHANGE = {("store.yaml", name) for name in every_third(DEEP)}
+SYSTEM = {*zip(cycle(FILES), DEEP, strict=False)}
+"""Each text in one of the files; `make soak` has it in all of them."""
+
+
 @pytest.mark.parametrize(
-    "file", tiered(["experiments/bad.yaml", "raw_data.yaml", "store.yaml", "sweeps/bad.yaml"], {"store.yaml"})
+    ("file", "name"),
+    [pytest.param(*case.values[0], marks=case.marks) for case in tiered(product(FILES, DEEP), EVERY_CHANGE, SYSTEM)],
 )
-def test_deep_settings_are_one_error(name: str, file: str, project: TestProject) -> None:
+def test_deep_settings_are_one_error(file: str, name: str, project: TestProject) -> None:
     (project.configs / file).parent.mkdir(exist_ok=True)
     (project.configs / file).write_text(DEEP[name])
     load: dict[str, Callable[[], object]] = {

@@ -85,12 +85,24 @@ def ui(project: TestProject, inbox: Path) -> Iterator[Daemon]:
 
 @pytest.mark.real_data
 def test_file_lands_and_experiments_train(daemon: Daemon, inbox: Path, rows: list[str]) -> None:
-    """Good data alone; test_production has bad data and the same mended."""
     names = {"one", "two"} if SOAK else {"one"}
     drop(inbox, "a.jsonl", rows[:100])
     daemon.wait_for("their evaluations", lambda: len(daemon.made("adapter_evaluation")) == len(names))
     assert {record.partition_key for record in daemon.made("lora_adapter")} == names
     assert len(daemon.project.published("adapters")) == 1, "two experiments with the same settings share one adapter"
+
+
+@pytest.mark.minutes
+@pytest.mark.system
+@pytest.mark.soak
+@pytest.mark.real_data
+def test_bad_data_trains_nothing_and_is_trained_on_once_mended(daemon: Daemon, inbox: Path, rows: list[str]) -> None:
+    """It names its rows; test_scenarios has what sensors decide then."""
+    drop(inbox, "a.jsonl", broken(rows[:100], 0.5))
+    is_set_aside(daemon, "a.jsonl", 50)
+    assert not daemon.made("cached_base_model")
+    drop(inbox, "a.jsonl", rows[:100])
+    daemon.wait_for("an evaluation", lambda: daemon.made("adapter_evaluation"))
 
 
 @pytest.mark.minutes
