@@ -65,8 +65,8 @@ def test_an_asset_that_there_is_not(project: TestProject) -> None:
 @pytest.mark.system
 def test_ctrl_c_saves_a_checkpoint_from_which_the_same_command_goes_on(project: TestProject) -> None:
     command = ["run", "demo", "--select", "dolly_raw,cached_base_model,tokenized_dataset,lora_adapter"]
-    command += ["--set", "training.max_steps=20", "--set", "training.processes_per_node=2"]
-    trains = lambda seen: seen.ever("training", " of 20 steps")  # noqa: E731
+    command += ["--set", "training.max_steps=12", "--set", "training.processes_per_node=2"]
+    trains = lambda seen: seen.ever("training", " of 12 steps", "loss", "tokens/s", "ETA")  # noqa: E731
     seen = terminals.run("-m", "finetune_assets.cli", *command, shows=trains, interrupt=True)
     assert seen.code == 130
     assert b"Traceback" not in seen.raw

@@ -24,6 +24,7 @@ def fingerprints(found: Inventory) -> dict[str, str]:
     return {one.kind: one.manifest.fingerprint for one in found.artifacts if one.kind != REPORTS.folder}
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_same_fingerprints_as_in_a_folder_and_no_secret_anywhere(
     project: TestProject, graph: Graph, ceph: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

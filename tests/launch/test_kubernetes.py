@@ -22,7 +22,7 @@ from paths import ROOT
 from servers import kubernetes as kubernetes_server
 from servers.kubernetes import Server
 from servers.s3 import Bucket
-from tiers import SOAK
+from tiers import SOAK, tiered
 
 from finetune_assets.config.cluster import KubernetesJob, LauncherSettings
 from finetune_assets.config.loading import load_experiment
@@ -209,7 +209,7 @@ def test_interrupt_leaves_nothing(job: Make, api: Server, nodes: tuple[int, int]
 
 
 @SYSTEM
-@JOB
+@pytest.mark.parametrize("nodes", tiered(KINDS, system=KINDS[:1]), ids=NAMES)
 def test_what_a_killed_run_left_is_deleted_by_the_next(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     process = start(job("sleep", "1", nodes), api)
     wait_for(lambda: len(started(api)) == nodes[0])

@@ -169,6 +169,7 @@ def test_dagsters_lines_and_those_of_children_stand_above_the_bar(project: TestP
     assert any("counting" in line and "6 of 15 rows" in line for line in told), "the run's page has no bar"
 
 
+@pytest.mark.soak
 @pytest.mark.system
 def test_a_training_sends_its_steps_to_the_terminal(dataset: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(configured("training.max_steps=6")))
