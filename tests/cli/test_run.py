@@ -1,19 +1,19 @@
 """What `finetune run` prints, and how it ends, in a process of its own."""
 
 import json
-import os
 import subprocess
 import sys
 
 import dagster as dg
 import pytest
 import terminals
+from integration.cli import environment
 from projects import TestProject
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "finetune_assets.cli", "run", *arguments]
-    return subprocess.run(command, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env={**environment(), "COLUMNS": "80"}, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.system
