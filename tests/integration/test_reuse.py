@@ -27,10 +27,10 @@ stack:
 def champions(project: TestProject, graph: Graph) -> None:
     """Two experiments over one base, of which each has trained a champion; the first is also merged."""
     settings = (project.configs / "experiments" / "demo.yaml").read_text()
-    settings = settings.replace("epochs: 15", "max_steps: 40").replace("batch_size: 8", "batch_size: 2")
+    settings = settings.replace("epochs: 15", "max_steps: 15").replace("batch_size: 8", "batch_size: 2")
     settings = settings.replace("max_new_tokens: 8", "generated_rows: 4\n  general_tokens: 2000")
     project.write_experiment("one", settings + "merge: {dtype: float32}\n")
-    project.write_experiment("two", settings.replace("max_steps: 40", "max_steps: 40\n  seed: 7"))
+    project.write_experiment("two", settings.replace("max_steps: 15", "max_steps: 15\n  seed: 7"))
     project.write_experiment("both", settings[: settings.index("model:")] + STACK + settings[settings.index("data:") :])
     for name in ("one", "two"):
         run = graph.run(["*champion_adapter", "merged_model"], name)

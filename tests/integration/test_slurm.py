@@ -25,9 +25,9 @@ from finetune_assets.store.gc import inventory
 
 __all__ = ["cluster"]
 LONG = [
-    "training.max_steps=30",
-    "training.save_steps=5",
-    "training.logging_steps=5",
+    "training.max_steps=20",
+    "training.save_steps=4",
+    "training.logging_steps=4",
     "training.macro_batch_size=4",
     "training.micro_batch_size=2",
     "lora.dropout=0.1",
@@ -135,7 +135,7 @@ def test_two_nodes_give_the_adapter_of_two_processes_and_outlive_a_node(
         hurt = materialize("lora_adapter", overrides=[*LONG, *TWO_NODES], force=True)
     assert hurt.returncode == 0, hurt.stdout[-5000:]
     assert "n[1-2]" in hurt.stdout, "where Slurm runs it"
-    assert "30/30" in hurt.stdout, "how far it is"
+    assert "20/20" in hurt.stdout, "how far it is"
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in one.log + hurt.stdout
     assert processes(project, ceph) == 2
     assert retries() == 1
