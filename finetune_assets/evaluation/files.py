@@ -9,6 +9,9 @@ from finetune_assets.config.retrieval_validation import RETRIEVED
 from finetune_assets.store.json_object import InvalidJson, check_types, read_json
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
     from finetune_assets.evaluation.gate import Gain, PreferenceGain
 
 
@@ -59,8 +62,6 @@ def preference_gain_of(folder: Path, confidence: float) -> "PreferenceGain":
     Raises:
         InvalidJson: If the evaluation has no judgements.
     """
-    import pyarrow.parquet as pq
-
     from finetune_assets.evaluation.gate import PreferenceGain, paired_gain, paired_preferences
 
     measured = read_evaluation(folder).get("preferences")
@@ -68,10 +69,10 @@ def preference_gain_of(folder: Path, confidence: float) -> "PreferenceGain":
         raise InvalidJson(
             f"the evaluation in {folder} has no judgements; materialize adapter_evaluation again with force"
         )
-    table = pq.read_table(folder / PREFERENCES)
+    table = _read(folder / PREFERENCES)
     table = table.filter(table["comparable"])
     opponent = "champion" if "champion" in table.column_names else "base"
-    before, after, base, weights = (table[name].to_numpy() for name in (opponent, "challenger", "base", "weight"))
+    before, after, base, weights = (_numbers(table[name]) for name in (opponent, "challenger", "base", "weight"))
     margin = paired_gain(-measured["beta"] * weights * before, -measured["beta"] * weights * after, weights, confidence)
     return PreferenceGain(paired_preferences(before, after, base, weights, confidence), margin)
 
@@ -91,17 +92,30 @@ def loss_increases(folder: Path, modes: Iterable[str]) -> dict[str, float]:
 
 def _compared(folder: Path, mode: str | None) -> tuple[Any, Any, Any, str]:
     """Losses of opponent and challenger, and tokens of the comparable rows; and the opponent's name."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(folder / ROWS)
+    table = _read(folder / ROWS)
     opponent = "champion" if "champion" in table.column_names else "base"
     if (used := column("comparable", mode)) not in table.column_names:
         raise InvalidJson(
             f"{ROWS} of the evaluation in {folder} has no mode {mode}; materialize adapter_evaluation again with force"
         )
     table = table.filter(table[used])
-    before, after, tokens = (table[column(name, mode)].to_numpy() for name in (opponent, "challenger", "tokens"))
+    before, after, tokens = (_numbers(table[column(name, mode)]) for name in (opponent, "challenger", "tokens"))
     return before, after, tokens, opponent
+
+
+def _read(file: Path) -> "pa.Table":
+    """`read_table` would import what reads data sets of many files, and pandas with it: half a second of each run."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as opened:
+        return opened.read()
+
+
+def _numbers(column: "pa.ChunkedArray") -> "NDArray[Any]":
+    """Values of a column without nulls. `to_numpy` would import pandas."""
+    import numpy as np
+
+    return np.from_dlpack(column.combine_chunks())
 
 
 def forgetting_of(evaluation: Mapping[str, Any]) -> float | None:

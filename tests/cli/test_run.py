@@ -1,6 +1,7 @@
 """What `finetune run` prints, and how it ends, in a process of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -70,6 +71,7 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_same_command_goes_on(project: 
     seen = terminals.run("-m", "finetune_assets.cli", *command, shows=trains, interrupt=True)
     assert seen.code == 130
     assert b"Traceback" not in seen.raw
+    shutil.rmtree(project.cache)  # as on another machine
     again = run(*command[1:])
     assert again.returncode == 0
     assert "Resuming from checkpoint at step " in again.stdout

@@ -1,16 +1,22 @@
 """Checks of `tokenized_dataset` that warn: rows left out, fractions of the splits, and text of the evaluation."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 from integration.graph import Graph
 from projects import TestProject
 
+from finetune_assets.data.contamination import Contamination, contamination
 from finetune_assets.data.texts import PACKAGED
 from finetune_assets.sources.local import SAMPLE
 
 ASSETS = ["dolly_raw", "cached_base_model", "tokenized_dataset"]
+KEEP = ("data.near_duplicate_threshold=null", "data.checks.max_overlap_share=1.0")
+"""Overrides with which rows of nearly the same words stay."""
 
 
 def evaluated(
@@ -83,6 +89,35 @@ def test_warnings_name_their_rows(project: TestProject, monkeypatch: pytest.Monk
     assert "row 500" in str(checks["contamination"].description)
 
 
+def test_rows_are_searched_again_for_other_texts_only(
+    project: TestProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The dataset is found in the store each time; its rows are read once for each text."""
+    copied = " ".join(PACKAGED["general"].read_text(encoding="utf-8").split()[5:40])
+    rows = [{"instruction": f"What is number {i}?", "response": f"Number {i}"} for i in range(100)]
+    rows.append({"instruction": "Write on", "response": copied})
+    searched = list[int]()
+
+    def counting(rows: Any, texts: Sequence[str]) -> Contamination:
+        searched.append(len(texts))
+        return contamination(rows, texts)
+
+    monkeypatch.setattr("finetune_assets.data.contamination.contamination", counting)
+    text = tmp_path / "general.txt"
+
+    def found(content: str) -> tuple[object, object]:
+        text.write_text(content, encoding="utf-8")
+        check = evaluated(project, monkeypatch, rows, f"evaluation.general_text={text}", *KEEP)["contamination"]
+        return check.passed, check.metadata["rows"].value
+
+    assert found("Nothing of the rows.") == found("Nothing of the rows.") == (True, 0)
+    assert len(searched) == 1
+    assert found(copied) == found(copied) == (False, 1)
+    assert len(searched) == 2
+    assert found("Nothing of the rows.") == (True, 0)
+    assert len(searched) == 2
+
+
 def test_judgements_that_contradict_each_other_stop_a_training(
     project: TestProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,8 +146,7 @@ def test_prompts_whose_tokens_change_warn_and_leave_the_dataset_as_it_is(
     demo's prompts is a token of its own. The threshold is no part of the dataset."""
     answers = ["z", "The Thames", "z too", "A boat"] * 25
     rows = [{"instruction": f"What is number {i}?", "response": answer} for i, answer in enumerate(answers)]
-    keep = ["data.near_duplicate_threshold=null", "data.checks.max_overlap_share=1.0"]
-    warned = evaluated(project, monkeypatch, rows, *keep)["prompt_boundary"]
+    warned = evaluated(project, monkeypatch, rows, *KEEP)["prompt_boundary"]
     assert not warned.passed
     assert warned.severity is dg.AssetCheckSeverity.WARN
     assert warned.metadata["fraction"].value == pytest.approx(0.5, abs=0.1)
@@ -123,7 +157,7 @@ def test_prompts_whose_tokens_change_warn_and_leave_the_dataset_as_it_is(
     (dataset,) = project.published("tokenized")
     manifest = project.store.manifest("tokenized", dataset)
     threshold = "data.checks.max_changed_prompts_share=0.7"
-    allowed = evaluated(project, monkeypatch, rows, *keep, threshold)["prompt_boundary"]
+    allowed = evaluated(project, monkeypatch, rows, *KEEP, threshold)["prompt_boundary"]
     assert allowed.passed
     assert allowed.metadata["rows"].value == warned.metadata["rows"].value, "found after a cache hit too"
     assert project.published("tokenized") == [dataset]

@@ -40,7 +40,7 @@ def test_the_demo_runs_the_whole_graph_from_the_command_line(
     (tmp_path / "traps" / "sitecustomize.py").write_text(
         "import atexit, sys\n"
         f"with open({str(interpreters)!r}, 'a') as file: print(*sys.orig_argv, file=file)\n"
-        "heavy = lambda: {'torch', 'transformers', 'matplotlib'} & {*sys.modules}\n"
+        "heavy = lambda: {'torch', 'transformers', 'matplotlib', 'pandas'} & {*sys.modules}\n"
         f"atexit.register(lambda: print(sys.argv[1:], heavy(), file=open({str(tmp_path / 'loaded')!r}, 'a')))\n"
     )
     (tmp_path / "traps" / "wandb.py").write_text(f"open({str(wandb_was_imported)!r}, 'w')")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.graph import Graph
+from integration.graph import UP_TO_CHAMPION, Graph
 from peft import PeftModel
 from projects import TestProject
 from safetensors.torch import load_file
@@ -33,7 +33,7 @@ def champions(project: TestProject, graph: Graph) -> None:
     project.write_experiment("two", settings.replace("max_steps: 15", "max_steps: 15\n  seed: 7"))
     project.write_experiment("both", settings[: settings.index("model:")] + STACK + settings[settings.index("data:") :])
     for name in ("one", "two"):
-        run = graph.run(["*champion_adapter", "merged_model"], name)
+        run = graph.run([*UP_TO_CHAMPION, "merged_model"], name)
         assert run.success, run.log
         assert run.metadata("champion_adapter")["champion"] == 1
 

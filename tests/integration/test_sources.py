@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from integration.graph import Graph
+from integration.graph import UP_TO_CHAMPION, Graph
 from projects import SHORT, TestProject
 
 from finetune_assets.artifacts.kinds import ADAPTERS
@@ -231,12 +231,12 @@ def test_the_gate_refuses_an_adapter_of_another_source(
     project.write_experiment("mine", QUICK.replace("val_fraction", "gate_fraction: 0.3\n  val_fraction"))
     monkeypatch.setenv("FINETUNE_RAW_DATA", "./one")
     graph = Graph()
-    assert graph.run("*champion_adapter", "mine", SHORT).success
+    assert graph.run(UP_TO_CHAMPION, "mine", SHORT).success
     lineage = Project(overrides=[*SHORT]).lineage("mine")
     champion = lineage.expected(ADAPTERS)
     lineage.champions.promote_by_hand(champion, "a test", "tests")
     monkeypatch.setenv("FINETUNE_RAW_DATA", "./two")
-    run = graph.run("*champion_adapter", "mine", SHORT)
+    run = graph.run(UP_TO_CHAMPION, "mine", SHORT)
     checks = run.result.get_asset_check_evaluations()
     (check,) = [
         one for one in checks if (one.asset_key.to_user_string(), one.check_name) == ("champion_adapter", "gate")

@@ -92,6 +92,8 @@ NODES = pytest.mark.parametrize("nodes", KINDS, ids=NAMES)
 ALONE = pytest.param(KINDS[0], id=NAMES[0], marks=pytest.mark.soak)
 JOB = pytest.mark.parametrize("nodes", [ALONE, pytest.param(KINDS[1], id=NAMES[1])])
 """Of what ends otherwise: a pod alone differs from a job of several in how it is created."""
+POD = pytest.mark.parametrize("nodes", tiered(KINDS, system=KINDS[:1]), ids=NAMES)
+"""Of what is the same for both."""
 
 
 @SYSTEM
@@ -107,8 +109,7 @@ def test_job_ends_in_an_artifact(in_s3: None, job: Make, tmp_path: Path, api: Se
     )
 
 
-@SYSTEM
-@JOB
+@POD
 @pytest.mark.parametrize(
     ("body", "own_words"), [("user_error", "rank: 0 is wrong"), pytest.param("exit", "\nlast words", marks=SOAK)]
 )
@@ -208,8 +209,7 @@ def test_interrupt_leaves_nothing(job: Make, api: Server, nodes: tuple[int, int]
     assert api.pods() == []
 
 
-@SYSTEM
-@pytest.mark.parametrize("nodes", tiered(KINDS, system=KINDS[:1]), ids=NAMES)
+@POD
 def test_what_a_killed_run_left_is_deleted_by_the_next(job: Make, api: Server, nodes: tuple[int, int]) -> None:
     process = start(job("sleep", "1", nodes), api)
     wait_for(lambda: len(started(api)) == nodes[0])

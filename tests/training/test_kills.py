@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 from processes import AGENT, JOB, RANK, SERVER, family
-from tiers import tiered
 from training.conftest import dataset
 from training.test_resume import STEPS, Machine, assert_nothing_left, ended, machine, undisturbed, wait_for_step
 
@@ -35,10 +34,11 @@ def a_server_elsewhere() -> Iterator[tuple[int, dict[str, str]]]:
         holder.communicate()
 
 
+@pytest.mark.soak
 @pytest.mark.system
 @pytest.mark.parametrize(
     "victim",
-    tiered(["job", "rank", "fork server", "agent", RUN, PARENT], system={RUN}),
+    ["job", "rank", "fork server", "agent", RUN, PARENT],
 )
 def test_nothing_is_left_and_the_next_run_ends_bit_equal(
     machine: Callable[..., Machine],
