@@ -30,7 +30,7 @@ lint: $(VENV)/installed  ## style, import rules, types, definitions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/dg check defs
 	@! grep -rnwiE --include=*.py --include=*.jinja --include=*.yaml --include=*.md --exclude=world.py --exclude-dir=documents -f docs/words.txt \
 		finetune_assets configs README.md CHANGELOG.md docs | grep -vE '# older name$$|\.tell\b' \

@@ -17,6 +17,8 @@ from planted import tail
 from projects import SHORT, TestProject
 from tiers import every_third, tiered
 
+from finetune_assets.store import objects
+
 SECRETS = {
     name: f"{prefix}{tail(24)}"
     for name, prefix in {
@@ -110,6 +112,7 @@ def test_rows_with_a_secret_show_it_in_no_run(
     monkeypatch.setenv("FINETUNE_RAW_DATA", rows)
     for module in ("raw_sources", "materialization"):
         monkeypatch.setattr(f"finetune_assets.assets.{module}.RETRIES", 0)
+    monkeypatch.setitem(objects.RETRIES, "max_retries", 0)
     (home := project.root / "dagster_home" / "own").mkdir()
     with dg.DagsterInstance.local_temp(str(home)) as instance:
         ended = Graph(instance).run("dolly_raw", partition=None)
