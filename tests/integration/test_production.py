@@ -4,8 +4,7 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -82,8 +81,8 @@ def test_runs_outlive_their_daemon(project: TestProject, production: Bucket, inb
         daemon.wait_for("a training", lambda: processes_of(project, JOB))
         daemon.kill()
         with running(project, own_servers=True) if SOAK else nullcontext():  # another starts nothing a second time
-            wait_for(lambda: len(daemon.made("adapter_evaluation")) == len(NAMES))
-            wait_for(daemon.quiet)
+            daemon.wait_for("evaluations", lambda: len(daemon.made("adapter_evaluation")) == len(NAMES), 600)
+            daemon.wait_for("no run", daemon.quiet)
         assert sorted(record.partition_key or "" for record in daemon.made("lora_adapter")) == NAMES
         assert {record.dagster_run.status for record in daemon.runs()} == {dg.DagsterRunStatus.SUCCESS}
         assert not gone_on(daemon)
@@ -111,14 +110,6 @@ def test_a_machine_that_dies_loses_nothing(
         assert gone_on(daemon)
     assert adapters(production) == 2
     assert not checkpoints(production)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
-    """Wait for what needs no daemon."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.5)
 
 
 def adapters(bucket: Bucket) -> int:
