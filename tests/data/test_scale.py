@@ -8,7 +8,7 @@ import sys
 import pytest
 from paths import ROOT
 
-COUNT = 1_000_000 if os.environ.get("SOAK") else 20_000
+COUNT = 1_000_000 if os.environ.get("SOAK") else 30_000
 
 
 @pytest.mark.system

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
-from dagster._core.scheduler.instigation import TickStatus
 from integration import cli
 from paths import ROOT
 from processes import AGENT, JOB, RANK, kill, of_project
@@ -76,7 +75,7 @@ class Daemon:
             for state in states
             for tick in self.held.get_ticks(state.instigator_origin_id, state.selector_id, after=after)
         ]
-        return [tick for tick in ticks if tick.status is not TickStatus.STARTED]
+        return [tick for tick in ticks if tick.status.name != "STARTED"]
 
     def wait_for(self, what: str, condition: Callable[[], T], seconds: float = SECONDS, asks: bool = True) -> T:
         """What `condition` finds, as soon as it finds something; with `asks`, the runs are told where it does not."""

@@ -14,7 +14,7 @@ from servers.s3 import Bucket
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.store.artifacts import open_store
 
-PROCESSES = 8 if os.environ.get("SOAK") else 3
+PROCESSES = 8
 FILES = 5
 """Of the model, those that training reads."""
 

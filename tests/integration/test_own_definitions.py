@@ -12,7 +12,6 @@ import dagster as dg
 import pytest
 from integration.cli import environment
 from integration.daemon import running
-from integration.graph import Graph
 from paths import ROOT
 from projects import TestProject
 
@@ -89,10 +88,13 @@ def own(checkout: Path, dg_command: Callable[..., str]) -> Path:
 def test_an_own_asset_takes_ours_and_is_materialized_by_dg(
     project: TestProject, own: Path, dg_command: Callable[..., str]
 ) -> None:
+    dg_command("check", "defs")
     listed = json.loads(dg_command("list", "defs", "--json"))
     assets = {asset["asset_key"] for asset in listed["assets"]}
     assert assets >= {"my_asset", "my_second_asset", "tokenized_dataset", "lora_adapter"}
-    assert Graph().run("dolly_raw", partition=None).success
+    dg_command("launch", "--assets", "dolly_raw")
+    assert len(project.published("raw")) == 1
+
     selection = "cached_base_model,tokenized_dataset,my_asset,my_second_asset"
     dg_command("launch", "--assets", selection, "--partition", "demo")
     (tokenized,) = project.published("tokenized")

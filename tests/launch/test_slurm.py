@@ -163,13 +163,16 @@ def test_interrupt_leaves_no_job_and_no_process(job: Make, start: Start, cluster
     assert left(cluster) == []
 
 
-def test_what_a_killed_run_left_is_cancelled_by_the_next(job: Make, start: Start, cluster: Slurm) -> None:
-    process = start(job("sleep"))
-    wait_for(lambda: started(job("sleep")) == 1)
+@pytest.mark.parametrize("nodes", [(1, 1), pytest.param((2, 2), marks=SOAK)])
+def test_what_a_killed_run_left_is_cancelled_by_the_next(
+    job: Make, start: Start, cluster: Slurm, nodes: tuple[int, int]
+) -> None:
+    process = start(job("sleep", "1", nodes))
+    wait_for(lambda: started(job("sleep")) == nodes[0])
     process.kill()
     process.wait()
     (abandoned,) = cluster.jobs()
-    SlurmEngine().run(job("good"), {})
+    SlurmEngine().run(job("good", "1", nodes), {})
     state = slurm.state_of(abandoned)
     assert state
     assert state.name == "CANCELLED"

@@ -19,14 +19,13 @@ def followed(folder: Path) -> Path:
             reader = new_project(folder)
             for block in blocks(FIRST_RUN):
                 if OWN_RUN in block.text:
-                    adopt_demo(folder / ".finetune" / "store", "adapters")
+                    adopt_adapter(folder / ".finetune" / "store")
                 reader.do(block)
             (folder / SAID).write_text(json.dumps(reader.said), encoding="utf-8")
     return folder
 
 
-def adopt_demo(store: Path, *kinds: str) -> None:
-    """Give the reader's own namespace artifacts of the demo, so that they are not made a second time."""
-    (demo,) = store.glob("*-demo")
-    for kind in kinds:
-        shutil.copytree(demo / kind, store / demo.name.removesuffix("-demo") / kind)
+def adopt_adapter(store: Path) -> None:
+    """Give the reader's own namespace the adapter of the demo, which the page trains a second time."""
+    (demos,) = store.glob("*-demo/adapters")
+    shutil.copytree(demos, store / demos.parent.name.removesuffix("-demo") / "adapters")

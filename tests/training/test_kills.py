@@ -16,7 +16,7 @@ from training.test_resume import STEPS, Machine, assert_nothing_left, ended, mac
 from finetune_assets.worker.process import FORKSERVER
 
 __all__ = ["dataset", "machine", "undisturbed"]
-ROUNDS = 5 if os.environ.get("SOAK") else 1
+ROUNDS = 5
 RUN, PARENT = "run", "parent of the fork server"
 NAMES = {"rank": RANK, "fork server": SERVER, "job": JOB, "agent": AGENT, RUN: "", PARENT: ""}
 HOLDER = "import sys; from finetune_assets.worker import warm; print(warm.own().address, flush=True); sys.stdin.read()"

@@ -29,7 +29,7 @@ from finetune_assets.store.artifacts import CHECKPOINTS, MANIFEST, ArtifactStore
 from finetune_assets.worker.job import JobSpec
 
 SOAK = bool(os.environ.get("SOAK"))
-KILLS, TERMS, STEPS = ({1: 20, 2: 20} if SOAK else {1: 1, 2: 1}), ({1: 5, 2: 5} if SOAK else {1: 1, 2: 1}), 12
+KILLS, TERMS, STEPS = {1: 20, 2: 20}, {1: 5, 2: 5}, 12
 """Kills and SIGTERMs by the number of ranks."""
 LAUNCH = """
 import sys

@@ -64,7 +64,7 @@ def test_training_listens_on_loopback_only(machine: Callable[..., Machine], rank
             parts |= {member.part for member in everyone.values()}
             folders = (Path(one.spec.cache) / "work").glob("*/rendezvous")
             modes |= {stat.S_IMODE(folder.stat().st_mode) for folder in folders}
-            time.sleep(0.05)
+            time.sleep(0.02)
     finally:
         process.kill()
         _, err = process.communicate()
