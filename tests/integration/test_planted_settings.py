@@ -12,7 +12,7 @@ import pytest
 import yaml
 from commands import run
 from integration.daemon import running
-from integration.graph import Graph
+from integration.graph import Graph, definitions
 from planted import tail
 from projects import SHORT, TestProject
 from tiers import every_third, tiered
@@ -110,6 +110,7 @@ def test_rows_with_a_secret_show_it_in_no_run(
     rows: str, project: TestProject, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINETUNE_RAW_DATA", rows)
+    definitions()  # which import these modules anew
     for module in ("raw_sources", "materialization"):
         monkeypatch.setattr(f"finetune_assets.assets.{module}.RETRIES", 0)
     monkeypatch.setitem(objects.RETRIES, "max_retries", 0)
