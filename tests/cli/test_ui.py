@@ -4,14 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from integration.webserver import DEFINITIONS
 from processes import running
 from tiers import SOAK
+from waiting import wait_for
 
 
 def ignore_interrupts() -> None:
@@ -38,14 +37,7 @@ def test_all_its_processes_end_where_interrupts_are_ignored(tmp_path: Path, numb
     def own() -> set[int]:
         return {process.pid for process in running().values() if f"DAGSTER_HOME={home}" in process.environment}
 
-    wait_for(lambda: "Serving dagster-webserver" in log.read_text() and len(own()) >= 5, log)
+    wait_for(lambda: "Serving dagster-webserver" in log.read_text() and len(own()) >= 5, every=1, log=log)
     started.send_signal(number)
     assert started.wait(120) == 0, log.read_text()[-3000:]
     assert own() == set()
-
-
-def wait_for(holds: Callable[[], bool], log: Path, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(1)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from batch_functions import end, has_torch, process, refuse, refuse_some, report, slow_square
 from paths import ROOT
 from processes import running, runs
+from waiting import wait_for
 
 from finetune_assets.data import cores
 from finetune_assets.data.cores import available_cores
@@ -155,15 +155,11 @@ def test_a_process_with_transformers_calls_it_itself() -> None:
 def test_processes_end_when_their_owner_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER.format(tests=str(ROOT / "tests"), folder=str(tmp_path))]
     with subprocess.Popen(command, cwd=ROOT) as owner:
-        deadline = time.monotonic() + 60
-        while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: len([*tmp_path.iterdir()]) == 2)
+        pids = [int(path.name) for path in tmp_path.iterdir()]
         assert all(runs(pid) for pid in pids)
         owner.send_signal(signal.SIGKILL)
-    while any(runs(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not any(runs(pid) for pid in pids), 60)
 
 
 def test_a_function_that_cannot_be_pickled_is_computed_here() -> None:

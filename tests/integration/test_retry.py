@@ -3,12 +3,12 @@
 import os
 import signal
 import threading
-import time
 
 import dagster as dg
 import pytest
 from integration.daemon import first_steps, ranks_of
 from projects import TestProject
+from waiting import wait_for
 
 from finetune_assets.assets import materialization
 from finetune_assets.definitions import defs
@@ -48,9 +48,6 @@ def test_run_whose_worker_is_killed_goes_on_by_itself(project: TestProject, monk
 
 def _kill_the_rank(project: TestProject) -> None:
     """Once there is a checkpoint to go on from."""
-    end = time.monotonic() + 240
-    while not any(project.store_root.rglob("checkpoints/**/manifest.json")):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(lambda: any(project.store_root.rglob("checkpoints/**/manifest.json")))
     (rank,) = ranks_of(project)
     os.kill(rank, signal.SIGKILL)

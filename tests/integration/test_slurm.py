@@ -11,12 +11,13 @@ import dagster as dg
 import pytest
 from integration.cli import materialize, materialize_command
 from integration.graph import Graph
-from launch.test_slurm import SECONDS, cluster, in_background, left, wait_for
+from launch.test_slurm import SECONDS, cluster, in_background, left
 from projects import TestProject
 from safetensors.torch import load
 from servers import proxy as proxy_server
 from servers.s3 import Bucket
 from servers.slurm import Slurm
+from waiting import wait_for
 
 from finetune_assets.artifacts.kinds import ADAPTERS
 from finetune_assets.artifacts.layout import TRAINER_STATE

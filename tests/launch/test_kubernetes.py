@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 import dagster as dg
 import kubernetes_validate
@@ -23,6 +22,7 @@ from servers import kubernetes as kubernetes_server
 from servers.kubernetes import Server
 from servers.s3 import Bucket
 from tiers import SOAK, tiered
+from waiting import wait_for
 
 from finetune_assets.config.cluster import KubernetesJob, LauncherSettings
 from finetune_assets.config.loading import load_experiment
@@ -36,7 +36,6 @@ from finetune_assets.worker.job import JobSpec
 from finetune_assets.worker.remote import RemoteJob
 
 Make = Callable[..., JobSpec]
-T = TypeVar("T")
 SECONDS = 300
 """How long something may take that happens in a few seconds where nothing else runs."""
 RECORDED = Path(__file__).with_name("kubernetes_requests.json")
@@ -382,7 +381,6 @@ def test_settings_reach_the_job(project: object, monkeypatch: pytest.MonkeyPatch
 LAUNCH = """
 import logging, sys
 from pathlib import Path
-from typing import TypeVar
 import dagster as dg
 from finetune_assets.launch import kubernetes
 from finetune_assets.launch.engines import Launcher
@@ -413,14 +411,6 @@ def started(api: Server) -> list[str]:
     """Names of the pods whose worker computes."""
     found = api.folder.glob("volumes/*/work/*/output/started")
     return [path.parents[3].name for path in found]
-
-
-def wait_for(found: Callable[[], T], seconds: float = SECONDS) -> T:
-    deadline = time.monotonic() + seconds
-    while not (now := found()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return now
 
 
 def forget(spec: JobSpec) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from integration.cli import environment
 from launch.conftest import LINGERS
+from processes import runs
 from tiers import tiered
+from waiting import wait_for
 
 from finetune_assets.launch.local import LocalEngine
 from finetune_assets.store.artifacts import ArtifactRef, open_store
@@ -105,24 +107,13 @@ def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path:
         # A shell starts background jobs with SIGINT ignored, and the tests may run in one
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    worker = _wait_for(lambda: next(iter((tmp_path / "cache" / "work").glob("*/output/started")), None))
-    pid = int(_wait_for(worker.read_text))
+    worker = wait_for(lambda: next(iter((tmp_path / "cache" / "work").glob("*/output/started")), None))
+    assert worker
+    pid = int(wait_for(worker.read_text))
     launcher.send_signal(how)
     launcher.wait(300)
-    _wait_for(lambda: not Path(f"/proc/{pid}").exists() or "(zombie)" in Path(f"/proc/{pid}/status").read_text())
+    wait_for(lambda: not runs(pid))
     running = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
     alive = [p for p in running if int(p) != os.getpid() and Path(f"/proc/{p}").exists()]
     assert not alive
     assert adapters(tmp_path) is None
-
-
-def _wait_for(condition: Callable[[], object], seconds: float = 300) -> object:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if found := condition():
-                return found
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s")

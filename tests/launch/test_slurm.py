@@ -16,6 +16,7 @@ from servers import slurm as slurm_server
 from servers.s3 import Bucket
 from servers.slurm import Slurm
 from tiers import SOAK
+from waiting import wait_for
 
 from finetune_assets.config.cluster import SlurmJob
 from finetune_assets.errors import UserError
@@ -271,13 +272,6 @@ def start(_on_the_cluster: None, tmp_path: Path) -> Iterator[Start]:
     for launcher in launchers:
         launcher.kill()
         launcher.wait()
-
-
-def wait_for(so: Callable[[], object], seconds: float = SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not so():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def forget(spec: JobSpec) -> None:

@@ -19,6 +19,7 @@ import torch
 from servers import wandb as wandb_server
 from servers.wandb import KEY, Server
 from training.conftest import ALONE, MADE_FROM, configured
+from waiting import wait_for
 
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.recipe import LoraFinetune
@@ -335,10 +336,3 @@ def whole(folder: Path) -> bool:
     """Whether a run's folder gets its last record within a minute."""
     wait_for(lambda: any(record.HasField("exit") for record in records(folder)))
     return True
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.2)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from processes import runs
 from tiers import tiered
+from waiting import wait_for
 
 from finetune_assets.worker import gpus, warm
 from finetune_assets.worker.process import FORKSERVER, OFF
@@ -66,13 +67,6 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     for process in started:
         process.kill()
         process.wait()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def said(tmp_path: Path) -> dict[str, object]:
