@@ -1,4 +1,4 @@
-"""Ranks on real rows, through the graph, to the report."""
+"""A sweep through the graph to its report: of two points, and on real rows in `make soak`."""
 
 import os
 import subprocess
@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 from integration.cli import environment
 from integration.test_real_data import EXPERIMENT
-from projects import TestProject
+from omegaconf import OmegaConf
+from projects import SHORT, TestProject
+
+from finetune_assets.config.loading import load_sweep
 
 SOAK = bool(os.environ.get("SOAK"))
 RANKS = (1, 2, 4, 8, 16, 32) if SOAK else (1, 16)
@@ -19,6 +23,38 @@ def sweep(*arguments: str) -> str:
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**environment(), "COLUMNS": "200"})
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return run.stdout
+
+
+def ranks(report: str) -> list[int]:
+    """Of the points in the table of a report, in its order."""
+    return [int(line.split()[0]) for line in report.splitlines() if line.strip()[:1].isdecimal()]
+
+
+@pytest.mark.system
+def test_points_are_run_once_and_compared(project: TestProject, capsys: pytest.CaptureFixture[str]) -> None:
+    def report(*arguments: str) -> str:
+        code, printed, _ = run(capsys, "sweep", "report", "own", *arguments)
+        assert code == 0
+        return printed
+
+    def wanted(*ranks: int) -> None:
+        (project.configs / "sweeps" / "own.yaml").write_text(f"experiment: own\ngrid: {{lora.rank: {[*ranks]}}}\n")
+
+    demo = OmegaConf.load(project.configs / "experiments" / "demo.yaml")
+    project.write_experiment("own", OmegaConf.to_yaml(OmegaConf.merge(demo, OmegaConf.from_dotlist([*SHORT]))))
+    wanted(4)
+    sweep("run", "own")
+    (first,) = project.published("adapters")
+    wanted(8, 4)
+    before, (waiting, _) = report(), load_sweep(project.configs, "own")
+    assert (ranks(before), waiting.name in before) == ([4], True), "one point is compared, the other is not done"
+    done = sweep("run", "own")
+    assert ["already done" in line for line in done.splitlines() if line[:2] in {"1/", "2/"}] == [False, True]
+    assert first in project.published("adapters")
+    plot = project.root / "plot.svg"
+    assert ranks(report("--plot", str(plot))) == [4, 8], "a line for each rank, by size"
+    assert "</svg>" in plot.read_text()
+    assert not list(project.store_root.glob("tests/champions/*")), "no point is promoted"
 
 
 @pytest.mark.minutes
@@ -40,8 +76,7 @@ def test_a_sweep_finds_the_smallest_rank(
     sweep("run", "ranks")
     plot = project.root / "ranks.svg"
     report = sweep("report", "ranks", "--plot", str(plot))
-    table = [line for line in report.splitlines() if line.strip()[:1].isdecimal()]
-    assert [int(line.split()[0]) for line in table] == [*RANKS], "a line for each rank, by size"
+    assert ranks(report) == [*RANKS], "a line for each rank, by size"
     assert "</svg>" in plot.read_text()
     trained = project.published("adapters")
     assert len(trained) == len(RANKS)
