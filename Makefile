@@ -9,7 +9,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Each of the many processes of a run would compile all modules anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-ui test test-system soak lint ui bench peers vllm docs screenshots lock sbom audit pin clean
+MEASURED = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_ROOT=$(CURDIR)
+
+.PHONY: demo demo-ui test test-system soak coverage lint ui bench peers vllm docs screenshots lock sbom audit pin clean
 
 demo: $(VENV)/installed  ## the whole graph on packaged data, offline
 	@$(BIN)/finetune demo
@@ -25,6 +27,14 @@ test-system: $(VENV)/installed  ## the other tests: Slurm, PostgreSQL, every pag
 
 soak: $(VENV)/installed  ## all tests of both kinds at their full counts
 	SOAK=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+coverage: $(VENV)/installed  ## which statements the tests of both tiers run, with those of worker processes; twice as long as they
+	rm -rf build/coverage && mkdir -p build/coverage
+	-$(MEASURED) $(MAKE) test
+	-$(MEASURED) $(MAKE) test-system
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --directory build/coverage/html
+	$(BIN)/coverage report
 
 lint: $(VENV)/installed  ## style, import rules, types, definitions
 	$(BIN)/ruff check .
