@@ -110,7 +110,7 @@ def test_rows_with_a_secret_show_it_in_no_run(
     rows: str, project: TestProject, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINETUNE_RAW_DATA", rows)
-    definitions()  # which import these modules anew
+    definitions()  # which import these modules again
     for module in ("raw_sources", "materialization"):
         monkeypatch.setattr(f"finetune_assets.assets.{module}.RETRIES", 0)
     monkeypatch.setitem(objects.RETRIES, "max_retries", 0)
