@@ -37,7 +37,7 @@ def test_all_its_processes_end_where_interrupts_are_ignored(tmp_path: Path, numb
     def own() -> set[int]:
         return {process.pid for process in running().values() if f"DAGSTER_HOME={home}" in process.environment}
 
-    wait_for(lambda: "Serving dagster-webserver" in log.read_text() and len(own()) >= 5, every=1, log=log)
+    wait_for(lambda: "Serving dagster-webserver" in log.read_text() and len(own()) >= 5, 240, 1, log)
     started.send_signal(number)
     assert started.wait(120) == 0, log.read_text()[-3000:]
     assert own() == set()

@@ -48,6 +48,6 @@ def test_run_whose_worker_is_killed_goes_on_by_itself(project: TestProject, monk
 
 def _kill_the_rank(project: TestProject) -> None:
     """Once there is a checkpoint to go on from."""
-    wait_for(lambda: any(project.store_root.rglob("checkpoints/**/manifest.json")))
+    wait_for(lambda: any(project.store_root.rglob("checkpoints/**/manifest.json")), 240)
     (rank,) = ranks_of(project)
     os.kill(rank, signal.SIGKILL)

@@ -194,7 +194,7 @@ def test_offline_run_is_sent_later(
 def assert_all_arrived(server: Server, state: dict[str, Any]) -> None:
     """History, summary, and the lineage from data and base to the adapter."""
     run = server.runs[ID]
-    wait_for(lambda: run.exit_code is not None)  # on a busy machine after training has left it
+    wait_for(lambda: run.exit_code is not None, 60)  # on a busy machine after training has left it
     seen = [{name: row[name] for name in row if "/" not in name} for row in map(numbers, run.history)]
     assert seen == state["history"]
     assert run.exit_code == 0
@@ -279,7 +279,7 @@ def test_what_a_silent_server_missed_is_sent_once_it_answers(
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
 
     def fall_silent() -> None:
-        wait_for(lambda: len([one for one in server.artifacts.values() if one.committed]) == 2)
+        wait_for(lambda: len([one for one in server.artifacts.values() if one.committed]) == 2, 60)
         server.silent = True
 
     link = track(steps=[1, 2, 3], meanwhile=fall_silent)
@@ -305,11 +305,11 @@ def test_killed_training_is_marked_as_failed_and_resumes_the_same_run(
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "begin.json")])
     assert killed.returncode == -signal.SIGKILL
-    wait_for(lambda: ID in server.runs and server.runs[ID].exit_code == 1)
+    wait_for(lambda: ID in server.runs and server.runs[ID].exit_code == 1, 60)
     link = track(steps=[3, 4])
     assert link["mode"] == "online"
     (run,) = server.runs.values()
-    wait_for(lambda: run.exit_code == 0)
+    wait_for(lambda: run.exit_code == 0, 60)
     assert [row["_step"] for row in run.history] == [1, 2, 3, 4]
     assert run.exit_code == 0
 
@@ -334,5 +334,5 @@ def test_watched_weights_that_are_no_numbers_are_left_out() -> None:
 
 def whole(folder: Path) -> bool:
     """Whether a run's folder gets its last record within a minute."""
-    wait_for(lambda: any(record.HasField("exit") for record in records(folder)))
+    wait_for(lambda: any(record.HasField("exit") for record in records(folder)), 60)
     return True

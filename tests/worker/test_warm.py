@@ -70,7 +70,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 def said(tmp_path: Path) -> dict[str, object]:
-    wait_for(lambda: (tmp_path / "out").read_text().endswith("\n"))
+    wait_for(lambda: (tmp_path / "out").read_text().endswith("\n"), 60)
     return json.loads((tmp_path / "out").read_text())
 
 
@@ -153,7 +153,7 @@ def owner(program: Callable[..., warm.Process], tmp_path: Path) -> Iterator[Call
         (tmp_path / "numbers").unlink(missing_ok=True)
         process = subprocess.Popen([sys.executable, "-c", OWNER + then], env=environment, stdout=subprocess.DEVNULL)
         running.append(process)
-        wait_for(lambda: (tmp_path / "numbers").exists() and (tmp_path / "numbers").read_text().endswith("\n"))
+        wait_for(lambda: (tmp_path / "numbers").exists() and (tmp_path / "numbers").read_text().endswith("\n"), 60)
         child, server = map(int, (tmp_path / "numbers").read_text().split())
         return process.pid, server, child
 
@@ -191,7 +191,7 @@ print(type(again).__name__, again.wait(), file=open("again", "w"), flush=True)
 """
     _, server, _ = owner("child.wait()" + then)
     os.kill(server, signal.SIGKILL)
-    wait_for(lambda: (tmp_path / "again").exists() and (tmp_path / "again").read_text().endswith("\n"))
+    wait_for(lambda: (tmp_path / "again").exists() and (tmp_path / "again").read_text().endswith("\n"), 60)
     assert (tmp_path / "again").read_text().split() == ["Popen", "0"]
 
 
