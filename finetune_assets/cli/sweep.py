@@ -1,6 +1,7 @@
 """`finetune sweep`: run the points of a sweep, and compare their results."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from finetune_assets.config.sweeps import sweep_files
 from finetune_assets.resources import deployment
 from finetune_assets.resources.project import Project
 from finetune_assets.store.errors import ArtifactMissing
+
+if TYPE_CHECKING:
+    from finetune_assets.evaluation.sweeps import Found
 
 ASSETS = "dolly_raw,cached_base_model,tokenized_dataset,lora_adapter,adapter_evaluation"
 CONFIDENCE = 0.95
@@ -98,12 +102,14 @@ def report(name: str, plot: Path | None) -> None:
             waiting.append(point.name)
     if not points:
         raise ArtifactMissing(f"{name}: no point is done yet; run them with `finetune sweep run {name}`")
+    points = sweeps.over_seeds(points)
     behind = sweeps.behind_best(points, CONFIDENCE)
     chosen = sweeps.smallest(points, behind)
     best = min(points, key=lambda point: point.loss)
     on_frontier = {point.name for point in sweeps.frontier(points, "parameters")}
-    keys = [*points[0].settings]
-    table = new_table(*keys, "parameters", "seconds", "MiB", "held-out loss", "behind the best", "forgetting", "")
+    keys, seeds = [*points[0].settings], ["seeds"] if points[0].of_seeds else []
+    columns = "parameters", "seconds", "MiB", "held-out loss", "behind the best", "forgetting", ""
+    table = new_table(*keys, *seeds, *columns)
     for trained in sorted(points, key=lambda one: one.parameters):
         gain = behind[trained.name]
         marks = ["frontier"] if trained.name in on_frontier else []
@@ -111,10 +117,11 @@ def report(name: str, plot: Path | None) -> None:
         marks += ["smallest within noise"] if trained is chosen else []
         table.add_row(
             *(str(trained.settings[key]) for key in keys),
+            *(str(len(trained.of_seeds)) for _ in seeds),
             f"{trained.parameters:,}",
             f"{trained.seconds:.1f}",
             f"{trained.memory:,}",
-            f"{trained.loss:.4f}",
+            _loss(trained),
             "" if trained is best else f"{gain.mean:.4f} (at least {gain.lower:.4f})",
             "" if trained.forgetting is None else f"{trained.forgetting:.3f}",
             styled(", ".join(marks), "bold" if trained is chosen else ""),
@@ -133,6 +140,12 @@ def report(name: str, plot: Path | None) -> None:
     if plot:
         sweeps.draw(points, chosen, f"Sweep {name}", plot)
         out.print(f"Plot saved to {plot}")
+
+
+def _loss(trained: "Found") -> str:
+    """The held-out loss, and its range over several seeds."""
+    mean, seeds = f"{trained.loss:.4f}", trained.of_seeds
+    return f"{mean} ({seeds[0]:.4f} to {seeds[-1]:.4f})" if len(seeds) > 1 else mean
 
 
 def _is_done(name: str) -> bool:

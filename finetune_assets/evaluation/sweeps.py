@@ -1,6 +1,11 @@
-"""Results of a sweep: held-out loss against cost, and the smallest adapter within noise of the best."""
+"""Results of a sweep: held-out loss against cost, and the smallest adapter within noise of the best.
 
-from dataclasses import dataclass
+A sweep over `training.seed` and other settings compares the other settings: points that differ only in their seed are
+one, with the mean loss of each row over the seeds.
+"""
+
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ COSTS = {
     "memory": ("peak memory, GiB", 1 / 1024),
 }
 """Costs of a point: axis label and display factor by attribute of `Found`."""
+SEED = "training.seed"
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Found:
     """A trained and evaluated point of a sweep.
 
     Attributes:
-        name: Name of the experiment.
+        name: Name of the experiment, or of the settings that several seeds share.
         settings: Settings that the point changes.
         rows: Indices of the held-out rows; shape (rows,).
         losses: Summed loss of each row, in nats; shape (rows,).
@@ -37,6 +43,7 @@ class Found:
         seconds: Training time, in seconds.
         memory: Peak memory, in MiB.
         forgetting: Increase in loss over the base on general text, in nats per token; None if not measured.
+        of_seeds: Mean held-out loss with each seed, lowest first; empty if the point has one seed of its own.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Found:
     seconds: float
     memory: int
     forgetting: float | None
+    of_seeds: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -69,6 +77,33 @@ def found(name: str, settings: dict[str, Any], adapter: Path, evaluation: Path) 
         state["seconds"],
         state["peak_memory_mib"],
         forgetting_of(read_evaluation(evaluation)),
+    )
+
+
+def over_seeds(points: list[Found]) -> list[Found]:
+    """Merge points that differ only in their seed; their memory is the highest, all else the mean.
+
+    Without other settings in the grid, the seeds are what is compared, and the points stay as they are.
+    """
+    if SEED not in points[0].settings or len(points[0].settings) == 1:
+        return points
+    groups: dict[str, list[Found]] = {}
+    for point in points:
+        shared = {setting: value for setting, value in point.settings.items() if setting != SEED}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(replace(point, settings=shared))
+    return [_merged(group) for group in groups.values()]
+
+
+def _merged(seeds: list[Found]) -> Found:
+    forgetting = [point.forgetting for point in seeds if point.forgetting is not None]
+    return replace(
+        seeds[0],
+        name=_point_label(seeds[0]),
+        losses=np.mean([point.losses for point in seeds], axis=0),
+        seconds=float(np.mean([point.seconds for point in seeds])),
+        memory=max(point.memory for point in seeds),
+        forgetting=float(np.mean(forgetting)) if forgetting else None,
+        of_seeds=tuple(sorted(point.loss for point in seeds)),
     )
 
 

@@ -38,7 +38,8 @@ def test_points_are_run_once_and_compared(project: TestProject, capsys: pytest.C
         return printed
 
     def wanted(*ranks: int) -> None:
-        (project.configs / "sweeps" / "own.yaml").write_text(f"experiment: own\ngrid: {{lora.rank: {[*ranks]}}}\n")
+        grid = f"{{lora.rank: {[*ranks]}, training.seed: [42]}}"
+        (project.configs / "sweeps" / "own.yaml").write_text(f"experiment: own\ngrid: {grid}\n")
 
     demo = OmegaConf.load(project.configs / "experiments" / "demo.yaml")
     project.write_experiment("own", OmegaConf.to_yaml(OmegaConf.merge(demo, OmegaConf.from_dotlist([*SHORT]))))
@@ -52,7 +53,9 @@ def test_points_are_run_once_and_compared(project: TestProject, capsys: pytest.C
     assert ["already done" in line for line in done.splitlines() if line[:2] in {"1/", "2/"}] == [False, True]
     assert first in project.published("adapters")
     plot = project.root / "plot.svg"
-    assert ranks(report("--plot", str(plot))) == [4, 8], "a line for each rank, by size"
+    after = report("--plot", str(plot))
+    assert ranks(after) == [4, 8], "a line for each rank, by size"
+    assert after.split()[:2] == ["lora.rank", "seeds"], "not a line for each seed"
     assert "</svg>" in plot.read_text()
     assert not list(project.store_root.glob("tests/champions/*")), "no point is promoted"
 
