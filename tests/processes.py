@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVER, JOB = "finetune_assets/worker/forkserver.py", "finetune_assets.worker.bootstrap"
-AGENT, RANK = "torch.distributed.run", "-m finetune_assets.training"
+AGENT, RANK = "finetune_assets.worker.torchrun", "-m finetune_assets.training"
 """What the command lines of the parts of a training have."""
 
 

@@ -34,7 +34,7 @@ from setproctitle import getproctitle
 from finetune_assets.worker.model_libraries import import_lean
 from finetune_assets.worker.process import die_with_parent, set_threads, show_as
 
-TORCHRUN = "torch.distributed.run"
+TORCHRUN = "finetune_assets.worker.torchrun"
 PRELOADED = (
     "torch",
     TORCHRUN,
@@ -78,12 +78,7 @@ class Request:
         if self.module == TORCHRUN:
             # torchrun inspects its stack at each event, and searches all modules for each frame without a module, such
             # as runpy's: two seconds of CPU
-            from torch.distributed.elastic.multiprocessing import SignalException
-
-            try:
-                return import_module(TORCHRUN).main()
-            except SignalException as e:  # its traceback would add nothing
-                sys.exit(128 + e.sigval)
+            return import_module(TORCHRUN).main()
         # runpy warns that the module was imported before it runs
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)

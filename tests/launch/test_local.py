@@ -95,15 +95,23 @@ LocalEngine().run(from_json(Path(sys.argv[1]).read_text()), {})
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "interrupt"])
-def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("how", "fresh"),
+    [(signal.SIGKILL, True), (signal.SIGINT, False), (signal.SIGINT, True)],
+    ids=["kill -9", "interrupt", "interrupt of fresh interpreters"],
+)
+def test_no_process_outlives_the_launcher(
+    job: Callable[..., JobSpec], tmp_path: Path, how: signal.Signals, fresh: bool
+) -> None:
+    """torchrun, which was terminated, prints nothing."""
     (tmp_path / "job.json").write_text(job("sleep").to_json())
     assert from_json((tmp_path / "job.json").read_text()) == job("sleep")
+    printed = tmp_path / "printed"
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
-        # Fresh interpreters, which the kernel ends with their parent; test_warm kills the owner of forked ones
-        env={**os.environ, FORKSERVER: OFF} if how is signal.SIGKILL else environment(),
-        stderr=subprocess.DEVNULL,
+        # Fresh interpreters, as on a machine with a GPU, end with their parent; test_warm kills the owner of forked ones
+        env={**os.environ, FORKSERVER: OFF} if fresh else environment(),
+        stderr=printed.open("w"),
         # A shell starts background jobs with SIGINT ignored, and the tests may run in one
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -117,3 +125,4 @@ def test_no_process_outlives_the_launcher(job: Callable[..., JobSpec], tmp_path:
     alive = [p for p in running if int(p) != os.getpid() and Path(f"/proc/{p}").exists()]
     assert not alive
     assert adapters(tmp_path) is None
+    assert "torch/distributed" not in printed.read_text()

@@ -40,6 +40,7 @@ for worker in ("training", "evaluation", "merging", "merging.stacking"):
 imported = heavy()
 
 import torch
+torch.set_num_threads(1)  # a fork of a process with OpenMP threads waits for them forever
 from finetune_assets.config.schema import ExperimentConfig
 from finetune_assets.sources.base_models import PACKAGED
 from finetune_assets.training.model import load_base, with_adapter
