@@ -109,7 +109,7 @@ def test_no_process_outlives_the_launcher(
     printed = tmp_path / "printed"
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
-        # Fresh interpreters, as on a machine with a GPU, end with their parent; test_warm kills the owner of forked ones
+        # Fresh interpreters, as with a GPU, end with their parent; test_warm kills the owner of forked ones
         env={**os.environ, FORKSERVER: OFF} if fresh else environment(),
         stderr=printed.open("w"),
         # A shell starts background jobs with SIGINT ignored, and the tests may run in one
