@@ -53,12 +53,12 @@ class Training:
     """Passes over the training split."""
     max_steps: int | None = None
     """Number of optimizer steps; overrides `epochs`."""
-    macro_batch_size: int = 64
+    macro_batch_size: int = 8
     """Global batch size: sequences (packed, if packing) per optimizer step, over all processes and accumulation."""
     micro_batch_size: int = 4
     """Full-length sequences (or as many tokens of shorter ones) per process and forward pass. Lower values use less
     memory. With `dpo`, a sequence holds both answers of a pair."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
     """Decay of the learning rate after the warm-up."""

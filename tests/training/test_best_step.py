@@ -332,8 +332,8 @@ def test_a_first_loss_that_is_not_finite_is_replaced() -> None:
 @pytest.mark.parametrize(("tokens", "per_step"), [(1_000, 5_000.0), (50_000, 2_000.0), (10, 100_000.0)])
 @pytest.mark.parametrize("sequences", [10, 640], ids=["less than a global batch", "ten global batches"])
 def test_auto_takes_at_most_its_share(tokens: int, per_step: float, sequences: int) -> None:
-    lengths = np.full(sequences, per_step / min(sequences, 64))  # macro_batch_size is 64
-    selection = Selection.of(Training(eval_steps="auto"), tokens, lengths)
+    lengths = np.full(sequences, per_step / min(sequences, 64))
+    selection = Selection.of(Training(eval_steps="auto", macro_batch_size=64), tokens, lengths)
     assert selection.every
     cost = FORWARD_SHARE * tokens / per_step
     assert cost / selection.every <= EVALUATION_SHARE
