@@ -128,7 +128,11 @@ def report(name: str, plot: Path | None) -> None:
         )
     out.print(table)
     noise = f"({CONFIDENCE:.0%}, {len(best.rows)} validation rows)"
-    if chosen is best:
+    if len({point.parameters for point in points}) == 1:
+        near = ", ".join(point.name for point in points if point is not best and behind[point.name].lower <= 0)
+        verdict = f". Within noise of it {noise}: {near}" if near else f"; it beats all others beyond noise {noise}."
+        out.print(f"The best of {len(points)} is {best.name}{verdict}")
+    elif chosen is best:
         out.print(f"The best of {len(points)} is {best.name}; it beats all smaller ones beyond noise {noise}.")
     else:
         out.print(
