@@ -37,8 +37,8 @@ def test_points_are_run_once_and_compared(project: TestProject, capsys: pytest.C
         assert code == 0
         return printed
 
-    def wanted(*ranks: int) -> None:
-        grid = f"{{lora.rank: {[*ranks]}, training.seed: [42]}}"
+    def wanted(*ranks: int, more: str = "") -> None:
+        grid = f"{{lora.rank: {[*ranks]}{more}}}"
         (project.configs / "sweeps" / "own.yaml").write_text(f"experiment: own\ngrid: {grid}\n")
 
     demo = OmegaConf.load(project.configs / "experiments" / "demo.yaml")
@@ -53,10 +53,12 @@ def test_points_are_run_once_and_compared(project: TestProject, capsys: pytest.C
     assert ["already done" in line for line in done.splitlines() if line[:2] in {"1/", "2/"}] == [False, True]
     assert first in project.published("adapters")
     plot = project.root / "plot.svg"
-    after = report("--plot", str(plot))
-    assert ranks(after) == [4, 8], "a line for each rank, by size"
-    assert after.split()[:2] == ["lora.rank", "seeds"], "not a line for each seed"
+    assert ranks(report("--plot", str(plot))) == [4, 8], "a line for each rank, by size"
     assert "</svg>" in plot.read_text()
+    wanted(8, 4, more=", training.seed: [42]")
+    by_seeds = report()
+    assert ranks(by_seeds) == [4, 8], "the same adapters"
+    assert by_seeds.split()[:2] == ["lora.rank", "seeds"], "not a line for each seed"
     assert not list(project.store_root.glob("tests/champions/*")), "no point is promoted"
 
 

@@ -107,14 +107,15 @@ def test_no_process_outlives_the_launcher(
     (tmp_path / "job.json").write_text(job("sleep").to_json())
     assert from_json((tmp_path / "job.json").read_text()) == job("sleep")
     printed = tmp_path / "printed"
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
-        # Fresh interpreters, as with a GPU, end with their parent; test_warm kills the owner of forked ones
-        env={**os.environ, FORKSERVER: OFF} if fresh else environment(),
-        stderr=printed.open("w"),
-        # A shell starts background jobs with SIGINT ignored, and the tests may run in one
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    with printed.open("w") as file:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, str(tmp_path / "job.json")],
+            # Fresh interpreters, as with a GPU, end with their parent; test_warm kills the owner of forked ones
+            env={**os.environ, FORKSERVER: OFF} if fresh else environment(),
+            stderr=file,
+            # A shell starts background jobs with SIGINT ignored, and the tests may run in one
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     worker = wait_for(lambda: next(iter((tmp_path / "cache" / "work").glob("*/output/started")), None))
     assert worker
     pid = int(wait_for(worker.read_text))
