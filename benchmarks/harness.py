@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def interleaved(sides: dict[str, Callable[[], dict[str, float]]], runs: int) -> Runs:
+def interleaved(sides: Mapping[str, Callable[[], dict[str, Any]]], runs: int) -> Runs:
     """Run the sides in turn, `runs` times each, with a line on stderr for each run."""
     measured: Runs = {name: [] for name in sides}
     for run in range(runs):

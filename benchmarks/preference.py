@@ -118,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = subjects(Path(folder), args.rows, work)
         best = {
-            name: best_settings(name, recipe, made["dpo"], "cpu", work.tried_steps, FIGURE)
+            name: best_settings(name, recipe, made["dpo"], "cpu", work.tried_steps, FIGURE)["settings"]
             for name, recipe in recipes.items()
         }
         sides = {name: partial(run, recipe.module, made["dpo"], best[name], "cpu") for name, recipe in recipes.items()}

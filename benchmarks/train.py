@@ -2,9 +2,10 @@
 
 Same random model, same real rows, same adapter, same global batch in tokens; one epoch, of which the first step is not
 counted. Recipes: (a) the reference example's on today's libraries, (b) the Hugging Face Trainer, (c) TRL's SFTTrainer,
-(d) LLaMA-Factory, (e) ours. (b) to (e) first run a few steps with each of the settings in `train_candidates`; the best
-of them is measured. Peers have environments of their own: `python -m benchmarks.peers`. One that is not installed or
-does not run is named in the JSON object under `missing`, with the reason.
+(d) LLaMA-Factory, (e) ours. (b) to (e) first run a few steps with each of the settings in `train_candidates`, and the
+fastest is measured. Ours may not take more memory for it than the fastest peer takes: of its settings, the fastest
+within that peer's peak is measured. Peers have environments of their own: `python -m benchmarks.peers`. One that is not
+installed or does not run is named in the JSON object under `missing`, with the reason.
 
 On CUDA the comparison has parts, each of which ends within four minutes: see `benchmarks.train_gpu`.
 
@@ -17,6 +18,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from typing import Any
 from benchmarks import train_gpu, train_subject
 from benchmarks.harness import ROOT, arguments, interleaved, median, report
 from benchmarks.peers import PEERS, is_installed, python_of
-from benchmarks.train_candidates import PRECISIONS, SIZES, Recipe, candidates, is_ours
+from benchmarks.train_candidates import PRECISIONS, SIZES, Recipe, candidates, fastest, is_ours, is_peer
 from benchmarks.train_ratios import bf16_reason, ratios, summary
 from finetune_assets.sources.local import SAMPLE
 
@@ -37,9 +40,7 @@ class DoesNotRun(Exception):
     """A recipe does not run here."""
 
 
-def run(
-    recipe: str, subject: Path, settings: dict[str, Any], device: str, limit_s: float | None = None
-) -> Measurement | None:
+def run(recipe: str, subject: Path, settings: dict[str, Any], device: str, limit_s: float | None = None) -> Measurement:
     """One side in a process of its own.
 
     Raises:
@@ -91,26 +92,44 @@ def interpreter(recipe: str) -> Path:
     raise DoesNotRun(f"not installed: python -m benchmarks.peers {peer}")
 
 
-def best_settings(name: str, recipe: Recipe, subject: Path, device: str, steps: int, figure: str) -> dict[str, Any]:
-    """Settings of a recipe with the highest throughput in a few steps.
+def best_settings(
+    name: str,
+    recipe: Recipe,
+    subject: Path,
+    device: str,
+    steps: int,
+    figure: str,
+    most_mib: float | None = None,
+) -> Measurement:
+    """The measurement of a few steps with a recipe's best settings.
+
+    Args:
+        name: Name of the recipe, for messages.
+        recipe: The recipe.
+        subject: What is trained.
+        device: `cpu` or `cuda`.
+        steps: Number of steps.
+        figure: Throughput that decides.
+        most_mib: Peak memory beyond which settings are not chosen, if there are others.
 
     Raises:
         DoesNotRun: if it runs with none of them.
     """
-    throughput: list[tuple[float, dict[str, Any]]] = []
+    found: list[Measurement] = []
     reason = ""
     for settings in recipe.candidates:
         try:
-            measured = run(recipe.module, subject, {**settings, "steps": steps}, device) or {}
+            measured = run(recipe.module, subject, {**settings, "steps": steps}, device)
         except DoesNotRun as e:
             reason = str(e)
             print(f"  {name} {settings}: does not run here: {reason}", file=sys.stderr)
             continue
-        throughput.append((measured[figure], settings))
-        print(f"  {name} {settings}: {measured[figure]:,.0f} tokens", flush=True)
-    if not throughput:
+        found.append({**measured, "settings": settings})
+        memory = f"{measured['peak_memory_mib']:,.0f} MiB"
+        print(f"  {name} {settings}: {measured[figure]:,.0f} tokens, {memory}", flush=True)
+    if not found:
         raise DoesNotRun(reason)
-    return max(throughput, key=lambda pair: pair[0])[1]
+    return fastest(found, figure, most_mib)
 
 
 def main() -> None:
@@ -168,19 +187,22 @@ def compared(
         )
         where = Path(folder) / "subject.json"
         subject.write(where)
-        best: dict[str, tuple[str, dict[str, Any]]] = {}
-        for name, recipe in candidates(args.precision).items():
+        best: dict[str, Measurement] = {}
+        recipes = candidates(args.precision)
+        for name, recipe in recipes.items():
             if args.only and name[0] not in args.only:
                 continue
             tried = recipe.first() if args.quick else recipe
+            limit = memory_of_fastest_peer(best, figure) if is_ours(name) else None
             try:
-                best[name] = recipe.module, best_settings(name, tried, where, args.device, size.tried_steps, figure)
+                best[name] = best_settings(name, tried, where, args.device, size.tried_steps, figure, limit)
             except DoesNotRun as e:
                 if is_ours(name):
                     raise
                 missing[name] = f"{shape}: {e}"
-        sides = {name: lambda side=side: run(side[0], where, side[1], args.device) for name, side in best.items()}
-        measured = interleaved(sides, args.runs)  # type: ignore[arg-type]
+        settings: dict[str, dict[str, Any]] = {name: measured["settings"] for name, measured in best.items()}
+        sides = {name: partial(run, recipes[name].module, where, settings[name], args.device) for name in best}
+        measured = interleaved(sides, args.runs)
     every = [made for runs in measured.values() for made in runs]
     peaks = {made["precision"]: 0.0 for made in every}
     for made in every:
@@ -189,7 +211,13 @@ def compared(
         made["peak_flops"] = peaks[made["precision"]]
         made["mfu"] = made["flops"] / made["peak_flops"]
     table = {name: {key: median(runs, key) for key in FIGURES} for name, runs in measured.items()}
-    return table, {name: settings for name, (_, settings) in best.items()}
+    return table, settings
+
+
+def memory_of_fastest_peer(tried: Mapping[str, Measurement], figure: str) -> float | None:
+    """Peak memory in MiB of the fastest of the peers that were tried; None if there is none."""
+    peers = [measured for name, measured in tried.items() if is_peer(name)]
+    return fastest(peers, figure)["peak_memory_mib"] if peers else None
 
 
 def _lines(table: dict[str, dict[str, float]], best: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

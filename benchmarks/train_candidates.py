@@ -60,9 +60,26 @@ class Size:
         return replace(self, examples=self.quick_examples, steps=3, tried_steps=2)
 
 
+def fastest(measured: Sequence[dict[str, Any]], figure: str, most_mib: float | None = None) -> dict[str, Any]:
+    """The fastest of one recipe's measurements; with a limit of memory, of those within it, if there are any.
+
+    Args:
+        measured: Measurements of different settings; not empty.
+        figure: Name of the throughput.
+        most_mib: Maximum peak memory in MiB.
+    """
+    within = [each for each in measured if most_mib is None or each["peak_memory_mib"] <= most_mib]
+    return max(within or measured, key=lambda each: each[figure])
+
+
 def is_ours(name: str) -> bool:
     """Whether a recipe is this project's."""
     return name.startswith("e")
+
+
+def is_peer(name: str) -> bool:
+    """Whether a recipe is another trainer's."""
+    return name[0] in "bcd"
 
 
 def candidates(precisions: Sequence[str]) -> dict[str, Recipe]:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
+from benchmarks.train_candidates import is_peer
 from finetune_assets.training.precision import INSTRUCTIONS, cpu_instructions
 
 Table = Mapping[str, Mapping[str, float]]
 """Medians by recipe and figure."""
-PEERS = "bcd"
-"""First letters of the recipes that count as peers."""
 WORST: dict[str, Callable[[Iterable[float]], float]] = {
     "vs_reference": min,
     "vs_best_peer": min,
@@ -32,7 +31,7 @@ def ratios(table: Table, figure: str) -> dict[str, float]:
     if "a reference" in table:
         found["vs_reference"] = ours[figure] / table["a reference"][figure]
         found["cost_per_token_vs_reference"] = 1 / found["vs_reference"]
-    if peers := [name for name in table if name[0] in PEERS]:
+    if peers := [name for name in table if is_peer(name)]:
         peer = table[max(peers, key=lambda name: table[name][figure])]
         found["vs_best_peer"] = ours[figure] / peer[figure]
         found["rss_vs_best_peer"] = ours["peak_memory_mib"] / peer["peak_memory_mib"]

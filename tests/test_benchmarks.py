@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import peers, train
-from benchmarks.train_candidates import SIZES, candidates
+from benchmarks.train_candidates import SIZES, candidates, fastest
 from benchmarks.train_ratios import bf16_reason, ratios, summary
 from benchmarks.train_subject import SHAPES
 from finetune_assets.sources.local import SAMPLE
@@ -31,6 +31,25 @@ def test_every_side_has_as_many_settings(precisions: list[str]) -> None:
         assert len(tried) == len(ours) == 4 * len(precisions)
         assert sum(bool(settings.get("bf16")) for settings in tried) == 4 * ("bf16" in precisions)
     assert {settings["precision"] for settings in ours} == {*precisions}
+
+
+def test_ours_takes_no_more_memory_than_the_fastest_peer() -> None:
+    tried = {
+        "b HF Trainer": {"tokens_per_s": 70.0, "peak_memory_mib": 1000.0},
+        "c TRL": {"tokens_per_s": 60.0, "peak_memory_mib": 5000.0},
+        "e ours, bf16": {"tokens_per_s": 90.0, "peak_memory_mib": 3000.0},
+    }
+    ours = [
+        {"micro": 1, "tokens_per_s": 90.0, "peak_memory_mib": 900.0},
+        {"micro": 2, "tokens_per_s": 95.0, "peak_memory_mib": 1000.0},
+        {"micro": 4, "tokens_per_s": 99.0, "peak_memory_mib": 1001.0},
+    ]
+    limit = train.memory_of_fastest_peer(tried, "tokens_per_s")
+    assert limit == 1000
+    assert fastest(ours, "tokens_per_s", limit)["micro"] == 2
+    assert fastest(ours, "tokens_per_s")["micro"] == 4
+    assert fastest(ours, "tokens_per_s", 800)["micro"] == 4, "none takes so little"
+    assert train.memory_of_fastest_peer({}, "tokens_per_s") is None
 
 
 def test_the_real_shape_is_smollm2() -> None:
