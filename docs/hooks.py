@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 ADDED = {
     "results.md": BENCHMARKS / "RESULTS.md",
-    "train-cpu.svg": BENCHMARKS / "train-cpu.svg",
+    **{image.name: image for image in BENCHMARKS.glob("*.svg")},
     "changelog.md": ROOT / "CHANGELOG.md",
 }
 _navigation: list[Navigation] = []
