@@ -215,7 +215,7 @@ def compared(
 
 
 def memory_of_fastest_peer(tried: Mapping[str, Measurement], figure: str) -> float | None:
-    """Peak memory in MiB of the fastest of the peers that were tried; None if there is none."""
+    """Peak memory in MiB of the fastest of the peers that were tried; None without peers."""
     peers = [measured for name, measured in tried.items() if is_peer(name)]
     return fastest(peers, figure)["peak_memory_mib"] if peers else None
 
