@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks import train_subject
 from benchmarks.harness import median, report
+from benchmarks.train_candidates import fastest
 from benchmarks.train_parts import PART_SECONDS, PARTS, Deadline, Recipes
 from finetune_assets.training.telemetry import CONVENTION
 
@@ -89,7 +90,7 @@ def measured(recipes: Recipes, subject: Path, runs: int, run: Run, deadline: Dea
                 print(f"  {name} {settings}: {figures['tokens_per_s']:,.0f} tokens/s", flush=True)
                 found.append(figures)
         if found:
-            best[name] = [max(found, key=lambda figures: figures["tokens_per_s"])]
+            best[name] = [fastest(found, "tokens_per_s")]
     for number in range(1, runs):
         for name, done in best.items():
             recipe, settings = recipes[name][0], done[0]["settings"]
